@@ -1,0 +1,50 @@
+"""Errors of this package: each says what came, what was expected, where, and what to do.
+
+Every error is a :class:`KalmanRLError` and also the standard exception it refines, so that both
+``except KalmanRLError`` and ``except ValueError`` work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KalmanRLError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ConfigError(KalmanRLError, ValueError):
+    """A setting, name or option is unknown or out of range."""
+
+
+class ShapeError(KalmanRLError, ValueError):
+    """A tensor has the wrong shape, or a row of it is empty."""
+
+
+class NumericError(KalmanRLError, ArithmeticError):
+    """A number is NaN, infinite or outside the domain of a formula."""
+
+
+class RewardError(KalmanRLError, RuntimeError):
+    """A reward function failed or returned something that is not one number per completion."""
+
+
+class RunError(KalmanRLError, OSError):
+    """A run directory cannot be created, read or continued."""
+
+
+class AdapterError(KalmanRLError, ImportError):
+    """A host library (TRL, verl, a model package) is missing or of an untested version."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
+    """Error for a name that is not in a table, pointing at the nearest one.
+
+    >>> str(unknown_name("method", "kop", ["kpo", "grpo"]))
+    "method: got 'kop', expected one of grpo, kpo; did you mean 'kpo'?"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"{kind}: got {str(name)!r}, expected one of {', '.join(names)}{hint}")

@@ -1,0 +1,115 @@
+"""Ratio transforms: from the observed token log-ratio to the log-weight that multiplies the gradient.
+
+A transform is a callable ``(logp, rollouts) -> Ratio``. Everything here is detached: the weight is a
+number, never a path for gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import NumericError
+from kalman_rl.kalman import Info, causal_filter
+from kalman_rl.rollouts import Rollouts
+
+
+class Ratio(NamedTuple):
+    """What a transform returns: ``log_ratio`` (B, T) as observed, ``log_weight`` (B, T) as used, both in
+    nats and 0 outside the mask, and the filter's ``info`` where there is a filter."""
+
+    log_ratio: Tensor
+    log_weight: Tensor
+    info: Info | None = None
+
+
+def token_log_ratio(logp: Tensor, rollouts: Rollouts) -> Tensor:
+    """Observed log-ratio ``l_t = logp_t - logp_old_t`` (B, T), detached, 0 outside the mask."""
+    return torch.where(rollouts.mask, logp.detach() - rollouts.logp_old, 0.0)
+
+
+def token(logp: Tensor, rollouts: Rollouts) -> Ratio:
+    """Token ratio: ``s_t = l_t``. Source: PPO (arXiv 1707.06347), GRPO (arXiv 2402.03300)."""
+    log_ratio = token_log_ratio(logp, rollouts)
+    return Ratio(log_ratio, log_ratio)
+
+
+def one(logp: Tensor, rollouts: Rollouts) -> Ratio:
+    """Ratio := 1, ``s_t = 0``: plain policy gradient, and the control for every claim about ratios."""
+    log_ratio = token_log_ratio(logp, rollouts)
+    return Ratio(log_ratio, torch.zeros_like(log_ratio))
+
+
+def sequence_mean(logp: Tensor, rollouts: Rollouts) -> Ratio:
+    """Sequence ratio: ``s_t = (1/n_i) sum_{u in i} l_u`` at every token of sequence i.
+
+    Source: GSPO (arXiv 2507.18071). GSPO's gradient spreads ``s_i / n_i`` over the tokens, which is this
+    log-weight under :func:`kalman_rl.aggregate.sequence_mean`.
+    """
+    log_ratio = token_log_ratio(logp, rollouts)
+    mean = rollouts.per_sequence_sum(log_ratio) / rollouts.lengths.clamp(min=1.0)
+    return Ratio(log_ratio, torch.where(rollouts.mask, mean, 0.0))
+
+
+@dataclass(frozen=True)
+class KalmanFiltered:
+    """Causally filtered ratio: ``s_t = x_t``, the posterior mean of a random walk seen through noise.
+
+        x_t = x_{t-1} + w_t,  Var w = Q;    l_t = x_t + v_t,  Var v = R;    x_0 ~ N(0, P0)
+
+    One dial between known methods: ``Q -> inf`` is the token ratio (GRPO); ``Q = 0, P0 = inf`` is the
+    running mean, which ends in GSPO's sequence ratio; ``Q = P0 = 0`` is ratio 1.
+
+    Args:
+        process_noise: Q >= 0 (nats^2 per token), how much the true log-ratio may move in one token.
+        observation_noise: R > 0 (nats^2), how noisy one token's log-ratio is.
+        initial_variance: P0 >= 0 or inf. 0 pins the start to ratio 1 (as published); inf (a diffuse start)
+            believes the first token.
+
+    Raises:
+        NumericError: a variance is negative or NaN, or R is not positive and finite.
+
+    Source: KPO (arXiv 2602.10609). Deviations: mask holes are missing observations instead of zeros,
+    padding and packing do not shift the gain, P0 is a choice, and the recursion is exact for every Q/R.
+    """
+
+    process_noise: float = 1e-6
+    observation_noise: float = 1.0
+    initial_variance: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, legal in (
+            ("process_noise", self.process_noise, self.process_noise >= 0),
+            ("observation_noise", self.observation_noise, 0 < self.observation_noise < math.inf),
+            ("initial_variance", self.initial_variance, self.initial_variance >= 0),
+        ):
+            if not legal:
+                limits = "0 < R < inf" if name == "observation_noise" else "0 <= value <= inf"
+                raise NumericError(f"{name}: got {value}, expected {limits} (a variance, in nats^2)")
+
+    def __call__(self, logp: Tensor, rollouts: Rollouts) -> Ratio:
+        log_ratio = token_log_ratio(logp, rollouts)
+        state, info = causal_filter(
+            log_ratio,
+            rollouts.mask,
+            process_noise=self.process_noise,
+            observation_noise=self.observation_noise,
+            initial_variance=self.initial_variance,
+            segment=rollouts.segment,
+        )
+        return Ratio(log_ratio, torch.where(rollouts.mask, state.mean, 0.0), info)
+
+    def time_constants(self, tokens: float) -> float:
+        """``s = T sqrt(Q/R)``: how many filter time constants fit into a completion of T tokens.
+
+        With a zero start, ``s < 0.5`` means the filter never leaves ratio 1 and the method is plain
+        policy gradient without a ratio.
+
+        >>> KalmanFiltered(1e-6, 1.0).time_constants(100)
+        0.1
+        """
+        return tokens * math.sqrt(self.process_noise / self.observation_noise)

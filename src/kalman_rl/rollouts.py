@@ -1,0 +1,155 @@
+"""Rollouts: the one batch type that every objective reads, built once and checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import NumericError, ShapeError
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A batch of sampled completions and what was known about them before the update.
+
+    Args:
+        logp_old: (B, T) log-probabilities (nats) of the sampled tokens under the old policy, the
+            policy at the start of the update. Stored in float32 at least, because a ratio such as
+            ``exp(3e-4)`` is exactly 1 in bfloat16; positions outside the mask are stored as 0.
+        mask: (B, T) bool or {0, 1}; True = token written by the model and trained. May have holes
+            (tool output in the middle of a turn) and padding on either side.
+        reward: (B,) one number per completion; NaN = missing (not zero).
+        group: (B,) integers; completions of the same prompt share a number.
+        prompt_id: B stable prompt names, for beliefs that live longer than the batch.
+        logp_behaviour: (B, T) log-probabilities under the sampler (an inference engine may differ
+            from the trainer), or None if the sampler is the old policy.
+        logp_reference: (B, T) log-probabilities under the reference policy, for penalties.
+        segment: (B, T) integers for packed rows: a change of value along T starts a new sequence.
+        allow_empty: accept rows without any trained token; they contribute nothing.
+
+    Raises:
+        ShapeError: a tensor does not match (B, T) or (B,), or a row has no trained token.
+        NumericError: a log-probability at a trained position is NaN or infinite.
+
+    Gradient: none; every tensor is detached.
+
+    >>> r = Rollouts(logp_old=torch.tensor([[-1.0, -2.0]]), mask=torch.tensor([[1, 0]]))
+    >>> r.logp_old
+    tensor([[-1., 0.]])
+    """
+
+    logp_old: Tensor
+    mask: Tensor
+    reward: Tensor | None = None
+    group: Tensor | None = None
+    prompt_id: Sequence[str] | None = None
+    logp_behaviour: Tensor | None = None
+    logp_reference: Tensor | None = None
+    segment: Tensor | None = None
+    allow_empty: bool = False
+
+    def __post_init__(self) -> None:
+        if self.logp_old.dim() != 2:
+            raise ShapeError(f"logp_old: got shape {tuple(self.logp_old.shape)}, expected (B, T)")
+        shape = self.logp_old.shape
+        mask = _as_mask(self.mask, shape)
+        empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+        if empty and not self.allow_empty:
+            raise ShapeError(
+                f"mask: row {empty[0]} has no trained token ({len(empty)} such rows), expected at least one; "
+                "drop the row, or pass allow_empty=True"
+            )
+        self._store("mask", mask)
+        for name in ("logp_old", "logp_behaviour", "logp_reference"):
+            value = getattr(self, name)
+            if value is not None:
+                self._store(name, masked_logp(name, value.detach(), mask))
+        for name in ("reward", "group"):
+            value = getattr(self, name)
+            if value is not None and value.shape != shape[:1]:
+                raise ShapeError(
+                    f"{name}: got shape {tuple(value.shape)}, expected ({shape[0]},): one per completion"
+                )
+        if self.reward is not None:
+            self._store("reward", self.reward.detach())
+        if self.segment is not None and self.segment.shape != shape:
+            raise ShapeError(f"segment: got shape {tuple(self.segment.shape)}, expected {tuple(shape)}")
+        if self.prompt_id is not None and len(self.prompt_id) != shape[0]:
+            raise ShapeError(f"prompt_id: got {len(self.prompt_id)} names, expected {shape[0]}")
+
+    def _store(self, name: str, value: Tensor) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
+
+    @property
+    def sequence_index(self) -> Tensor:
+        """(B, T) number of the sequence each position belongs to: the row, or the segment in packed rows."""
+        rows = torch.arange(len(self.mask), device=self.mask.device)[:, None].expand_as(self.mask)
+        if self.segment is None:
+            return rows
+        starts = torch.ones_like(self.mask)
+        starts[:, 1:] = self.segment[:, 1:] != self.segment[:, :-1]
+        return starts.flatten().cumsum(0).reshape(self.mask.shape) - 1
+
+    def per_sequence_sum(self, values: Tensor) -> Tensor:
+        """Sum (B, T) values over the trained tokens of each sequence, repeated at all its positions."""
+        values = torch.where(self.mask, values, 0.0)
+        if self.segment is None:
+            return values.sum(dim=1, keepdim=True).expand_as(values)
+        index = self.sequence_index.flatten()
+        total = values.new_zeros(int(index[-1]) + 1).index_add_(0, index, values.flatten())
+        return total[index].reshape(values.shape)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B, T) number of trained tokens of the sequence each position belongs to."""
+        return self.per_sequence_sum(self.mask.to(self.logp_old.dtype))
+
+    @property
+    def sequence_count(self) -> int:
+        """Number of sequences with at least one trained token."""
+        return int(torch.unique(self.sequence_index[self.mask]).numel())
+
+
+def masked_logp(name: str, logp: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities as :func:`masked_finite` values."""
+    return masked_finite(
+        name,
+        logp,
+        mask,
+        "finite log-probabilities where the mask is True; mask the token out, or look for a token that the "
+        "policy gives probability 0",
+    )
+
+
+def masked_finite(name: str, values: Tensor, mask: Tensor, expected: str) -> Tensor:
+    """Values (B, T) in float32 at least, with 0 outside the mask, refusing NaN and infinity inside it.
+
+    The fill is a ``where``, not a product: ``0 * nan`` is nan, and so is its gradient.
+    Gradient: flows through ``values`` at trained positions only.
+    """
+    if values.shape != mask.shape:
+        raise ShapeError(
+            f"{name}: got shape {tuple(values.shape)}, expected {tuple(mask.shape)} like the mask"
+        )
+    values = values if values.dtype == torch.float64 else values.float()
+    bad = mask & ~torch.isfinite(values)
+    if bad.any():
+        row, token = bad.nonzero()[0].tolist()
+        raise NumericError(
+            f"{name}: got {values[row, token].item()} at row {row}, token {token} "
+            f"({int(bad.sum())} such tokens), expected {expected}"
+        )
+    return torch.where(mask, values, 0.0)
+
+
+def _as_mask(mask: Tensor, shape: torch.Size) -> Tensor:
+    if mask.shape != shape:
+        raise ShapeError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(shape)} like logp_old")
+    if mask.dtype == torch.bool:
+        return mask
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ShapeError("mask: got values other than 0 and 1, expected a bool tensor or zeros and ones")
+    return mask.bool()

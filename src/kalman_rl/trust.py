@@ -1,0 +1,108 @@
+"""Trust regions: which tokens keep their gradient, and with what weight.
+
+A trust region is a callable ``(ratio, advantage, logp) -> Trust``. It turns the log-weight into the
+detached coefficient ``c_t = keep_t * weight_t`` and reports the surrogate loss that TRL and verl would
+print, so that curves can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import NumericError
+from kalman_rl.ratio import Ratio
+
+LOG_WEIGHT_CAP = 20.0
+"""Log-weights above this are capped before ``exp`` (float32 overflows at 88.7); the share is logged."""
+
+
+class Trust(NamedTuple):
+    """``keep`` (B, T) bool, ``weight`` (B, T) >= 0, ``surrogate`` (B, T) loss per token; all detached."""
+
+    keep: Tensor
+    weight: Tensor
+    surrogate: Tensor
+
+
+def weight_of(log_weight: Tensor) -> Tensor:
+    """``w = exp(min(s, 20))`` (B, T)."""
+    return log_weight.clamp(max=LOG_WEIGHT_CAP).exp()
+
+
+def unclipped(ratio: Ratio, advantage: Tensor, logp: Tensor) -> Trust:
+    """Keep every token at its weight: ``loss_t = -A w_t``. Source: importance-weighted policy gradient."""
+    weight = weight_of(ratio.log_weight)
+    return Trust(torch.ones_like(weight, dtype=torch.bool), weight, -advantage * weight)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """PPO's one-sided clip on the weight, with optional dual clip.
+
+        loss_t = max(-A w_t, -A clip(w_t, 1 - low, 1 + high));   A < 0 and dual:  min(loss_t, -A dual)
+
+    so a token loses its gradient when it already moved as far as allowed in the direction its advantage
+    asks for (or, with dual clip, when w_t > dual and A < 0).
+
+    Args:
+        low, high: >= 0, the band [1 - low, 1 + high] of the weight.
+        dual: None, or a bound > 1 for negative advantages.
+
+    Raises: NumericError for a value outside its range.
+    Source: PPO (arXiv 1707.06347), clip-higher DAPO (arXiv 2503.14476), dual clip (arXiv 1912.09729).
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise NumericError(f"{name}: got {value}, expected a clip distance >= 0 from ratio 1")
+        if self.dual is not None and not self.dual > 1:
+            raise NumericError(f"dual: got {self.dual}, expected a bound > 1, or None to switch it off")
+
+    def __call__(self, ratio: Ratio, advantage: Tensor, logp: Tensor) -> Trust:
+        weight = weight_of(ratio.log_weight)
+        low, high = 1 - self.low, 1 + self.high
+        drop = ((advantage > 0) & (weight > high)) | ((advantage < 0) & (weight < low))
+        surrogate = torch.maximum(-advantage * weight, -advantage * weight.clamp(low, high))
+        if self.dual is not None:
+            drop |= (advantage < 0) & (weight > self.dual)
+            bounded = torch.minimum(surrogate, -advantage * self.dual)
+            surrogate = torch.where(advantage < 0, bounded, surrogate)
+        return Trust(~drop, weight, surrogate)
+
+
+@dataclass(frozen=True)
+class Cap:
+    """Keep every token, with its weight clamped: ``loss_t = -A sg(clamp(w_t, low, high)) logp_t``.
+
+    Args:
+        high: absolute upper bound of the weight (> 0). TRL calls this ``epsilon_high`` (5.0); verl's
+            ``clip_ratio_high`` is the distance from 1, so pass ``1 + clip_ratio_high``.
+        low: absolute lower bound (>= 0); 0 means none.
+
+    Raises: NumericError for a value outside its range.
+    Source: CISPO (MiniMax-M1, arXiv 2506.13585).
+    """
+
+    high: float = 5.0
+    low: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.low <= self.high and self.high > 0 and self.low < math.inf):
+            raise NumericError(
+                f"low, high: got {self.low}, {self.high}, expected 0 <= low <= high and high > 0"
+            )
+
+    def __call__(self, ratio: Ratio, advantage: Tensor, logp: Tensor) -> Trust:
+        weight = weight_of(ratio.log_weight).clamp(self.low, self.high)
+        return Trust(torch.ones_like(weight, dtype=torch.bool), weight, -advantage * weight * logp)
