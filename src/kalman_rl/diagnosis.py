@@ -19,6 +19,12 @@ def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((values.float() - masked_mean(values, mask)).square(), mask)
 
 
+def max_abs(values: Tensor, mask: Tensor) -> Tensor:
+    """Largest absolute value over trained tokens; 0 if there are none."""
+    inside = torch.where(mask, values.abs(), 0.0).float()
+    return inside.amax() if inside.numel() else inside.sum()
+
+
 def effective_sample_size(weight: Tensor, mask: Tensor) -> Tensor:
     """Kish's effective sample size as a share of the tokens: ``(sum w)^2 / (n sum w^2)``, in (0, 1]."""
     weight = torch.where(mask, weight.double(), 0.0)

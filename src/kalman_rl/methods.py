@@ -192,10 +192,8 @@ def make_method(name: str, **options: float | None) -> Method:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"method option: got {option!r} for {name}, "
-                f"expected one of {', '.join(known) or 'none'}{hint}"
-            )
+            choice = f"one of {', '.join(known)}" if known else "none, it has no options"
+            raise ConfigError(f"method option: got {option!r} for {name}, expected {choice}{hint}")
         if value is None and known[option].default is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -161,7 +161,7 @@ def _metrics(ratio: Ratio, trust: Trust, rollouts: Rollouts) -> dict[str, Tensor
         "ratio/raw_log_variance": diagnosis.masked_variance(ratio.log_ratio, mask),
         "ratio/filtered_log_variance": diagnosis.masked_variance(ratio.log_weight, mask),
         "ratio/effective_sample_size": diagnosis.effective_sample_size(trust.weight, mask),
-        "ratio/max_abs_log_ratio": torch.where(mask, ratio.log_ratio.abs(), 0.0).amax().float(),
+        "ratio/max_abs_log_ratio": diagnosis.max_abs(ratio.log_ratio, mask),
         "ratio/capped": diagnosis.masked_mean(ratio.log_weight > LOG_WEIGHT_CAP, mask),
         "ratio/raw_sign_switch": diagnosis.sign_switch(ratio.log_ratio, mask, sequence),
         "ratio/filtered_sign_switch": diagnosis.sign_switch(ratio.log_weight, mask, sequence),

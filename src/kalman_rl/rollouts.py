@@ -38,7 +38,7 @@ class Rollouts:
 
     >>> r = Rollouts(logp_old=torch.tensor([[-1.0, -2.0]]), mask=torch.tensor([[1, 0]]))
     >>> r.logp_old
-    tensor([[-1., 0.]])
+    tensor([[-1.,  0.]])
     """
 
     logp_old: Tensor
@@ -52,8 +52,11 @@ class Rollouts:
     allow_empty: bool = False
 
     def __post_init__(self) -> None:
-        if self.logp_old.dim() != 2:
-            raise ShapeError(f"logp_old: got shape {tuple(self.logp_old.shape)}, expected (B, T)")
+        if self.logp_old.dim() != 2 or self.logp_old.shape[1] == 0:
+            raise ShapeError(
+                f"logp_old: got shape {tuple(self.logp_old.shape)}, expected (B, T) with T >= 1: one row per "
+                "completion (or per packed row), one column per token"
+            )
         shape = self.logp_old.shape
         mask = _as_mask(self.mask, shape)
         empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
@@ -99,7 +102,7 @@ class Rollouts:
         if self.segment is None:
             return values.sum(dim=1, keepdim=True).expand_as(values)
         index = self.sequence_index.flatten()
-        total = values.new_zeros(int(index[-1]) + 1).index_add_(0, index, values.flatten())
+        total = values.new_zeros(values.numel()).index_add_(0, index, values.flatten())
         return total[index].reshape(values.shape)
 
     @property

@@ -1,0 +1,330 @@
+"""The scalar Kalman filter of a random walk, over a batch of token sequences.
+
+A latent value moves by small random steps, and every token shows it through noise::
+
+    x_t = x_{t-1} + w_t,   Var w_t = Q_t        (process noise)
+    z_t = x_t + v_t,       Var v_t = R_t        (observation noise)
+    x_0 ~ N(initial_mean, P_0)
+
+:func:`predict` and :func:`update` are one step. :func:`causal_filter_loop` takes the steps one after
+another and is the definition. :func:`causal_filter` gives the same numbers without a loop over time: two
+scans find the state before every token, then the step is taken for all tokens at once.
+
+Source: Kalman 1960, the local-level model. KPO (arXiv:2602.10609) filters token log-ratios with Q/R = 1e-6
+and P_0 = 0. Our deviations: a masked token inside a sequence is a missing observation, not a zero; padding
+does not age the filter; P_0 = inf starts it from the first observation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import NumericError, ShapeError
+
+Noise = Tensor | float  # a variance: one number, or one per token
+
+
+class Gaussian(NamedTuple):
+    """A belief about the latent value; variance 0 = certain, inf = unknown. Both of one shape."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class Info(NamedTuple):
+    """What an update did: gain in [0, 1], innovation z - m, its variance P + R, log-likelihood in nats."""
+
+    gain: Tensor
+    innovation: Tensor
+    innovation_variance: Tensor
+    log_likelihood: Tensor
+
+
+class Filtered(NamedTuple):
+    """The belief after every token and how it came about; every field (B, T)."""
+
+    state: Gaussian
+    info: Info
+
+
+def predict(state: Gaussian, process_noise: Noise) -> Gaussian:
+    """Let one token of time pass: the mean stays and the variance grows, ``P' = P + Q``.
+
+    Args:
+        state: belief before, any shape; variance in [0, inf].
+        process_noise: Q in [0, inf], broadcastable to the state.
+
+    Returns:
+        The belief one token later. Gradient flows through every argument; values are not checked.
+
+    >>> predict(Gaussian(torch.tensor(0.5), torch.tensor(1.0)), 0.25)
+    Gaussian(mean=tensor(0.5000), variance=tensor(1.2500))
+    """
+    return Gaussian(state.mean, state.variance + process_noise)
+
+
+def update(state: Gaussian, observation: Tensor, observation_noise: Noise) -> tuple[Gaussian, Info]:
+    """Combine a belief N(m, P) with one observation z of variance R.
+
+    ``K = P / (P + R)``, ``m' = (1 - K) m + K z``, ``P' = (1 - K) P = K R``,
+    ``log p(z) = -(log 2 pi (P + R) + (z - m)^2 / (P + R)) / 2``.
+
+    The limits are exact. P = inf: gain 1, variance R, log-likelihood 0 (a diffuse start is conditioned on
+    its first observation). R = inf: nothing was observed, so gain, innovation and log-likelihood are 0 and
+    z is not read, even if it is NaN; this wins where both are infinite.
+
+    Args:
+        state: belief before, any shape; variance in [0, inf].
+        observation: z, broadcastable to the state.
+        observation_noise: R in (0, inf], broadcastable to the state.
+
+    Returns:
+        The belief after, and :class:`Info`. Gradient flows through every argument; values are not checked.
+
+    >>> after, info = update(Gaussian(torch.tensor(0.0), torch.tensor(1.0)), torch.tensor(3.0), 2.0)
+    >>> round(after.mean.item(), 4), round(after.variance.item(), 4), round(info.gain.item(), 4)
+    (1.0, 0.6667, 0.3333)
+    """
+    mean, variance = state
+    noise = torch.as_tensor(observation_noise, dtype=variance.dtype, device=variance.device)
+    missing, diffuse = noise.isinf(), variance.isinf()
+    gain, keep, total = _weights(variance, noise)
+    z = torch.where(missing, mean, observation)
+    log_likelihood = -0.5 * (torch.log(2 * math.pi * total) + (z - mean) ** 2 / total)
+    spread = torch.where(missing, variance, torch.where(diffuse, noise, gain * keep * total))
+    return Gaussian(keep * mean + gain * z, spread), Info(
+        gain=gain,
+        innovation=z - mean,
+        innovation_variance=variance + noise,
+        log_likelihood=torch.where(missing | diffuse, 0.0, log_likelihood),
+    )
+
+
+def causal_filter(
+    observation: Tensor,
+    mask: Tensor,
+    *,
+    process_noise: Noise,
+    observation_noise: Noise,
+    initial_mean: float = 0.0,
+    initial_variance: float = 0.0,
+    segment: Tensor | None = None,
+) -> Filtered:
+    """Filter every row from left to right: token t sees only tokens up to t of its own segment.
+
+    ``P^-_t = P_{t-1} + Q_t``, ``K_t = P^-_t / (P^-_t + R_t)``, ``x_t = (1 - K_t) x_{t-1} + K_t z_t``.
+
+    A masked token between two observed ones of its segment is a missing observation: time passes
+    (``P += Q``) and nothing is learned. Masked tokens at the ends of a segment are padding: the state is
+    frozen (the prior before, the last state after). At every masked token gain, innovation and
+    log-likelihood are 0. A new segment starts from the prior, so packed rows equal unpacked ones.
+
+    Args:
+        observation: z (B, T), any floating type; the values under the mask are never read.
+        mask: (B, T) bool, True = observed.
+        process_noise: Q in [0, inf], a number or broadcastable to (B, T); inf = follow the observations.
+        observation_noise: R in (0, inf], likewise, in units of z squared; inf = missing.
+        initial_mean: mean of the prior.
+        initial_variance: P_0 in [0, inf]; inf = diffuse, the first observation is taken as it is.
+        segment: (B, T) integers or None; the filter restarts wherever the value changes along a row.
+
+    Returns:
+        :class:`Filtered`, computed in float64 and returned in the type of the observation, at least
+        float32. Gradient flows through the observation and through tensor Q and R.
+
+    Raises:
+        ShapeError: a shape or type is wrong. NumericError: a value is outside its range.
+
+    Source: as in the module docstring. The variance is a running product of non-negative 2x2 Moebius maps
+    and the mean one of affine maps, so nothing cancels, overflows or drifts, whatever Q, R and T.
+
+    >>> z = torch.tensor([[1.0, 3.0, float("nan"), 8.0]])
+    >>> diffuse = {"process_noise": 0.0, "observation_noise": 1.0, "initial_variance": math.inf}
+    >>> causal_filter(z, z.isfinite(), **diffuse).state.mean  # of a constant: the running mean
+    tensor([[1., 2., 2., 4.]])
+    """
+    tokens = _prepare(observation, mask, process_noise, observation_noise, segment)
+    prior = _prior(observation, initial_mean, initial_variance)
+    constant = all(torch.as_tensor(noise).numel() == 1 for noise in (process_noise, observation_noise))
+    if constant and not tokens.hole.any():  # then the variance depends on the count of observed tokens only
+        row = observation.new_zeros(1, observation.shape[1])
+        full = _prepare(row, row == 0, process_noise, observation_noise, None)
+        variance = _variance_before(full, prior)[0, tokens.earlier]
+    else:
+        variance = _variance_before(tokens, prior)
+    before = Gaussian(_mean_before(variance, tokens, prior), variance)
+    return _returned(*_step(before, tokens), observation.dtype)
+
+
+def causal_filter_loop(
+    observation: Tensor,
+    mask: Tensor,
+    *,
+    process_noise: Noise,
+    observation_noise: Noise,
+    initial_mean: float = 0.0,
+    initial_variance: float = 0.0,
+    segment: Tensor | None = None,
+) -> Filtered:
+    """The definition of :func:`causal_filter`: same arguments, same result, one token after another."""
+    tokens = _prepare(observation, mask, process_noise, observation_noise, segment)
+    prior = _prior(observation, initial_mean, initial_variance)
+    state, steps = prior, []
+    for t in range(observation.shape[1]):
+        token = _Tokens(*(field[:, t] for field in tokens))
+        before = Gaussian(*(torch.where(token.restart, p, s) for p, s in zip(prior, state, strict=True)))
+        state, info = _step(before, token)
+        steps.append((*state, *info))
+    mean, variance, *info_fields = (torch.stack(field, dim=1) for field in zip(*steps, strict=True))
+    return _returned(Gaussian(mean, variance), Info(*info_fields), observation.dtype)
+
+
+class _Tokens(NamedTuple):
+    """Checked input; every field (B, T), or (B,) for one token of each row. Numbers are float64."""
+
+    observation: Tensor  # 0 where masked
+    process_noise: Tensor  # 0 in padding: no time passes
+    observation_noise: Tensor  # inf where masked: nothing is learned
+    given_noise: Tensor  # the observation noise before masking
+    restart: Tensor  # first token of a segment
+    hole: Tensor  # masked between observed tokens of its segment
+    earlier: Tensor  # number of observed tokens before it in its segment
+
+
+def _step(before: Gaussian, tokens: _Tokens) -> tuple[Gaussian, Info]:
+    """Take one token, or all tokens at once where the state before each is known."""
+    predicted = predict(before, tokens.process_noise)
+    after, info = update(predicted, tokens.observation, tokens.observation_noise)
+    return after, info._replace(innovation_variance=predicted.variance + tokens.given_noise)
+
+
+def _weights(variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """K, 1 - K and P + R, all finite: K and 1 - K by division each, so neither loses digits to the other."""
+    missing, diffuse = noise.isinf(), variance.isinf()
+    p = torch.where(missing, 0.0, torch.where(diffuse, 1.0, variance))
+    r = torch.where(missing, 1.0, torch.where(diffuse, 0.0, noise))
+    return p / (p + r), r / (p + r), p + r
+
+
+def _variance_before(tokens: _Tokens, prior: Gaussian) -> Tensor:
+    """Variance before every token, from the running products of maps p -> (a p + b) / (c p + d).
+
+    A token restarts (p -> P_0), predicts (p -> p + Q) and updates (1/p -> 1/p + 1/R). Each is a matrix
+    (a b; c d) acting on p = x / y as on the vector (x, y), where p = inf has a place too: (1, 0).
+    """
+    noise, restart = tokens.observation_noise, tokens.restart
+    smallest = noise.detach().amin(-1, keepdim=True)
+    unit = torch.where(smallest.isinf(), 1.0, smallest)  # keeps the entries of comparable size
+    one, zero = torch.ones_like(noise), torch.zeros_like(noise)
+    x, y = _projective(prior.variance / unit)
+    restarts = torch.where(restart, torch.stack((x, x, y, y)), torch.stack((one, zero, zero, one)))
+    x, y = _projective(tokens.process_noise / unit)
+    predicts = torch.stack((one, x, zero, y))
+    updates = torch.stack((one, zero, unit / noise, one))
+    x, _, y, _ = _scan(_moebius, _moebius(_moebius(restarts, predicts), updates))
+    # Every row begins with a restart, so each product is constant: either column is the variance.
+    after = unit * torch.where(y == 0, math.inf, x / torch.where(y == 0, 1.0, y))
+    return _shift(after, restart, prior.variance)
+
+
+def _mean_before(variance: Tensor, tokens: _Tokens, prior: Gaussian) -> Tensor:
+    """Mean before every token, from the running products of maps x -> a x + b with a in [0, 1]."""
+    gain, keep, _ = _weights(variance + tokens.process_noise, tokens.observation_noise)
+    a = torch.where(tokens.restart, 0.0, keep)
+    b = gain * tokens.observation + torch.where(tokens.restart, keep * prior.mean, 0.0)
+    return _shift(_scan(_affine, torch.stack((a, b)))[1], tokens.restart, prior.mean)
+
+
+def _projective(p: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(p.isinf(), 1.0, p), (~p.isinf()).to(p.dtype)
+
+
+def _moebius(first: Tensor, then: Tensor) -> Tensor:
+    """Both maps in turn: a 2x2 matrix product, scaled so that its largest entry is 1."""
+    (a, b, c, d), (e, f, g, h) = first, then
+    product = torch.stack((e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d))
+    return product / product.detach().amax(0)
+
+
+def _affine(first: Tensor, then: Tensor) -> Tensor:
+    return torch.stack((then[0] * first[0], then[0] * first[1] + then[1]))
+
+
+def _scan(compose: Callable[[Tensor, Tensor], Tensor], maps: Tensor) -> Tensor:
+    """Running products along the last axis: scan the pairs of neighbours, then fill in every other place."""
+    if maps.shape[-1] == 1:
+        return maps
+    odd = _scan(compose, compose(maps[..., :-1:2], maps[..., 1::2]))
+    even = compose(odd[..., : (maps.shape[-1] - 1) // 2], maps[..., 2::2])
+    out = maps.clone()
+    out[..., 1::2], out[..., 2::2] = odd, even
+    return out
+
+
+def _shift(after: Tensor, restart: Tensor, start: Tensor) -> Tensor:
+    """The state before each token: after the previous one, or the prior at a restart."""
+    return torch.where(restart, start, after.roll(1, -1))
+
+
+def _returned(state: Gaussian, info: Info, dtype: torch.dtype) -> Filtered:
+    dtype = torch.promote_types(dtype, torch.float32)
+    return Filtered(Gaussian(*(f.to(dtype) for f in state)), Info(*(f.to(dtype) for f in info)))
+
+
+def _prior(like: Tensor, mean: float, variance: float) -> Gaussian:
+    if not math.isfinite(mean):
+        raise NumericError(f"initial_mean: got {mean}, expected a finite number; use 0.0 for no change")
+    if not variance >= 0:
+        raise NumericError(f"initial_variance: got {variance}, expected [0, inf]; use inf for unknown")
+    return Gaussian(*torch.tensor([mean, variance], dtype=torch.float64, device=like.device))
+
+
+def _prepare(z: Tensor, mask: Tensor, q: Noise, r: Noise, segment: Tensor | None) -> _Tokens:
+    """Check the input and find segments, holes and padding."""
+    shape = z.shape
+    matrix = z.is_floating_point() and len(shape) == 2 and shape[1] > 0
+    _expect("observation", z, matrix, "floating point (B, T), T >= 1; one row per sequence")
+    boolean = mask.dtype == torch.bool and mask.shape == shape
+    _expect("mask", mask, boolean, f"torch.bool {tuple(shape)} as observation; True = observed token")
+    restart = torch.zeros_like(mask)
+    restart[:, 0] = True
+    if segment is not None:
+        integer = not segment.is_floating_point() and segment.shape == shape
+        _expect("segment", segment, integer, f"integers {tuple(shape)} as observation; number the segments")
+        restart[:, 1:] = segment[:, 1:] != segment[:, :-1]
+    z = torch.where(mask, z, 0.0).double()
+    q, r = (torch.as_tensor(noise, dtype=z.dtype, device=z.device) for noise in (q, r))
+    for name, noise in (("process_noise", q), ("observation_noise", r)):
+        fits = noise.ndim <= 2 and all(n in (1, m) for n, m in zip(noise.shape[::-1], shape[::-1]))
+        _expect(name, noise, fits, f"a number or a tensor broadcastable to {tuple(shape)}; reshape it")
+    _demand("observation", z, z.isfinite(), "a finite number where observed", "mask the token out")
+    _demand("process_noise", q, q >= 0, "[0, inf]", "use 0.0 for a constant latent value")
+    _demand("observation_noise", r, r > 0, "(0, inf]", "use process_noise=inf to follow the observations")
+    earlier = _count_before(mask, restart)
+    later = _count_before(mask.flip(-1), restart.roll(-1, -1).flip(-1)).flip(-1)
+    hole = ~mask & (earlier > 0) & (later > 0)
+    moving, noisy = torch.where(mask | hole, q, 0.0), torch.where(mask, r, math.inf)
+    return _Tokens(z, moving, noisy, r.expand(shape), restart, hole, earlier)
+
+
+def _count_before(observed: Tensor, restart: Tensor) -> Tensor:
+    """How many tokens of the same segment were observed before each token."""
+    count = observed.cumsum(-1) - observed.long()
+    return count - torch.where(restart, count, 0).cummax(-1).values
+
+
+def _expect(name: str, tensor: Tensor, fits: bool, expected: str) -> None:
+    if not fits:
+        raise ShapeError(f"{name}: got {tensor.dtype}, shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def _demand(name: str, values: Tensor, fits: Tensor, expected: str, advice: str) -> None:
+    if not fits.all():
+        place = tuple((~fits).nonzero()[0].tolist())
+        where = f"; (row, token) = {place}" if place else ""
+        raise NumericError(f"{name}: got {values[place].item()}, expected {expected}{where}; {advice}")
