@@ -1,17 +1,36 @@
 """Kalman-RL: noise-aware estimators for reinforcement learning of language models."""
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from kalman_rl.aggregate import Totals
-from kalman_rl.errors import KalmanRLError
-from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objective import Loss, Method, policy_loss
-from kalman_rl.rollouts import Rollouts
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kalman_rl.aggregate import Totals
+    from kalman_rl.errors import KalmanRLError
+    from kalman_rl.methods import METHODS, make_method
+    from kalman_rl.objective import Loss, Method, policy_loss
+    from kalman_rl.rollouts import Rollouts
 
 try:
     __version__ = version("kalman-rl")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+_HOMES = {
+    **dict.fromkeys(("METHODS", "make_method"), "methods"),
+    **dict.fromkeys(("Loss", "Method", "policy_loss"), "objective"),
+    **{"KalmanRLError": "errors", "Rollouts": "rollouts", "Totals": "aggregate"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``kalman-rl --help`` need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kalman_rl' has no attribute {name!r}")
+    return getattr(import_module(f"kalman_rl.{_HOMES[name]}"), name)
+
 
 __all__ = [
     "METHODS",

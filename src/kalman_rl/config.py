@@ -1,0 +1,400 @@
+"""Settings of the commands: what there is to set, TOML in and out, and the check before anything starts.
+
+A configuration is made of layers, later ones winning: defaults, each ``--config`` file, command-line flags.
+The text under each field is its documentation, on the command line too; its range stands beside its default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from kalman_rl.errors import ConfigError, KalmanRLError, unknown_name
+from kalman_rl.runs import name_problem
+
+MODELS = ("smollm2", "tiny")
+"""Models that need no download; anything else is a directory or a hub id OWNER/NAME."""
+
+REPORTERS = (
+    *("none", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "kubeflow"),
+    *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
+)
+
+MAX_TOML_BYTES = 10_000_000
+
+C = TypeVar("C")
+
+
+def number(default: Any, low: float, high: float) -> Any:
+    """A numeric field with its default and the inclusive range [low, high] that :func:`validate` enforces."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run. One generation batch is sampled, then trained on."""
+
+    method: str = "kpo_diffuse"
+    """Method, by name; `kalman-rl methods` lists them."""
+    method_options: dict[str, float] = field(default_factory=dict)
+    """Options of the method as KEY=NUMBER, e.g. `process_noise=1e-4 low=0.05`; in TOML, keys of [method]."""
+    model: str = "smollm2"
+    """smollm2, tiny (made on the spot), a directory with a model, or a hub id OWNER/NAME."""
+    task: str = "products"
+    """Built-in task to train on."""
+    data: Path | None = None
+    """JSONL or Parquet file of your own rows; replaces the task."""
+    reward: str | None = None
+    """Reward function of your own as MODULE:FUNCTION, in TRL's signature. Naming it runs its code."""
+    run: Path | None = None
+    """Directory to create for the run. Unset: runs/TASK-METHOD-TIME, in UTC."""
+    seed: int = number(0, 0, 2**32 - 1)
+    """Seed of the prompts' order, of sampling and of new weights."""
+    steps: int = number(20, 1, 10_000_000)
+    """Optimizer steps in all."""
+    prompts_per_generation: int = number(8, 1, 65_536)
+    """Prompts in one generation batch."""
+    completions_per_prompt: int = number(8, 1, 4_096)
+    """Completions sampled for each prompt: one group."""
+    updates_per_generation: int = number(2, 1, 65_536)
+    """Optimizer steps in one pass over a generation batch; must divide prompts * completions."""
+    iterations: int = number(1, 1, 1_000)
+    """Passes over each generation batch."""
+    gradient_accumulation: int = number(1, 1, 65_536)
+    """Micro-batches per optimizer step: the same result in less memory."""
+    learning_rate: float = number(3e-4, 0.0, 1.0)
+    """Peak learning rate of AdamW, per optimizer step."""
+    warmup_steps: int = number(4, 0, 10_000_000)
+    """Optimizer steps over which the learning rate rises from 0."""
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """Learning rate after the warm-up; linear and cosine fall to 0 at the last step."""
+    weight_decay: float = number(0.0, 0.0, 10.0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = number(1.0, 0.0, 1e9)
+    """Longest gradient (L2 norm); 0 switches clipping off."""
+    temperature: float = number(1.0, 0.01, 10.0)
+    """Sampling temperature, applied to the log-probabilities of the loss too."""
+    max_completion_tokens: int | None = number(None, 1, 1_000_000)
+    """Longest completion, in tokens. Unset: the task's own limit."""
+    kl: float = number(0.0, 0.0, 1_000.0)
+    """Weight of the KL penalty towards the starting model, per nat; 0 switches it off."""
+    lora_rank: int = number(16, 0, 1_024)
+    """Rank of the LoRA adapters; 0 trains every weight."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the weights; auto is bfloat16 on a GPU that has it, else float32."""
+    eval_every: int = number(10, 0, 10_000_000)
+    """Optimizer steps between held-out evaluations; 0 evaluates only before and after."""
+    eval_prompts: int = number(128, 1, 1_000_000)
+    """Held-out prompts per evaluation."""
+    save_every: int = number(10, 0, 10_000_000)
+    """Optimizer steps between checkpoints, rounded up to whole generation batches; 0 writes none."""
+    traces_per_step: int = number(4, 0, 4_096)
+    """Completions per optimizer step recorded token by token."""
+    train_size: int | None = number(None, 1, 100_000_000)
+    """Training questions of the task. Unset: the task's own number."""
+    test_size: int | None = number(None, 1, 10_000_000)
+    """Held-out questions of the task. Unset: the task's own number."""
+    report_to: str = "none"
+    """Tracker to report to besides metrics.jsonl, by TRL's name for it: none, tensorboard, wandb, ..."""
+    threads: int | None = number(None, 1, 4_096)
+    """CPU threads. Unset: PyTorch's choice."""
+    log_every: int = number(1, 1, 10_000_000)
+    """Optimizer steps between rows of metrics.jsonl."""
+    quiet: bool = False
+    """Print errors only."""
+
+
+@dataclass(frozen=True)
+class StressConfig:
+    """Methods side by side under harsher and harsher conditions, one tiny run for each method and seed."""
+
+    conditions: tuple[Literal["A", "B", "C"], ...] = ("A", "B", "C")
+    """Conditions to run."""
+    methods: tuple[str, ...] = ("grpo", "gspo", "kpo", "kpo_diffuse", "ratio_one")
+    """Methods to compare, by name."""
+    seeds: int = number(1, 1, 1_000)
+    """Repetitions of every run, with seeds from first_seed on."""
+    first_seed: int = number(0, 0, 2**31)
+    """Seed of the first repetition."""
+    run: Path = Path("runs/stress")
+    """Directory of the study; each run is a directory below it."""
+    steps: int = number(192, 1, 1_000_000)
+    """Optimizer steps of each run."""
+    rollouts: int = number(512, 1, 65_536)
+    """Completions in one generation batch, 8 for each prompt."""
+    minibatch: int = number(64, 1, 65_536)
+    """Completions per optimizer step; must divide rollouts."""
+    jobs: int | None = number(None, 1, 1_024)
+    """Runs at the same time, one CPU thread each. Unset: one per CPU core."""
+    eval_prompts: int = number(128, 1, 1_000_000)
+    """Held-out prompts per evaluation."""
+    quiet: bool = False
+    """Print errors only."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """A small complete run on this machine: train, evaluate, report."""
+
+    run: Path = Path("runs/demo")
+    """Directory of the run."""
+    seed: int = number(0, 0, 2**32 - 1)
+    """Seed of everything random."""
+    overwrite: bool = True
+    """Replace the run of an earlier demo in that directory."""
+    quiet: bool = False
+    """Print errors only."""
+
+
+def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
+    """A configuration from defaults and layers of settings, later layers winning.
+
+    Options of a method belong to it: a layer that names another method drops the options set so far, and
+    options for the same method add up key by key.
+
+    >>> kpo = {"method": "kpo", "method_options": {"low": 0.1}}
+    >>> build(TrainConfig, kpo, {"method_options": {"high": 0.2}}).method_options
+    {'low': 0.1, 'high': 0.2}
+    >>> build(TrainConfig, kpo, {"method": "grpo"}).method_options
+    {}
+    """
+    settings: dict[str, Any] = {}
+    options: dict[str, float] = {}
+    method = getattr(kind, "method", None)
+    for layer in layers:
+        if layer.get("method", method) != method:
+            method, options = layer["method"], {}
+        options = {**options, **layer.get("method_options", {})}
+        settings |= layer
+    if options or "method_options" in settings:
+        settings["method_options"] = options
+    return kind(**settings)
+
+
+def load_toml(path: Path, kind: type = TrainConfig) -> dict[str, Any]:
+    """Read settings from a TOML file; the values have the fields' types, ranges are :func:`validate`'s.
+
+    ``[method]`` with ``name`` and further keys is short for ``method`` and ``method_options``.
+
+    Raises: ConfigError ``file:line: key: got ..., expected ...`` for what is unreadable, unknown or of the
+        wrong type.
+    """
+    text = _text(path)
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        place = re.search(r"at line (\d+)|at end of document", str(error))
+        line = f":{place[1] or text.count(chr(10)) + 1}" if place else ""
+        raise ConfigError(f"{path}{line}: not valid TOML: {error}") from None
+    hints = get_type_hints(kind)
+    settings: dict[str, Any] = {}
+    for key, value in table.items():
+        where = f"{path}:{_line(text, key)}"
+        if key not in hints:
+            raise ConfigError(f"{where}: {unknown_name('key', key, hints)}")
+        try:
+            if key == "method" and isinstance(value, dict):
+                settings |= _method_table(value, "method_options" in table)
+            else:
+                settings[key] = _read(key, value, hints[key])
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    return settings
+
+
+def to_toml(config: Any) -> str:
+    """The configuration as TOML; what is unset (None) is left out. :func:`load_toml` reads it back."""
+    table = {spec.name: getattr(config, spec.name) for spec in fields(config)}
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}
+    return tomli_w.dumps({key: value for key, value in plain.items() if value is not None})
+
+
+def validate(config: Any) -> None:
+    """Check a whole configuration before anything starts: types, ranges, names, files, what must divide what.
+
+    Raises: ConfigError, and no other exception, naming the field, what came, what is allowed, what to do.
+    """
+    hints = get_type_hints(type(config))
+    for spec in fields(config):
+        value = _read(spec.name, getattr(config, spec.name), hints[spec.name])
+        low, high = spec.metadata.get("range", (None, None))
+        if value is not None and low is not None and not low <= value <= high:
+            raise ConfigError(f"{spec.name}: got {_show(value)}, expected {low:,} to {high:,}")
+    if config.run is not None and (problem := name_problem(config.run)):
+        raise ConfigError(f"run: {problem}")
+    _CHECKS[type(config)](config)
+
+
+def notes(config: TrainConfig) -> list[str]:
+    """What is allowed but probably not meant, one sentence each, for a configuration that is valid."""
+    from kalman_rl.advantage import ConstantBaseline
+    from kalman_rl.methods import make_method
+
+    advantage = make_method(config.method, **config.method_options).advantage
+    cycle = config.updates_per_generation * config.iterations
+    group_of_one = config.completions_per_prompt == 1 and not isinstance(advantage, ConstantBaseline)
+    remarks = {
+        f"completions_per_prompt is 1, but {config.method} compares completions of one prompt: every "
+        "advantage is 0 and nothing is learned": group_of_one,
+        "updates_per_generation and iterations are 1: every update is on-policy, all ratios are 1, and "
+        "filter and clip have no effect": cycle == 1,
+        f"steps = {config.steps} is no multiple of {cycle}: the last generation batch is cut short": (
+            config.steps % cycle > 0
+        ),
+        f"warmup_steps = {config.warmup_steps} is not below steps = {config.steps}: the peak learning rate "
+        "is not reached": config.warmup_steps >= config.steps,
+    }
+    return [text for text, applies in remarks.items() if applies]
+
+
+def _check_train(config: TrainConfig) -> None:
+    _check_method(config.method, config.method_options)
+    _check_model(config.model)
+    if config.report_to not in REPORTERS:
+        raise unknown_name("report_to", config.report_to, REPORTERS)
+    if not config.task.strip():
+        raise ConfigError("task: got an empty name, expected a task, e.g. 'products'")
+    if config.data is not None and not os.path.isfile(config.data):
+        raise ConfigError(
+            f"data: got {_show(str(config.data))}, expected a JSONL or Parquet file that exists"
+        )
+    if config.reward is not None and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", config.reward):
+        raise ConfigError(
+            f"reward: got {_show(config.reward)}, expected MODULE:FUNCTION, e.g. 'my_rewards:exact'"
+        )
+    prompts, group = config.prompts_per_generation, config.completions_per_prompt
+    updates, micro = config.updates_per_generation, config.gradient_accumulation
+    batch = f"{prompts} prompts * {group} completions = {prompts * group}"
+    if prompts * group % updates:
+        raise ConfigError(f"updates_per_generation: got {updates}, expected a divisor of {batch}")
+    if prompts * group // updates % micro:
+        raise ConfigError(
+            f"gradient_accumulation: got {micro}, expected a divisor of {prompts * group // updates} "
+            f"(completions per optimizer step: {batch}, over {updates} updates)"
+        )
+
+
+def _check_stress(config: StressConfig) -> None:
+    for name, values in (("conditions", config.conditions), ("methods", config.methods)):
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{name}: got {_show(list(values))}, expected one or more, each once")
+    for method in config.methods:
+        _check_method(method, {})
+    rollouts, minibatch = config.rollouts, config.minibatch
+    if rollouts % 8:
+        raise ConfigError(f"rollouts: got {rollouts}, expected a multiple of 8")
+    if rollouts % minibatch:
+        raise ConfigError(f"minibatch: got {minibatch}, expected a divisor of rollouts = {rollouts}")
+
+
+_CHECKS: dict[type, Callable[[Any], None]] = {
+    TrainConfig: _check_train,
+    StressConfig: _check_stress,
+    DemoConfig: lambda config: None,  # nothing beyond types and ranges
+}
+
+
+def _check_method(name: str, options: Mapping[str, float]) -> None:
+    from kalman_rl.methods import make_method  # here, because it brings in torch
+
+    try:
+        make_method(name, **options)
+    except ConfigError:
+        raise
+    except (KalmanRLError, TypeError, OverflowError) as error:
+        raise ConfigError(f"method_options of {name}: {error}") from None
+
+
+def _check_model(model: str) -> None:
+    if model in MODELS or os.path.isdir(model):
+        return
+    if model.startswith(("/", ".", "~")):
+        raise ConfigError(f"model: got {_show(model)}, expected a directory that exists, or OWNER/NAME")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}/[\w.-]{1,100}", model, re.ASCII):
+        raise ConfigError(f"{unknown_name('model', model, MODELS)}; or a directory, or a hub id OWNER/NAME")
+
+
+def _method_table(table: dict[str, Any], also_options: bool) -> dict[str, Any]:
+    """``[method] name = "kpo", low = 0.1`` in the words of the fields."""
+    if also_options:
+        raise ConfigError("method_options: got both [method] and method_options, expected one of them")
+    options = _read("method", {key: value for key, value in table.items() if key != "name"}, dict[str, float])
+    named = {"method": _read("method.name", table["name"], str)} if "name" in table else {}
+    return {**named, "method_options": options}
+
+
+def _text(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_TOML_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"config: cannot read {_show(str(path))}: {reason}") from None
+    if len(data) > MAX_TOML_BYTES:
+        raise ConfigError(f"{path}: got more than {MAX_TOML_BYTES:,} bytes, expected a file of settings")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: got a byte that is not UTF-8, expected TOML in UTF-8") from None
+
+
+def _line(text: str, key: str) -> int:
+    """Line (from 1) on which a top-level key or table starts; 1 if it is spelled in an unusual way."""
+    start = re.search(rf"^[ \t]*\[?[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*[=.\]]", text, re.MULTILINE)
+    return text.count("\n", 0, start.start()) + 1 if start else 1
+
+
+def _show(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        shown = f"a {type(value).__name__}"
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _read(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as a field's annotated type, without guessing: "3" is no number, 3.0 no whole number."""
+    if isinstance(kind, UnionType):  # "X | None"
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
+    shape, inner = get_origin(kind) or kind, get_args(kind)
+    if shape is Literal and isinstance(value, str) and value not in inner:
+        raise unknown_name(name, value, inner)
+    if shape is tuple and isinstance(value, (list, tuple)):
+        return tuple(_read(name, item, inner[0]) for item in value)
+    if shape is dict and isinstance(value, dict):
+        return {_read(name, key, str): _read(f"{name}.{key}", item, inner[1]) for key, item in value.items()}
+    accepts, make, expected = _KINDS[shape]
+    if not accepts(value):
+        raise ConfigError(f"{name}: got {_show(value)}, expected {expected}")
+    return make(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) is float and value == value) or (type(value) is int and abs(value) < 1e308)
+
+
+_KINDS: dict[Any, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
+    int: (lambda value: type(value) is int, int, "a whole number"),
+    float: (_is_number, float, "a number"),
+    bool: (lambda value: type(value) is bool, bool, "true or false"),
+    str: (_is_text, str, "a text (UTF-8, without NUL)"),
+    Path: (lambda value: isinstance(value, Path | str) and _is_text(str(value)), Path, "a path"),
+    Literal: (lambda value: isinstance(value, str), str, "one of the names"),
+    tuple: (lambda value: False, tuple, "a list"),
+    dict: (lambda value: False, dict, "a table of numbers"),
+}

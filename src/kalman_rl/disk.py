@@ -1,0 +1,86 @@
+"""Files that are whole or absent, and the system's errors as RunErrors that name the path."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kalman_rl.errors import KalmanRLError, RunError
+
+FORMAT = 1
+"""Version of the layout, in ``manifest.json`` and ``complete.json``."""
+
+MAX_JSON_BYTES = 16_000_000
+
+
+@contextlib.contextmanager
+def explained(path: Path, action: str, needed: int | None = None) -> Iterator[None]:
+    """Turn the operating system's errors into a RunError with path, reason and, for a write, free space."""
+    try:
+        yield
+    except KalmanRLError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if needed is not None:
+            with contextlib.suppress(OSError):
+                reason += f"; needed {needed:,} bytes, free {shutil.disk_usage(path.parent).free:,}"
+        raise RunError(f"{path}: cannot {action}: {reason}") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a file by ``data``, so that after a crash at any time either version is there, whole."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with explained(path, "write", len(data)):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_regular(path: Path, limit: int | None = MAX_JSON_BYTES) -> bytes:
+    """Bytes of a file that is no link: a run directory from elsewhere must not point out of itself."""
+    with explained(path, "read"):
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise RunError(f"{path}: got something that is no file")
+            data = file.read() if limit is None else file.read(limit + 1)
+    if limit is not None and len(data) > limit:
+        raise RunError(f"{path}: got more than {limit:,} bytes, expected a small JSON file")
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_regular(path))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: got no JSON object; the file is damaged")
+    return value

@@ -1,0 +1,109 @@
+"""A task: questions to train on, questions kept aside, and a reward for the replies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kalman_rl.errors import ConfigError
+
+Row = dict[str, Any]
+Reward = Callable[..., list[float | None]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions with a reward, in the form TRL's trainers take them.
+
+    Args:
+        name: short name, used in labels, metrics and cache directories.
+        train: rows to sample replies for; each has at least ``prompt`` (str), ``prompt_id`` (str, a hash of
+            task and question, so it survives shuffling and resuming) and ``answer`` (str), and every other
+            column the reward reads.
+        test: rows of the same form; no question of ``train`` occurs here.
+        reward: TRL's signature, ``reward(completions, **columns) -> list[float | None]``; every column is a
+            list as long as ``completions``; ``None`` is a missing observation, which is not zero.
+        max_completion_tokens: longest reply to sample, in tokens, the stop token included.
+        stop: text at which a reply ends (one character), or None when only the end-of-sequence token ends it.
+            The reply is scored up to the first ``stop``.
+        lead: text between the prompt and the answer in a solved example, e.g. the blank of ``"5 * 9 = 45"``.
+        fresh: ``fresh(count, seed)`` draws that many further training rows, for tasks with unlimited
+            questions.
+        notes: what a reader of the run should know about the data, e.g. merged duplicates.
+    """
+
+    name: str
+    train: list[Row]
+    test: list[Row]
+    reward: Reward
+    max_completion_tokens: int
+    stop: str | None = None
+    lead: str = ""
+    fresh: Callable[[int, int], list[Row]] | None = None
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def correct(reward: float | None) -> bool:
+        """Whether a reply with this reward counts as correct: its reward is exactly 1.
+
+        >>> [Task.correct(reward) for reward in (1.0, 0.99, None)]
+        [True, False, False]
+        """
+        return reward == 1.0
+
+    def target(self, row: Row) -> str:
+        """Text that a perfect reply to ``row`` consists of, up to and including the stop text."""
+        return f"{self.lead}{row['answer']}{self.stop or ''}"
+
+
+def make_prompt_id(task: str, question: str) -> str:
+    """Stable key of a question: a hash of its content, never its position.
+
+    >>> make_prompt_id("products", "5 * 9") == make_prompt_id("products", "5 * 9")
+    True
+    """
+    return _digest(f"{task}\0{question}").hex()[:16]
+
+
+def held_out(key: str, share: float) -> bool:
+    """Whether a question belongs to the test side, decided by its content alone.
+
+    The same questions are kept aside for every seed, so a warm-started model never saw a test question of any
+    run.
+
+    Args:
+        key: the question, in one spelling for all questions that give each other's answer away.
+        share: part of all questions to keep aside, 0 to 1.
+    """
+    return int.from_bytes(_digest(key)[:8], "big") < share * 2**64
+
+
+def first_line(completion: str) -> str:
+    """First line of a reply without surrounding blanks: the part that is scored.
+
+    >>> first_line(" 45\\n1 * 6 = 6")
+    '45'
+    """
+    return completion.split("\n", 1)[0].strip()
+
+
+def take(rows: Sequence[Row], size: int | None, default: int | None, argument: str, task: str) -> list[Row]:
+    """First ``size`` rows; with size None at most ``default`` of them.
+
+    Raises:
+        ConfigError: ``size`` is below 1 or above the number of different questions there are.
+    """
+    if size is None:
+        return list(rows[:default])
+    if not 1 <= size <= len(rows):
+        raise ConfigError(
+            f"{argument}: got {size}, expected 1 to {len(rows)}; task {task!r} has {len(rows)} different "
+            "questions on this side of the split; choose fewer"
+        )
+    return list(rows[:size])
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

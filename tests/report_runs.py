@@ -1,0 +1,137 @@
+"""Synthetic run directories for the report's tests, with numbers as once measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Final sampled and greedy accuracy, the filtered log-variance and the clipped share, as measured once.
+PUBLISHED_FAILS = {
+    "kpo": (0.01, 0.02, 1e-9, 0.0005),
+    "kpo_diffuse": (0.32, 0.64, 4e-4, 0.35),
+    "ratio_one": (0.00, 0.01, 0.0, 0.0),
+    "grpo": (0.33, 0.61, 3.5e-2, 0.044),
+    "gspo": (0.31, 0.62, 3e-4, 0.5),
+}
+EVERY_METHOD_WORKS = {name: (0.55, 0.8, 1e-3, 0.1) for name in PUBLISHED_FAILS}
+START = (0.22, 0.59)
+
+
+def write_run(
+    folder: Path,
+    labels: dict[str, Any],
+    *,
+    start: tuple[float, float] = START,
+    end: tuple[float, float] = (0.6, 0.8),
+    updates: int = 40,
+    cycle: int = 2,
+    evaluations: int = 6,
+    count: int | None = 512,
+    variance: float = 4e-4,
+    clipped: float = 0.1,
+    status: str = "finished",
+    config: str = "",
+    seed: int = 0,
+) -> Path:
+    """A run directory as training writes it, with numbers that move from ``start`` to ``end``."""
+    random.seed(f"{folder.name}{seed}")
+    folder.mkdir(parents=True)
+    manifest = {
+        "format": 1, "created": "2026-11-22T10:00:00Z", "status": status, "seed": seed, "dtype": "float32",
+        "versions": {"torch": "2.13.0", "trl": "1.16.0"}, "device": "cpu", "threads": 2, "labels": labels,
+        "git": {"commit": "0123abc", "dirty": False}, "seconds": 62.4,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "config.toml").write_text(config or 'method = "kpo_diffuse"\nlearning_rate = 3e-4\n')
+    rows: list[dict[str, Any]] = []
+    for place in range(evaluations):
+        share = place / max(evaluations - 1, 1)
+        bend = share**0.6
+        row: dict[str, Any] = {"kind": "eval", "step": round(share * updates), "time": 60 * share}
+        for kind, low, high in (("sampled", start[0], end[0]), ("greedy", start[1], end[1])):
+            row[f"eval/{kind}_accuracy"] = row[f"eval/{kind}_reward"] = low + (high - low) * bend
+        rows.append(row | ({"eval/count": count} if count else {}))
+    for step in range(1, updates + 1):
+        noop = (step - 1) % cycle == 0
+        share, jitter = step / updates, math.exp(random.gauss(0, 0.35))
+        drift = 0.0 if noop else ((step - 1) % cycle) / cycle * jitter
+        reward = start[0] + (end[0] - start[0]) * share**0.6 + random.gauss(0, 0.03)
+        rows.append(
+            {
+                "kind": "train", "step": step, "time": 1.5 * step, "loss": -0.01, "reward": max(0.0, reward),
+                "entropy": 0.6 - 0.35 * share + random.gauss(0, 0.02), "completions/mean_length": 3.2,
+                "ratio/raw_log_variance": 6e-3 * drift, "ratio/filtered_log_variance": variance * drift,
+                "ratio/effective_sample_size": 1.0 - variance * drift, "ratio/noop": float(noop),
+                "trust/kept": 1.0 - clipped * drift, "policy/kl_old": 4e-3 * drift,
+            }
+        )  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def write_study(
+    folder: Path,
+    table: dict[str, tuple[float, float, float, float]],
+    *,
+    seeds: int = 3,
+    noise: float = 0.01,
+    **more: Any,
+) -> Path:
+    """A stress study: conditions A, B and C, each method, each seed."""
+    for condition, rate, epochs, factor in (("A", 1e-4, 1, 1.0), ("B", 1e-4, 4, 0.85), ("C", 3e-4, 1, 0.8)):
+        for method, (sampled, greedy, variance, clipped) in table.items():
+            for seed in range(seeds):
+                random.seed(f"{condition}{method}{seed}")
+                shift = random.gauss(0, noise)
+                end = tuple(max(0.0, value * factor + shift) for value in (sampled, greedy))
+                write_run(
+                    folder / "runs" / f"{condition}-{method}-seed{seed}",
+                    {"condition": condition, "method": method, "seed": seed},
+                    end=end, updates=192, cycle=8, variance=variance, clipped=clipped, seed=seed,
+                    config=f'method = "{method}"\n[trainer]\nlearning_rate = {rate}\nepochs = {epochs}\n',
+                    **more,
+                )  # fmt: skip
+    return folder
+
+
+def write_trace(
+    folder: Path, tokens: list[str], *, step: int = 12, scale: float = 0.2, prompt: str = "7 * 6 ="
+) -> None:
+    """One Parquet file of two sequences with the given tokens."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    random.seed(step)
+    rows = []
+    for sequence, advantage in enumerate((1.2, -0.8)):
+        for position, token in enumerate(tokens):
+            raw = random.gauss(0, scale)
+            kept = (position + sequence) % 3 != 2
+            rows.append(
+                {
+                    "step": step, "sequence": sequence, "prompt_id": "p", "prompt": prompt,
+                    "completion": "".join(tokens), "position": position, "token_id": position, "token": token,
+                    "logp_old": -1.0, "logp_behaviour": None, "logp": -1.0 + raw, "log_ratio": raw,
+                    "filtered_log_ratio": raw / (position + 1), "gain": None,
+                    "coefficient": math.exp(raw) if kept else 0.0, "kept": kept, "advantage": advantage,
+                    "reward": None,
+                }
+            )  # fmt: skip
+    (folder / "traces").mkdir(exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "traces" / f"step-{step:06d}.parquet")
+
+
+def write_demo(
+    folder: Path, table: dict[str, tuple[float, float, float, float]] = PUBLISHED_FAILS, **more: Any
+) -> Path:
+    """What the demo writes: one main run with traces, and a stress study."""
+    labels = {"method": "kpo_diffuse", "model": "SmolLM2-135M-Instruct", "task": "products"}
+    main = write_run(folder / "main", labels, start=(0.47, 0.58), end=(0.91, 0.96), count=128)
+    write_trace(main, [" 4", "2", "\n", " 7"])
+    write_study(folder / "stress", table, **more)
+    return folder

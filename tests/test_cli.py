@@ -1,0 +1,337 @@
+"""The command line: a frozen set of flags, one-line errors, the right exit codes, nothing slow at start."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalman_rl.cli import default_run, main
+from kalman_rl.config import DemoConfig, StressConfig, TrainConfig, build, load_toml
+from kalman_rl.errors import RewardError
+from kalman_rl.methods import METHODS
+from kalman_rl.runs import Run, read_manifest
+
+# Users' scripts depend on these: removing or renaming one is a breaking change.
+TRAIN_FLAGS = {
+    *("--help", "--config", "--dry-run", "--method", "--method-options", "--model", "--task", "--data"),
+    *("--reward", "--run", "--seed", "--steps", "--prompts-per-generation", "--completions-per-prompt"),
+    *("--updates-per-generation", "--iterations", "--gradient-accumulation", "--learning-rate"),
+    *("--warmup-steps", "--schedule", "--weight-decay", "--max-grad-norm", "--temperature"),
+    *("--max-completion-tokens", "--kl", "--lora-rank", "--dtype", "--eval-every", "--eval-prompts"),
+    *("--save-every", "--traces-per-step", "--train-size", "--test-size", "--report-to", "--threads"),
+    *("--log-every", "--quiet", "--no-quiet"),
+}
+FLAGS = {
+    "train": TRAIN_FLAGS,
+    "resume": {"--help", "--quiet"},
+    "report": {"--help", "--output"},
+    "methods": {"--help", "--json"},
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KALMAN_RL_TRACEBACK", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+class Calls(list):
+    """Stand-ins for the modules that do the work; what they were called with."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def stand_in(self, name: str, result: Any) -> None:
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            self.append((name, args, kwargs))
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        module = types.ModuleType(f"kalman_rl.{name}")
+        setattr(module, "write_report" if name == "report" else name, entry)
+        self.patch.setitem(sys.modules, f"kalman_rl.{name}", module)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    calls = Calls(monkeypatch)
+    for name, result in {"train": 0, "stress": 0, "demo": 0, "report": Path("report.html")}.items():
+        calls.stand_in(name, result)
+    return calls
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    search = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-m", "kalman_rl.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | search | environment,
+    )
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> TrainConfig:
+    assert main(["train", "--dry-run", *arguments]) == 0
+    Path("resolved.toml").write_text(capsys.readouterr().out)
+    return build(TrainConfig, load_toml(Path("resolved.toml")))
+
+
+# The surface
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_flags_are_frozen(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    shown = set(re.findall(r"(?<![\w`-])--[a-z][a-z-]*", text))
+    assert shown == FLAGS[verb]
+
+
+def test_every_field_is_documented_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("train", "stress", "demo"):
+        assert main([verb, "--help"]) == 0
+        options = re.split(r"\n\W*(?=--?[a-z])", capsys.readouterr().out)[1:]
+        flat = [" ".join(option.replace("│", " ").split()) for option in options]
+        poor = [
+            o for o in flat if not re.search(r"[a-z]{3}\S* .*(\(default: .*\)|\(repeatable\)|and exit)", o)
+        ]
+        assert len(flat) >= 4 and not poor
+
+
+def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    with_help = capsys.readouterr().out
+    assert re.findall(r"• (\w+)", with_help) == ["train", "resume", "stress", "demo", "report", "methods"]
+    assert main([]) == 2
+    assert capsys.readouterr().out == with_help
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"kalman-rl \S+\n", capsys.readouterr().out)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from kalman_rl.cli import main; main(['train', '--help']); main(['--version']); "
+        "heavy = {'torch', 'numpy', 'pyarrow', 'transformers', 'trl'}; "
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr == "[]\n"
+
+
+# Settings from files and flags
+
+
+def test_dry_run_prints_and_creates_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["train", "--dry-run", "--run", "runs/x", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and 'run = "runs/x"' in printed.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_run_is_named_after_task_and_method(capsys: pytest.CaptureFixture[str]) -> None:
+    config = dry_run(capsys, "--method", "grpo")
+    assert re.fullmatch(r"runs/products-grpo-\d{8}T\d{6}Z", str(config.run))
+    strange = default_run(TrainConfig(data=Path(f"/data/.My rows; v2{'x' * 200}.jsonl")))
+    assert re.fullmatch(r"My-rows-v2x{30}-kpo_diffuse-\w+", strange.name)
+
+
+def test_defaults_then_files_then_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.toml").write_text('steps = 5\nseed = 1\nquiet = true\n[method]\nname = "kpo"\nlow = 0.05\n')
+    Path("b.toml").write_text("steps = 6\n")
+    files = ["--config", "a.toml", "--config=b.toml"]
+    config = dry_run(capsys, *files, "--seed", "2", "--iterations=3")
+    assert (config.steps, config.seed, config.iterations, config.quiet) == (6, 2, 3, True)
+    assert (config.method, config.method_options) == ("kpo", {"low": 0.05})
+    assert dry_run(capsys, *files, "--no-quiet").quiet is False
+    assert dry_run(capsys, "--config", "b.toml", "--config", "a.toml").steps == 5
+    assert dry_run(capsys, *files, "--steps", "20").steps == 20  # equal to the default, given all the same
+
+
+def test_method_options(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--method-options", "process_noise=1e-4", "high=0.5"]
+    assert dry_run(capsys, *options).method_options == {"process_noise": 1e-4, "high": 0.5}
+    Path("a.toml").write_text('[method]\nname = "kpo"\nlow = 0.05\n')
+    assert dry_run(capsys, "--config", "a.toml", *options).method_options == {
+        **{"low": 0.05, "process_noise": 1e-4, "high": 0.5}
+    }
+    assert dry_run(capsys, "--config", "a.toml", "--method", "grpo").method_options == {}
+    same = dry_run(capsys, "--config", "a.toml", "--method", "grpo", "--method-options", "low=0.05")
+    assert same.method_options == {"low": 0.05}
+
+
+def test_notes_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "--updates-per-generation", "1"]) == 0
+    assert capsys.readouterr().err.startswith("note: updates_per_generation and iterations are 1")
+    assert main(["train", "--dry-run", "--updates-per-generation", "1", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# Verbs
+
+
+def test_train_creates_the_run(calls: Calls) -> None:
+    assert main(["train", "--run", "runs/x", "--method", "kpo", "--seed", "5", "--quiet"]) == 0
+    ((name, (config, run), keywords),) = calls
+    assert name == "train" and keywords == {}
+    assert config.method == "kpo" and config.run == Path("runs/x") and run.path == Path("runs/x")
+    assert build(TrainConfig, load_toml(Path("runs/x/config.toml"))) == config
+    labels = {"method": "kpo", "model": "smollm2", "task": "products", "seed": 5}
+    assert read_manifest(Path("runs/x"))["labels"] == labels
+    Run.open(Path("runs/x")).close()  # the lock is free again
+
+
+def test_train_refuses_an_existing_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--run", "x", "--quiet"]) == 0
+    assert main(["train", "--run", "x", "--quiet"]) == 1
+    assert capsys.readouterr().err == (
+        "error: x: exists; choose another --run, or continue it with `kalman-rl resume x`\n"
+    )
+    assert len(calls) == 1
+
+
+def test_resume_uses_the_settings_of_the_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--run", "x", "--steps", "8", "--no-quiet"]) == 0
+    Path("x").rename("moved")
+    assert main(["resume", "moved", "--quiet"]) == 0
+    _, (config, run), keywords = calls[1]
+    assert keywords == {"resume": True} and config.steps == 8 and config.quiet
+    assert config.run == Path("moved") == run.path
+    with Run.open(Path("moved")) as again:
+        again.finish("finished")
+    assert main(["resume", "moved"]) == 0 and len(calls) == 2
+    assert "is finished; there is nothing to continue" in capsys.readouterr().err
+
+
+def test_resume_reports_a_damaged_config(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--run", "x"]) == 0
+    Path("x/config.toml").write_text("steps = 5\nstpes = 6\n")
+    assert main(["resume", "x"]) == 2
+    assert capsys.readouterr().err.startswith("error: x/config.toml:2: key: got 'stpes'")
+    assert main(["resume", "nothing"]) == 1
+    assert capsys.readouterr().err == "error: nothing: no such run directory\n"
+
+
+def test_stress_demo_and_report(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stress", "--conditions", "A", "C", "--methods", "kpo", "grpo", "--seeds", "2"]) == 0
+    assert main(["demo", "--no-overwrite"]) == 0
+    assert main(["report", "a", "b", "--output", "c.html"]) == 0
+    assert capsys.readouterr().out == "report.html\n"
+    assert calls == [
+        ("stress", (StressConfig(conditions=("A", "C"), methods=("kpo", "grpo"), seeds=2),), {}),
+        ("demo", (DemoConfig(overwrite=False),), {}),
+        ("report", ([Path("a"), Path("b")], Path("c.html")), {}),
+    ]
+
+
+def test_methods_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["name", "advantage", "ratio", "trust", "aggregate", "source"]
+    assert [line.split()[0] for line in lines[1:]] == list(METHODS)
+    assert main(["methods", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["grpo"]["trust"] == "Clip(0.2, 0.2)" and rows["grpo"]["source"] == "arXiv 2402.03300"
+    assert rows["kpo"]["options"]["process_noise"] == 1e-6 and rows["kpo"]["summary"].startswith("KPO as")
+    assert rows["reinforce"]["source"] == "Williams (1992)" and rows["kpo_diffuse"]["source"] == "ours"
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--learnig-rate", "1"], "--learning-rate"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--steps"], "--steps"),
+        (["train", "--schedule", "linar"], "linear"),
+        (["train", "--method-options", "low"], "expected KEY=NUMBER"),
+        (["train", "--method-options", "low=x"], "expected KEY=NUMBER"),
+        (["train", "--config"], "--config"),
+        (["train", "extra"], "extra"),
+        (["trian"], "Available subcommands: train"),
+        (["resume"], "PATH"),
+        (["stress", "--conditions", "D"], "D"),
+        (["train", "--method", "kop"], "error: method: got 'kop'"),
+        (["train", "--method-options", "lo=1"], "did you mean 'low'?"),
+        (["train", "--steps", "0"], "error: steps: got 0, expected 1 to"),
+        (["train", "--run", "a b"], "error: run: got 'a b' as a run's name"),
+        (["train", "--config", "nothing.toml"], "error: config: cannot read 'nothing.toml'"),
+        (["train", "--config", "bad.toml", "--help"], "error: bad.toml:2: key: got 'learnig_rate'"),
+        (["stress", "--minibatch", "5"], "error: minibatch: got 5"),
+        (["report"], "error: RUNS: got none"),
+    ],
+)
+def test_usage_errors_exit_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.toml").write_text("steps = 3\nlearnig_rate = 1\n")
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.out == "" and "Traceback" not in printed.err
+    assert sorted(Path.cwd().iterdir()) == [Path.cwd() / "bad.toml"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RewardError("reward: got\nNone \x1b[31m"), 1, "error: reward: got None [31m\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (TypeError("x"), 1, "error: TypeError: x (KALMAN_RL_TRACEBACK=1 shows where)\n"),
+        (SystemExit(3), 3, ""),
+    ],
+)
+def test_failures_are_one_line(
+    calls: Calls,
+    error: BaseException,
+    code: int,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls.stand_in("train", error)
+    assert main(["train", "--run", "x", "--quiet"]) == code
+    assert " ".join(capsys.readouterr().err.split()) == " ".join(line.split())
+    assert read_manifest(Path("x"))["status"] == ("interrupted" if code == 130 else "failed")
+    if isinstance(error, Exception):
+        monkeypatch.setenv("KALMAN_RL_TRACEBACK", "1")
+        with pytest.raises(type(error)):
+            main(["train", "--run", "y", "--quiet"])
+
+
+def test_exit_codes_of_the_process() -> None:
+    for arguments, code, message in (
+        (["train", "--steps", "0"], 2, "error: steps: got 0, expected 1 to 10,000,000\n"),
+        (["resume", "nothing"], 1, "error: nothing: no such run directory\n"),
+        (["--version"], 0, ""),
+    ):
+        done = command(*arguments)
+        assert (done.returncode, done.stderr) == (code, message)
+    shown = command("resume", "nothing", KALMAN_RL_TRACEBACK="1")
+    assert shown.returncode == 1 and "Traceback" in shown.stderr and "RunError" in shown.stderr
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    search = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "kalman_rl.cli", "methods"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | search,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()

@@ -1,0 +1,331 @@
+"""Configuration: what is written reads back, and whatever else comes in is a ConfigError that says where."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalman_rl.config import (
+    MAX_TOML_BYTES,
+    REPORTERS,
+    DemoConfig,
+    StressConfig,
+    TrainConfig,
+    build,
+    load_toml,
+    notes,
+    to_toml,
+    validate,
+)
+from kalman_rl.errors import ConfigError
+
+KINDS = (TrainConfig, StressConfig, DemoConfig)
+
+
+def toml(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "a.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+# Defaults, documentation, round trip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults_are_valid_and_quiet(kind: type) -> None:
+    validate(kind())
+    assert notes(TrainConfig()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_has_a_range_that_holds_its_default(kind: type) -> None:
+    for spec in fields(kind):
+        hint = get_type_hints(kind)[spec.name]
+        if {int, float} & {hint, *get_args(hint)} and spec.name != "method_options":
+            low, high = spec.metadata["range"]
+            assert spec.default is None or low <= spec.default <= high
+
+
+@st.composite
+def train_configs(draw: st.DrawFn) -> TrainConfig:
+    values: dict[str, Any] = {}
+    for spec in fields(TrainConfig):
+        hint = get_type_hints(TrainConfig)[spec.name]
+        if "range" in spec.metadata:
+            low, high = spec.metadata["range"]
+            number = st.floats(low, high) if hint is float else st.integers(low, min(high, 10_000))
+            values[spec.name] = draw(number if spec.default is not None else st.none() | number)
+    values["method"] = draw(st.sampled_from(["kpo", "grpo", "cispo"]))
+    values["method_options"] = draw(st.dictionaries(st.just("low"), st.floats(0, 0.5)))
+    values["report_to"] = draw(st.sampled_from(REPORTERS))
+    name = st.text(st.sampled_from("aZ0_-."), min_size=1, max_size=20).map(lambda text: "r" + text)
+    values["run"] = draw(st.none() | name.map(Path))
+    values["quiet"] = draw(st.booleans())
+    values["task"] = draw(
+        st.text(st.characters(exclude_categories=("Cs",)), min_size=1).map(lambda t: "t" + t)
+    )
+    updates, micro = values["updates_per_generation"], values["gradient_accumulation"]
+    values |= {"updates_per_generation": updates % 4 + 1, "gradient_accumulation": micro % 4 + 1}
+    values["prompts_per_generation"] = values["updates_per_generation"] * values["gradient_accumulation"]
+    return TrainConfig(**{key: v.replace("\0", "") if isinstance(v, str) else v for key, v in values.items()})
+
+
+@settings(max_examples=50)
+@given(train_configs())
+def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, config: TrainConfig) -> None:
+    validate(config)
+    path = toml(tmp_path_factory.getbasetemp(), to_toml(config))
+    assert build(TrainConfig, load_toml(path)) == config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StressConfig(conditions=("B",), methods=("kpo", "grpo"), seeds=3, quiet=True),
+        DemoConfig(run=Path("a/b"), overwrite=False),
+        TrainConfig(data=Path("rows.jsonl"), method_options={"high": math.inf}, reward="a.b:c"),
+    ],
+)
+def test_every_kind_reads_back(tmp_path: Path, config: Any) -> None:
+    text = to_toml(config)
+    assert build(type(config), load_toml(toml(tmp_path, text), type(config))) == config
+    unset = {spec.name for spec in fields(config) if getattr(config, spec.name) is None}
+    assert tomllib.loads(text).keys() == {spec.name for spec in fields(config)} - unset
+
+
+# Layers
+
+
+def test_later_layers_win() -> None:
+    config = build(TrainConfig, {"steps": 5, "seed": 1}, {}, {"steps": 7})
+    assert (config.steps, config.seed, config.iterations) == (7, 1, 1)
+
+
+KPO = {"method": "kpo", "method_options": {"low": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("layers", "method", "options"),
+    [
+        ([KPO], "kpo", {"low": 0.1}),
+        ([KPO, {"method_options": {"high": 0.2}}], "kpo", {"low": 0.1, "high": 0.2}),
+        ([KPO, {"method": "kpo", "method_options": {"low": 0.3}}], "kpo", {"low": 0.3}),
+        ([KPO, {"method": "grpo"}], "grpo", {}),
+        ([KPO, {"method": "grpo", "method_options": {"high": 0.2}}], "grpo", {"high": 0.2}),
+        ([KPO, {"method": "grpo"}, {"steps": 3}], "grpo", {}),
+        ([{"method_options": {"low": 0.1}}, {"method": "kpo_diffuse"}], "kpo_diffuse", {"low": 0.1}),
+    ],
+)
+def test_options_belong_to_their_method(layers: list[dict[str, Any]], method: str, options: dict) -> None:
+    config = build(TrainConfig, *layers)
+    assert (config.method, config.method_options) == (method, options)
+    assert KPO == {"method": "kpo", "method_options": {"low": 0.1}}
+
+
+def test_method_as_a_table(tmp_path: Path) -> None:
+    long = load_toml(toml(tmp_path, 'method = "kpo"\n[method_options]\nprocess_noise = 1e-4\nlow = 1\n'))
+    short = load_toml(toml(tmp_path, 'steps = 3\n[method]\nname = "kpo"\nprocess_noise = 1e-4\nlow = 1\n'))
+    assert short == {"steps": 3, **long} and isinstance(short["method_options"]["low"], float)
+    assert load_toml(toml(tmp_path, "[method]\nlow = 0.5\n")) == {"method_options": {"low": 0.5}}
+
+
+# What is wrong in a file, and where
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnig_rate = 1e-4", "a.toml:1: key: got 'learnig_rate', expected one of "),
+        ("learnig_rate = 1e-4", "; did you mean 'learning_rate'?"),
+        ("# note\n\nstep = 1", "a.toml:3: key: got 'step', expected one of "),
+        ("[lora]\nrank = 1", "a.toml:1: key: got 'lora'"),
+        ("lora.rank = 1", "a.toml:1: key: got 'lora'"),
+        ("seed = 1\n'strange key' = 1", "a.toml:2: key: got 'strange key'"),
+        ("seed = 0\nsteps = '20'", "a.toml:2: steps: got '20', expected a whole number"),
+        ("steps = 20.0", "a.toml:1: steps: got 20.0, expected a whole number"),
+        ("steps = true", "a.toml:1: steps: got True, expected a whole number"),
+        ("steps = {a = 1}", "a.toml:1: steps: got {'a': 1}, expected a whole number"),
+        ("[steps]\na = 1", "a.toml:1: steps: got {'a': 1}, expected a whole number"),
+        ("quiet = 1", "a.toml:1: quiet: got 1, expected true or false"),
+        ("learning_rate = nan", "a.toml:1: learning_rate: got nan, expected a number"),
+        ("learning_rate = 1979-05-27", "learning_rate: got datetime.date(1979, 5, 27), expected a number"),
+        (f"learning_rate = 1{'0' * 400}", "expected a number"),
+        ("run = 5", "a.toml:1: run: got 5, expected a path"),
+        ('run = "a\\u0000b"', "expected a path"),
+        ("task = ['a']", "a.toml:1: task: got ['a'], expected a text"),
+        ("dtype = 'float23'", "a.toml:1: dtype: got 'float23', expected one of auto, bfloat16, float32; did"),
+        ("schedule = 1", "a.toml:1: schedule: got 1, expected one of"),
+        ("method_options = 3", "a.toml:1: method_options: got 3, expected a table of numbers"),
+        ("[method_options]\nlow = 'x'", "a.toml:1: method_options.low: got 'x', expected a number"),
+        ("seed = 1\n[method]\nname = 'kpo'\nlow = 'x'", "a.toml:2: method.low: got 'x', expected a number"),
+        ("seed = 1\n[method]\nname = 3", "a.toml:2: method.name: got 3, expected a text"),
+        ("method_options = {low = 1}\n[method]\nname = 'kpo'", "got both [method] and method_options"),
+        ("steps = 1\nsteps = 2", "a.toml:2: not valid TOML: Cannot overwrite a value"),
+        ("steps =", "a.toml:1: not valid TOML: Invalid value"),
+        ("steps: 3", "a.toml:1: not valid TOML"),
+        (b"task = 'ok'\nmodel = '\xff'", "a.toml:2: got a byte that is not UTF-8"),
+        (b"\0", "not valid TOML"),
+        ("steps = " + "[" * 100_000, "not valid TOML: maximum recursion depth"),
+        (f"steps = {'9' * 5000}", "not valid TOML"),
+        ("a" * 200 + " = 1", "key: got 'aaa"),
+        (b"#" * (MAX_TOML_BYTES + 1), "got more than 10,000,000 bytes"),
+    ],
+)
+def test_files_with_mistakes(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_toml(toml(tmp_path, text))
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("where", ["nothing.toml", "", "a\0b", "x" * 5000])
+def test_unreadable_files(tmp_path: Path, where: str) -> None:
+    with pytest.raises(ConfigError, match="config: cannot read"):
+        load_toml(tmp_path / where)
+
+
+def test_wrong_items_of_lists(tmp_path: Path) -> None:
+    for text, message in (
+        ("conditions = ['D']", "got 'D', expected one of A, B, C"),
+        ("conditions = 'A'", "a list"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_toml(toml(tmp_path, text), StressConfig)
+
+
+# What is wrong with a configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: got 0, expected 1 to 10,000,000"),
+        ({"learning_rate": -1e-4}, r"learning_rate: got -0\.0001, expected 0\.0 to 1\.0"),
+        ({"temperature": 0.0}, r"temperature: got 0\.0, expected 0\.01 to 10\.0"),
+        ({"threads": 0}, "threads: got 0"),
+        ({"seed": 2**32}, "seed: got 4294967296"),
+        ({"steps": "20"}, "steps: got '20', expected a whole number"),
+        ({"steps": None}, "steps: got None, expected a whole number"),
+        ({"learning_rate": math.nan}, "learning_rate: got nan, expected a number"),
+        ({"method": "kop"}, r"method: got 'kop', expected one of .*; did you mean 'kpo'\?"),
+        ({"method_options": {"lo": 1.0}}, r"method option: got 'lo' .*did you mean 'low'\?"),
+        ({"method_options": {"low": -1.0}}, "method_options of kpo_diffuse: low: got -1"),
+        ({"method_options": {"process_noise": -1.0}}, "method_options of kpo_diffuse: "),
+        ({"method_options": {"low": math.nan}}, r"method_options\.low: got nan, expected a number"),
+        ({"method_options": {"name": 1.0}}, "method_options of kpo_diffuse: "),
+        (
+            {"model": "smolm2"},
+            r"model: got 'smolm2', .*did you mean 'smollm2'\?; or a directory, or a hub",
+        ),
+        ({"model": "./nothing"}, "model: got './nothing', expected a directory that exists"),
+        ({"model": "a/b/c"}, "hub id OWNER/NAME"),
+        ({"model": ""}, "hub id OWNER/NAME"),
+        ({"schedule": "linar"}, r"schedule: got 'linar', .*did you mean 'linear'\?"),
+        ({"report_to": "wandbb"}, r"report_to: got 'wandbb', .*did you mean 'wandb'\?"),
+        ({"task": " "}, "task: got an empty name"),
+        ({"task": "\ud800"}, "task: got .*expected a text"),
+        ({"data": Path("nothing.jsonl")}, "data: got 'nothing.jsonl', expected a JSONL or Parquet file"),
+        ({"reward": "module.function"}, "reward: got 'module.function', expected MODULE:FUNCTION"),
+        ({"run": Path("runs/..")}, r"run: got '\.\.' as a run's name"),
+        ({"run": Path("/")}, "run: got '' as a run's name"),
+        ({"updates_per_generation": 3}, "updates_per_generation: got 3, expected a divisor of 8 prompts"),
+        ({"gradient_accumulation": 5}, "gradient_accumulation: got 5, expected a divisor of 32"),
+        ({"updates_per_generation": 128}, "updates_per_generation: got 128"),
+    ],
+)
+def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(replace(TrainConfig(), **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ()}, r"methods: got \[\], expected one or more"),
+        ({"methods": ("kpo", "kpo")}, "methods: got .*each once"),
+        ({"methods": ("kop",)}, "did you mean 'kpo'"),
+        ({"conditions": ("D",)}, "conditions: got 'D'"),
+        ({"rollouts": 60, "minibatch": 60}, "rollouts: got 60, expected a multiple of 8"),
+        ({"minibatch": 100}, "minibatch: got 100, expected a divisor of rollouts = 512"),
+        ({"run": Path("..")}, "run: got"),
+    ],
+)
+def test_wrong_stress_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(replace(StressConfig(), **changes))
+
+
+@pytest.mark.parametrize(
+    "model", ["tiny", "smollm2", "HuggingFaceTB/SmolLM2-135M", "openai-community/gpt2", ".", "/"]
+)
+def test_models_that_are_allowed(model: str) -> None:
+    validate(TrainConfig(model=model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"completions_per_prompt": 1}, "completions_per_prompt is 1, but kpo_diffuse compares"),
+        ({"updates_per_generation": 1}, "every update is on-policy"),
+        ({"steps": 21}, "steps = 21 is no multiple of 2"),
+        ({"steps": 4}, "warmup_steps = 4 is not below steps = 4"),
+    ],
+)
+def test_notes(changes: dict[str, Any], note: str) -> None:
+    config = replace(TrainConfig(), **changes)
+    validate(config)
+    (text,) = notes(config)
+    assert text.startswith(note) or note in text
+    assert notes(TrainConfig(method="reinforce", completions_per_prompt=1)) == []
+
+
+# Anything at all
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_any_values_are_valid_or_a_config_error(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(KINDS))
+    names = data.draw(st.sets(st.sampled_from([spec.name for spec in fields(kind)]), max_size=4))
+    values = ANYTHING | st.sampled_from(
+        ["kpo", "grpo", Path("a/b"), Path("\0"), 1, 0.5, {"low": 1e-3}, ("A",)]
+    )
+    config = kind(**{name: data.draw(values) for name in sorted(names)})
+    try:
+        validate(config)
+    except ConfigError as error:
+        assert ": got " in str(error) or "method" in str(error)
+    else:
+        to_toml(config).encode()
+
+
+KEYS = [spec.name for spec in fields(TrainConfig)]
+FRAGMENTS = st.sampled_from(
+    [*KEYS, "=", "=", "\n", "\n", "[method]", "name", '"kpo"', "1", "0.5", "true", "[", "]"]
+)
+
+
+@settings(max_examples=300)
+@given(st.text(max_size=50) | st.lists(FRAGMENTS, max_size=25).map(" ".join))
+def test_any_text_is_toml_or_a_config_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = toml(tmp_path_factory.getbasetemp(), text.encode("utf-8", "surrogatepass"))
+    try:
+        layer = load_toml(path)
+    except ConfigError as error:
+        assert str(error).startswith(str(path))
+    else:
+        build(TrainConfig, layer)
