@@ -26,6 +26,7 @@ TRAIN_FLAGS = {
     *("--updates-per-generation", "--iterations", "--gradient-accumulation", "--learning-rate"),
     *("--warmup-steps", "--schedule", "--weight-decay", "--max-grad-norm", "--temperature"),
     *("--max-completion-tokens", "--kl", "--lora-rank", "--dtype", "--eval-every", "--eval-prompts"),
+    *("--eval-samples",),
     *("--save-every", "--traces-per-step", "--train-size", "--test-size", "--report-to", "--threads"),
     *("--log-every", "--quiet", "--no-quiet"),
 }

@@ -108,7 +108,9 @@ def test_a_run_leaves_everything_behind(model_path: str, rewards_module: Path) -
     _, code = start(model_path, path, reward="my_rewards:digits")
     assert code == 0
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["status"] == "finished" and manifest["dtype"] == "float32" and manifest["versions"]["torch"]
+    assert (
+        manifest["status"] == "finished" and manifest["dtype"] == "float32" and manifest["versions"]["torch"]
+    )
     rows = read_metrics(path)
     assert [r["step"] for r in rows if r["kind"] == "train"] == [1, 2, 3, 4]
     assert [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2, 4]
@@ -124,7 +126,9 @@ def test_a_run_leaves_everything_behind(model_path: str, rewards_module: Path) -
     for row in second:
         assert row["log_ratio"] == pytest.approx(row["logp"] - row["logp_old"], abs=1e-6)
         assert row["coefficient"] == (
-            pytest.approx(torch.tensor(row["filtered_log_ratio"]).exp().item(), rel=1e-5) if row["kept"] else 0
+            pytest.approx(torch.tensor(row["filtered_log_ratio"]).exp().item(), rel=1e-5)
+            if row["kept"]
+            else 0
         )
     first = [row for row in second if row["sequence"] == 0]
     assert first[0]["gain"] == pytest.approx(1.0), "diffuse start: the first token is believed"
@@ -233,4 +237,6 @@ def test_progress_is_plain_lines_without_a_terminal(capsys: pytest.CaptureFixtur
     progress(1, {"reward": 0.5, "ratio/raw_log_variance": 0.25})
     progress(2, {})
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "step 1/2" in lines[0] and "reward 0.500" in lines[0] and "\x1b" not in lines[0]
+    assert (
+        len(lines) == 2 and "step 1/2" in lines[0] and "reward 0.500" in lines[0] and "\x1b" not in lines[0]
+    )

@@ -90,7 +90,9 @@ class History(TrainerCallback):
         self.logs: list[dict[str, float]] = []
         self.gradients: list[dict[str, torch.Tensor]] = []
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -172,7 +174,11 @@ def test_gspo_equals_trl_sequence_level(model_path: str, tmp_path: Path) -> None
     _, mine = ours(tmp_path / "a", model_path, make_method("gspo", low=0.1, high=0.1))
     theirs = GRPOConfig(
         **settings(
-            tmp_path / "b", loss_type="grpo", importance_sampling_level="sequence", epsilon=0.1, epsilon_high=0.1
+            tmp_path / "b",
+            loss_type="grpo",
+            importance_sampling_level="sequence",
+            epsilon=0.1,
+            epsilon_high=0.1,
         )
     )
     _, reference = run(GRPOTrainer, theirs, model_path)
@@ -209,7 +215,9 @@ def test_emptied_rows_are_not_counted(model_path: str, tmp_path: Path) -> None:
     """With truncated completions masked out, the mean is over the sequences that are left (TRL's
     ``loss_type="grpo"`` divides by all rows)."""
     seen: list[TokenBatch] = []
-    config = KalmanGRPOConfig(**settings(tmp_path, method="grpo", mask_truncated_completions=True, max_steps=2))
+    config = KalmanGRPOConfig(
+        **settings(tmp_path, method="grpo", mask_truncated_completions=True, max_steps=2)
+    )
     run(KalmanGRPOTrainer, config, model_path, observers=[seen.append])
     filled = sum(int(batch.rollouts.mask.any(dim=1).sum()) for batch in seen)
     assert 0 < filled < 16, "the case needs some but not all rows truncated"
@@ -368,7 +376,12 @@ def test_two_processes_equal_trl(model_path: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    launch = [
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", *launch, str(script)],
         env=environment,

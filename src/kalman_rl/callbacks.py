@@ -92,7 +92,9 @@ class StopOnSignal(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this generation batch; once more to stop at once", file=sys.stderr, flush=True)
+        print(
+            "\nstopping after this generation batch; once more to stop at once", file=sys.stderr, flush=True
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,7 +108,8 @@ class Progress:
 
     def __init__(self, total: int, *, quiet: bool = False, prefix: str = "") -> None:
         self.total, self.quiet, self.prefix = total, quiet, prefix
-        self.start, self.first_step = time.monotonic(), None
+        self.start = time.monotonic()
+        self.first_step: int | None = None
         self.live = sys.stderr.isatty()
 
     def __call__(self, step: int, logs: dict[str, float]) -> None:

@@ -94,6 +94,8 @@ class TrainConfig:
     """Optimizer steps between held-out evaluations; 0 evaluates only before and after."""
     eval_prompts: int = number(128, 1, 1_000_000)
     """Held-out prompts per evaluation."""
+    eval_samples: int = number(4, 1, 1_024)
+    """Sampled replies per held-out prompt; the greedy reply is one."""
     save_every: int = number(10, 0, 10_000_000)
     """Optimizer steps between checkpoints, rounded up to whole generation batches; 0 writes none."""
     traces_per_step: int = number(4, 0, 4_096)

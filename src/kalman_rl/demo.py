@@ -21,7 +21,9 @@ def demo(config: DemoConfig) -> int:
         for part in ("main", "stress"):
             shutil.rmtree(config.run / part, ignore_errors=True)
     cache = config.run.parent / ".cache"
-    _say(config, "1/3  SmolLM2-135M learns single-digit products (reinforcement learning, 8 replies a prompt)")
+    _say(
+        config, "1/3  SmolLM2-135M learns single-digit products (reinforcement learning, 8 replies a prompt)"
+    )
     main = TrainConfig(run=config.run / "main", seed=config.seed, quiet=config.quiet)
     validate(main)
     labels = {"method": main.method, "model": main.model, "task": main.task, "seed": main.seed}

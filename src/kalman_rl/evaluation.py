@@ -17,24 +17,27 @@ def evaluate(
     *,
     max_completion_tokens: int,
     temperature: float = 1.0,
+    samples: int = 1,
     batch_size: int = 128,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Score one greedy and one sampled reply per row.
+    """Score one greedy reply and ``samples`` sampled replies per row.
 
     Args:
         rows: held-out rows with ``prompt`` and the columns that the reward reads.
         reward: TRL's signature; a reply is correct when its reward is 1 (missing rewards count as 0).
-        temperature: of the sampled reply.
-        seed: of the sampled reply, the same at every evaluation, so that changes come from the policy.
+        temperature: of the sampled replies.
+        seed: of the sampled replies, the same at every evaluation, so that changes come from the policy.
 
-    Returns: ``eval/{greedy,sampled}_{accuracy,reward}`` in [0, 1] or reward units, and ``eval/count``.
+    Returns: ``eval/{greedy,sampled}_{accuracy,reward}`` in [0, 1] or reward units, ``eval/count`` (rows) and
+        ``eval/samples`` (sampled replies per row).
     """
-    result = {"eval/count": float(len(rows))}
+    result = {"eval/count": float(len(rows)), "eval/samples": float(samples)}
     for kind, sampled in (("greedy", False), ("sampled", True)):
         scores: list[float] = []
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+        asked = list(rows) * (samples if sampled else 1)
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
             with torch.random.fork_rng():
                 torch.manual_seed(seed + start)
                 replies = generate(
@@ -55,10 +58,17 @@ def evaluate(
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_completion_tokens: int, temperature: float | None
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_completion_tokens: int,
+    temperature: float | None,
 ) -> list[str]:
     """Replies to prompts as text, cut at the first stop token; ``temperature=None`` is greedy."""
-    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(
+        model.device
+    )
     config = GenerationConfig(
         max_new_tokens=max_completion_tokens,
         do_sample=temperature is not None,

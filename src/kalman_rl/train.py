@@ -54,10 +54,15 @@ def train(
     Raises: ConfigError, RewardError, RunError and AdapterError with nothing written lost.
     """
     start = time.monotonic()
-    say = (lambda text: None) if config.quiet else lambda text: print(prefix + text, file=sys.stderr, flush=True)
+    say = (
+        (lambda text: None)
+        if config.quiet
+        else lambda text: print(prefix + text, file=sys.stderr, flush=True)
+    )
     if config.threads:
         torch.set_num_threads(config.threads)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     task = _task(config)
     cache = cache or run.path.parent / ".cache"
     loaded = load_model(config.model, cache=cache, dtype=config.dtype, task=task, seed=0, progress=say)
@@ -87,6 +92,7 @@ def train(
             guard_reward(task.reward),
             max_completion_tokens=max_tokens,
             temperature=config.temperature,
+            samples=config.eval_samples,
         )
         run.log("eval", step, **result)
         say(
@@ -217,9 +223,10 @@ def _warn_short(method: Method, max_tokens: int, say: Any) -> None:
         constants = ratio.time_constants(max_tokens)
         if constants < 0.5:
             say(
-                f"note: {method.name} with Q/R = {ratio.process_noise / ratio.observation_noise:g} and a zero start "
-                f"has {constants:.2g} filter time constants in {max_tokens} tokens (< 0.5): the ratio stays at 1 "
-                "and the clip never acts. kpo_diffuse, or a larger process_noise, avoids this"
+                f"note: {method.name} with a zero start and Q/R = "
+                f"{ratio.process_noise / ratio.observation_noise:g} has {constants:.2g} filter time constants "
+                f"in {max_tokens} tokens (< 0.5): the ratio stays at 1 and the clip never acts. kpo_diffuse, "
+                "or a larger process_noise, avoids this"
             )
 
 

@@ -68,8 +68,8 @@ def check_host() -> None:
         found = tuple(inspect.signature(hook).parameters)[1:] if hook is not None else ()
         if found[: len(expected)] != expected:
             raise AdapterError(
-                f"trl: got version {trl.__version__} with GRPOTrainer.{name}{found}, expected a hook starting "
-                f"with {expected} as in {TESTED_TRL}.*; install trl=={TESTED_TRL}.*"
+                f"trl: got version {trl.__version__} with GRPOTrainer.{name}{found}, expected a hook "
+                f"starting with {expected} as in {TESTED_TRL}.*; install trl=={TESTED_TRL}.*"
             )
 
 
@@ -92,7 +92,7 @@ class KalmanGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.steps_per_generation is None and self.generation_batch_size is None:
+        if getattr(self, "steps_per_generation", None) is None and self.generation_batch_size is None:
             self.steps_per_generation = 4 * self.gradient_accumulation_steps
         super().__post_init__()
 
@@ -145,8 +145,8 @@ class KalmanGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self._entropy_bonus_enabled:
             raise ConfigError(
-                f"entropy_coef: got {self.entropy_coef}, expected 0 because the entropy bonus is not part of a "
-                "method yet; set entropy_coef=0 and adaptive entropy off"
+                f"entropy_coef: got {self.entropy_coef}, expected 0 because the entropy bonus is not part of "
+                "a method yet; set entropy_coef=0 and adaptive entropy off"
             )
         cycle = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % cycle == 0 and not self.use_vllm:
@@ -155,7 +155,9 @@ class KalmanGRPOTrainer(GRPOTrainer):
                 f"{self.args.gradient_accumulation_steps}, steps_per_generation * num_iterations={cycle})"
             )
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._last_rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
@@ -163,10 +165,12 @@ class KalmanGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        rewards = self._last_rewards  # of all ranks, groups contiguous
+        rewards: Any = self._last_rewards  # of all ranks, groups contiguous
         size = self.num_generations if self.model.training else self.num_generations_eval
         group = torch.arange(len(rewards), device=rewards.device) // size
-        local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        local = slice(
+            self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs)
+        )
         output["advantages"] = self.method.advantage(rewards, group)[local]
         output["rewards"] = rewards[local]
         output["prompt"] = [row["prompt"] for row in inputs]
@@ -226,7 +230,9 @@ class KalmanGRPOTrainer(GRPOTrainer):
         mask = inputs["completion_mask"]
         return (mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]).bool()
 
-    def _scaled_advantage(self, inputs: dict[str, Any], logp: Tensor, entropy: Tensor, mask: Tensor) -> Tensor:
+    def _scaled_advantage(
+        self, inputs: dict[str, Any], logp: Tensor, entropy: Tensor, mask: Tensor
+    ) -> Tensor:
         """Advantages (B, T) times TRL's detached per-token factors; a factor >= 0 on A scales the gradient
         exactly as it would on the loss, and leaves the trust region's decision alone."""
         advantage = inputs["advantages"]
@@ -264,7 +270,9 @@ class KalmanGRPOTrainer(GRPOTrainer):
             weight = weight_of(ratio) if self.args.use_bias_correction_kl else 1.0
             metrics["kl"] = diagnosis.masked_mean(weight * k3(drift), rollouts.mask)
         values = torch.stack([value.detach().float() for value in metrics.values()])
-        for name, value in zip(metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True):
+        for name, value in zip(
+            metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True
+        ):
             self._metrics[mode][name].append(value)
         if mode == "train":
             cycle = self.args.steps_per_generation * self.num_iterations
@@ -288,7 +296,9 @@ def _resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
         name = method if method is not None else getattr(args, "method", KalmanGRPOConfig.method)
         resolved = make_method(name, **getattr(args, "method_options", {}))
     if args.beta and resolved.penalty is None:
-        resolved = dataclasses.replace(resolved, penalty=KL(args.beta, importance_weighted=args.use_bias_correction_kl))
+        resolved = dataclasses.replace(
+            resolved, penalty=KL(args.beta, importance_weighted=args.use_bias_correction_kl)
+        )
     return resolved
 
 
@@ -303,6 +313,6 @@ def _check_combination(method: Method, args: GRPOConfig) -> None:
             )
     if method.penalty is not None and not args.beta:
         raise ConfigError(
-            f"beta: got {args.beta}, expected a value > 0 because method {method.name!r} has a penalty against "
-            "a reference policy; TRL computes reference log-probabilities only with beta > 0"
+            f"beta: got {args.beta}, expected a value > 0 because method {method.name!r} has a penalty "
+            "against a reference policy; TRL computes reference log-probabilities only with beta > 0"
         )

@@ -12,7 +12,7 @@ from kalman_rl.report.chart import spread
 from kalman_rl.report.data import Run, find_runs
 from kalman_rl.report.intervals import wilson
 from kalman_rl.report.stress_section import learning_lines
-from kalman_rl.report.study import ACCURACIES, SAMPLED, Study, colours, evaluations, split
+from kalman_rl.report.study import ACCURACIES, SAMPLED, Study, answers, colours, evaluations, split
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#a79a00", "#3b3f46")
 INK, MUTED, RULE = "#1f2328", "#5f6670", "#e3ded2"
@@ -103,11 +103,7 @@ def _main(axes: Any, run: Run) -> None:
                 lw=1.8,
                 ls="--" if index else "-",
             )
-            known = [
-                (row["step"], *wilson(row[key], row["eval/count"]))
-                for row in rows
-                if row.get("eval/count", 0) >= 1
-            ]
+            known = [(row["step"], *wilson(row[key], count)) for row in rows if (count := answers(row, key))]
             if known:
                 axes.fill_between(*zip(*known), color=PALETTE[index], alpha=0.13, lw=0)
             ends.append((values[-1], kind, index))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from kalman_rl.report.study import (
     SAMPLED,
     Arm,
     Measured,
+    answers,
     colours,
     evaluations,
     names_of,
@@ -87,12 +87,8 @@ def _held_out(runs: Sequence[Run], names: Sequence[str], palette: dict[str, int]
             if not rows:
                 continue
             points = [(row["step"], row[key]) for row in rows]
-            spread = [
-                (row["step"], *wilson(row[key], row["eval/count"]))
-                for row in rows
-                if row.get("eval/count", math.nan) >= 1
-            ]
-            counts |= {f"{row['eval/count']:.0f}" for row in rows if row.get("eval/count", math.nan) >= 1}
+            spread = [(row["step"], *wilson(row[key], count)) for row in rows if (count := answers(row, key))]
+            counts |= {f"{count:.0f}" for row in rows if (count := answers(row, key))}
             few = len(points) <= FEW_EVALUATIONS
             alone = len(runs) == 1
             lines.append(

@@ -132,10 +132,10 @@ def measure(
         if not rows:
             continue
         finals.append(rows[-1][key])
-        counts.append(_count(rows[-1]))
+        counts.append(answers(rows[-1], key))
         if len(rows) > 1:
             starts.append(rows[0][key])
-            start_counts.append(_count(rows[0]))
+            start_counts.append(answers(rows[0], key))
         elif fallback:
             starts.append(fallback[0])
             start_counts.append(fallback[1])
@@ -146,8 +146,10 @@ def measure(
     return Measured(tuple(finals), tuple(starts), _smallest(counts), _smallest(start_counts))
 
 
-def _count(row: Row) -> float | None:
-    count = row.get("eval/count", math.nan)
+def answers(row: Row, key: str) -> float | None:
+    """Replies behind an accuracy: one per prompt, or several where each prompt was sampled several times."""
+    samples = row.get("eval/samples", 1.0) if key == SAMPLED else 1.0
+    count = row.get("eval/count", math.nan) * samples
     return count if math.isfinite(count) and count >= 1 else None
 
 
@@ -163,7 +165,9 @@ def arm(method: str, condition: str, runs: Sequence[Run], study: Sequence[Run] =
     for key in ACCURACIES:
         common = [rows[0] for run in study if len(rows := evaluations(run, key)) > 1]
         fallback = (
-            (fmean(row[key] for row in common), _smallest(list(map(_count, common)))) if common else None
+            (fmean(row[key] for row in common), _smallest([answers(row, key) for row in common]))
+            if common
+            else None
         )
         result = measure(finished, key, fallback)
         if result:
