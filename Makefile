@@ -20,7 +20,7 @@ WARM := import datasets, gguf, jinja2, peft, pyarrow.parquet, reasoning_gym, ric
 	from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; from trl import GRPOTrainer; import kalman_rl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test check format readme clean
 # Compiled bytecode of the libraries saves ten seconds in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -63,6 +63,9 @@ check: install ## environment, format, lint, types
 format: install ## rewrite the sources in the house format
 	@$(PY) -m ruff check --fix --exit-zero --quiet .
 	@$(PY) -m ruff format .
+
+readme: install ## write the table of methods into README.md
+	@$(PY) tools/readme.py >/dev/null
 
 clean: ## remove .venv, caches and builds (runs are kept)
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

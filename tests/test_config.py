@@ -272,7 +272,6 @@ def test_models_that_are_allowed(model: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"completions_per_prompt": 1}, "completions_per_prompt is 1, but kpo_diffuse compares"),
         ({"updates_per_generation": 1}, "every update is on-policy"),
         ({"steps": 21}, "steps = 21 is no multiple of 2"),
         ({"steps": 4}, "warmup_steps = 4 is not below steps = 4"),
@@ -283,7 +282,12 @@ def test_notes(changes: dict[str, Any], note: str) -> None:
     validate(config)
     (text,) = notes(config)
     assert text.startswith(note) or note in text
-    assert notes(TrainConfig(method="reinforce", completions_per_prompt=1)) == []
+    assert notes(TrainConfig(method="reinforce")) == []
+
+
+def test_group_of_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^completions_per_prompt: got 1, expected 2 or more"):
+        validate(TrainConfig(method="reinforce", completions_per_prompt=1))
 
 
 # Anything at all

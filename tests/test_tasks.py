@@ -261,9 +261,6 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "a", "answer": "é"}'.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"not UTF-8.*latin\.jsonl:1"):
         rows(tmp_path / "latin.jsonl")
-    (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(ConfigError, match="directory"):
-        rows(tmp_path / "folder.jsonl")
 
 
 # --- reward functions

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -359,7 +362,8 @@ for name, cls, config in (
     rank = trainer.accelerator.process_index
     results["processes"] = trainer.accelerator.num_processes
     results[name + "_weights"] = sum(p.double().abs().sum().item() for p in trainer.model.parameters())
-(out / f"rank{{rank}}.json").write_text(json.dumps(results))
+(out / f"tmp{{rank}}").write_text(json.dumps(results))
+(out / f"tmp{{rank}}").rename(out / f"rank{{rank}}.json")
 """
 
 
@@ -382,16 +386,24 @@ def test_two_processes_equal_trl(model_path: str, tmp_path: Path) -> None:
         "--master-addr=127.0.0.1",
         f"--master-port={port}",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *launch, str(script)],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list(tmp_path.glob("rank*.json"))) == 2:
+                break
+            time.sleep(0.2)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the ranks too, whatever state they are in
+        process.wait()
     files = sorted(tmp_path.glob("rank*.json"))
-    assert len(files) == 2, done.stderr[-3000:]
+    assert len(files) == 2, (tmp_path / "log").read_text()[-3000:]
     ranks = [json.loads(file.read_text()) for file in files]
     for rank in ranks:
         assert rank["processes"] == 2

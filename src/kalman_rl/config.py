@@ -237,15 +237,8 @@ def validate(config: Any) -> None:
 
 def notes(config: TrainConfig) -> list[str]:
     """What is allowed but probably not meant, one sentence each, for a configuration that is valid."""
-    from kalman_rl.advantage import ConstantBaseline
-    from kalman_rl.methods import make_method
-
-    advantage = make_method(config.method, **config.method_options).advantage
     cycle = config.updates_per_generation * config.iterations
-    group_of_one = config.completions_per_prompt == 1 and not isinstance(advantage, ConstantBaseline)
     remarks = {
-        f"completions_per_prompt is 1, but {config.method} compares completions of one prompt: every "
-        "advantage is 0 and nothing is learned": group_of_one,
         "updates_per_generation and iterations are 1: every update is on-policy, all ratios are 1, and "
         "filter and clip have no effect": cycle == 1,
         f"steps = {config.steps} is no multiple of {cycle}: the last generation batch is cut short": (
@@ -274,6 +267,11 @@ def _check_train(config: TrainConfig) -> None:
         )
     prompts, group = config.prompts_per_generation, config.completions_per_prompt
     updates, micro = config.updates_per_generation, config.gradient_accumulation
+    if group < 2:
+        raise ConfigError(
+            f"completions_per_prompt: got {group}, expected 2 or more, because TRL's trainer samples groups; "
+            "for one reply per prompt call kalman_rl.policy_loss in a loop of your own"
+        )
     batch = f"{prompts} prompts * {group} completions = {prompts * group}"
     if prompts * group % updates:
         raise ConfigError(f"updates_per_generation: got {updates}, expected a divisor of {batch}")

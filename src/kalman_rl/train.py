@@ -224,9 +224,9 @@ def _warn_short(method: Method, max_tokens: int, say: Any) -> None:
         if constants < 0.5:
             say(
                 f"note: {method.name} with a zero start and Q/R = "
-                f"{ratio.process_noise / ratio.observation_noise:g} has {constants:.2g} filter time constants "
-                f"in {max_tokens} tokens (< 0.5): the ratio stays at 1 and the clip never acts. kpo_diffuse, "
-                "or a larger process_noise, avoids this"
+                f"{ratio.process_noise / ratio.observation_noise:g} has {constants:.2g} filter time "
+                f"constants in {max_tokens} tokens (< 0.5): the ratio stays at 1 and the clip never "
+                "acts. kpo_diffuse, or a larger process_noise, avoids this"
             )
 
 
