@@ -253,9 +253,6 @@ def test_all_tokens_with_a_newline_stop() -> None:
     assert stop_tokens(Vocabulary(), "\n") == [1, 2, 3]
 
 
-# --- number formats
-
-
 @pytest.mark.parametrize(
     ("probes", "expected"),
     [
@@ -278,9 +275,6 @@ def test_auto_dtype_asks_the_cpu(
     assert bool(notes) == (expected == torch.float32)
     assert bool(models._choose_dtype("bfloat16")[1]) == (expected == torch.float32)
     assert models._choose_dtype("float32") == (torch.float32, [])
-
-
-def test_auto_dtype_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     assert models._choose_dtype("auto")[0] == torch.float32

@@ -10,7 +10,10 @@ from kalman_rl.config import DemoConfig, StressConfig, TrainConfig, to_toml, val
 
 
 def demo(config: DemoConfig) -> int:
-    """(a) Train SmolLM2-135M, (b) run the stress study, (c) write ``report.html``; returns the exit code."""
+    """(a) Train SmolLM2-135M, (b) run the stress study, (c) write ``report.html``; returns the exit code.
+
+    Shorter than the defaults (12 steps of 20, 144 of 192) to fit into six minutes on two cores.
+    """
     from kalman_rl.report import write_figure, write_report
     from kalman_rl.runs import Run
     from kalman_rl.stress import stress
@@ -24,7 +27,9 @@ def demo(config: DemoConfig) -> int:
     _say(
         config, "1/3  SmolLM2-135M learns single-digit products (reinforcement learning, 8 replies a prompt)"
     )
-    main = TrainConfig(run=config.run / "main", seed=config.seed, quiet=config.quiet)
+    main = TrainConfig(
+        run=config.run / "main", seed=config.seed, quiet=config.quiet, steps=12, eval_every=6, eval_samples=2
+    )
     validate(main)
     labels = {"method": main.method, "model": main.model, "task": main.task, "seed": main.seed}
     with Run.create(config.run / "main", to_toml(main), labels) as run:
@@ -33,7 +38,11 @@ def demo(config: DemoConfig) -> int:
         return code
     _say(config, "2/3  five objectives under off-policy stress (tiny model, sort16, conditions A and C)")
     study = StressConfig(
-        conditions=("A", "C"), run=config.run / "stress", first_seed=config.seed, quiet=config.quiet
+        conditions=("A", "C"),
+        run=config.run / "stress",
+        first_seed=config.seed,
+        steps=144,
+        quiet=config.quiet,
     )
     validate(study)
     code = stress(study)
