@@ -112,6 +112,10 @@ class Progress:
         self.first_step: int | None = None
         self.live = sys.stderr.isatty()
 
+    def begin(self) -> None:
+        """Start the clock of the estimate, after whatever came before training."""
+        self.start = time.monotonic()
+
     def __call__(self, step: int, logs: dict[str, float]) -> None:
         if self.quiet:
             return

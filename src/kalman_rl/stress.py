@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -167,7 +166,7 @@ def _finished(config: TrainConfig) -> bool:
     assert config.run is not None
     try:
         manifest = read_manifest(config.run)
-        same = (config.run / "config.toml").read_text() == to_toml(replace(config))
+        same = (config.run / "config.toml").read_text() == to_toml(config)
     except (RunError, OSError):
         return False
     return same and manifest.get("status") == "finished"

@@ -22,6 +22,7 @@ import transformers
 from datasets import Dataset
 from transformers import PrinterCallback
 
+from kalman_rl.allocator import keep_freed_memory
 from kalman_rl.callbacks import (
     Evaluate,
     Progress,
@@ -59,6 +60,7 @@ def train(
         if config.quiet
         else lambda text: print(prefix + text, file=sys.stderr, flush=True)
     )
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     transformers.logging.set_verbosity_error()
@@ -118,6 +120,7 @@ def train(
     else:
         measure(0)
     run.update_manifest(status="running")
+    progress.begin()
     status = "failed"
     try:
         with stop, _quiet_third_parties():
