@@ -25,12 +25,12 @@ SOURCE = ROOT / "src" / "kalman_rl"
 
 # From the ground up: a module imports from its own row and the rows before it, never from a later one.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "allocator"),
+    ("errors",),
     ("kalman", "rollouts", "diagnosis"),
     ("ratio", "trust", "advantage", "aggregate", "penalty"),
     ("objective",),
     ("methods",),
-    ("disk", "checkpoints", "provenance", "traces"),
+    ("allocator", "disk", "checkpoints", "provenance", "traces"),
     ("tasks", "models", "integrations", "runs", "config"),
     ("callbacks", "evaluation"),
     ("train",),

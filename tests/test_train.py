@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ pytest.importorskip("trl")
 import pyarrow.parquet as parquet
 from safetensors.torch import load_file
 
+from kalman_rl.allocator import keep_freed_memory
 from kalman_rl.callbacks import Progress
 from kalman_rl.config import TrainConfig, build, to_toml, validate
 from kalman_rl.errors import ConfigError, RewardError
@@ -240,3 +242,8 @@ def test_progress_is_plain_lines_without_a_terminal(capsys: pytest.CaptureFixtur
     assert (
         len(lines) == 2 and "step 1/2" in lines[0] and "reward 0.500" in lines[0] and "\x1b" not in lines[0]
     )
+
+
+def test_freed_memory_is_kept_on_glibc_only() -> None:
+    glibc = sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
+    assert keep_freed_memory() is glibc

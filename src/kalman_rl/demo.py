@@ -12,7 +12,7 @@ from kalman_rl.config import DemoConfig, StressConfig, TrainConfig, to_toml, val
 def demo(config: DemoConfig) -> int:
     """(a) Train SmolLM2-135M, (b) run the stress study, (c) write ``report.html``; returns the exit code.
 
-    Shorter than the defaults (12 steps of 20, 144 of 192) to fit into six minutes on two cores.
+    Shorter than the defaults (10 steps of 20, 96 of 192) to fit into six minutes on two cores.
     """
     from kalman_rl.report import write_figure, write_report
     from kalman_rl.runs import Run
@@ -28,7 +28,7 @@ def demo(config: DemoConfig) -> int:
         config, "1/3  SmolLM2-135M learns single-digit products (reinforcement learning, 8 replies a prompt)"
     )
     main = TrainConfig(
-        run=config.run / "main", seed=config.seed, quiet=config.quiet, steps=12, eval_every=6, eval_samples=2
+        run=config.run / "main", seed=config.seed, quiet=config.quiet, steps=10, eval_every=5, eval_samples=2
     )
     validate(main)
     labels = {"method": main.method, "model": main.model, "task": main.task, "seed": main.seed}
@@ -41,7 +41,7 @@ def demo(config: DemoConfig) -> int:
         conditions=("A", "C"),
         run=config.run / "stress",
         first_seed=config.seed,
-        steps=144,
+        steps=96,
         quiet=config.quiet,
     )
     validate(study)
