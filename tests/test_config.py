@@ -286,7 +286,10 @@ def test_notes(changes: dict[str, Any], note: str) -> None:
 
 
 def test_group_of_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^completions_per_prompt: got 1, expected 2 or more"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^completions_per_prompt: got 1, expected 2 to 4,096; TRL's trainer samples groups",
+    ):
         validate(TrainConfig(method="reinforce", completions_per_prompt=1))
 
 

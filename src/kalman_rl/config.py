@@ -33,9 +33,9 @@ MAX_TOML_BYTES = 10_000_000
 C = TypeVar("C")
 
 
-def number(default: Any, low: float, high: float) -> Any:
+def number(default: Any, low: float, high: float, because: str = "") -> Any:
     """A numeric field with its default and the inclusive range [low, high] that :func:`validate` enforces."""
-    return field(default=default, metadata={"range": (low, high)})
+    return field(default=default, metadata={"range": (low, high), "because": because})
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TrainConfig:
     """Optimizer steps in all."""
     prompts_per_generation: int = number(8, 1, 65_536)
     """Prompts in one generation batch."""
-    completions_per_prompt: int = number(8, 1, 4_096)
+    completions_per_prompt: int = number(8, 2, 4_096, "; TRL's trainer samples groups")
     """Completions sampled for each prompt: one group."""
     updates_per_generation: int = number(2, 1, 65_536)
     """Optimizer steps in one pass over a generation batch; must divide prompts * completions."""
@@ -229,7 +229,9 @@ def validate(config: Any) -> None:
         value = _read(spec.name, getattr(config, spec.name), hints[spec.name])
         low, high = spec.metadata.get("range", (None, None))
         if value is not None and low is not None and not low <= value <= high:
-            raise ConfigError(f"{spec.name}: got {_show(value)}, expected {low:,} to {high:,}")
+            raise ConfigError(
+                f"{spec.name}: got {_show(value)}, expected {low:,} to {high:,}{spec.metadata['because']}"
+            )
     if config.run is not None and (problem := name_problem(config.run)):
         raise ConfigError(f"run: {problem}")
     _CHECKS[type(config)](config)
@@ -267,11 +269,6 @@ def _check_train(config: TrainConfig) -> None:
         )
     prompts, group = config.prompts_per_generation, config.completions_per_prompt
     updates, micro = config.updates_per_generation, config.gradient_accumulation
-    if group < 2:
-        raise ConfigError(
-            f"completions_per_prompt: got {group}, expected 2 or more, because TRL's trainer samples groups; "
-            "for one reply per prompt call kalman_rl.policy_loss in a loop of your own"
-        )
     batch = f"{prompts} prompts * {group} completions = {prompts * group}"
     if prompts * group % updates:
         raise ConfigError(f"updates_per_generation: got {updates}, expected a divisor of {batch}")
