@@ -110,7 +110,13 @@ class Progress:
         self.total, self.quiet, self.prefix = total, quiet, prefix
         self.start = time.monotonic()
         self.first_step: int | None = None
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and not prefix  # several processes would overwrite each other
+
+    def say(self, text: str) -> None:
+        """A line of its own, which a live line gives way to."""
+        if not self.quiet:
+            wipe = "\r\x1b[2K" if self.live else ""
+            print(f"{wipe}{self.prefix}{text}", file=sys.stderr, flush=True)
 
     def begin(self) -> None:
         """Start the clock of the estimate, after whatever came before training."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -55,11 +54,8 @@ def train(
     Raises: ConfigError, RewardError, RunError and AdapterError with nothing written lost.
     """
     start = time.monotonic()
-    say = (
-        (lambda text: None)
-        if config.quiet
-        else lambda text: print(prefix + text, file=sys.stderr, flush=True)
-    )
+    progress = Progress(config.steps, quiet=config.quiet, prefix=prefix)
+    say = progress.say
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -102,7 +98,6 @@ def train(
             f"greedy {result['eval/greedy_accuracy']:.3f} ({int(result['eval/count'])} prompts)"
         )
 
-    progress = Progress(config.steps, quiet=config.quiet, prefix=prefix)
     for callback in (
         WriteMetrics(run, progress),
         Evaluate(measure, config.eval_every),
