@@ -26,6 +26,7 @@ from kalman_rl.config import (
     StressConfig,
     TrainConfig,
     build,
+    labels,
     load_toml,
     notes,
     to_toml,
@@ -66,8 +67,7 @@ class Train:
         from kalman_rl.train import train
 
         assert config.run is not None
-        labels = {"method": config.method, "model": config.model, "task": config.task, "seed": config.seed}
-        with Run.create(config.run, to_toml(config), labels) as run:
+        with Run.create(config.run, to_toml(config), labels(config)) as run:
             return train(config, run)
 
 

@@ -219,6 +219,11 @@ def to_toml(config: Any) -> str:
     return tomli_w.dumps({key: value for key, value in plain.items() if value is not None})
 
 
+def labels(config: TrainConfig) -> dict[str, Any]:
+    """What a run is grouped by in reports."""
+    return {name: getattr(config, name) for name in ("method", "model", "task", "seed")}
+
+
 def validate(config: Any) -> None:
     """Check a whole configuration before anything starts: types, ranges, names, files, what must divide what.
 

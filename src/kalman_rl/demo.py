@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 
-from kalman_rl.config import DemoConfig, StressConfig, TrainConfig, to_toml, validate
+from kalman_rl.config import DemoConfig, StressConfig, TrainConfig, labels, to_toml, validate
 
 
 def demo(config: DemoConfig) -> int:
@@ -31,8 +31,7 @@ def demo(config: DemoConfig) -> int:
         run=config.run / "main", seed=config.seed, quiet=config.quiet, steps=10, eval_every=5, eval_samples=2
     )
     validate(main)
-    labels = {"method": main.method, "model": main.model, "task": main.task, "seed": main.seed}
-    with Run.create(config.run / "main", to_toml(main), labels) as run:
+    with Run.create(config.run / "main", to_toml(main), labels(main)) as run:
         code = train(main, run, cache=cache)
     if code:
         return code

@@ -52,11 +52,13 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte, however many calls it takes."""
     while data:
         data = data[os.write(descriptor, data) :]
 
 
 def sync(folder: Path) -> None:
+    """Make the entries of a folder durable (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,6 +79,7 @@ def read_regular(path: Path, limit: int | None = MAX_JSON_BYTES) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a regular file. Raises: RunError if it is none."""
     try:
         value = json.loads(read_regular(path))
     except (ValueError, RecursionError):

@@ -133,12 +133,12 @@ def _per_token(method: Method, rollouts: Rollouts, advantage: Tensor | None) -> 
                 f"{missing}: got None, expected one value per completion because {method.name} computes its "
                 f"advantage from rewards; put {missing} into Rollouts, or pass advantage="
             )
-        advantage = method.advantage(rollouts.reward, rollouts.group)
         if rollouts.segment is not None:
             raise ConfigError(
                 "advantage: got None for packed rows (segment is set), expected (B, T) values because a row "
                 "holds several completions; compute them per completion and pass advantage="
             )
+        advantage = method.advantage(rollouts.reward, rollouts.group)
     if advantage.shape == shape[:1]:
         advantage = advantage[:, None].expand(shape)
     if advantage.shape != shape:

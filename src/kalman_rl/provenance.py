@@ -19,6 +19,7 @@ _SECRET = re.compile(r"_(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 
 
 def new_manifest(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest that a run starts with."""
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,5 +81,6 @@ def redacted(value: Any) -> Any:
 
 
 def redacted_toml(text: str) -> str:
+    """TOML text without the values of keys, tokens, secrets and passwords."""
     pattern = r"(?im)^(\s*[\w.-]*_(?:key|token|secret|password)\s*=).*$"
     return str(redacted(re.sub(pattern, r'\1 "[redacted]"', text)))

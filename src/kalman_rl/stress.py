@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.config import StressConfig, TrainConfig, to_toml, validate
+from kalman_rl.config import StressConfig, TrainConfig, labels, to_toml, validate
 from kalman_rl.errors import RunError
 
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -98,14 +98,8 @@ def run_one(config: TrainConfig) -> int:
     assert config.run is not None
     name = config.run.name
     condition = name.partition("-")[0]
-    labels = {
-        "condition": condition,
-        "method": config.method,
-        "seed": config.seed,
-        "model": config.model,
-        "task": config.task,
-    }
-    with Run.create(config.run, to_toml(config), labels, overwrite=True) as run:
+    grouped = {"condition": condition, **labels(config)}
+    with Run.create(config.run, to_toml(config), grouped, overwrite=True) as run:
         return train(config, run, cache=_cache(config.run.parent.parent), prefix=f"{name:<22} ")
 
 

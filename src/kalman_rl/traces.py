@@ -25,6 +25,7 @@ NULLABLE = {"logp_behaviour", "gain", "reward"}
 
 
 def trace_table(step: int, columns: Mapping[str, Sequence[Any]]) -> Any:
+    """The Arrow table of one step's traces, absent nullable columns filled with nulls."""
     import pyarrow as pa
 
     rows = max((len(values) for values in columns.values()), default=0)

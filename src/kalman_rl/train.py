@@ -82,12 +82,14 @@ def train(
     trainer = build_trainer(config, method, task, loaded, run, max_tokens)
     trainer.observers.append(TraceTokens(run, loaded.tokenizer, config.traces_per_step))
 
+    held_out_reward = guard_reward(task.reward)
+
     def measure(step: int) -> None:
         result = evaluate(
             trainer.model,
             loaded.tokenizer,
             task.test[: config.eval_prompts],
-            guard_reward(task.reward),
+            held_out_reward,
             max_completion_tokens=max_tokens,
             temperature=config.temperature,
             samples=config.eval_samples,

@@ -60,6 +60,7 @@ class MainSection:
 
 
 def main_section(runs: Sequence[Run], arms: Sequence[Arm]) -> MainSection:
+    """Charts and tables of the main runs."""
     names = names_of(runs)
     known = all(name in COLOUR_OF for name in names)
     palette = colours(names) if known else {name: index for index, name in enumerate(names)}

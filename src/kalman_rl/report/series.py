@@ -15,10 +15,12 @@ MOST_POINTS = 400
 
 
 def same(value: float) -> float:
+    """The value itself: a metric that is drawn as it is."""
     return value
 
 
 def complement(value: float) -> float:
+    """One minus the value: the share that was not."""
     return 1 - value
 
 
@@ -34,6 +36,7 @@ def series(
 
 
 def finite(points: Sequence[Point]) -> list[float]:
+    """The finite values of points."""
     return [value for _, value in points if math.isfinite(value)]
 
 

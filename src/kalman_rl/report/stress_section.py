@@ -40,6 +40,7 @@ class StressSection:
 
 
 def stress_section(study: Study) -> StressSection:
+    """Charts and the table of the stress study."""
     palette = colours(study.methods)
     section = StressSection(settings=differences(study), conditions=study.conditions)
     section.legend = [(name, palette[name], dashed(name)) for name in study.methods]
@@ -81,6 +82,7 @@ def learning_lines(study: Study, condition: str, palette: dict[str, int]) -> tup
 
 
 def learning(study: Study, palette: dict[str, int]) -> tuple[str, list[Figure]]:
+    """What the curves show (``accuracy`` or ``reward``), and one figure per condition."""
     figures, what = [], "reward"
     tables = {condition: learning_lines(study, condition, palette) for condition in study.conditions}
     every = [

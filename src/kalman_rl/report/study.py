@@ -119,6 +119,7 @@ class Arm:
 
 
 def evaluations(run: Run, key: str) -> list[Row]:
+    """Evaluations of a run in which ``key`` was measured."""
     return [row for row in run.evals if math.isfinite(row.get(key, math.nan))]
 
 
@@ -205,6 +206,7 @@ class Study:
 
 
 def method_rank(name: str) -> tuple[int, str]:
+    """Sorting key: known methods in their fixed order, then the others by name."""
     return METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER), name
 
 

@@ -16,6 +16,7 @@ def decimal(value: float, places: int = 2) -> str:
 
 
 def signed(value: float) -> str:
+    """A number with its sign."""
     text = decimal(value)
     return text if text.startswith("−") or float(text) == 0 else f"+{text}"
 
@@ -29,6 +30,7 @@ def listing(names: Sequence[str], join: str = "and") -> str:
 
 
 def counted(number: int, thing: str) -> str:
+    """A count in words up to ten, with its noun."""
     words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
     return f"{words[number] if number < len(words) else number} {thing}{'' if number == 1 else 's'}"
 
