@@ -1,4 +1,4 @@
-"""Penalties added to the policy loss: KL to the reference policy, per token.
+"""Penalties added to the policy loss, per token: KL to the reference policy, distance to the old one.
 
 With ``d = logp_reference - logp``, as *values* under samples of the current policy k1 and k3 are unbiased
 for KL(policy || reference) and k2 is biased by O(d^3). As *losses* they differ: the gradient of k1 has
@@ -33,6 +33,24 @@ def k2(difference: Tensor) -> Tensor:
 def k3(difference: Tensor) -> Tensor:
     """``exp(d) - 1 - d >= 0``, written with ``expm1`` because it cancels for small d in float32."""
     return torch.expm1(difference) - difference
+
+
+@dataclass(frozen=True)
+class SquaredLogRatio:
+    """``coefficient (logp - logp_old)^2 / 2`` per token (B, T): a pull back to the old policy, in nats^2.
+
+    Args: coefficient: beta > 0. Raises: NumericError for another. Gradient: through ``logp``.
+    Source: DRO (arXiv 2405.19107), in the token form of verl 0.9.1.
+    """
+
+    coefficient: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coefficient < math.inf:
+            raise NumericError(f"beta: got {self.coefficient}, expected a finite penalty weight > 0")
+
+    def __call__(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
+        return self.coefficient * k2(torch.where(rollouts.mask, logp - rollouts.logp_old, 0.0))
 
 
 @dataclass(frozen=True)
