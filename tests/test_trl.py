@@ -137,6 +137,7 @@ METHOD_TO_TRL = {
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "sapo": {"loss_type": "sapo"},
 }
 
 
@@ -211,7 +212,7 @@ def test_every_method_trains_and_logs(name: str, model_path: str, tmp_path: Path
         assert metric in last and last[metric] == last[metric], metric
     assert history.logs[1]["ratio/raw_log_variance"] > 0, "second step of a generation batch is off-policy"
     assert [batch.step for batch in seen] == [0, 1, 2]
-    assert history.logs[-1]["grad_norm"] > 0 or name.startswith("kpo") or name == "gspo"
+    assert any(log["grad_norm"] > 0 for log in history.logs), "nothing was trained"
 
 
 def test_emptied_rows_are_not_counted(model_path: str, tmp_path: Path) -> None:
@@ -293,7 +294,7 @@ def test_missing_rewards_do_not_move_the_policy(model_path: str, tmp_path: Path)
 def test_on_policy_setting_warns_that_ratios_do_nothing(
     model_path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger=adapter.__name__):
+    with caplog.at_level(logging.WARNING, logger=adapter.trainer.__name__):
         _, history = ours(tmp_path, model_path, "kpo", steps_per_generation=1, max_steps=2)
     assert "exactly 0 at every token" in caplog.text
     assert all(log["ratio/noop"] == 1 for log in history.logs)

@@ -1,52 +1,38 @@
 """TRL: ``KalmanGRPOTrainer(GRPOTrainer)`` runs any :class:`kalman_rl.objective.Method`.
 
-Four overrides, all small: rewards are noted as they pass, advantages come from the method, the loss is
-:func:`kalman_rl.objective.policy_loss`, and the first step checks that this loss really ran. Generation,
+A few small overrides: rewards are noted as they pass, advantages come from the method, the loss is
+:func:`kalman_rl.objective.policy_loss`, a step's end is where a method learns, and the first step checks that
+this loss really ran. Inputs that a method needs beyond TRL's are made here or in ``forward``. Generation,
 reference model, PEFT, accelerate, FSDP, DeepSpeed, vLLM, logging and checkpoints are TRL's.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import trl
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from kalman_rl import diagnosis
 from kalman_rl.aggregate import Totals
+from kalman_rl.balance import Balance
+from kalman_rl.curvature import last_layer_step
 from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.methods import make_method
-from kalman_rl.objective import Loss, Method, policy_loss
-from kalman_rl.penalty import KL, k3
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.integrations.trl.config import KalmanGRPOConfig, check_combination, resolve_method
+from kalman_rl.integrations.trl.forward import NextTokens, head_moments, next_tokens
+from kalman_rl.integrations.trl.learning import Learning
+from kalman_rl.integrations.trl.state import load_state, save_state
+from kalman_rl.objective import Loss, Method, needs_of, policy_loss, step_statistics
+from kalman_rl.penalty import k3
+from kalman_rl.rollouts import Current, Rollouts
 from kalman_rl.trust import weight_of
 
 logger = logging.getLogger(__name__)
 
-TESTED_TRL = "1.16"
-_HOOKS = {
-    "_compute_loss": ("model", "inputs"),
-    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
-    "_generate_and_score_completions": ("inputs",),
-    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
-}
-# TRL settings that the method replaces. Changing one would be silently ignored, so it is refused.
-_REPLACED = (
-    "loss_type",
-    "importance_sampling_level",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "scale_rewards",
-    "multi_objective_aggregation",
-)
 _FORWARD_KEYS = (
     "pixel_values",
     "image_grid_thw",
@@ -59,42 +45,6 @@ _FORWARD_KEYS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-
-
-def check_host() -> None:
-    """Raise AdapterError if the installed TRL has other hooks than the ones this adapter was tested on."""
-    for name, expected in _HOOKS.items():
-        hook = getattr(GRPOTrainer, name, None)
-        found = tuple(inspect.signature(hook).parameters)[1:] if hook is not None else ()
-        if found[: len(expected)] != expected:
-            raise AdapterError(
-                f"trl: got version {trl.__version__} with GRPOTrainer.{name}{found}, expected a hook "
-                f"starting with {expected} as in {TESTED_TRL}.*; install trl=={TESTED_TRL}.*"
-            )
-
-
-check_host()
-
-
-@dataclass
-class KalmanGRPOConfig(GRPOConfig):
-    """GRPOConfig with a method instead of ``loss_type``.
-
-    Differs from GRPOConfig in one default: without ``steps_per_generation`` (and
-    ``generation_batch_size``) it takes four optimizer steps per generation batch. TRL's default is exactly
-    on-policy, where every log-ratio is 0 and every ratio method is the same method.
-    """
-
-    method: str = field(default="kpo_diffuse", metadata={"help": "Name in kalman_rl.METHODS."})
-    method_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": 'Options of the method, for example {"process_noise": 1e-4}.'},
-    )
-
-    def __post_init__(self) -> None:
-        if getattr(self, "steps_per_generation", None) is None and self.generation_batch_size is None:
-            self.steps_per_generation = 4 * self.gradient_accumulation_steps
-        super().__post_init__()
 
 
 class TokenBatch(NamedTuple):
@@ -136,13 +86,20 @@ class KalmanGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else KalmanGRPOConfig("kalman-grpo")
-        self.method = _resolve_method(method, args)
+        self.method = resolve_method(method, args)
         self.observers = list(observers)
+        self.learning = Learning(self.method, self._sum_over_ranks)
+        self._step_method = self.method
         self._own_loss_ran = False
         self._noop_steps = 0
         self._last_rewards: Tensor | None = None
-        _check_combination(self.method, args)
+        check_combination(self.method, args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        if self.use_vllm and "top_behaviour" in self.method.needs:
+            raise ConfigError(
+                f"method: got {self.method.name!r} with vLLM, expected one without top-k distributions of "
+                "the sampler, which vLLM does not pass on; take the binary form (dppo_tv, dppo_kl)"
+            )
         if self._entropy_bonus_enabled:
             raise ConfigError(
                 f"entropy_coef: got {self.entropy_coef}, expected 0 because the entropy bonus is not part of "
@@ -171,7 +128,8 @@ class KalmanGRPOTrainer(GRPOTrainer):
         local = slice(
             self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs)
         )
-        output["advantages"] = self.method.advantage(rewards, group)[local]
+        extra = self._method_inputs(output)
+        output["advantages"] = self.method.advantage(rewards, group, **extra)[local]
         output["rewards"] = rewards[local]
         output["prompt"] = [row["prompt"] for row in inputs]
         output["prompt_id"] = [row.get("prompt_id") for row in inputs]
@@ -183,30 +141,15 @@ class KalmanGRPOTrainer(GRPOTrainer):
         self._own_loss_ran = True
         mode = "train" if self.model.training else "eval"
         mask = self._loss_mask(inputs)
-        logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-            **{key: inputs.get(key) for key in _FORWARD_KEYS},
-        )
-        rollouts = Rollouts(
-            # TRL leaves the old log-probabilities out when the update is exactly on-policy.
-            logp_old=inputs.get("old_per_token_logps", logp.detach()),
-            mask=mask,
-            reward=inputs["rewards"],
-            logp_behaviour=inputs.get("sampling_per_token_logps"),
-            logp_reference=inputs.get("ref_per_token_logps"),
-            allow_empty=True,
-        )
+        logp, entropy, aux_loss = self._score(model, inputs)
+        rollouts = self._rollouts(inputs, logp)
         advantage = self._scaled_advantage(inputs, logp, entropy, mask)
-        loss = policy_loss(
-            self.method, rollouts, logp, advantage=advantage, totals=self._totals(inputs, mode)
-        )
+        current = self._current(model, inputs, logp, advantage)
+        method = self._settled(model, inputs, rollouts, current, advantage, mode)
+        loss = policy_loss(method, rollouts, current, advantage=advantage, totals=self._totals(inputs, mode))
         self._record(mode, loss, rollouts, entropy)
         if mode == "train":
+            self.learning.observe(logp, rollouts)
             for observe in self.observers:
                 observe(TokenBatch(self.state.global_step, inputs, rollouts, logp.detach(), loss))
         value = loss.value
@@ -215,8 +158,35 @@ class KalmanGRPOTrainer(GRPOTrainer):
             value = value + self.router_aux_loss_coef * aux_loss / share
         return value
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.accelerator.is_main_process and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            save_state(folder, {"method": self.method.name, "learning": self.learning.state_dict()})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        state = load_state(checkpoint) if checkpoint is not None else None
+        if state is not None:
+            self.learning.load_state_dict(state["learning"])
+
+    def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities (B, T), entropies (B, T), auxiliary loss of the completions under the model."""
+        scores: tuple[Tensor, Tensor, Tensor] = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{key: inputs.get(key) for key in _FORWARD_KEYS},
+        )
+        return scores
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         output: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self.learning.end_step()
         if not self._own_loss_ran:
             raise AdapterError(
                 f"KalmanGRPOTrainer._compute_loss: got bypassed in the first step, expected method "
@@ -224,6 +194,105 @@ class KalmanGRPOTrainer(GRPOTrainer):
                 "(Unsloth does): import it after this trainer is built, or do without it"
             )
         return output
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+        return total.to(values.device)
+
+    def _rollouts(self, inputs: dict[str, Any], logp: Tensor) -> Rollouts:
+        # TRL leaves the old log-probabilities out when the update is exactly on-policy.
+        old = inputs.get("old_per_token_logps", logp.detach())
+        sampler = inputs.get("sampling_per_token_logps")
+        if sampler is None and "logp_behaviour" in self.method.needs:
+            sampler = old  # transformers samples from the very model that is trained
+        return Rollouts(
+            logp_old=old,
+            mask=self._loss_mask(inputs),
+            reward=inputs["rewards"],
+            logp_behaviour=sampler,
+            logp_reference=inputs.get("ref_per_token_logps"),
+            top_behaviour=inputs.get("top_behaviour"),
+            allow_empty=True,
+        )
+
+    def _method_inputs(self, output: dict[str, Any]) -> dict[str, Tensor]:
+        """What the advantage needs, of all ranks; notes the sampler's distributions for the loss."""
+        needs, mask = self.method.needs, self._loss_mask(output)
+        found: dict[str, Tensor] = {"mask": mask, "length": mask.sum(dim=1)}
+        if {"top_behaviour", "energy"} & set(needs):
+            now = self._next_tokens(self.model, output)
+            if "top_behaviour" in needs:
+                output["top_ids"], output["top_behaviour"] = now.top_ids, now.top_logp
+            found["energy"] = torch.where(mask, 1 - 2 * now.logp.exp() + now.collision, 0.0)
+        padded = {name: found[name] for name in needs_of(self.method.advantage)}
+        for name, value in padded.items():
+            if value.dim() == 2:
+                value = self.accelerator.pad_across_processes(value, dim=1)
+            padded[name] = self.accelerator.gather(value)
+        return padded
+
+    def _next_tokens(
+        self, model: Any, inputs: dict[str, Any], top_ids: Tensor | None = None, hidden: bool = False
+    ) -> NextTokens:
+        extra = {key: inputs[key] for key in _FORWARD_KEYS if inputs.get(key) is not None}
+        with self.accelerator.autocast():
+            return next_tokens(
+                model,
+                inputs,
+                top_k=getattr(self.args, "top_k_distribution", KalmanGRPOConfig.top_k_distribution),
+                temperature=self.temperature,
+                top_ids=top_ids,
+                hidden=hidden,
+                rows=self.args.per_device_train_batch_size,
+                extra=extra,
+            )
+
+    def _current(self, model: Any, inputs: dict[str, Any], logp: Tensor, advantage: Tensor) -> Current:
+        """The current policy with what the trust region needs besides ``logp``."""
+        if "top_logp" in self.method.needs:
+            return Current(logp, top_logp=self._next_tokens(model, inputs, inputs["top_ids"]).top_logp)
+        if "step" in self.method.needs:
+            now = self._next_tokens(model, inputs, hidden=True)
+            assert now.hidden is not None
+            rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
+            moments = head_moments(self.accelerator.unwrap_model(self.model), self.optimizer)
+            step = last_layer_step(
+                advantage, now.hidden, now.top_logp, now.top_ids, inputs["completion_ids"], rate, moments
+            )
+            return Current(logp, step=step)
+        return Current(logp)
+
+    def _settled(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        rollouts: Rollouts,
+        current: Current,
+        advantage: Tensor,
+        mode: str,
+    ) -> Method:
+        """The method for this micro-batch. Batch-wide clip bounds are those of the whole optimizer step,
+        which takes a forward pass over its other micro-batches before the first of them."""
+        method = self.learning.now
+        if not isinstance(method.trust, Balance):
+            return method
+        if mode == "eval":
+            return self.learning.settle(step_statistics(method, rollouts, current, advantage=advantage))
+        share = self.current_gradient_accumulation_steps
+        if self._step % share == 0:
+            total = step_statistics(method, rollouts, current, advantage=advantage)
+            for i in range(1, share):
+                other = self._buffered_inputs[(self._step + i) % self.args.steps_per_generation]
+                with torch.no_grad():
+                    logp, entropy, _ = self._score(model, other)
+                scaled = self._scaled_advantage(other, logp, entropy, self._loss_mask(other))
+                part = step_statistics(method, self._rollouts(other, logp), logp, advantage=scaled)
+                total = part if total is None or part is None else total + part
+            self._step_method = self.learning.settle(total)
+            for name, sign in (("low", -1), ("high", 1)):
+                bound = 1 + sign * getattr(self._step_method.trust, name)
+                self._metrics[mode][f"trust/bound_{name}"].append(bound)
+        return self._step_method
 
     @staticmethod
     def _loss_mask(inputs: dict[str, Any]) -> Tensor:
@@ -286,33 +355,4 @@ class KalmanGRPOTrainer(GRPOTrainer):
             "several optimizer steps per generation (steps_per_generation, num_iterations) if you want them",
             why,
             self.method.name,
-        )
-
-
-def _resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
-    if isinstance(method, Method):
-        resolved = method
-    else:
-        name = method if method is not None else getattr(args, "method", KalmanGRPOConfig.method)
-        resolved = make_method(name, **getattr(args, "method_options", {}))
-    if args.beta and resolved.penalty is None:
-        resolved = dataclasses.replace(
-            resolved, penalty=KL(args.beta, importance_weighted=args.use_bias_correction_kl)
-        )
-    return resolved
-
-
-def _check_combination(method: Method, args: GRPOConfig) -> None:
-    defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
-    for name in _REPLACED:
-        value = getattr(args, name)
-        if value != defaults[name]:
-            raise ConfigError(
-                f"{name}: got {value!r}, expected TRL's default {defaults[name]!r} because the method "
-                f"{method.name!r} decides this; set it through method_options or a Method of your own"
-            )
-    if method.penalty is not None and not args.beta:
-        raise ConfigError(
-            f"beta: got {args.beta}, expected a value > 0 because method {method.name!r} has a penalty "
-            "against a reference policy; TRL computes reference log-probabilities only with beta > 0"
         )
