@@ -22,9 +22,21 @@ from kalman_rl.integrations.trl.forward import head_moments, next_tokens
 from kalman_rl.integrations.trl.learning import Learning
 from kalman_rl.integrations.trl.state import STATE_FILE, load_state, save_state
 from kalman_rl.models import load_model
+from kalman_rl.objective import step_statistics
+from kalman_rl.rollouts import Rollouts
 from kalman_rl.tasks import load_task
 from kalman_rl.trust import Clip
-from test_trl import ROWS, assert_same_training, digit_sum, model_path, ours, run, settings, tokenizer
+from test_trl import (
+    ROWS,
+    assert_same_training,
+    digit_sum,
+    model_path,
+    ours,
+    run,
+    settings,
+    tokenizer,
+    two_ranks,
+)
 
 __all__ = ["model_path"]  # a fixture
 
@@ -62,6 +74,46 @@ def test_bapo_does_not_depend_on_micro_batches(name: str, model_path: str, tmp_p
 def test_bapo_refuses_steps_that_straddle_generations(model_path: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gradient_accumulation_steps: got 4, expected a divisor"):
         ours(tmp_path, model_path, "bapo", gradient_accumulation_steps=4, steps_per_generation=2)
+
+
+@pytest.mark.timeout(300)
+def test_bapo_bounds_are_those_of_all_ranks(model_path: str, tmp_path: Path) -> None:
+    """Two ranks, two micro-batches a step: both ranks use the bounds that all four pieces lead to."""
+    body = """
+    from kalman_rl import make_method
+    seen = []
+    pieces = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, steps_per_generation=4)
+    config = t.KalmanGRPOConfig(**t.settings(out / "a", max_steps=2, **pieces))
+    method = make_method("bapo", target=0.95)
+    trainer, history = t.run(t.KalmanGRPOTrainer, config, model_path, method=method, observers=[seen.append])
+    results["bounds"] = [(h["trust/bound_low"], h["trust/bound_high"]) for h in history.logs]
+    results["pieces"] = [
+        {
+            "step": batch.step,
+            "old": batch.rollouts.logp_old.tolist(),
+            "logp": batch.logp.tolist(),
+            "mask": batch.rollouts.mask.tolist(),
+            "advantage": batch.inputs["advantages"].tolist(),
+        }
+        for batch in seen
+    ]
+    """
+    ranks = two_ranks(body, model_path, tmp_path)
+    assert ranks[0]["bounds"] == ranks[1]["bounds"]
+    method = make_method("bapo", target=0.95)
+    for step, (low, high) in enumerate(ranks[0]["bounds"]):
+        pieces = [piece for rank in ranks for piece in rank["pieces"] if piece["step"] == step]
+        assert len(pieces) == 4
+        total = torch.zeros(0)
+        for piece in pieces:
+            rollouts = Rollouts(torch.tensor(piece["old"]), torch.tensor(piece["mask"]), allow_empty=True)
+            advantage = torch.tensor(piece["advantage"])
+            part = step_statistics(method, rollouts, torch.tensor(piece["logp"]), advantage=advantage)
+            assert part is not None
+            total = part if not len(total) else total + part
+        found = method.trust.settle(total)
+        assert (1 - found.low, 1 + found.high) == pytest.approx((low, high))
+    assert any(pair != [0.6, 1.2] for pair in ranks[0]["bounds"]), "the case needs a search that moves"
 
 
 # ---- distributions
