@@ -13,10 +13,12 @@ from trl import GRPOConfig, GRPOTrainer
 from kalman_rl.balance import Balance
 from kalman_rl.correction import CORRECTIONS
 from kalman_rl.errors import AdapterError, ConfigError
+from kalman_rl.integrations.trl.tracking import Budget
 from kalman_rl.lookup import make
 from kalman_rl.methods import make_method
 from kalman_rl.objective import Method
 from kalman_rl.penalty import KL
+from kalman_rl.tracked import Tracked
 
 TESTED_TRL = "1.16"
 _HOOKS = {
@@ -83,6 +85,51 @@ class KalmanGRPOConfig(GRPOConfig):
         default_factory=dict, metadata={"help": 'Its options, for example {"cap": 2.0, "level": "sequence"}.'}
     )
 
+    belief: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take advantages from a belief about every prompt's value instead of the method's own: auto, "
+            "gaussian, beta, regression, spo. The dataset needs a stable column prompt_id."
+        },
+    )
+    belief_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the belief."})
+    prompt_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Give the belief the mean hidden state of each prompt (one forward pass per prompt)."
+        },
+    )
+    allocation: str = field(
+        default="fixed",
+        metadata={
+            "help": "Completions per prompt: fixed (num_generations), predictive (from the belief, before "
+            "sampling) or rounds (the belief sees each round's rewards)."
+        },
+    )
+    allocation_objective: str = field(
+        default="gradient", metadata={"help": "What an allocation buys: gradient, or light (mixed groups)."}
+    )
+    budget: float | None = field(
+        default=None, metadata={"help": "Mean completions per prompt; None: all rows of the batch."}
+    )
+    rounds: list[int] = field(
+        default_factory=lambda: [2, 4],
+        metadata={"help": "Completions per prompt and round; the last repeats."},
+    )
+    completions_min: int = field(
+        default=0, metadata={"help": "Least completions of a prompt; 0 may skip it."}
+    )
+    completions_max: int = field(default=32, metadata={"help": "Most completions of a prompt in a batch."})
+    coverage_steps: int = field(
+        default=256, metadata={"help": "A prompt is due again after so many steps without a completion."}
+    )
+    reward_range: str = field(
+        default="unit", metadata={"help": "unit if rewards lie in [0, 1], else real; read by allocations."}
+    )
+    reward_noise_variance: float = field(
+        default=0.0, metadata={"help": "Variance of the scorer's noise, where reward_range is real."}
+    )
+
     def __post_init__(self) -> None:
         if getattr(self, "steps_per_generation", None) is None and self.generation_batch_size is None:
             self.steps_per_generation = 4 * self.gradient_accumulation_steps
@@ -96,6 +143,10 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
     else:
         name = method if method is not None else getattr(args, "method", KalmanGRPOConfig.method)
         resolved = make_method(name, **getattr(args, "method_options", {}))
+    belief = getattr(args, "belief", None)
+    if belief is not None:
+        tracked = Tracked(belief, tuple(args.belief_options.items()))
+        resolved = dataclasses.replace(resolved, advantage=tracked)
     correction = getattr(args, "correction", None)
     if correction is not None:
         if args.use_vllm and args.vllm_importance_sampling_correction:
@@ -112,6 +163,23 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
     return resolved
 
 
+def budget_of(args: GRPOConfig) -> Budget:
+    """How the settings divide completions among prompts."""
+    if not isinstance(args, KalmanGRPOConfig):
+        return Budget()
+    return Budget(
+        allocation=args.allocation,  # type: ignore[arg-type]
+        mean=args.budget,
+        rounds=tuple(args.rounds),
+        low=args.completions_min,
+        high=args.completions_max,
+        objective=args.allocation_objective,  # type: ignore[arg-type]
+        coverage=args.coverage_steps,
+        rewards=args.reward_range,  # type: ignore[arg-type]
+        noise_variance=args.reward_noise_variance,
+    )
+
+
 def check_combination(method: Method, args: GRPOConfig) -> None:
     """Raise ConfigError for settings that the method would silently override or cannot work with."""
     defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
@@ -122,6 +190,11 @@ def check_combination(method: Method, args: GRPOConfig) -> None:
                 f"{name}: got {value!r}, expected TRL's default {defaults[name]!r} because the method "
                 f"{method.name!r} decides this; set it through method_options or a Method of your own"
             )
+    if budget_of(args).allocation != "fixed" and not isinstance(method.advantage, Tracked):
+        raise ConfigError(
+            f"allocation: got {args.allocation!r} for method {method.name!r}, expected fixed because only a belief "
+            "knows how to divide completions; set belief='auto'"
+        )
     share = args.gradient_accumulation_steps
     if isinstance(method.trust, Balance) and (args.steps_per_generation or share) % share:
         raise ConfigError(

@@ -8,8 +8,9 @@ reference model, PEFT, accelerate, FSDP, DeepSpeed, vLLM, logging and checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,21 @@ from kalman_rl.aggregate import Totals
 from kalman_rl.balance import Balance
 from kalman_rl.curvature import last_layer_step
 from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.integrations.trl.config import KalmanGRPOConfig, check_combination, resolve_method
+from kalman_rl.integrations.trl.config import (
+    KalmanGRPOConfig,
+    budget_of,
+    check_combination,
+    resolve_method,
+)
 from kalman_rl.integrations.trl.forward import NextTokens, head_moments, next_tokens
+from kalman_rl.integrations.trl.generation import tracked_generation
 from kalman_rl.integrations.trl.learning import Learning
 from kalman_rl.integrations.trl.state import load_state, save_state
+from kalman_rl.integrations.trl.tracking import Tracking
 from kalman_rl.objective import Loss, Method, needs_of, policy_loss, step_statistics
 from kalman_rl.penalty import k3
 from kalman_rl.rollouts import Current, Rollouts
+from kalman_rl.tracked import Tracked
 from kalman_rl.trust import weight_of
 
 logger = logging.getLogger(__name__)
@@ -88,6 +97,10 @@ class KalmanGRPOTrainer(GRPOTrainer):
         args = args if args is not None else KalmanGRPOConfig("kalman-grpo")
         self.method = resolve_method(method, args)
         self.observers = list(observers)
+        self.tracking: Tracking | None = None
+        if isinstance(self.method.advantage, Tracked):
+            self.tracking = Tracking(self.method.advantage.make(), budget_of(args))
+        self.prompt_features = getattr(args, "prompt_features", False)
         self.learning = Learning(self.method, self._sum_over_ranks)
         self._step_method = self.method
         self._own_loss_ran = False
@@ -121,7 +134,12 @@ class KalmanGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.tracking is not None and self.model.training:
+            generate = super()._generate_and_score_completions
+            output = tracked_generation(self, self.tracking, inputs, generate)
+            self._method_inputs(output)
+            return self._counted(output)
+        output = super()._generate_and_score_completions(inputs)
         rewards: Any = self._last_rewards  # of all ranks, groups contiguous
         size = self.num_generations if self.model.training else self.num_generations_eval
         group = torch.arange(len(rewards), device=rewards.device) // size
@@ -133,9 +151,33 @@ class KalmanGRPOTrainer(GRPOTrainer):
         output["rewards"] = rewards[local]
         output["prompt"] = [row["prompt"] for row in inputs]
         output["prompt_id"] = [row.get("prompt_id") for row in inputs]
+        return self._counted(output)
+
+    def _counted(self, output: dict[str, Any]) -> dict[str, Any]:
         filled = self._loss_mask(output).any(dim=1).sum()
-        output["num_sequences_in_batch"] = self.accelerator.gather(filled).sum()
-        return output
+        return output | {"num_sequences_in_batch": self.accelerator.gather(filled).sum()}
+
+    @contextlib.contextmanager
+    def one_completion_per_row(self) -> Iterator[None]:
+        """While it lasts, TRL takes every row for a prompt of its own and forms no groups."""
+        size = self.num_generations
+        self.num_generations = 1
+        marks = {name: len(values) for name, values in self._metrics["train"].items()}
+        try:
+            yield
+        finally:
+            self.num_generations = size
+            for name in ("reward", "reward_std", "frac_reward_zero_std"):  # of single rounds: drop them
+                del self._metrics["train"][name][marks.get(name, 0) :]
+
+    def log_generation(self, metrics: dict[str, float], reward: Tensor) -> None:
+        """Log the numbers of one generation batch, with TRL's own reward statistics of the whole batch."""
+        known = reward[~reward.isnan()]
+        if len(known):
+            metrics = metrics | {"reward": known.mean().item(), "reward_std": known.std(correction=0).item()}
+        metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._own_loss_ran = True
@@ -162,13 +204,18 @@ class KalmanGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.accelerator.is_main_process and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, {"method": self.method.name, "learning": self.learning.state_dict()})
+            state = {"method": self.method.name, "learning": self.learning.state_dict()}
+            if self.tracking is not None:
+                state["tracking"] = self.tracking.state_dict()
+            save_state(folder, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         state = load_state(checkpoint) if checkpoint is not None else None
         if state is not None:
             self.learning.load_state_dict(state["learning"])
+        if checkpoint is not None and self.tracking is not None:
+            self.tracking.load_state_dict((state or {}).get("tracking"))
 
     def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities (B, T), entropies (B, T), auxiliary loss of the completions under the model."""
