@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "needs", "lookup"),
     ("kalman", "rollouts", "diagnosis", "hadamard"),
     ("belief",),
+    ("sampling",),
     ("ratio", "trust", "advantage", "aggregate", "penalty"),
     ("divergence", "balance", "curvature", "correction", "reward_filter"),
     ("objective",),
