@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("belief",),
     ("sampling",),
     ("ratio", "trust", "advantage", "aggregate", "penalty"),
-    ("divergence", "balance", "curvature", "correction", "reward_filter"),
+    ("divergence", "balance", "curvature", "correction", "reward_filter", "tracked"),
     ("objective",),
     ("methods",),
     ("allocator", "disk", "checkpoints", "provenance", "traces"),
@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("cli", "__main__"),
 )
-NUMERIC = {name for row in LAYERS[:7] for name in row}
+NUMERIC = {name for row in LAYERS[:8] for name in row}
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "pandas", "peft", "pyarrow", "ray", "reasoning_gym")
 HEAVY += ("rich", "scipy", "transformers", "trl", "tyro", "verl")
 

@@ -169,7 +169,7 @@ def test_resume_without_a_saved_belief_is_refused(model_path: str, tmp_path: Pat
 
 def test_features_are_mean_hidden_states(model_path: str, tmp_path: Path) -> None:
     trainer, _, _ = trained(
-        tmp_path, model_path, belief="regression", prompt_features=True, learning_rate=0.0, max_steps=4
+        tmp_path, model_path, belief="auto", prompt_features=True, learning_rate=0.0, max_steps=4
     )
     assert trainer.tracking is not None and len(trainer.tracking.features) == 8
     row = next(row for row in ROWS if row["prompt_id"] in trainer.tracking.features)
@@ -273,7 +273,7 @@ def test_rows_join_fill_and_take() -> None:
         ({"allocation": "predictive", "allocation_objective": "lite"}, "objective: got 'lite'"),
         (
             {"allocation": "predictive", "completions_min": 9, "completions_max": 8},
-            "n_min, n_max|completions",
+            "completions_min, completions_max: got 9, 8",
         ),
     ],
 )

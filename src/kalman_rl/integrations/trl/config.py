@@ -89,7 +89,7 @@ class KalmanGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Take advantages from a belief about every prompt's value instead of the method's own: auto, "
-            "gaussian, beta, regression, spo. The dataset needs a stable column prompt_id."
+            "gaussian, beta, spo. The dataset needs a stable column prompt_id."
         },
     )
     belief_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the belief."})

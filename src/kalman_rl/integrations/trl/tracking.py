@@ -56,6 +56,10 @@ class Budget:
             raise ConfigError(
                 f"allocation: got {self.allocation!r}, expected one of fixed, predictive, rounds"
             )
+        if not 0 <= self.low <= self.high or self.high < 1:
+            raise ConfigError(
+                f"completions_min, completions_max: got {self.low}, {self.high}, expected 0 <= min <= max and max >= 1"
+            )
         if self.mean is not None and not (0 < self.mean < math.inf):
             raise ConfigError(f"budget: got {self.mean}, expected a mean number of completions > 0")
         if self.mean is not None and self.allocation == "fixed":

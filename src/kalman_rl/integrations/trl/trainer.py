@@ -160,7 +160,7 @@ class KalmanGRPOTrainer(GRPOTrainer):
     @contextlib.contextmanager
     def one_completion_per_row(self) -> Iterator[None]:
         """While it lasts, TRL takes every row for a prompt of its own and forms no groups."""
-        size = self.num_generations
+        size: int = self.num_generations  # type: ignore[has-type]
         self.num_generations = 1
         marks = {name: len(values) for name, values in self._metrics["train"].items()}
         try:
