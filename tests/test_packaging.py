@@ -30,13 +30,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ratio", "trust", "advantage", "aggregate", "penalty"),
     ("objective",),
     ("methods",),
+    ("verify", "cards"),
     ("allocator", "disk", "checkpoints", "provenance", "traces"),
     ("tasks", "models", "integrations", "runs", "config"),
     ("callbacks", "evaluation"),
     ("train",),
     ("report",),
+    ("replay",),
     ("stress",),
     ("demo",),
+    ("method_table",),
     ("cli", "__main__"),
 )
 NUMERIC = {name for row in LAYERS[:5] for name in row}
