@@ -52,9 +52,7 @@ def test_advantage(record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("record", [r for r in RECORDS["policy_losses"] if r["method"] == "bapo"])
-def test_bapo_ends_with_the_recorded_bounds(
-    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bapo_ends_with_the_recorded_bounds(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[trust.Clip] = []
     settle = balance.Balance.settle
 

@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("callbacks", "evaluation"),
     ("train",),
     ("report",),
-    ("replay",),
+    ("replay", "replay_text"),
     ("stress",),
     ("demo",),
     ("method_table",),

@@ -261,7 +261,9 @@ def literal_loss(method: Method, batch: Example, logp: Tensor, advantage: Tensor
         return None
     weight = (logp - logp.detach() + values).exp()
     if method.ratio is ratio.sequence_mean:
-        means = [(logp - batch.rollouts.logp_old)[i, t].mean() for i, t in enumerate(positions(batch.rollouts))]
+        means = [
+            (logp - batch.rollouts.logp_old)[i, t].mean() for i, t in enumerate(positions(batch.rollouts))
+        ]
         weight = torch.stack(means).exp()[:, None].expand_as(logp)
     per_token = loss(method.trust, Terms(logp, weight, advantage, batch))
     if isinstance(method.penalty, penalty.SquaredLogRatio):

@@ -188,7 +188,9 @@ def _limits() -> dict[str, dict[str, Callable[[], float]]]:
     inf = math.inf
     token = make("cispo", high=inf)  # every token at its ratio, token mean
     grpo_band, still = make("grpo", low=3e-4, high=4e-4), make("kpo", process_noise=0.0)
-    dppo_open = {f"dppo_{k}": make(f"dppo_{k}", low=inf, high=inf) for k in ("tv", "kl", "topk_tv", "topk_kl")}
+    dppo_open = {
+        f"dppo_{k}": make(f"dppo_{k}", low=inf, high=inf) for k in ("tv", "kl", "topk_tv", "topk_kl")
+    }
     table: dict[str, dict[str, Callable[[], float]]] = {
         "kpo": {
             "Q = inf is GRPO with the same clip": _same(make("kpo", process_noise=inf), grpo_band),
