@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping
@@ -80,7 +81,8 @@ def card(name: str) -> dict[str, Any]:
 
 def summary(name: str) -> str:
     """First line of the method's docstring."""
-    return (inspect.getdoc(METHODS[name]) or "").partition("\n")[0]
+    line = (inspect.getdoc(METHODS[name]) or "").partition("\n")[0]
+    return re.sub(r":\w+:`([^`]+)`", r"\1", line)
 
 
 def changes(name: str) -> str:
@@ -118,7 +120,7 @@ def label(part: Callable[..., Any]) -> str:
 
 
 def named_label(part: Callable[..., Any], *, short: bool = False) -> str:
-    """As :func:`label` with the names of the settings; ``short`` leaves out those at the component's defaults."""
+    """As :func:`label` with the names of settings; ``short`` leaves out those at the component's defaults."""
     if not dataclasses.is_dataclass(part):
         return label(part)
     shown = [
@@ -188,10 +190,8 @@ def as_text(name: str, width: int = 100) -> str:
 
 def _reference(key: str) -> str:
     entry = references()[key]
-    where = (
-        f", arXiv {entry['eprint']}" if "eprint" in entry else f", {entry['url']}" if "url" in entry else ""
-    )
-    return f"{entry['title']} ({entry['year']}){where}"
+    where = [f"arXiv {entry['eprint']}"] if "eprint" in entry else [entry["url"]] if "url" in entry else []
+    return ", ".join([f"{entry['title']} ({entry['year']})", *where])
 
 
 def as_markdown(name: str) -> str:

@@ -1,8 +1,8 @@
 """Replay: any method on the stored tokens of a run, without model or GPU.
 
-Traces hold a few completions per step, not whole groups: the stored advantages are used as they are, and bounds
-that a method chooses on its batch are chosen on the traced rows. Steps are read one at a time; what stays in
-memory is 8 bytes a token.
+Traces hold a few completions per step, not whole groups: the stored advantages are used as they are, and
+bounds that a method chooses on its batch are chosen on the traced rows. Steps are read one at a time; what
+stays in memory is 8 bytes a token.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ LONGEST = 1_000_000
 """Positions that a completion may span; a larger number in a file is damage."""
 
 _STORED = ("logp_behaviour", "length", "mask", "reward", "group")
-_COLUMNS = ("sequence", "position", "token", "logp_old", "logp_behaviour", "logp", "log_ratio")
-_COLUMNS += ("filtered_log_ratio", "coefficient", "kept", "advantage")
+_COLUMNS = tuple(
+    "sequence position token logp_old logp_behaviour logp log_ratio filtered_log_ratio coefficient kept "
+    "advantage".split()
+)
 
 
 class Field(NamedTuple):
@@ -333,8 +335,8 @@ def _numbers(step: int, sequences: int, pair: tuple[Tensor, Tensor], kept: tuple
     first, second = (values.double() for values in pair)
     size = (first.square().sum() * second.square().sum()).sqrt().item()
     cosine = (first * second).sum().item() / size if size > 0 else math.nan
-    summaries = (_summary(values, count) for values, count in zip((first, second), kept))
-    return StepReplay(step, len(first), sequences, *summaries, cosine)
+    mine, theirs = _summary(first, kept[0]), _summary(second, kept[1])
+    return StepReplay(step, len(first), sequences, mine, theirs, cosine)
 
 
 def _summary(values: Tensor, kept: int) -> Summary:

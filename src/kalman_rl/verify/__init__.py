@@ -1,8 +1,8 @@
 """Checks of every method that run on the user's machine in seconds: ``kalman-rl methods NAME --verify``.
 
 ``golden`` compares our composition with recorded outputs of published code (``README.md`` describes the
-record); ``oracles`` compares with plain restatements of the definitions, autograd of the literal loss, and limits
-in which one method becomes another. Tests use the same functions.
+record); ``oracles`` compares with plain restatements of the definitions, autograd of the literal loss, and
+limits in which one method becomes another. Tests use the same functions.
 """
 
 from __future__ import annotations

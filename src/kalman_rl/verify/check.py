@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Check(NamedTuple):
-    """``error`` is the largest difference relative to the largest expected value; passes up to ``tolerance``."""
+    """``error`` is the largest difference, relative to the largest expected value."""
 
     method: str
     name: str

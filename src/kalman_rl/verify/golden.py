@@ -111,8 +111,8 @@ ADVANTAGE: dict[str, Callable[..., Tensor]] = {
 
 
 class Comparison(NamedTuple):
-    """Errors of loss and gradient, relative to the loss and the largest gradient; whether the same tokens have
-    none; the tolerance."""
+    """Errors of loss and gradient, relative to the loss and the largest gradient; whether the same tokens
+    have none; the tolerance."""
 
     value: float
     gradient: float
@@ -145,7 +145,7 @@ def compare_loss(record: Record) -> Comparison:
     rollouts = Rollouts(old, tensor("mask"), logp_behaviour=old)  # recorded with sampler = old policy
     logp = tensor("log_prob").requires_grad_()
     loss = policy_loss(composition(record), rollouts, logp, advantage=tensor("advantages"))
-    loss.value.backward()  # type: ignore[no-untyped-call]
+    loss.value.backward()
     expected = tensor("grad_log_prob")
     gradient = torch.full_like(expected, math.nan) if logp.grad is None else logp.grad
     kind = "sequence" if record["aggregation"] == "seq-mean-token-mean" else "token"

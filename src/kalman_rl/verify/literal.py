@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
 
 def example(seed: int = 0, rows: int = 6, length: int = 9, scale: float = 0.3) -> Example:
-    """A float64 batch in groups of three; at width ``scale`` (nats) every trust region acts on some tokens."""
+    """A float64 batch in groups of three, moved so far (nats) that every trust region acts on some tokens."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
