@@ -78,8 +78,11 @@ def run(tmp_path: Path) -> Path:
 def test_own_method_gives_the_stored_columns(name: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", name, {})
     result = replay(folder, name)
-    assert result.own == name and result.self_check is not None
-    assert result.self_check <= 1e-6 and result.flipped == 0
+    if name.startswith("bapo"):  # its bounds are those of a batch that is not stored
+        assert result.self_check is None and "no self-check: bapo" in " ".join(result.notes)
+    else:
+        assert result.own == name and result.self_check is not None
+        assert result.self_check <= 1e-6 and result.flipped == 0
     assert result.overall.method == result.overall.against and not result.disagreements
     assert result.overall.cosine == pytest.approx(1)
 
@@ -216,7 +219,7 @@ def with_value(name: str, value: Any) -> Any:
         (with_value("kept", None), ""),
         (lambda table: table.drop_columns(["logp"]), "logp"),
         (lambda table: table.slice(0, 0), "got no rows"),
-        (lambda table: table.rename_columns([f"{c}x" for c in table.column_names]), "got no"),
+        (lambda table: table.rename_columns([f"{c}x" for c in table.column_names]), "sequence"),
     ],
 )
 def test_damaged_numbers(run: Path, change: Any, message: str) -> None:

@@ -165,15 +165,26 @@ def _own_method(run: Path) -> tuple[Method | None, list[str]]:
         _check_needs(method)
     except KalmanRLError as error:
         return None, [f"no self-check: {error}"]
+    if why := _chosen_in_training(method):
+        return None, [f"no self-check: {method.name}: {why}"]
     return method, []
+
+
+def _chosen_in_training(method: Method) -> str | None:
+    """What a replay takes for what training chose on data that is not stored."""
+    if isinstance(method.trust, Balance):
+        return "clip bounds are chosen on the traced rows only, not on the batch"
+    if hasattr(method.ratio, "settle"):
+        return "noises learned in training are not stored; its start values are used"
+    return None
 
 
 def _notes(ours: Method, other: Method | None, borrowed: bool) -> list[str]:
     notes = ["advantages are the stored ones; traces hold a few completions per step, not whole groups"]
     used = [method for method in (ours, other) if method is not None]
     for method in used:
-        if isinstance(method.trust, Balance):
-            notes.append(f"{method.name}: clip bounds are chosen on the traced rows only, not on the batch")
+        if why := _chosen_in_training(method):
+            notes.append(f"{method.name}: {why}")
     if borrowed and any("logp_behaviour" in method.needs for method in used):
         notes.append("no log-probabilities of a sampler are stored: the old policy's stand in for them")
     return notes
