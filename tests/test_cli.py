@@ -29,6 +29,8 @@ TRAIN_FLAGS = {
     *("--eval-samples",),
     *("--save-every", "--traces-per-step", "--train-size", "--test-size", "--report-to", "--threads"),
     *("--log-every", "--quiet", "--no-quiet"),
+    *("--advantage", "--belief", "--prompt-features", "--no-prompt-features", "--allocation", "--objective"),
+    *("--budget", "--rounds", "--completions-min", "--completions-max", "--coverage-steps", "--reward-noise"),
 }
 FLAGS = {
     "train": TRAIN_FLAGS,

@@ -13,18 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalman_rl.config import (
-    MAX_TOML_BYTES,
     REPORTERS,
     DemoConfig,
     StressConfig,
     TrainConfig,
     build,
+    labels,
     load_toml,
     notes,
     to_toml,
     validate,
 )
 from kalman_rl.errors import ConfigError
+from kalman_rl.reading import MAX_TOML_BYTES
 
 KINDS = (TrainConfig, StressConfig, DemoConfig)
 
@@ -336,3 +337,42 @@ def test_any_text_is_toml_or_a_config_error(tmp_path_factory: pytest.TempPathFac
         assert str(error).startswith(str(path))
     else:
         build(TrainConfig, layer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"allocation": "rounds"}, "allocation: got 'rounds' with advantage='method', expected fixed"),
+        ({"budget": 4.0}, "budget: got 4.0 with allocation='fixed'"),
+        ({"budget": 0.0}, "budget: got 0.0, expected 0.01 to 4,096"),
+        (
+            {"advantage": "tracked", "allocation": "rounds", "rounds": ()},
+            r"rounds: got \[\], expected one or more",
+        ),
+        (
+            {"advantage": "tracked", "allocation": "rounds", "rounds": (2, 0)},
+            r"rounds: got \[2, 0\], expected",
+        ),
+        (
+            {"advantage": "tracked", "allocation": "predictive", "completions_min": 9, "completions_max": 8},
+            "completions_min: got 9, expected at most completions_max = 8",
+        ),
+        (
+            {"advantage": "tracked", "allocation": "predictive", "budget": 40.0},
+            "budget: got 40.0, expected completions_min 0 to completions_max 32",
+        ),
+        ({"objective": "light", "reward_noise": 0.5}, "objective: got 'light' with reward_noise = 0.5"),
+    ],
+)
+def test_allocations_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(build(TrainConfig, settings))
+
+
+def test_a_tracked_run_is_labelled_as_such() -> None:
+    plain = build(TrainConfig, {"method": "grpo"})
+    assert labels(plain)["method"] == "grpo"
+    tracked = replace(plain, advantage="tracked")
+    assert labels(tracked)["method"] == "grpo+auto"
+    assert labels(replace(tracked, allocation="rounds"))["method"] == "grpo+auto+rounds"
+    assert labels(replace(plain, data=Path("own_rows.jsonl")))["task"] == "own_rows"

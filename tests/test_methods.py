@@ -113,6 +113,9 @@ def test_published_defaults(name: str, parts: tuple[Any, ...]) -> None:
 def test_every_option_reaches_the_method(name: str) -> None:
     for option, parameter in inspect.signature(METHODS[name]).parameters.items():
         other = 1.75 if parameter.default is None else parameter.default * 0.5 + 0.01
+        if isinstance(parameter.default, bool):
+            other = not parameter.default
+            assert make_method(name, **{option: float(other)}) == make_method(name, **{option: other})
         changed = make_method(name, **{option: other})
         assert changed != make_method(name), option
         assert repr(other) in repr(changed), option
@@ -149,12 +152,10 @@ def test_methods_travel_between_processes(name: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong, near",
-    [("kop", "kpo"), ("GRPO", None), ("dr-grpo", "dr_grpo"), ("kpo_difuse", "kpo_diffuse"), ("", None)],
+    [("kpoo", "kpo"), ("GRPO", None), ("dr-grpo", "dr_grpo"), ("kpo_difuse", "kpo_diffuse"), ("", None)],
 )
 def test_unknown_method(wrong: str, near: str | None) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"^method: got {wrong!r}, expected one of cispo, .*rloo"
-    ) as caught:
+    with pytest.raises(ConfigError, match=rf"^method: got {wrong!r}, expected one of bapo, .*rloo") as caught:
         make_method(wrong)
     if near:
         assert str(caught.value).endswith(f"did you mean {near!r}?")
@@ -179,8 +180,12 @@ def test_unknown_option(name: str, option: str, expected: str) -> None:
 @pytest.mark.parametrize("value", ["0.2", True, [0.2], {}])
 @every
 def test_options_are_numbers(name: str, value: Any) -> None:
-    for option in inspect.signature(METHODS[name]).parameters:
-        message = rf"^method option {option}: got {re.escape(repr(value))} for {name}, expected a number"
+    for option, parameter in inspect.signature(METHODS[name]).parameters.items():
+        switch = isinstance(parameter.default, bool)
+        if switch and value is True:
+            continue
+        kind = r"true or false \(1 or 0\)" if switch else "a number"
+        message = rf"^method option {option}: got {re.escape(repr(value))} for {name}, expected {kind}"
         with pytest.raises(ConfigError, match=message):
             make_method(name, **{option: value})
 
@@ -197,11 +202,12 @@ def test_none_only_where_it_is_the_default(name: str) -> None:
 
 @every
 def test_nan_is_refused_everywhere_and_negative_where_it_is_a_size(name: str) -> None:
-    for option in inspect.signature(METHODS[name]).parameters:
+    for option, parameter in inspect.signature(METHODS[name]).parameters.items():
         for bad in (math.nan, -0.5):
             if bad < 0 and option == "baseline":
                 continue
-            with pytest.raises(NumericError, match=rf"{option}.*: got .*{bad}.*, expected"):
+            kind = ConfigError if isinstance(parameter.default, bool) else NumericError
+            with pytest.raises(kind, match=rf"{option}.*: got .*{bad}.*, expected"):
                 make_method(name, **{option: bad})
 
 

@@ -34,9 +34,9 @@ def need(name: str, value: Tensor | None, who: str = "this method") -> Tensor:
 
     >>> need("length", None, "opo")
     Traceback (most recent call last):
-    kalman_rl.errors.ConfigError: length: got None, but opo needs (B,) trained tokens per completion; \
+    kalman_rl.errors.ConfigError: length: got None for opo, expected (B,) trained tokens per completion; \
 Rollouts has it as .length
     """
     if value is None:
-        raise ConfigError(f"{name}: got None, but {who} needs {NEEDS[name]}")
+        raise ConfigError(f"{name}: got None for {who}, expected {NEEDS[name]}")
     return value

@@ -56,18 +56,19 @@ class GroupFilter:
         if self.invariant:
             return only_known(self._leave_one_out(filled, known, group), reward)
         order = torch.argsort(group, stable=True)  # each group's rewards side by side, order kept
-        state = causal_filter(
-            filled[order][None] if len(filled) else filled.new_zeros(1, 1),
-            known[order][None] if len(filled) else known.new_zeros(1, 1),
-            process_noise=self.process_noise,
-            observation_noise=self.observation_noise,
-            initial_variance=self.initial_variance,
-            segment=group[order][None] if len(filled) else group.new_zeros(1, 1),
-        ).state
+        order = order[known[order]]
         advantage = torch.zeros_like(filled)
-        if len(filled):
-            scale = state.variance[0].sqrt() + self.epsilon
-            advantage[order] = (filled[order] - state.mean[0]) / scale
+        if len(order):
+            row = filled[order][None]
+            state = causal_filter(
+                row,
+                torch.ones_like(row, dtype=torch.bool),
+                process_noise=self.process_noise,
+                observation_noise=self.observation_noise,
+                initial_variance=self.initial_variance,
+                segment=group[order][None],
+            ).state
+            advantage[order] = ((row - state.mean) / (state.variance.sqrt() + self.epsilon))[0]
         return only_known(advantage, reward)
 
     def _leave_one_out(self, filled: Tensor, known: Tensor, group: Tensor) -> Tensor:
