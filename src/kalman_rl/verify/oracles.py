@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kalman_rl import aggregate, ratio, trust
-from kalman_rl.advantage import ConstantBaseline
 from kalman_rl.methods import make_method
 from kalman_rl.objective import Method, estimate_advantage, policy_loss
 from kalman_rl.verify.advantages import by_definition
@@ -112,6 +111,8 @@ def _mask_error(method: Method, batch: Example) -> float:
 
 # ---- limits: name of a method -> {what must hold: error}
 
+Table = dict[str, dict[str, Callable[[], float]]]
+
 A = torch.tensor([1.0, -0.5, 0.25, -1.0, 2.0, -0.75], dtype=torch.float64)
 
 
@@ -183,31 +184,9 @@ def _second_token(method: Method) -> Callable[[], float]:
     return error
 
 
-def _limits() -> dict[str, dict[str, Callable[[], float]]]:
-    make, mean = make_method, aggregate.sequence_mean
-    inf = math.inf
-    token = make("cispo", high=inf)  # every token at its ratio, token mean
-    grpo_band, still = make("grpo", low=3e-4, high=4e-4), make("kpo", process_noise=0.0)
-    dppo_open = {
-        f"dppo_{k}": make(f"dppo_{k}", low=inf, high=inf) for k in ("tv", "kl", "topk_tv", "topk_kl")
-    }
-    table: dict[str, dict[str, Callable[[], float]]] = {
-        "kpo": {
-            "Q = inf is GRPO with the same clip": _same(make("kpo", process_noise=inf), grpo_band),
-            "Q = P0 = 0 is ratio 1 with the same clip": _same(still, make("ratio_one")),
-        },
-        "kpo_unclipped": {
-            "Q = inf is the token ratio": _same(
-                make("kpo_unclipped", process_noise=inf), _with("token", token, aggregate=mean)
-            )
-        },
-        "kpo_diffuse": {
-            "Q = 0 ends in GSPO's sequence ratio": _last_token(
-                make("kpo_diffuse", process_noise=0.0), make("gspo")
-            ),
-            "Q = inf is GRPO with the same clip": _same(make("kpo_diffuse", process_noise=inf), grpo_band),
-        },
-        "gspo_token": {"equals GSPO with one advantage per row": _same(make("gspo_token"), make("gspo"))},
+def _advantage_limits() -> Table:
+    make = make_method
+    return {
         "dapo": {
             "equals GRPO up to aggregation": _same(
                 make("dapo", high=0.2), _with("grpo", make("grpo"), aggregate=aggregate.token_mean)
@@ -220,13 +199,37 @@ def _limits() -> dict[str, dict[str, Callable[[], float]]]:
             )
         },
         "gpg": {"no degenerate group: Dr.GRPO's advantage": _proportional(make("gpg"), make("dr_grpo"))},
-        "reinforce": {
-            "baseline shifts the advantage": _same(
-                make("reinforce", baseline=0.3),
-                _with("shifted", make("reinforce"), advantage=ConstantBaseline(0.3)),
-                own=True,
-            )
+    }
+
+
+def _ratio_limits() -> Table:
+    make, inf = make_method, math.inf
+    token = _with("token", make("cispo", high=inf), aggregate=aggregate.sequence_mean)
+    grpo_band, still = make("grpo", low=3e-4, high=4e-4), make("kpo", process_noise=0.0)
+    return {
+        "kpo": {
+            "Q = inf is GRPO with the same clip": _same(make("kpo", process_noise=inf), grpo_band),
+            "Q = P0 = 0 is ratio 1 with the same clip": _same(still, make("ratio_one")),
         },
+        "kpo_unclipped": {
+            "Q = inf is the token ratio": _same(make("kpo_unclipped", process_noise=inf), token)
+        },
+        "kpo_diffuse": {
+            "Q = 0 ends in GSPO's sequence ratio": _last_token(
+                make("kpo_diffuse", process_noise=0.0), make("gspo")
+            ),
+            "Q = inf is GRPO with the same clip": _same(make("kpo_diffuse", process_noise=inf), grpo_band),
+        },
+        "gspo_token": {"equals GSPO with one advantage per row": _same(make("gspo_token"), make("gspo"))},
+        "minpro": {"second token: the exact prefix ratio": _second_token(make("minpro"))},
+        "minpro_clipped": {"second token: the exact prefix ratio": _second_token(make("minpro_clipped"))},
+    }
+
+
+def _trust_limits() -> Table:
+    make, inf = make_method, math.inf
+    token = make("cispo", high=inf)  # every token at its ratio, token mean
+    table: Table = {
         "bapo": {
             "target = 0 is a PPO clip at [0.6, 1.2]": _same(
                 make("bapo", target=0.0), make("dapo", low=0.4, high=0.2)
@@ -243,21 +246,17 @@ def _limits() -> dict[str, dict[str, Callable[[], float]]]:
         },
         "sapo": {
             "tau -> 0 is the token ratio": _same(
-                make("sapo", positive=1e-9, negative=1e-9), _with("token", token, aggregate=mean)
+                make("sapo", positive=1e-9, negative=1e-9),
+                _with("token", token, aggregate=aggregate.sequence_mean),
             )
         },
-        "minpro": {"second token: the exact prefix ratio": _second_token(make("minpro"))},
-        "minpro_clipped": {"second token: the exact prefix ratio": _second_token(make("minpro_clipped"))},
     }
-    for name, method in dppo_open.items():
-        open_cap = make("cispo", high=1e4)
-        table[name] = {
-            "no threshold: the truncated ratio": _same(
-                method, _with("cap", open_cap, aggregate=method.aggregate)
-            )
-        }
+    for name in ("dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_kl"):
+        method = make(name, low=inf, high=inf)
+        cap = _with("cap", make("cispo", high=1e4), aggregate=method.aggregate)
+        table[name] = {"no threshold: the truncated ratio": _same(method, cap)}
     return table
 
 
-LIMITS = _limits()
+LIMITS: Table = _advantage_limits() | _ratio_limits() | _trust_limits()
 """Limits by method."""
