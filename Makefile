@@ -64,7 +64,7 @@ format: install ## rewrite the sources in the house format
 	@$(PY) -m ruff check --fix --exit-zero --quiet .
 	@$(PY) -m ruff format .
 
-readme: install ## write the table of methods into README.md
+readme: install ## write the table of methods into README.md and the cards into docs/methods.md
 	@$(PY) tools/readme.py >/dev/null
 
 clean: ## remove .venv, caches and builds (runs are kept)

@@ -33,13 +33,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("divergence", "balance", "curvature", "correction", "reward_filter", "tracked"),
     ("objective",),
     ("methods",),
+    ("verify", "cards"),
     ("allocator", "disk", "checkpoints", "provenance", "traces"),
     ("tasks", "models", "integrations", "runs", "config"),
     ("callbacks", "evaluation"),
     ("train",),
     ("report",),
+    ("replay", "replay_text"),
     ("stress",),
     ("demo",),
+    ("method_table",),
     ("cli", "__main__"),
 )
 NUMERIC = {name for row in LAYERS[:8] for name in row}
