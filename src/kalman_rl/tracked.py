@@ -39,9 +39,27 @@ class Tracked:
         return make_belief(self.belief, **dict(self.options))
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
-        dtype = torch.promote_types(reward.dtype, torch.float32)
-        if not len(reward):
-            return reward.detach().to(dtype)
-        numbers = reward.detach().double().cpu()
-        found = self.make().advantages(group.tolist(), numbers, step=0).advantage
-        return found.to(reward.device, dtype)
+        return _first_batch(self.make(), reward, group)
+
+
+@dataclass(frozen=True)
+class JamesStein:
+    """The first batch of :class:`Tracked`, every time: each group's mean drawn towards those of the other groups.
+
+        b_j = (m / P + (S - r_j) / R) / (1 / P + (n - 1) / R)
+
+    m, P: mean and spread of the other groups' means beyond noise; R: their pooled variance within groups. Needs no
+    memory and no names; with one group it is leave-one-out. Source: James-Stein baselines (arXiv 2511.03710), here
+    with no reward in its own baseline.
+    """
+
+    def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
+        return _first_batch(make_belief("auto", scale=False), reward, group)
+
+
+def _first_batch(belief: Belief, reward: Tensor, group: Tensor) -> Tensor:
+    dtype = torch.promote_types(reward.dtype, torch.float32)
+    if not len(reward):
+        return reward.detach().to(dtype)
+    found = belief.advantages(group.tolist(), reward.detach().double().cpu(), step=0).advantage
+    return found.to(reward.device, dtype)
