@@ -75,7 +75,7 @@ class GroupFilter:
         others = (group[:, None] == group[None, :]) & known[None, :]
         others &= ~torch.eye(len(filled), dtype=torch.bool, device=filled.device)
         total = torch.where(others, filled[None, :], 0.0).sum(1)  # never holds the own reward
-        precision = 1 / self.initial_variance + others.sum(1) / self.observation_noise
+        precision = 1 / self.initial_variance + others.sum(1).double() / self.observation_noise
         baseline = total / self.observation_noise / precision
         return (filled - baseline) / (1 / precision + self.observation_noise).sqrt()
 
