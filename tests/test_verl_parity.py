@@ -186,8 +186,8 @@ def test_an_empty_row(name: str, mode: str) -> None:
 # ---- importance corrections
 
 UNCORRECTED = ("geo_mean", "dro", "dppo_tv", "dppo_kl")
-"""``geo_mean``: verl multiplies a sequence by the geometric mean of its tokens' factors. ``dro``: verl's factor
-multiplies the penalty too, ours leaves penalties alone. DPPO: ours refuses a second correction."""
+"""``geo_mean``: verl multiplies a sequence by the geometric mean of its tokens' factors. ``dro``: verl's
+factor multiplies the penalty too, ours leaves penalties alone. DPPO: ours refuses a second correction."""
 CORRECTIONS: dict[str, tuple[str, str | float, Any]] = {
     "token, truncated": ("token", 1.05, correction.Truncated(1.05)),
     "sequence, truncated": ("sequence", 1.2, correction.Truncated(1.2, "sequence")),
