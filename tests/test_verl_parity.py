@@ -238,6 +238,9 @@ def test_geometric_band_keeps_what_verls_rejection_keeps() -> None:
     part = correction.Masked(1 / high, 1 / low, "geometric")
     factor = part(Rollouts(batch.logp_old, batch.mask, logp_behaviour=batch.behaviour))
     assert torch.equal((factor > 0) & batch.mask, kept > 0)
+    mean = core_algos.verl_F.masked_mean(batch.logp_old - batch.behaviour, batch.mask.double(), axis=-1)
+    plain = mean.exp()[:, None].expand_as(kept)
+    torch.testing.assert_close(factor[kept > 0], plain[kept > 0], rtol=EPSILON, atol=0.0)
     assert 0 < kept[batch.mask].mean() < 1
 
 
