@@ -120,7 +120,7 @@ class BatchFilter:
                 variance += self.process_noise
                 gain = variance / (variance + noise)
                 innovation = value - mean
-                mean, variance = mean + gain * innovation, (1 - gain) * variance
+                mean, variance = mean + gain * innovation, gain * noise  # (1 - gain) would cancel
                 noise = self.adapt * noise + (1 - self.adapt) * innovation**2
                 if noise + variance == 0:  # equal rewards from the start: nothing left to divide by
                     noise = self.observation_noise
