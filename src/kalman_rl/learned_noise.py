@@ -51,6 +51,12 @@ class AutoFiltered:
 
     Raises: NumericError for a value outside its range.
 
+    >>> auto, rollouts = AutoFiltered(), Rollouts(torch.zeros(1, 200), torch.ones(1, 200))
+    >>> logp = torch.tensor([0.1, -0.1]).repeat(100)[None]  # nothing moves
+    >>> learned = auto.settle(auto.statistics(logp, rollouts))
+    >>> learned.process_noise, round(learned.observation_noise, 3)
+    (0.0, 0.01)
+
     Sequences whose log-ratios are all 0 come from an unchanged policy; they show no noise and are left out.
     Source: KPO (arXiv 2602.10609) for the filter; the estimate is the textbook likelihood by prediction
     errors (Harvey 1989). Ours is where it is taken from.

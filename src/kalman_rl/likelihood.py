@@ -6,7 +6,7 @@ three sums for each shape on a fixed grid hold everything that the likelihood ne
     n,   quadratic = sum nu_i^2 / g_i,   log_determinant = sum log g_i
 
 They add up over micro-batches, ranks and optimizer steps. ``R = quadratic / n`` is profiled out, and what is
-left is a curve over the grid whose highest point is found by a parabola.
+left is a curve over the grid whose highest point is found between the grid's points by interpolation.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def pack(count: float | Tensor, quadratic: Tensor, log_determinant: Tensor) -> T
 
 
 def profile(state: Tensor) -> Tensor:
-    """Log-likelihood (G,) in nats at each shape with the best R, ``-(n log(2 pi R) + log_determinant + n)/2``.
+    """Log-likelihood (G,) at each shape with the best R, ``-(n log(2 pi R) + log_determinant + n) / 2``.
 
     Args:
         state: what :func:`pack` made, or a weighted sum of such vectors, with n > 0.
 
-    Returns: float64, -inf or NaN where the sums allow no R > 0; :func:`peak` refuses such sums.
+    Returns: float64, nats; -inf or NaN where the sums allow no R > 0; :func:`peak` refuses such sums.
 
     >>> one = pack(2, torch.tensor([2.0]), torch.tensor([0.0]))  # 1 and -1 under N(0, R)
     >>> round(profile(one).item(), 4)  # 2 log N(1; 0, 1)
@@ -59,9 +59,9 @@ def peak(state: Tensor, log_grid: Sequence[float], least: float) -> Peak | None:
         least: smallest number n of observations to learn from.
 
     Returns:
-        The top of the parabola through the best three points, where they are finite neighbours; else the
-        best point itself. None for fewer than ``least`` observations, observations that are all 0, or sums
-        that are not finite.
+        The top, to a thousandth of a grid step, of the polynomial through the best point and up to two finite
+        neighbours on either side; where a limit is best, the limit. None for fewer than ``least``
+        observations, observations that are all 0, or sums that are not finite.
     """
     grid = len(log_grid)
     values = state.detach().double().cpu()
@@ -70,13 +70,24 @@ def peak(state: Tensor, log_grid: Sequence[float], least: float) -> Peak | None:
         return None
     curve, log_scale = profile(values).tolist(), (quadratic / count).log().tolist()
     best = max(range(grid), key=curve.__getitem__)
-    shape, scale = log_grid[best], log_scale[best]
-    if 0 < best < grid - 1 and math.isfinite(log_grid[best - 1]) and math.isfinite(log_grid[best + 1]):
-        left, middle, right = curve[best - 1 : best + 2]
-        bend = left - 2 * middle + right
-        x = (left - right) / (2 * bend) if bend < 0 else 0.0  # in grid steps, within half a step
-        weights = (x * (x - 1) / 2, 1 - x * x, x * (x + 1) / 2)
-        shape += x * (log_grid[best + 1] - log_grid[best])
-        scale = sum(w * s for w, s in zip(weights, log_scale[best - 1 : best + 2]))
-    found = Peak(shape, math.exp(scale))
+    if not math.isfinite(log_grid[best]):
+        return _finite(Peak(log_grid[best], math.exp(log_scale[best])))
+    near = [i for i in range(max(best - 2, 0), min(best + 3, grid)) if math.isfinite(log_grid[i])]
+    nodes = torch.tensor([float(i - best) for i in near], dtype=torch.float64)
+    fine = torch.linspace(max(nodes[0].item(), -1.0), min(nodes[-1].item(), 1.0), 2001, dtype=torch.float64)
+    weights = _lagrange(nodes, fine)
+    top = int((weights @ torch.tensor([curve[i] for i in near], dtype=torch.float64)).argmax())
+    shape = weights[top] @ torch.tensor([log_grid[i] for i in near], dtype=torch.float64)
+    scale = weights[top] @ torch.tensor([log_scale[i] for i in near], dtype=torch.float64)
+    return _finite(Peak(shape.item(), math.exp(scale.item())))
+
+
+def _lagrange(nodes: Tensor, x: Tensor) -> Tensor:
+    """Weights (X, N) of values at N nodes for the polynomial through them, at X places."""
+    apart = nodes[:, None] - nodes[None, :] + torch.eye(len(nodes), dtype=nodes.dtype)
+    factor = (x[:, None, None] - nodes) / apart  # (X, N, N); the diagonal does not take part
+    return torch.where(torch.eye(len(nodes), dtype=torch.bool), 1.0, factor).prod(-1)
+
+
+def _finite(found: Peak) -> Peak | None:
     return found if 0 < found.scale < math.inf else None

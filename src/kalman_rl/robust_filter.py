@@ -44,11 +44,18 @@ class RobustFiltered:
     Args:
         process_noise, observation_noise, initial_variance: as in KalmanFiltered, at the start. inf takes the
             first token as it is, unclipped; a finite P0 limits the first token too.
-        threshold: c > 0 or inf. At 2 a normal noise loses about 1 % of efficiency (Huber's location estimate).
+        threshold: c > 0 or inf. At 2 a normal noise loses about 1 % of efficiency, by Huber's
+            location estimate.
         memory: in [0, 1), the share of the past statistics a step keeps.
         least: steps between tokens (weighted by memory) to learn from.
 
     Raises: NumericError for a value outside its range.
+
+    >>> rollouts = Rollouts(torch.zeros(1, 4), torch.ones(1, 4))
+    >>> still = {"process_noise": 0.0, "initial_variance": 1.0}  # with c = inf: 0, 0, 2, 1.6
+    >>> RobustFiltered(**still, threshold=1.0)(torch.tensor([[0.0, 0.0, 8.0, 0.0]]), rollouts).log_weight
+    tensor([[0.0000, 0.0000, 0.2887, 0.2309]])
+
     Source: Huber's psi in the update, as in Masreliez and Martin 1977; the composition is ours.
     """
 

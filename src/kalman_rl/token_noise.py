@@ -6,14 +6,16 @@ If the logits carry independent errors ``e_j`` of variance sigma^2, then to firs
     Var d logp_y = sigma^2 [(1 - p_y)^2 + sum_{j != y} p_j^2]
 
 which is sigma^2 times ``Rollouts.energy``. The other probabilities sum to ``1 - p_y``, so the bracket lies
-between ``(1 - p_y)^2`` (spread over many tokens) and ``2 (1 - p_y)^2`` (all on one). The model used here keeps
-what the sampled token alone knows::
+between ``(1 - p_y)^2`` (spread over many tokens) and ``2 (1 - p_y)^2`` (all on one). The model used here
+keeps what the sampled token alone knows::
 
     R_t = floor + scale (1 - p_t)^2
 
-Approximations: small errors; the same variance for every logit (floating point rounds large logits more);
-independent errors (a shared shift cancels, an error in the hidden state that moves logits together does
-not follow this shape); the concentration of the other tokens is unknown, a factor of at most 2.
+Approximations: small errors; independent errors (a shared shift cancels, but an error in the hidden state
+that moves logits together does not follow this shape); the concentration of the other tokens is unknown, a
+factor of at most 2; the same variance for every logit. The last one holds while the logits share an exponent,
+such as 16 to 32 in bfloat16. It fails for logits around 0, where an unlikely token may round less than a
+likely one and a constant can fit as well: calibrate, and compare, before believing the shape.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class NoiseModel:
             raise NumericError(f"scale: got {self.scale}, expected 0 <= scale < inf (a variance, in nats^2)")
 
     def variance(self, logp: Tensor) -> Tensor:
-        """R (any shape, float64, detached) at tokens of log-probability ``logp`` <= 0 under the old policy."""
+        """R, float64 and detached, of tokens whose log-probability under the old policy is ``logp``."""
         return self.floor + self.scale * doubt(logp)
 
 
@@ -87,6 +89,11 @@ def calibrate(log_ratio: Tensor, logp_old: Tensor, mask: Tensor) -> NoiseModel:
         construction, since the grid runs over their ratio.
 
     Raises: ShapeError, NumericError for bad input, and where every log-ratio is 0 or no token is used.
+
+    >>> p = torch.linspace(0.1, 0.9, 1000, dtype=torch.float64)[None]
+    >>> noise = 0.05 * (1 - p) * torch.tensor([1.0, -1.0]).repeat(500)  # exactly of the model's size
+    >>> round(calibrate(noise, p.log(), p > 0).scale, 6)
+    0.0025
     """
     log_ratio = masked_finite(
         "log_ratio", log_ratio.detach(), mask, "finite log-ratios where the mask is True"

@@ -1,9 +1,9 @@
 """The published methods, each a composition: advantage x ratio x trust x aggregate.
 
 Read this folder first: ``by_advantage``, ``by_ratio``, ``by_filter`` and ``by_trust`` hold one short
-function a method, sorted by what the method changes. ``METHODS`` is the table that the command line, the trainers and every
-invariance test go through. Equations, use and citations are in ``cards.toml``, shown by the command
-``kalman-rl methods NAME``.
+function a method, sorted by what the method changes. ``METHODS`` is the table that the command line, the
+trainers and every invariance test go through. Equations, use and citations are in ``cards.toml``, shown by
+the command ``kalman-rl methods NAME``.
 """
 
 from __future__ import annotations
