@@ -129,7 +129,7 @@ def _posterior(start: _Start, rewards: Tensor) -> tuple[Gaussian, float]:
     known = rewards[~rewards.isnan()]
     n = len(known)
     if bool(((known == 0) | (known == 1)).all()):
-        # A tracker that knows nothing is a wide Gaussian, wider than [0, 1]: it speaks beside Jeffreys' prior.
+        # A tracker that knows nothing is a Gaussian wider than [0, 1]: it speaks beside Jeffreys' prior.
         prior, _ = update(_UNKNOWN, start.value.mean, start.value.variance)
         a, b = beta_from_moments(prior)
         a, b = a + known.sum(), b + n - known.sum()
