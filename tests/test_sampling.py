@@ -440,7 +440,7 @@ def simulate_selection(
 
 
 def test_selection_methods_order_as_in_the_large_simulation() -> None:
-    """There, 64 of 2048 for 96 steps: uniform .30 < SPO's weights .39 < Thompson .67 < IDS .70 < greedy .86."""
+    """There (64 of 2048, 96 steps): uniform .30 < weights .39 < Thompson .67 < IDS .70 < greedy .86."""
     result = {
         name: simulate_selection(name, 0) for name in ("uniform", "weights", "thompson", "ids", "greedy")
     }
