@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kalman_rl.advantage import leave_one_out
 from kalman_rl.belief.beta import BetaBelief
 from kalman_rl.belief.gaussian import GaussianBelief
 from kalman_rl.belief.protocol import Belief
@@ -271,6 +272,36 @@ def test_light_objective_stops_at_mixed_groups_and_gives_up_on_hopeless_ones() -
     mean = torch.stack(taus[-25:]).double().mean(0)
     assert mean[2] > 1.2 * mean[4] and mean[2] > 1.5 * mean[0]
     assert {"mixed", "gain"} <= set(reasons)
+
+
+def gradient_cosine(adaptive: bool, seed: int) -> float:
+    """Mean cosine of batch gradients: 32 prompts, each p (1 - p) along its own axis, 8 completions a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.sigmoid(5 * torch.randn(128, generator=generator, dtype=torch.float64))
+    belief, cosines = BetaBelief(), []
+    for step in range(20):
+        ids = torch.randperm(128, generator=generator)[:32]
+        options = {"max_rounds": 2} if adaptive else {"n_min": 8, "n_max": 8}
+        plan = RoundPlan(belief, ids.tolist(), step=step, total=256, **options)
+        while (request := plan.next_round()) is not None:
+            told = torch.tensor([name for name, k in request for _ in range(k)])
+            plan.tell(told.tolist(), (torch.rand(len(told), generator=generator) < p[told]).double())
+        result = plan.result()
+        rows = torch.tensor(result.ids)
+        advantage = result.advantage if adaptive else leave_one_out(result.reward, rows)
+        terms = result.weight * advantage * (result.reward - p[rows])
+        estimate = torch.zeros(128, dtype=torch.float64).index_add(0, rows, terms)[ids]
+        cosines.append(torch.cosine_similarity(estimate, (p * (1 - p))[ids], dim=0).item())
+    return sum(cosines[8:]) / 12
+
+
+def test_two_rounds_beat_groups_of_eight_at_the_same_cost() -> None:
+    """cos^2 / (1 - cos^2), squared signal over squared error, against leave-one-out groups."""
+    quality = {}
+    for adaptive in (False, True):
+        cosine = sum(gradient_cosine(adaptive, seed) for seed in range(3)) / 3
+        quality[adaptive] = cosine**2 / (1 - cosine**2)
+    assert quality[True] > 1.4 * quality[False]
 
 
 def test_rounds_adapt_to_rewards_seen_in_the_same_step() -> None:
