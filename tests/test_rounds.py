@@ -275,7 +275,7 @@ def test_light_objective_stops_at_mixed_groups_and_gives_up_on_hopeless_ones() -
 
 
 def gradient_cosine(adaptive: bool, seed: int) -> float:
-    """Mean cosine of batch gradients: 32 prompts, each p (1 - p) along its own axis, 8 completions a prompt."""
+    """Mean cosine of batch gradients: 32 prompts, each p (1 - p) along its own axis, 8 completions each."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.sigmoid(5 * torch.randn(128, generator=generator, dtype=torch.float64))
     belief, cosines = BetaBelief(), []
