@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kalman_rl.advantage import leave_one_out
+from kalman_rl.belief import make_belief
 from kalman_rl.belief.beta import BetaBelief
 from kalman_rl.belief.gaussian import GaussianBelief
 from kalman_rl.belief.protocol import Belief
@@ -80,7 +81,8 @@ def expectations(plan: RoundPlan, reward: Tensor, naive: bool = False) -> tuple[
 
 def warm(kind: str) -> Belief:
     """A belief with a past, so that its prior, its noise and its scale are not the trivial ones."""
-    belief: Belief = BetaBelief(prior=(0.6, 0.6)) if kind == "beta" else GaussianBelief()
+    makers = {"beta": lambda: BetaBelief(prior=(0.6, 0.6)), "gaussian": GaussianBelief}
+    belief: Belief = makers.get(kind, lambda: make_belief(kind))()
     for step, rewards in enumerate(([1.0, 0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0, 1.0])):
         belief.update([0, 0, 0, 1, 1], torch.tensor(rewards), step=step)
     return belief
@@ -100,7 +102,7 @@ plans = pytest.mark.parametrize("name", PLANS)
 
 
 @plans
-@pytest.mark.parametrize("kind, reward", [("beta", BINARY), ("gaussian", GRADED)])
+@pytest.mark.parametrize("kind, reward", [("beta", BINARY), ("gaussian", GRADED), ("auto", BINARY)])
 def test_the_sum_over_rounds_is_exactly_the_expected_tau_times_the_gradient(
     name: str, kind: str, reward: Tensor
 ) -> None:
@@ -275,7 +277,7 @@ def test_light_objective_stops_at_mixed_groups_and_gives_up_on_hopeless_ones() -
 
 
 def gradient_cosine(adaptive: bool, seed: int) -> float:
-    """Mean cosine of batch gradients: 32 prompts, each p (1 - p) along its own axis, 8 completions a prompt."""
+    """Mean cosine of batch gradients: 32 prompts, each p (1 - p) along its own axis, 8 completions each."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.sigmoid(5 * torch.randn(128, generator=generator, dtype=torch.float64))
     belief, cosines = BetaBelief(), []
@@ -352,6 +354,16 @@ def test_the_belief_has_absorbed_everything_once() -> None:
     whole.update(result.ids, result.reward, step=0)
     torch.testing.assert_close(belief.predict(range(8), step=1), whole.predict(range(8), step=1))
     assert result.round.tolist() == [i for i, size in enumerate(sizes) for _ in range(size)]
+
+
+@pytest.mark.parametrize("source", [None, lambda name: name % 2])
+@pytest.mark.parametrize("name", ["auto", "beta", "gaussian", "spo"])
+def test_every_belief_by_name_can_be_sampled_by(name: str, source: object) -> None:
+    belief, generator = make_belief(name, source=source), torch.Generator().manual_seed(0)
+    for step in range(3):
+        result, _ = drive(RoundPlan(belief, range(8), step=step, total=64, max_rounds=3), generator)
+    assert result.tau.sum() == 64 and result.tau[4] > result.tau[7]
+    assert result.advantage.isfinite().all()
 
 
 def test_the_same_plan_twice_is_the_same() -> None:
