@@ -30,7 +30,15 @@ TRAIN_FLAGS = {
     *("--save-every", "--traces-per-step", "--train-size", "--test-size", "--report-to", "--threads"),
     *("--log-every", "--quiet", "--no-quiet"),
     *("--advantage", "--belief", "--prompt-features", "--no-prompt-features", "--allocation", "--objective"),
-    *("--budget", "--rounds", "--completions-min", "--completions-max", "--coverage-steps", "--reward-noise"),
+    *(
+        "--budget",
+        "--rounds",
+        "--max-rounds",
+        "--completions-min",
+        "--completions-max",
+        "--coverage-steps",
+        "--reward-noise",
+    ),
 }
 FLAGS = {
     "train": TRAIN_FLAGS,

@@ -77,7 +77,7 @@ def flat(state: Any) -> list[Any]:
 ALLOCATIONS = {
     "fixed": {},
     "predictive": {"allocation": "predictive"},
-    "rounds": {"allocation": "rounds", "rounds": [1, 2]},
+    "rounds": {"allocation": "rounds", "rounds": [1, 2], "max_rounds": 3},
     "light rounds": {"allocation": "rounds", "rounds": [2, 4], "allocation_objective": "light"},
 }
 
@@ -199,7 +199,7 @@ def test_two_ranks_hold_one_belief(allocation: str, model_path: str, tmp_path: P
     body = f"""
     import test_trl_beliefs as b
     seen = []
-    options = dict(allocation="rounds", rounds=[1, 2], budget=3.3) if {allocation == "rounds"} else dict()
+    options = dict(allocation="rounds", rounds=[1, 2], max_rounds=4, budget=3.3) if {allocation == "rounds"} else dict()
     trainer, seen, history = b.trained(
         out / "a", model_path, per_device_train_batch_size=4, num_generations=8, max_steps=4,
         prompt_features=True, **options,

@@ -62,8 +62,9 @@ class TrainConfig:
     """Prompts in one generation batch."""
     completions_per_prompt: int = number(8, 2, 4_096, "; TRL's trainer samples groups")
     """Completions sampled for each prompt: one group."""
-    advantage: Literal["method", "tracked"] = "method"
-    """The method's own advantage, or one from a belief about each prompt's value, kept from step to step."""
+    advantage: Literal["method", "tracked", "leave_one_out", "batch_mean", "james_stein"] = "method"
+    """The method's own advantage, one from a belief about each prompt's value that is kept from step to step
+    (tracked), or a baseline without memory to compare with."""
     belief: Literal["auto", "gaussian", "beta", "spo"] = "auto"
     """Belief behind tracked advantages; auto learns noise, drift and prior from the rewards."""
     prompt_features: bool = False
@@ -76,6 +77,8 @@ class TrainConfig:
     """Mean completions per prompt that an allocation may spend. Unset: completions_per_prompt."""
     rounds: tuple[int, ...] = (2, 4)
     """Completions per prompt in each round of allocation=rounds; the last number repeats."""
+    max_rounds: int = number(2, 1, 64)
+    """Rounds per generation batch; the last one takes what is left of the budget."""
     completions_min: int = number(0, 0, 4_096)
     """Least completions of a prompt in a batch; with 0 an allocation may pass a prompt over."""
     completions_max: int = number(32, 1, 4_096)
@@ -242,6 +245,8 @@ def to_toml(config: Any) -> str:
 def labels(config: TrainConfig) -> dict[str, Any]:
     """What a run is grouped by in reports; a tracked advantage and an allocation are part of the method."""
     method = config.method
+    if config.advantage not in ("method", "tracked"):
+        method += f"+{config.advantage}"
     if config.advantage == "tracked":
         method += f"+{config.belief}" + ("" if config.allocation == "fixed" else f"+{config.allocation}")
     task = config.task if config.data is None else config.data.stem
@@ -310,8 +315,8 @@ def _check_train(config: TrainConfig) -> None:
 def _check_allocation(config: TrainConfig) -> None:
     if config.allocation != "fixed" and config.advantage != "tracked":
         raise ConfigError(
-            f"allocation: got {config.allocation!r} with advantage='method', expected fixed because only a belief "
-            "knows how to divide completions; set advantage = 'tracked'"
+            f"allocation: got {config.allocation!r} with advantage={config.advantage!r}, expected fixed because only a "
+            "belief knows how to divide completions; set advantage = 'tracked'"
         )
     if config.budget is not None and config.allocation == "fixed":
         raise ConfigError(

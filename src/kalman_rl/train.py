@@ -10,6 +10,7 @@ import dataclasses
 import os
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import transformers
 from datasets import Dataset
 from transformers import PrinterCallback
 
+from kalman_rl.advantage import batch_leave_one_out, leave_one_out
 from kalman_rl.allocator import keep_freed_memory
 from kalman_rl.callbacks import (
     Evaluate,
@@ -40,6 +42,14 @@ from kalman_rl.objective import Method
 from kalman_rl.ratio import KalmanFiltered
 from kalman_rl.runs import Run
 from kalman_rl.tasks import Task, guard_reward, load_reward, load_task, rows, with_noise
+from kalman_rl.tracked import JamesStein
+
+BASELINES: dict[str, Callable[..., torch.Tensor]] = {
+    "leave_one_out": leave_one_out,
+    "batch_mean": batch_leave_one_out,
+    "james_stein": JamesStein(),
+}
+"""Advantages that a configuration may put in the place of the method's own."""
 
 LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
@@ -67,6 +77,8 @@ def train(
     for note in loaded.notes:
         say(note)
     method = make_method(config.method, **config.method_options)
+    if config.advantage in BASELINES:
+        method = dataclasses.replace(method, advantage=BASELINES[config.advantage])
     max_tokens = config.max_completion_tokens or task.max_completion_tokens
     _warn_short(method, max_tokens, say)
     run.update_manifest(
@@ -164,6 +176,7 @@ def build_trainer(
         rounds=list(config.rounds),
         completions_min=config.completions_min,
         completions_max=config.completions_max,
+        max_rounds=config.max_rounds,
         coverage_steps=config.coverage_steps,
         reward_range="real" if config.reward_noise else "unit",
         reward_noise_variance=config.reward_noise**2,

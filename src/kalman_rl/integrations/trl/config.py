@@ -116,6 +116,9 @@ class KalmanGRPOConfig(GRPOConfig):
         default_factory=lambda: [2, 4],
         metadata={"help": "Completions per prompt and round; the last repeats."},
     )
+    max_rounds: int = field(
+        default=2, metadata={"help": "Rounds per generation batch; the last one takes what is left."}
+    )
     completions_min: int = field(
         default=0, metadata={"help": "Least completions of a prompt; 0 may skip it."}
     )
@@ -171,6 +174,7 @@ def budget_of(args: GRPOConfig) -> Budget:
         allocation=args.allocation,  # type: ignore[arg-type]
         mean=args.budget,
         rounds=tuple(args.rounds),
+        max_rounds=args.max_rounds,
         low=args.completions_min,
         high=args.completions_max,
         objective=args.allocation_objective,  # type: ignore[arg-type]

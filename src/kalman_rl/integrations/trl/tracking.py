@@ -34,6 +34,7 @@ class Budget:
             unbiased); "rounds", in rounds that see the rewards so far (exact direction, weight E[tau]).
         mean: completions per prompt on average, or None for as many as TRL's batch holds.
         rounds: completions per prompt and round; the last number repeats.
+        max_rounds: the last round asks for all that is left. Every round is a generation call; two suffice.
         low, high: bounds of one prompt's completions in a batch; with low 0 a prompt can be skipped.
         objective: "gradient" spends near success rate 1/2, "light" on hard but solvable prompts.
         coverage: a prompt is due again after so many optimizer steps without a completion.
@@ -44,6 +45,7 @@ class Budget:
     allocation: Kind = "fixed"
     mean: float | None = None
     rounds: tuple[int, ...] = (2, 4)
+    max_rounds: int = 2
     low: int = 0
     high: int = 32
     objective: Literal["gradient", "light"] = "gradient"
@@ -116,6 +118,7 @@ class Tracking:
             step=step,
             total=total,
             rounds=budget.rounds,
+            max_rounds=budget.max_rounds if budget.allocation == "rounds" else None,
             n_min=budget.low,
             n_max=max(budget.high, -(-total // len(ids))),
             objective=budget.objective,
