@@ -37,7 +37,7 @@ TRAIN_FLAGS = {
         "--completions-min",
         "--completions-max",
         "--coverage-steps",
-        "--reward-noise",
+        *("--reward-noise", "--pool-prompts"),
     ),
 }
 FLAGS = {

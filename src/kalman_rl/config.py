@@ -119,6 +119,8 @@ class TrainConfig:
     """Held-out prompts per evaluation."""
     eval_samples: int = number(4, 1, 1_024)
     """Sampled replies per held-out prompt; the greedy reply is one."""
+    pool_prompts: int = number(0, 0, 1_000_000)
+    """Training prompts evaluated beside the held-out ones, as pool/...; 0 evaluates none."""
     save_every: int = number(10, 0, 10_000_000)
     """Optimizer steps between checkpoints, rounded up to whole generation batches; 0 writes none."""
     traces_per_step: int = number(4, 0, 4_096)

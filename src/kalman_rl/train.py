@@ -97,15 +97,21 @@ def train(
     held_out_reward = guard_reward(task.reward)
 
     def measure(step: int) -> None:
-        result = evaluate(
-            trainer.model,
-            loaded.tokenizer,
-            task.test[: config.eval_prompts],
-            held_out_reward,
-            max_completion_tokens=max_tokens,
-            temperature=config.temperature,
-            samples=config.eval_samples,
-        )
+        def accuracy(prompts: list[dict[str, Any]]) -> dict[str, float]:
+            return evaluate(
+                trainer.model,
+                loaded.tokenizer,
+                prompts,
+                held_out_reward,
+                max_completion_tokens=max_tokens,
+                temperature=config.temperature,
+                samples=config.eval_samples,
+            )
+
+        result = accuracy(task.test[: config.eval_prompts])
+        if config.pool_prompts:
+            pool = accuracy(task.train[: config.pool_prompts])
+            result |= {name.replace("eval/", "pool/"): value for name, value in pool.items()}
         run.log("eval", step, **result)
         say(
             f"held-out at step {step}: sampled {result['eval/sampled_accuracy']:.3f}, "
