@@ -22,14 +22,15 @@ import math
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kalman_rl.config import TrainConfig, labels, to_toml, validate
+from kalman_rl.config import TrainConfig, build, labels, load_toml, to_toml, validate
+from kalman_rl.errors import ConfigError
 from kalman_rl.runs import Run, read_manifest
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,10 +84,10 @@ def plan(
                         reward_noise=noise,
                         lora_rank=0,
                         dtype="float32",
-                        eval_every=generations * UPDATES // 8,
+                        eval_every=generations * UPDATES // 6,
                         eval_prompts=256,
                         pool_prompts=POOL,
-                        eval_samples=4,
+                        eval_samples=2,
                         save_every=0,
                         traces_per_step=0,
                         threads=1,
@@ -112,9 +113,11 @@ def finished(config: TrainConfig) -> bool:
     """Whether this very run is there."""
     assert config.run is not None
     try:
-        same = (config.run / "config.toml").read_text() == to_toml(config)
-        return same and read_manifest(config.run).get("status") == "finished"
-    except OSError:
+        saved = build(TrainConfig, load_toml(config.run / "config.toml"))
+        return (
+            replace(saved, run=config.run) == config and read_manifest(config.run).get("status") == "finished"
+        )
+    except (OSError, ConfigError):
         return False
 
 
@@ -279,7 +282,7 @@ def prepare(root: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--generations", type=int, default=64, help="generation batches of 256 completions")
+    parser.add_argument("--generations", type=int, default=48, help="generation batches of 256 completions")
     parser.add_argument("--arms", nargs="*", choices=list(ARMS))
     parser.add_argument("--noises", nargs="*", type=float, default=list(NOISES))
     parser.add_argument("--groups", nargs="*", type=int, default=list(GROUPS), choices=GROUPS)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from kalman_rl.lookup import make
 from kalman_rl.methods import by_advantage, by_filter, by_ratio, by_trust
+from kalman_rl.methods.knobs import translated
 from kalman_rl.objective import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -61,7 +62,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def make_method(name: str, **options: float | bool | None) -> Method:
-    """Build a method of the table by name, with its options.
+    """Build a method of the table by name, with its options; hosts' names for them are in :mod:`.knobs`.
 
     Raises: ConfigError for an unknown name or option, naming the nearest one; NumericError for a value
     out of range.
@@ -69,4 +70,4 @@ def make_method(name: str, **options: float | bool | None) -> Method:
     >>> make_method("kpo", low=0.05, high=0.05).trust
     Clip(low=0.05, high=0.05, dual=None)
     """
-    return make("method", METHODS, name, options)
+    return make("method", METHODS, name, translated(name, options))
