@@ -149,7 +149,7 @@ def top_k_with_sampled(logits: Tensor, sampled: Tensor, k: int) -> tuple[Tensor,
         Token ids (..., k) and their log-probabilities (..., k). If the sampled token is not among the k most
         likely it takes the last place.
 
-    Raises: NumericError for another k.
+    Raises: NumericError for another k or a token id outside the vocabulary, ShapeError for another shape.
 
     >>> ids, logp = top_k_with_sampled(torch.tensor([[0.0, 3.0, 2.0, 1.0]]), torch.tensor([0]), 2)
     >>> ids
@@ -157,6 +157,14 @@ def top_k_with_sampled(logits: Tensor, sampled: Tensor, k: int) -> tuple[Tensor,
     """
     if not 1 <= k <= logits.shape[-1]:
         raise NumericError(f"top_k: got {k}, expected 1 to the vocabulary size {logits.shape[-1]}")
+    if sampled.shape != logits.shape[:-1]:
+        raise ShapeError(f"sampled: got shape {tuple(sampled.shape)}, expected {tuple(logits.shape[:-1])}")
+    outside = sampled[(sampled < 0) | (sampled >= logits.shape[-1])]
+    if len(outside):
+        raise NumericError(
+            f"sampled: got {int(outside[0])}, expected token ids 0 to {logits.shape[-1] - 1}; give padding any "
+            "id of the vocabulary"
+        )
     ids = logits.topk(k, dim=-1).indices
     absent = (ids != sampled[..., None]).all(-1)
     ids[..., -1] = torch.where(absent, sampled, ids[..., -1])
