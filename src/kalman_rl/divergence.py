@@ -162,8 +162,8 @@ def top_k_with_sampled(logits: Tensor, sampled: Tensor, k: int) -> tuple[Tensor,
     outside = sampled[(sampled < 0) | (sampled >= logits.shape[-1])]
     if len(outside):
         raise NumericError(
-            f"sampled: got {int(outside[0])}, expected token ids 0 to {logits.shape[-1] - 1}; give padding any "
-            "id of the vocabulary"
+            f"sampled: got {int(outside[0])}, expected token ids 0 to {logits.shape[-1] - 1}; give "
+            "padding any id of the vocabulary"
         )
     ids = logits.topk(k, dim=-1).indices
     absent = (ids != sampled[..., None]).all(-1)
