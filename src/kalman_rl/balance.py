@@ -82,7 +82,10 @@ class Balance:
     def grid(self, name: Literal["low", "high"]) -> list[float]:
         """The bounds that the search may take: start, start + step, ... up to the end."""
         start, end, step = (getattr(self, f"{name}{suffix}") for suffix in ("", "_end", "_step"))
-        return [start + i * step for i in range(int((end - start) / step + 1e-9) + 1)]
+        points = [start + i * step for i in range(int((end - start) / step + 1e-9) + 1)]
+        if abs(points[-1] - end) < 1e-6 * step:
+            points[-1] = end  # whatever rounding made of it: 0.1 + 3 * 0.3 is above 1
+        return points
 
     def statistics(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Tensor:
         """S+ at every ``high`` of the grid, then S- at every ``low`` (float64): additive over the parts of
