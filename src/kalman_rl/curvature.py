@@ -35,8 +35,8 @@ CHUNK_NUMBERS = 1 << 22
 
 
 class Adam(NamedTuple):
-    """Adam's state for the head: moments (V, H) as the optimizer keeps them (not bias-corrected), the
-    number of ``steps`` >= 1 taken, and its constants."""
+    """Adam's state for the head: moments (V, H) of the *loss's* gradient as the optimizer keeps them (not
+    bias-corrected), the number of ``steps`` >= 1 taken, and its constants."""
 
     first_moment: Tensor
     second_moment: Tensor
@@ -95,7 +95,10 @@ def last_layer_step(
 
 
 def _adam_direction(advantage: Tensor, hidden: Tensor, v: Tensor, ids: Tensor, adam: Adam) -> Tensor:
-    """``u = G h`` (B, T, k), G = Adam's normalised direction if this token's gradient came next."""
+    """``u = G h`` (B, T, k), G = Adam's normalised direction if this token's gradient came next.
+
+    G raises the objective, the optimizer lowers a loss: its first moment enters with a minus.
+    """
     shape, width = v.shape, hidden.shape[-1]
     rows, states = (advantage[..., None] * v).reshape(-1, shape[-1]), hidden.reshape(-1, width)
     index = ids.reshape(-1, shape[-1])
@@ -106,7 +109,7 @@ def _adam_direction(advantage: Tensor, hidden: Tensor, v: Tensor, ids: Tensor, a
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         gradient = rows[part, :, None] * states[part, None, :]
-        first = adam.beta1 * adam.first_moment[index[part]] + (1 - adam.beta1) * gradient
+        first = (1 - adam.beta1) * gradient - adam.beta1 * adam.first_moment[index[part]]
         second = adam.beta2 * adam.second_moment[index[part]] + (1 - adam.beta2) * gradient.square()
         direction = first / correct1 / ((second / correct2).sqrt() + adam.epsilon)
         out[part] = torch.einsum("nkh,nh->nk", direction.to(out.dtype), states[part])
