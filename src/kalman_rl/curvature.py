@@ -90,8 +90,8 @@ def last_layer_step(
         u = (advantage * hidden.square().sum(-1))[..., None] * v
     else:
         u = _adam_direction(advantage, hidden, v, top_ids, adam)
-    variance = (pi * u.square()).sum(-1) - (pi * u).sum(-1).square()
-    return LastLayerStep((v * u).sum(-1), variance.clamp(min=0.0), learning_rate)
+    u = u - (pi * u).sum(-1, keepdim=True)  # a shift of all k logits changes nothing, but drowns the rest
+    return LastLayerStep((v * u).sum(-1), (pi * u.square()).sum(-1), learning_rate)
 
 
 def _adam_direction(advantage: Tensor, hidden: Tensor, v: Tensor, ids: Tensor, adam: Adam) -> Tensor:
