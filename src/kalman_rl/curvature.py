@@ -79,6 +79,10 @@ def last_layer_step(
     for name, tensor in given.items():
         if tuple(tensor.shape) != expected[name]:
             raise ShapeError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected[name]}")
+    for name in () if adam is None else ("first_moment", "second_moment"):
+        shape = tuple(getattr(adam, name).shape)
+        if shape[1:] != (hidden.shape[-1],):
+            raise ShapeError(f"{name}: got shape {shape}, expected (V, {hidden.shape[-1]}) like the head")
     if not 0 <= learning_rate < math.inf:
         raise NumericError(f"learning_rate: got {learning_rate}, expected a finite step size >= 0")
     dtype = torch.promote_types(top_logp.dtype, torch.float32)
@@ -133,7 +137,8 @@ class CurvatureMask:
         then: the trust region of the tokens that are kept.
 
     Both grow with the square of the learning rate, so they have to be chosen together with it.
-    Needs: ``step``. Raises: NumericError for a value outside its range.
+    Needs: ``step``.
+    Raises: NumericError for a value outside its range and for a NaN effect at a trained token.
     """
 
     objective: float
@@ -148,10 +153,25 @@ class CurvatureMask:
                 raise NumericError(f"{name}: got {value}, expected a bound > 0 of the predicted effect")
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
-        step = current.step
-        need("step", None if step is None else step.alignment, "the curvature mask (CAPO)")
-        assert step is not None
+        step = _checked(current.step, rollouts.mask)
         objective, policy = predicted_effect(step, advantage)
         calm = (objective.abs() < self.objective) & (policy < self.policy)
         inner = self.then(ratio, advantage, current, rollouts)
         return Trust(inner.keep & calm, inner.weight, torch.where(calm, inner.surrogate, 0.0))
+
+
+def _checked(step: LastLayerStep | None, mask: Tensor) -> LastLayerStep:
+    """The step if it fits the mask and is no NaN inside it: NaN is below no bound and would drop silently."""
+    need("step", None if step is None else step.alignment, "the curvature mask (CAPO)")
+    assert step is not None
+    if not step.alignment.shape == step.curvature.shape == mask.shape:
+        shapes = f"{tuple(step.alignment.shape)}, {tuple(step.curvature.shape)}"
+        raise ShapeError(f"step: got shapes {shapes}, expected {tuple(mask.shape)} like the mask")
+    bad = mask & (step.alignment.isnan() | step.curvature.isnan())
+    if bad.any():
+        row, token = bad.nonzero()[0].tolist()
+        raise NumericError(
+            f"step: got nan at row {row}, token {token} ({int(bad.sum())} such tokens), expected numbers "
+            "where the mask is True; look for NaN in the hidden states or the optimizer's moments"
+        )
+    return step
