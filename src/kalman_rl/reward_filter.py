@@ -7,6 +7,7 @@ Both filters restart from their prior at every call and keep nothing. What is wr
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -121,8 +122,9 @@ class BatchFilter:
                 variance += self.process_noise
                 gain = variance / (variance + noise)
                 innovation = value - mean
-                mean, variance = mean + gain * innovation, (1 - gain) * variance
-                noise = self.adapt * noise + (1 - self.adapt) * innovation**2
+                mean, variance = mean + gain * innovation, gain * noise  # 1 - gain would cancel
+                surprise = min(innovation * innovation, sys.float_info.max)
+                noise = self.adapt * noise + (1 - self.adapt) * surprise
                 if noise + variance == 0:  # equal rewards from the start: nothing left to divide by
                     noise = self.observation_noise
             means.append(mean)
