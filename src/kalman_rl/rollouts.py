@@ -79,8 +79,7 @@ class Rollouts:
         if self.top_behaviour is not None:
             self._store("top_behaviour", checked_top("top_behaviour", self.top_behaviour, mask))
         if self.collision is not None:
-            expected = "a sum of squared probabilities where the mask is True"
-            self._store("collision", masked_finite("collision", self.collision.detach(), mask, expected))
+            self._store("collision", _checked_collision(self.collision, mask))
         for name in ("reward", "group"):
             value = getattr(self, name)
             if value is not None and value.shape != shape[:1]:
@@ -220,6 +219,18 @@ def checked_top(name: str, top: Tensor, mask: Tensor) -> Tensor:
             "expected k different tokens whose probabilities sum to at most 1; list no token twice"
         )
     return top
+
+
+def _checked_collision(collision: Tensor, mask: Tensor) -> Tensor:
+    """Sums of squared probabilities as :func:`masked_finite` values, refusing what is outside [0, 1]."""
+    expected = "a sum of squared probabilities, 0 to 1, where the mask is True"
+    values = masked_finite("collision", collision.detach(), mask, expected)
+    bad = (values < 0) | (values > 1 + 1e-3)  # rounding may end a little above 1
+    if bad.any():
+        row, token = bad.nonzero()[0].tolist()
+        got = f"{values[row, token].item()} at row {row}, token {token} ({int(bad.sum())} such tokens)"
+        raise NumericError(f"collision: got {got}, expected {expected}")
+    return values
 
 
 def _as_mask(mask: Tensor, shape: torch.Size) -> Tensor:
