@@ -27,7 +27,7 @@ SOURCE = ROOT / "src" / "kalman_rl"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("kalman", "rollouts", "diagnosis"),
-    ("ratio", "trust", "advantage", "aggregate", "penalty"),
+    ("ratio", "trust", "advantage", "aggregate", "penalty", "selection"),
     ("objective",),
     ("methods",),
     ("allocator", "disk", "checkpoints", "provenance", "traces"),
