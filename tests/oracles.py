@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl import ratio
-from kalman_rl.advantage import ConstantBaseline
+from kalman_rl.advantage import ConstantBaseline, batch_leave_one_out
 from kalman_rl.aggregate import SequenceSum, Totals, token_mean
 from kalman_rl.balance import Balance
 from kalman_rl.correction import Masked, Truncated
@@ -23,6 +23,7 @@ from kalman_rl.objective import Loss, Method, estimate_advantage, policy_loss
 from kalman_rl.penalty import KL, k2
 from kalman_rl.reward_filter import BatchFilter, GroupFilter
 from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
+from kalman_rl.tracked import JamesStein, Tracked
 from kalman_rl.trust import Cap, Clip, GeometricClip, SoftGate
 
 TABLE: dict[str, Method] = {name: make_method(name) for name in METHODS}
@@ -129,7 +130,7 @@ def make_batch(
         logp_old=old,
         logp=old + scale * normal(rows, length),
         mask=mask,
-        reward=normal(rows),
+        reward=normal(rows).sigmoid(),  # in [0, 1], where success counts are defined too
         group=group[torch.randperm(rows, generator=g)],
         reference=old + scale * normal(rows, length),
         behaviour=old + 0.1 * scale * normal(rows, length),
@@ -180,14 +181,17 @@ def per_token(advantage: Tensor) -> Tensor:
 
 def uninformative_reward(method: Method) -> float:
     """The common reward that teaches this method nothing: any for a group baseline, else the baseline."""
-    if has_own_baseline(method):
-        return getattr(method.advantage, "value", 0.0)
-    return 0.35
+    part = method.advantage
+    if isinstance(part, (ConstantBaseline, GroupFilter, BatchFilter)):
+        return getattr(part, "value", 0.0)
+    return 0.5 if isinstance(part, Tracked) and part.belief == "spo" else 0.35
 
 
 def has_own_baseline(method: Method) -> bool:
     """Whether a completion alone in its group is compared with something."""
-    return isinstance(method.advantage, (ConstantBaseline, GroupFilter, BatchFilter))
+    part = method.advantage
+    own = isinstance(part, (ConstantBaseline, GroupFilter, BatchFilter, Tracked, JamesStein))
+    return own or part is batch_leave_one_out
 
 
 def depends_on_order(method: Method) -> bool:

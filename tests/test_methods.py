@@ -112,7 +112,9 @@ def test_published_defaults(name: str, parts: tuple[Any, ...]) -> None:
 @every
 def test_every_option_reaches_the_method(name: str) -> None:
     for option, parameter in inspect.signature(METHODS[name]).parameters.items():
-        other = 1.75 if parameter.default is None else parameter.default * 0.5 + 0.01
+        other = (
+            1.75 if option == "dual" else 0.5 if parameter.default is None else parameter.default * 0.5 + 0.01
+        )
         if isinstance(parameter.default, bool):
             other = not parameter.default
             assert make_method(name, **{option: float(other)}) == make_method(name, **{option: other})
@@ -206,7 +208,8 @@ def test_nan_is_refused_everywhere_and_negative_where_it_is_a_size(name: str) ->
         for bad in (math.nan, -0.5):
             if bad < 0 and option == "baseline":
                 continue
-            kind = ConfigError if isinstance(parameter.default, bool) else NumericError
+            settings = isinstance(parameter.default, bool) or name == "spo"  # a setting of its belief
+            kind = ConfigError if settings and option not in ("low", "high", "dual") else NumericError
             with pytest.raises(kind, match=rf"{option}.*: got .*{bad}.*, expected"):
                 make_method(name, **{option: bad})
 

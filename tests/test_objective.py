@@ -25,6 +25,7 @@ from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objective import Method, policy_loss, settled, step_statistics
 from kalman_rl.penalty import KL
 from kalman_rl.rollouts import Rollouts
+from kalman_rl.tracked import JamesStein, Tracked
 from oracles import (
     CASES,
     TABLE,
@@ -441,7 +442,8 @@ def test_equal_rewards_teach_nothing(name: str) -> None:
     method, batch = without_penalty(CASES[name]), make_batch(6)
     equal = torch.full_like(batch.reward, uninformative_reward(method))
     out = run(method, dataclasses.replace(batch, reward=equal))
-    assert (out.gradient == 0).all() and out.value.item() == 0
+    rounding = 1e-15 if isinstance(method.advantage, (JamesStein, Tracked)) else 0.0  # of a weighted mean
+    assert out.gradient.abs().max() <= rounding and abs(out.value.item()) <= rounding
 
 
 @every

@@ -149,7 +149,7 @@ class Rescaled:
         s = group_statistics(reward, group)
         known = ~torch.isnan(reward)
         teaching = known & ((reward != 0) if self.by_zeros else (s.spread > 0))
-        alpha = known.double().sum() / teaching.sum().clamp(min=1)
+        alpha = known.sum().double() / teaching.sum().clamp(min=1)
         return _finish(alpha * (reward.double() - s.mean) / self.norm, reward, s.spread > 0)
 
 

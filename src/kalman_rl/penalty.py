@@ -61,8 +61,8 @@ class KL:
         coefficient: beta >= 0.
         estimator: :func:`k1`, :func:`k2` or :func:`k3` (TRL's and GRPO's choice, the default).
         importance_weighted: multiply by the token ratio ``exp(logp - logp_old)``, through which gradient
-            flows too; then value and gradient are those of KL(policy || reference) off-policy as well
-            (TRL: ``use_bias_correction_kl``).
+            flows too; then value and gradient of k1 and k3 are those of KL(policy || reference), off-policy
+            as well (TRL: ``use_bias_correction_kl``). Not so for k2, whose value is biased.
 
     Raises: ConfigError if the rollouts carry no ``logp_reference``. Gradient: through ``logp``.
     """

@@ -39,7 +39,7 @@ from kalman_rl.models import LoadedModel, load_model
 from kalman_rl.objective import Method
 from kalman_rl.ratio import KalmanFiltered
 from kalman_rl.runs import Run
-from kalman_rl.tasks import Task, guard_reward, load_reward, load_task, rows
+from kalman_rl.tasks import Task, guard_reward, load_reward, load_task, rows, with_noise
 
 LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
@@ -156,6 +156,17 @@ def build_trainer(
         steps_per_generation=micro_batches,
         num_iterations=config.iterations,
         num_generations=config.completions_per_prompt,
+        belief=config.belief if config.advantage == "tracked" else None,
+        prompt_features=config.prompt_features,
+        allocation=config.allocation,
+        allocation_objective=config.objective,
+        budget=config.budget,
+        rounds=list(config.rounds),
+        completions_min=config.completions_min,
+        completions_max=config.completions_max,
+        coverage_steps=config.coverage_steps,
+        reward_range="real" if config.reward_noise else "unit",
+        reward_noise_variance=config.reward_noise**2,
         max_completion_length=max_tokens,
         temperature=config.temperature,
         max_steps=config.steps,
@@ -189,7 +200,7 @@ def build_trainer(
         )
     trainer = KalmanGRPOTrainer(
         model=loaded.model,
-        reward_funcs=guard_reward(task.reward),
+        reward_funcs=with_noise(guard_reward(task.reward), config.reward_noise),
         args=args,
         train_dataset=Dataset.from_list(task.train),
         processing_class=loaded.tokenizer,

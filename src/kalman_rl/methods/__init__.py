@@ -1,9 +1,9 @@
 """The published methods, each a composition: advantage x ratio x trust x aggregate.
 
-Read this folder first: ``by_advantage``, ``by_ratio`` and ``by_trust`` hold one short function a method,
-sorted by what the method changes. ``METHODS`` is the table that the command line, the trainers and every
-invariance test go through. Equations, use and citations are in ``cards.toml``, shown by the command
-``kalman-rl methods NAME``.
+Read this folder first: ``by_advantage``, ``by_ratio``, ``by_filter`` and ``by_trust`` hold one short
+function a method, sorted by what the method changes. ``METHODS`` is the table that the command line, the
+trainers and every invariance test go through. Equations, use and citations are in ``cards.toml``, shown by
+the command ``kalman-rl methods NAME``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kalman_rl.lookup import make
-from kalman_rl.methods import by_advantage, by_ratio, by_trust
+from kalman_rl.methods import by_advantage, by_filter, by_ratio, by_trust
 from kalman_rl.objective import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -29,14 +29,21 @@ METHODS: dict[str, Callable[..., Method]] = {
         by_advantage.krpo,
         by_advantage.krpo_invariant,
         by_advantage.k_score,
+        by_advantage.batch_mean,
+        by_advantage.james_stein,
+        by_advantage.spo,
+        by_advantage.k_grpo,
         by_ratio.gspo,
         by_ratio.gspo_token,
-        by_ratio.kpo,
-        by_ratio.kpo_unclipped,
-        by_ratio.kpo_diffuse,
         by_ratio.minpro,
         by_ratio.minpro_clipped,
         by_ratio.ratio_one,
+        by_filter.kpo,
+        by_filter.kpo_unclipped,
+        by_filter.kpo_diffuse,
+        by_filter.kpo_auto,
+        by_filter.kpo_noise,
+        by_filter.kpo_robust,
         by_trust.cispo,
         by_trust.gmpo,
         by_trust.sapo,

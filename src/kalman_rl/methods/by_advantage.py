@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kalman_rl import advantage, aggregate, ratio, reward_filter, trust
+from kalman_rl import advantage, aggregate, ratio, reward_filter, tracked, trust
 from kalman_rl.objective import Method
 
 
@@ -155,4 +155,44 @@ def k_score(
         ratio.token,
         trust.Clip(low, high),
         aggregate.sequence_mean,
+    )
+
+
+def batch_mean() -> Method:
+    """The control "no groups, no memory": the mean of all other completions of the batch as baseline. Ours.
+
+    Hard to beat where prompts are alike in difficulty.
+    """
+    return Method(
+        "batch_mean", advantage.batch_leave_one_out, ratio.one, trust.unclipped, aggregate.sequence_mean
+    )
+
+
+def james_stein() -> Method:
+    """Group means drawn towards each other as far as their noise says, without memory. Source: arXiv 2511.03710."""
+    return Method("james_stein", tracked.JamesStein(), ratio.one, trust.unclipped, aggregate.sequence_mean)
+
+
+def spo(
+    *, rho: float | None = None, low: float = 0.2, high: float = 0.28, dual: float | None = 10.0
+) -> Method:
+    """SPO: a success count per prompt that fades, its prediction as baseline; works with groups of one.
+
+    Source: arXiv 2509.13232. ``rho`` is the memory per visit, None for 0.96. Deviations: see
+    :class:`kalman_rl.belief.SPOBelief`; its prioritised prompts and KL-driven memory are not part of the objective.
+    """
+    options = () if rho is None else (("rho", rho),)
+    return Method(
+        "spo", tracked.Tracked("spo", options), ratio.token, trust.Clip(low, high, dual), aggregate.token_mean
+    )
+
+
+def k_grpo(*, low: float = 0.2, high: float = 0.2) -> Method:
+    """K-GRPO: a Kalman belief about every prompt's value as baseline, GRPO's ratio and clip. Ours.
+
+    The advantage is leave-one-out and exactly unbiased; noise, drift and prior are learned from the rewards. The
+    published code of that name has no policy update; what it says of stopping is in ``kalman_rl.sampling``.
+    """
+    return Method(
+        "k_grpo", tracked.Tracked("auto"), ratio.token, trust.Clip(low, high), aggregate.sequence_mean
     )

@@ -31,68 +31,6 @@ def gspo_token(*, low: float = 3e-4, high: float = 4e-4, epsilon: float = 1e-4) 
     )
 
 
-def kpo(
-    *,
-    process_noise: float = 1e-6,
-    observation_noise: float = 1.0,
-    initial_variance: float = 0.0,
-    low: float = 3e-4,
-    high: float = 4e-4,
-    epsilon: float = 1e-4,
-) -> Method:
-    """KPO as published: Kalman-filtered token ratio from a zero start, tightly clipped. arXiv 2602.10609.
-
-    With ``initial_variance = 0`` the ratio is pinned to 1 for about ``1 / sqrt(Q/R)`` tokens: on
-    completions much shorter than that this *is* plain policy gradient. Prefer :func:`kpo_diffuse` there.
-    Deviations from the published code: exact gains for every Q/R, holes are missing observations.
-    """
-    return Method(
-        "kpo",
-        advantage.GroupZScore(epsilon),
-        ratio.KalmanFiltered(process_noise, observation_noise, initial_variance),
-        trust.Clip(low, high),
-        aggregate.sequence_mean,
-    )
-
-
-def kpo_unclipped(
-    *,
-    process_noise: float = 1e-4,
-    observation_noise: float = 1.0,
-    initial_variance: float = 0.0,
-    epsilon: float = 1e-4,
-) -> Method:
-    """KPO without clip: the filtered weight on every token. Source: arXiv 2602.10609 (Q = 1e-4)."""
-    return Method(
-        "kpo_unclipped",
-        advantage.GroupZScore(epsilon),
-        ratio.KalmanFiltered(process_noise, observation_noise, initial_variance),
-        trust.unclipped,
-        aggregate.sequence_mean,
-    )
-
-
-def kpo_diffuse(
-    *,
-    process_noise: float = 1e-6,
-    observation_noise: float = 1.0,
-    low: float = 3e-4,
-    high: float = 4e-4,
-    epsilon: float = 1e-4,
-) -> Method:
-    """KPO with a diffuse start (P0 = inf): believes the first token, then averages. A causal GSPO.
-
-    Ours; only the initial variance differs from :func:`kpo`. Q = 0 is the running mean of the log-ratios.
-    """
-    return Method(
-        "kpo_diffuse",
-        advantage.GroupZScore(epsilon),
-        ratio.KalmanFiltered(process_noise, observation_noise, float("inf")),
-        trust.Clip(low, high),
-        aggregate.sequence_mean,
-    )
-
-
 def minpro(
     *, high: float = 5.0, inclusive: bool = False, capped: bool = False, epsilon: float = 1e-4
 ) -> Method:
