@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kalman", "rollouts", "diagnosis", "hadamard", "likelihood"),
     ("belief",),
     ("sampling",),
-    ("ratio", "trust", "advantage", "aggregate", "penalty"),
+    ("ratio", "trust", "advantage", "aggregate", "penalty", "selection"),
     ("divergence", "balance", "curvature", "correction", "reward_filter", "tracked"),
     ("learned_noise", "token_noise", "robust_filter"),
     ("objective",),

@@ -167,6 +167,8 @@ class LengthWeighted:
     def __call__(self, reward: Tensor, group: Tensor, *, length: Tensor) -> Tensor:
         s = group_statistics(reward, group)
         filled, known = known_rewards(reward, group)
+        if length.shape != reward.shape:
+            raise ShapeError(f"length: got shape {tuple(length.shape)}, expected {tuple(reward.shape)}")
         index = torch.unique(group, return_inverse=True)[1]
         weight = torch.where(known, length.double(), 0.0)
         zeros = filled.new_zeros(int(index.max()) + 1 if len(index) else 0)
@@ -198,6 +200,9 @@ class OptimalTokenBaseline:
     def __call__(self, reward: Tensor, group: Tensor, *, energy: Tensor, mask: Tensor) -> Tensor:
         s = group_statistics(reward, group)
         filled, known = known_rewards(reward, group)
+        if mask.dim() != 2 or not energy.shape == mask.shape == (len(reward), mask.shape[1]):
+            shapes = f"{tuple(energy.shape)}, {tuple(mask.shape)}"
+            raise ShapeError(f"energy, mask: got shapes {shapes}, expected ({len(reward)}, T) both")
         alive = mask & known[:, None]
         gathered = torch.where(alive, energy.double(), 0.0).cumsum(1)
         rank = torch.where(mask, mask.cumsum(1) - 1, 0)  # position among trained tokens

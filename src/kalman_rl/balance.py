@@ -23,13 +23,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.ratio import Ratio
 from kalman_rl.rollouts import Current, Rollouts
 from kalman_rl.trust import Clip, Trust, weight_of
 
 Measure = Literal["share", "quotient"]
 First = Literal["high", "low"]
+
+MAX_POINTS = 10_000
+"""Points of a grid; every one is a pass over the batch."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,22 @@ class Balance:
         for name, ends in (("low", (0, self.low, self.low_end, 1)), ("high", (1, self.high, self.high_end))):
             step = getattr(self, f"{name}_step")
             ordered = all(a <= b for a, b in itertools.pairwise(ends)) and ends[-1] < math.inf
-            if not (ordered and 0 < step < math.inf):
+            if not (ordered and 0 < step < math.inf and ends[2] - ends[1] < MAX_POINTS * step):
                 limits = "0 <= low <= low_end <= 1" if name == "low" else "1 <= high <= high_end < inf"
                 got = f"{ends[1]}, {ends[2]}, step {step}"
-                raise NumericError(f"{name}, {name}_end: got {got}, expected {limits} and a finite step > 0")
+                raise NumericError(
+                    f"{name}, {name}_end: got {got}, expected {limits} and a finite step > 0 with at most "
+                    f"{MAX_POINTS} steps in between"
+                )
         Clip(1 - self.low, self.high - 1, self.dual)
 
     def grid(self, name: Literal["low", "high"]) -> list[float]:
         """The bounds that the search may take: start, start + step, ... up to the end."""
         start, end, step = (getattr(self, f"{name}{suffix}") for suffix in ("", "_end", "_step"))
-        return [start + i * step for i in range(int((end - start) / step + 1e-9) + 1)]
+        points = [start + i * step for i in range(int((end - start) / step + 1e-9) + 1)]
+        if abs(points[-1] - end) < 1e-6 * step:
+            points[-1] = end  # whatever rounding made of it: 0.09 + 13 * 0.07 is above 1
+        return points
 
     def statistics(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Tensor:
         """S+ at every ``high`` of the grid, then S- at every ``low`` (float64): additive over the parts of
@@ -99,8 +108,15 @@ class Balance:
         return torch.stack(sums)
 
     def settle(self, statistics: Tensor) -> Clip:
-        """The clip whose bounds the search ends with, given the statistics of a whole optimizer step."""
+        """The clip whose bounds the search ends with, given the statistics of a whole optimizer step.
+
+        Raises: ShapeError for statistics of other settings."""
         highs, lows = self.grid("high"), self.grid("low")
+        if statistics.shape != (len(highs) + len(lows),):
+            raise ShapeError(
+                f"statistics: got shape {tuple(statistics.shape)}, expected ({len(highs) + len(lows)},): the "
+                "sum of what `statistics` of these settings returned for each part"
+            )
         positive, negative = statistics[: len(highs)].tolist(), statistics[len(highs) :].tolist()
         i = j = 0  # positions of high and low
 

@@ -35,8 +35,8 @@ CHUNK_NUMBERS = 1 << 22
 
 
 class Adam(NamedTuple):
-    """Adam's state for the head: moments (V, H) as the optimizer keeps them (not bias-corrected), the
-    number of ``steps`` >= 1 taken, and its constants."""
+    """Adam's state for the head: moments (V, H) of the *loss's* gradient as the optimizer keeps them (not
+    bias-corrected), the number of ``steps`` >= 1 taken, and its constants."""
 
     first_moment: Tensor
     second_moment: Tensor
@@ -79,6 +79,10 @@ def last_layer_step(
     for name, tensor in given.items():
         if tuple(tensor.shape) != expected[name]:
             raise ShapeError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected[name]}")
+    for name in () if adam is None else ("first_moment", "second_moment"):
+        shape = tuple(getattr(adam, name).shape)
+        if shape[1:] != (hidden.shape[-1],):
+            raise ShapeError(f"{name}: got shape {shape}, expected (V, {hidden.shape[-1]}) like the head")
     if not 0 <= learning_rate < math.inf:
         raise NumericError(f"learning_rate: got {learning_rate}, expected a finite step size >= 0")
     dtype = torch.promote_types(top_logp.dtype, torch.float32)
@@ -90,12 +94,15 @@ def last_layer_step(
         u = (advantage * hidden.square().sum(-1))[..., None] * v
     else:
         u = _adam_direction(advantage, hidden, v, top_ids, adam)
-    variance = (pi * u.square()).sum(-1) - (pi * u).sum(-1).square()
-    return LastLayerStep((v * u).sum(-1), variance.clamp(min=0.0), learning_rate)
+    u = u - (pi * u).sum(-1, keepdim=True)  # a shift of all k logits changes nothing, but drowns the rest
+    return LastLayerStep((v * u).sum(-1), (pi * u.square()).sum(-1), learning_rate)
 
 
 def _adam_direction(advantage: Tensor, hidden: Tensor, v: Tensor, ids: Tensor, adam: Adam) -> Tensor:
-    """``u = G h`` (B, T, k), G = Adam's normalised direction if this token's gradient came next."""
+    """``u = G h`` (B, T, k), G = Adam's normalised direction if this token's gradient came next.
+
+    G raises the objective, the optimizer lowers a loss: its first moment enters with a minus.
+    """
     shape, width = v.shape, hidden.shape[-1]
     rows, states = (advantage[..., None] * v).reshape(-1, shape[-1]), hidden.reshape(-1, width)
     index = ids.reshape(-1, shape[-1])
@@ -106,7 +113,7 @@ def _adam_direction(advantage: Tensor, hidden: Tensor, v: Tensor, ids: Tensor, a
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         gradient = rows[part, :, None] * states[part, None, :]
-        first = adam.beta1 * adam.first_moment[index[part]] + (1 - adam.beta1) * gradient
+        first = (1 - adam.beta1) * gradient - adam.beta1 * adam.first_moment[index[part]]
         second = adam.beta2 * adam.second_moment[index[part]] + (1 - adam.beta2) * gradient.square()
         direction = first / correct1 / ((second / correct2).sqrt() + adam.epsilon)
         out[part] = torch.einsum("nkh,nh->nk", direction.to(out.dtype), states[part])
@@ -130,7 +137,8 @@ class CurvatureMask:
         then: the trust region of the tokens that are kept.
 
     Both grow with the square of the learning rate, so they have to be chosen together with it.
-    Needs: ``step``. Raises: NumericError for a value outside its range.
+    Needs: ``step``.
+    Raises: NumericError for a value outside its range and for a NaN effect at a trained token.
     """
 
     objective: float
@@ -145,10 +153,25 @@ class CurvatureMask:
                 raise NumericError(f"{name}: got {value}, expected a bound > 0 of the predicted effect")
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
-        step = current.step
-        need("step", None if step is None else step.alignment, "the curvature mask (CAPO)")
-        assert step is not None
+        step = _checked(current.step, rollouts.mask)
         objective, policy = predicted_effect(step, advantage)
         calm = (objective.abs() < self.objective) & (policy < self.policy)
         inner = self.then(ratio, advantage, current, rollouts)
         return Trust(inner.keep & calm, inner.weight, torch.where(calm, inner.surrogate, 0.0))
+
+
+def _checked(step: LastLayerStep | None, mask: Tensor) -> LastLayerStep:
+    """The step if it fits the mask and is no NaN inside it: NaN is below no bound and would drop silently."""
+    need("step", None if step is None else step.alignment, "the curvature mask (CAPO)")
+    assert step is not None
+    if not step.alignment.shape == step.curvature.shape == mask.shape:
+        shapes = f"{tuple(step.alignment.shape)}, {tuple(step.curvature.shape)}"
+        raise ShapeError(f"step: got shapes {shapes}, expected {tuple(mask.shape)} like the mask")
+    bad = mask & (step.alignment.isnan() | step.curvature.isnan())
+    if bad.any():
+        row, token = bad.nonzero()[0].tolist()
+        raise NumericError(
+            f"step: got nan at row {row}, token {token} ({int(bad.sum())} such tokens), expected numbers "
+            "where the mask is True; look for NaN in the hidden states or the optimizer's moments"
+        )
+    return step

@@ -8,7 +8,8 @@ the vocabulary: {sampled token, rest} (binary) or {k tokens, rest} (top-k). A fi
 smaller divergence: binary <= top-k <= whole vocabulary.
 
 Source: DPPO (arXiv 2602.04879). Deviations: ``log(1 - p)`` is taken without cancellation and without an added
-constant; the k tokens contain the sampled one exactly once; thresholds have names of their own.
+constant; the k tokens contain the sampled one exactly once; the rest's mass is not taken below its rounding
+error; thresholds have names of their own.
 """
 
 from __future__ import annotations
@@ -69,7 +70,14 @@ def _top(current: Current, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor, 
             f"top_logp: got shape {tuple(pi.shape)}, expected {tuple(mu.shape)} like top_behaviour: the same "
             "k tokens at every position"
         )
-    return mu, pi, (1 - mu.exp().sum(-1)).clamp(min=0.0), (1 - pi.exp().sum(-1)).clamp(min=0.0)
+    return mu, pi, _rest(mu), _rest(pi)
+
+
+def _rest(top: Tensor) -> Tensor:
+    """``1 - sum_k p`` (B, T), not below what rounding leaves of it: where k tokens hold all the mass one
+    policy's residue may be 0 and the other's 6e-8, and their quotient infinite. One token's is exact."""
+    rounding = torch.finfo(top.dtype).eps * (top.shape[-1] - 1)
+    return (-torch.expm1(top.logsumexp(-1))).clamp(min=rounding)
 
 
 def top_k_tv(current: Current, rollouts: Rollouts) -> Tensor:
@@ -141,7 +149,7 @@ def top_k_with_sampled(logits: Tensor, sampled: Tensor, k: int) -> tuple[Tensor,
         Token ids (..., k) and their log-probabilities (..., k). If the sampled token is not among the k most
         likely it takes the last place.
 
-    Raises: NumericError for another k.
+    Raises: NumericError for another k or a token id outside the vocabulary, ShapeError for another shape.
 
     >>> ids, logp = top_k_with_sampled(torch.tensor([[0.0, 3.0, 2.0, 1.0]]), torch.tensor([0]), 2)
     >>> ids
@@ -149,6 +157,14 @@ def top_k_with_sampled(logits: Tensor, sampled: Tensor, k: int) -> tuple[Tensor,
     """
     if not 1 <= k <= logits.shape[-1]:
         raise NumericError(f"top_k: got {k}, expected 1 to the vocabulary size {logits.shape[-1]}")
+    if sampled.shape != logits.shape[:-1]:
+        raise ShapeError(f"sampled: got shape {tuple(sampled.shape)}, expected {tuple(logits.shape[:-1])}")
+    outside = sampled[(sampled < 0) | (sampled >= logits.shape[-1])]
+    if len(outside):
+        raise NumericError(
+            f"sampled: got {int(outside[0])}, expected token ids 0 to {logits.shape[-1] - 1}; give "
+            "padding any id of the vocabulary"
+        )
     ids = logits.topk(k, dim=-1).indices
     absent = (ids != sampled[..., None]).all(-1)
     ids[..., -1] = torch.where(absent, sampled, ids[..., -1])

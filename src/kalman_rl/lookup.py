@@ -18,7 +18,8 @@ def make(kind: str, table: Mapping[str, Callable[..., T]], name: str, options: M
     Options are numbers; one whose default is None may be None; one whose default is true or false takes
     true, false, 1 or 0; one whose default is a text takes a text.
 
-    Raises: ConfigError for an unknown name or option, naming the nearest one, and for another type.
+    Raises: ConfigError for an unknown name or option, naming the nearest one, for another type, and for an
+    option without a default that was not given.
     """
     if name not in table:
         raise unknown_name(kind, name, table)
@@ -45,4 +46,7 @@ def make(kind: str, table: Mapping[str, Callable[..., T]], name: str, options: M
         if not legal:
             raise ConfigError(f"{kind} option {option}: got {value!r} for {name}, expected {expected}")
         read[option] = value
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in read:
+            raise ConfigError(f"{kind} option {option}: got nothing for {name}, expected a number")
     return table[name](**read)

@@ -7,6 +7,7 @@ Both filters restart from their prior at every call and keep nothing. What is wr
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,8 @@ class GroupFilter:
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         filled, known = known_rewards(reward, group)
         if self.invariant:
-            return only_known(self._leave_one_out(filled, known, group), reward)
+            baseline, variance = self._given_the_others(filled, known, group)
+            return only_known((filled - baseline) / (variance + self.observation_noise).sqrt(), reward)
         order = torch.argsort(group, stable=True)  # each group's rewards side by side, order kept
         order = order[known[order]]
         advantage = torch.zeros_like(filled)
@@ -71,13 +73,13 @@ class GroupFilter:
             advantage[order] = ((row - state.mean) / (state.variance.sqrt() + self.epsilon))[0]
         return only_known(advantage, reward)
 
-    def _leave_one_out(self, filled: Tensor, known: Tensor, group: Tensor) -> Tensor:
+    def _given_the_others(self, filled: Tensor, known: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance (B,) of each completion's group given the rewards of the others."""
         others = (group[:, None] == group[None, :]) & known[None, :]
         others &= ~torch.eye(len(filled), dtype=torch.bool, device=filled.device)
         total = torch.where(others, filled[None, :], 0.0).sum(1)  # never holds the own reward
         precision = 1 / self.initial_variance + others.sum(1).double() / self.observation_noise
-        baseline = total / self.observation_noise / precision
-        return (filled - baseline) / (1 / precision + self.observation_noise).sqrt()
+        return total / self.observation_noise / precision, 1 / precision
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,9 @@ class BatchFilter:
                 variance += self.process_noise
                 gain = variance / (variance + noise)
                 innovation = value - mean
-                mean, variance = mean + gain * innovation, gain * noise  # (1 - gain) would cancel
-                noise = self.adapt * noise + (1 - self.adapt) * innovation**2
+                mean, variance = mean + gain * innovation, gain * noise  # 1 - gain would cancel
+                surprise = min(innovation * innovation, sys.float_info.max)
+                noise = self.adapt * noise + (1 - self.adapt) * surprise
                 if noise + variance == 0:  # equal rewards from the start: nothing left to divide by
                     noise = self.observation_noise
             means.append(mean)

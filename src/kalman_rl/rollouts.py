@@ -79,8 +79,7 @@ class Rollouts:
         if self.top_behaviour is not None:
             self._store("top_behaviour", checked_top("top_behaviour", self.top_behaviour, mask))
         if self.collision is not None:
-            expected = "a sum of squared probabilities where the mask is True"
-            self._store("collision", masked_finite("collision", self.collision.detach(), mask, expected))
+            self._store("collision", _checked_collision(self.collision, mask))
         for name in ("reward", "group"):
             value = getattr(self, name)
             if value is not None and value.shape != shape[:1]:
@@ -132,7 +131,7 @@ class Rollouts:
         0 outside the mask, None without ``collision``."""
         if self.collision is None:
             return None
-        return torch.where(self.mask, 1 - 2 * self.logp_old.exp() + self.collision, 0.0)
+        return torch.where(self.mask, score_energy(self.logp_old, self.collision), 0.0)
 
     @property
     def sequence_count(self) -> int:
@@ -157,6 +156,20 @@ class Current(NamedTuple):
     logp: Tensor
     top_logp: Tensor | None = None
     step: LastLayerStep | None = None
+
+
+def score_energy(logp: Tensor, collision: Tensor) -> Tensor:
+    """``1 - 2 p + sum_v p_v^2``, the squared norm of ``onehot(y) - p``, for the sampled token's ``logp``.
+
+    Taken as ``(1 - p)^2`` plus the other tokens' squares, which lie between 0 and ``(1 - p)^2``: never
+    negative, and right within a factor of two where the plain sum is all rounding.
+
+    >>> score_energy(torch.tensor([0.5]).log(), torch.tensor([0.375]))  # p = 1/2, 1/4, 1/4
+    tensor([0.3750])
+    """
+    rest = torch.expm1(logp).square()
+    others = collision - (2 * logp).exp()
+    return rest + torch.minimum(others.clamp(min=0.0), rest)
 
 
 def masked_logp(name: str, logp: Tensor, mask: Tensor) -> Tensor:
@@ -206,6 +219,18 @@ def checked_top(name: str, top: Tensor, mask: Tensor) -> Tensor:
             "expected k different tokens whose probabilities sum to at most 1; list no token twice"
         )
     return top
+
+
+def _checked_collision(collision: Tensor, mask: Tensor) -> Tensor:
+    """Sums of squared probabilities as :func:`masked_finite` values, refusing what is outside [0, 1]."""
+    expected = "a sum of squared probabilities, 0 to 1, where the mask is True"
+    values = masked_finite("collision", collision.detach(), mask, expected)
+    bad = (values < 0) | (values > 1 + 1e-3)  # rounding may end a little above 1
+    if bad.any():
+        row, token = bad.nonzero()[0].tolist()
+        got = f"{values[row, token].item()} at row {row}, token {token} ({int(bad.sum())} such tokens)"
+        raise NumericError(f"collision: got {got}, expected {expected}")
+    return values
 
 
 def _as_mask(mask: Tensor, shape: torch.Size) -> Tensor:
