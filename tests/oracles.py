@@ -23,6 +23,7 @@ from kalman_rl.objective import Loss, Method, estimate_advantage, policy_loss
 from kalman_rl.penalty import KL, k2
 from kalman_rl.reward_filter import BatchFilter, GroupFilter
 from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
+from kalman_rl.token_noise import NoiseFiltered
 from kalman_rl.tracked import JamesStein, Tracked
 from kalman_rl.trust import Cap, Clip, GeometricClip, SoftGate
 
@@ -48,6 +49,11 @@ CASES: dict[str, Method] = TABLE | {
     "bapo+gradient": make_method("bapo", target=0.9, gradient=True, dual=2.0),
     "bapo_published+far": make_method("bapo_published", target=5.0),
     "k_score+code": make_method("k_score", adapt=0.9, final=True),
+    "kpo_auto+open": make_method("kpo_auto", process_noise=0.1, observation_noise=0.2),
+    "kpo_noise+open": make_method("kpo_noise", process_noise=0.05, low=0.1, high=0.1),
+    "kpo_robust+tight": make_method(
+        "kpo_robust", observation_noise=0.05, process_noise=0.01, threshold=0.5, low=0.05
+    ),
     "grpo+truncated": dataclasses.replace(make_method("grpo"), correction=Truncated(1.02)),
     "gspo+masked": dataclasses.replace(make_method("gspo"), correction=Masked(0.97, 1.05, "geometric")),
 }
@@ -246,8 +252,8 @@ def naive_log_weight(method: Method, batch: Batch) -> np.ndarray:
         return np.zeros_like(observed)
     if method.ratio is ratio.sequence_mean:
         return np.where(mask, observed.sum(1, keepdims=True) / mask.sum(1, keepdims=True), 0.0)
-    assert isinstance(method.ratio, ratio.KalmanFiltered), "give naive_log_weight the new transform"
-    return np.stack([_naive_filter(method.ratio, *row) for row in zip(observed, mask)])
+    old = np.where(mask, batch.logp_old.double().numpy(), 0.0)
+    return np.stack([_naive_filter(method.ratio, *row) for row in zip(observed, mask, old)])
 
 
 def naive_log_ratio(method: Method, batch: Batch) -> np.ndarray:
@@ -332,18 +338,21 @@ def settled_by_hand(part: Balance, weight: np.ndarray, a: np.ndarray, mask: np.n
             low += part.low_step
 
 
-def _naive_filter(noise: ratio.KalmanFiltered, observed: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    out, x, p, started = np.zeros_like(observed), 0.0, noise.initial_variance, False
-    for t in np.flatnonzero(mask)[0] + np.arange(len(mask)):
-        if t > np.flatnonzero(mask)[-1]:
-            break
-        p = p + noise.process_noise  # time passes in holes, not in padding
-        if mask[t]:
-            gain = 1.0 if math.isinf(p) else p / (p + noise.observation_noise)
-            x = x + gain * (observed[t] - x)
-            p = noise.observation_noise * gain
-            out[t], started = x, True
-    assert started
+def _naive_filter(part: Any, observed: np.ndarray, mask: np.ndarray, old: np.ndarray) -> np.ndarray:
+    out, x, p = np.zeros_like(observed), 0.0, getattr(part, "initial_variance", math.inf)
+    trained = np.flatnonzero(mask)
+    for t in range(trained[0], trained[-1] + 1):
+        p = p + part.process_noise  # time passes in holes, not in padding
+        if not mask[t]:
+            continue
+        if isinstance(part, NoiseFiltered):
+            noise = part.floor + part.scale * (1 - math.exp(old[t])) ** 2
+        else:
+            noise = part.observation_noise
+        limit = getattr(part, "threshold", math.inf) * math.sqrt(p + noise)
+        gain = 1.0 if math.isinf(p) else p / (p + noise)
+        x = x + gain * min(max(observed[t] - x, -limit), limit)
+        p, out[t] = noise * gain, x
     return out
 
 

@@ -75,13 +75,14 @@ def test_bibtex() -> None:
     assert cards.bibtex("ratio_one").startswith("% ratio_one is ours")
 
 
-def test_other_names_are_never_guessed() -> None:
-    """verl's 0.28 and TRL's 5.0 are both legal bounds of CISPO, so other spellings are refused."""
+def test_other_names_are_translated_not_guessed() -> None:
+    """verl's 0.28 and TRL's 5.0 are both legal bounds of CISPO: each name has its own host's meaning."""
     from kalman_rl.methods import make_method
 
-    for name in ("epsilon_high", "clip_ratio_high"):
-        with pytest.raises(ConfigError, match=f"method option: got '{name}' for cispo"):
-            make_method("cispo", **{name: 0.28})
+    assert make_method("cispo", epsilon_high=0.28).trust.high == 0.28
+    assert make_method("cispo", clip_ratio_high=0.28).trust.high == 1.28
+    with pytest.raises(ConfigError, match="method option: got 'cliprange' for cispo"):
+        make_method("cispo", cliprange=0.28)
     names = " ".join(cards.card("cispo")["names"])
     assert "TRL epsilon_high" in names and "1 + verl clip_ratio_high" in names
 

@@ -97,6 +97,12 @@ class Reduction:
     options: Callable[[Batch], dict[str, Any]] = lambda batch: {}
 
 
+def unlikely(batch: Batch) -> Batch:
+    """The same ratios, with old probabilities below 1/5, where a score energy of 1 can occur."""
+    shift = math.log(5)
+    return dataclasses.replace(batch, logp_old=batch.logp_old - shift, logp=batch.logp - shift)
+
+
 def equal_energy(batch: Batch) -> dict[str, Any]:
     """Score energy ``1 - 2 p + collision`` of 1 at every token."""
     return {"collision": 2 * batch.logp_old.exp()}
@@ -180,7 +186,11 @@ REDUCTIONS: dict[str, Reduction] = {
         TABLE["opo"], of("opo", advantage=advantage.group_centred), holes=False
     ),
     "OTB, equal energies and lengths: group mean": Reduction(
-        TABLE["otb"], of("otb", advantage=advantage.group_centred), holes=False, options=equal_energy
+        TABLE["otb"],
+        of("otb", advantage=advantage.group_centred),
+        batch=unlikely,
+        holes=False,
+        options=equal_energy,
     ),
     "DAPO with GRPO's band, equal lengths: GRPO": Reduction(
         make_method("dapo", high=0.2), TABLE["grpo"], holes=False
@@ -300,6 +310,7 @@ def test_on_policy_identity(name: str, seed: int) -> None:
 
 ANTIDERIVATIVE = {
     *("grpo", "dr_grpo", "dapo", "opo", "otb", "gpg", "gpg_published", "krpo", "krpo_invariant", "k_score"),
+    *("spo", "k_grpo"),
     *("gspo", "gspo_token", "gmpo", "sapo", "dro", "bapo", "bapo_published", "capo"),
 }
 """Methods whose value, as a function of ``logp``, has the gradient that backward gives."""

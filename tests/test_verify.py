@@ -19,6 +19,7 @@ from kalman_rl.verify.literal import example
 RECORDED = set(METHODS) - {
     # Ours, or without a published implementation that we have run.
     *("krpo", "krpo_invariant", "k_score", "otb", "kpo_diffuse", "minpro", "minpro_clipped", "ratio_one"),
+    *("batch_mean", "james_stein", "kpo_auto", "kpo_noise", "kpo_robust"),
     *("dppo_topk_tv", "dppo_topk_kl", "bapo", "capo", "reinforce", "gpg_published", "rloo"),
 }
 

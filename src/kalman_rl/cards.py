@@ -29,6 +29,7 @@ PARTS = ("advantage", "ratio", "trust", "aggregate", "penalty", "correction")
 
 CHANGES = {
     "by_advantage": "the advantage: who did better than expected",
+    "by_filter": "the filter: how noisy a token's ratio is taken to be",
     "by_ratio": "the ratio: how much a token still counts off-policy",
     "by_trust": "the trust region: which tokens may still move",
 }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl import advantage, reward_filter
+from kalman_rl import advantage, reward_filter, tracked
 from kalman_rl.rollouts import Rollouts
 
 
@@ -101,12 +101,47 @@ def _batch_filter(
     return _float64([(x - m) / (math.sqrt(p) + part.epsilon) for x, (m, p) in zip(r, used)])
 
 
+def _first_visit(part: Any, r: list[float], group: list[int], rollouts: Rollouts) -> Tensor:
+    """Leave-one-out James-Stein: the prior of a group from the other groups, then from its other members."""
+    names = list(dict.fromkeys(group))
+    families = {g: [x for x, other in zip(r, group) if other == g] for g in names}
+    out = []
+    for x, g in zip(r, group):
+        others = [families[k] for k in names if k != g]
+        means, sizes = [statistics.fmean(f) for f in others], [len(f) for f in others]
+        freedom = sum(n - 1 for n in sizes)
+        noise = sum(sum((y - m) ** 2 for y in f) for f, m in zip(others, means)) / freedom
+        if len(others) > 1:
+            spread = statistics.variance(means)
+            value = max(0.0, spread - noise * statistics.fmean([1 / n for n in sizes]))
+        else:
+            value = math.inf
+        n = len(families[g])
+        rest = (sum(families[g]) - x) / (n - 1)
+        trust = 1.0 if math.isinf(value) else value / (value + noise / (n - 1))
+        out.append(x - (statistics.fmean(means) * (1 - trust) + rest * trust))
+    return _float64(out)
+
+
+def _tracked(part: tracked.Tracked, r: list[float], group: list[int], rollouts: Rollouts) -> Tensor:
+    if part.belief == "spo":  # one success and one failure, half each
+        return _float64([x - 0.5 for x in r])
+    return _first_visit(part, r, group, rollouts)
+
+
+def _batch_mean(part: Any, r: list[float], group: list[int], rollouts: Rollouts) -> Tensor:
+    return _float64([x - (sum(r) - x) / (len(r) - 1) for x in r])
+
+
 BY_BATCH: dict[Any, Callable[..., Tensor]] = {
     advantage.Rescaled: _rescaled,
     advantage.LengthWeighted: _length_weighted,
     advantage.OptimalTokenBaseline: _token_baseline,
     reward_filter.GroupFilter: _group_filter,
     reward_filter.BatchFilter: _batch_filter,
+    tracked.JamesStein: _first_visit,
+    tracked.Tracked: _tracked,
+    advantage.batch_leave_one_out: _batch_mean,
 }
 """Advantages that look at more than that."""
 
@@ -115,7 +150,7 @@ def by_definition(part: Any, rollouts: Rollouts) -> Tensor | None:
     """(B,) or (B, T) advantages of a batch without degenerate groups; None without a restatement."""
     assert rollouts.reward is not None and rollouts.group is not None
     r, group = rollouts.reward.tolist(), rollouts.group.tolist()
-    key = part if part in BY_GROUP else type(part)
+    key = part if part in BY_GROUP or part in BY_BATCH else type(part)
     if key in BY_GROUP:
         families = [[x for x, other in zip(r, group) if other == g] for g in group]
         return _float64([BY_GROUP[key](part, x, family) for x, family in zip(r, families)])

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from kalman_rl import aggregate, balance, curvature, divergence, penalty, ratio, trust
+from kalman_rl.learned_noise import AutoFiltered
 from kalman_rl.objective import Method
+from kalman_rl.robust_filter import RobustFiltered
 from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
+from kalman_rl.token_noise import NoiseFiltered
 
 
 class Example(NamedTuple):
@@ -46,7 +49,7 @@ def example(seed: int = 0, rows: int = 6, length: int = 9, scale: float = 0.3) -
     rollouts = Rollouts(
         logp_old=old[..., 0],
         mask=mask,
-        reward=normal(rows),
+        reward=normal(rows).sigmoid(),
         group=torch.arange(rows) // 3,
         prompt_id=[f"prompt {row // 3}" for row in range(rows)],
         logp_behaviour=old[..., 0],
@@ -63,35 +66,41 @@ def positions(rollouts: Rollouts) -> list[list[int]]:
     return [row.nonzero().flatten().tolist() for row in rollouts.mask]
 
 
-# ---- log-weights: (part, observed log-ratios of one row by position) -> log-weight by position
+# ---- log-weights: (part, observed log-ratios of one row by position, old log-probabilities) -> log-weights
 
 Row = dict[int, float]
 
 
-def _token(part: Any, row: Row) -> Row:
+def _token(part: Any, row: Row, old: Row) -> Row:
     return row
 
 
-def _one(part: Any, row: Row) -> Row:
+def _one(part: Any, row: Row, old: Row) -> Row:
     return dict.fromkeys(row, 0.0)
 
 
-def _sequence_mean(part: Any, row: Row) -> Row:
+def _sequence_mean(part: Any, row: Row, old: Row) -> Row:
     return dict.fromkeys(row, sum(row.values()) / len(row))
 
 
-def _kalman(part: ratio.KalmanFiltered, row: Row) -> Row:
-    x, p, out = 0.0, part.initial_variance, {}
+def _kalman(part: Any, row: Row, old: Row) -> Row:
+    """Scalar filter: R may depend on the token's old log-probability, innovations may be clipped."""
+    x, p, out = 0.0, getattr(part, "initial_variance", math.inf), {}
     for t in range(min(row), max(row) + 1):  # time passes in holes, not in padding
         p += part.process_noise
         if t in row:
-            gain = 1.0 if math.isinf(p) else p / (p + part.observation_noise)
-            x, p = x + gain * (row[t] - x), part.observation_noise * gain
+            if isinstance(part, NoiseFiltered):
+                noise = part.floor + part.scale * (1 - math.exp(old[t])) ** 2
+            else:
+                noise = part.observation_noise
+            limit = getattr(part, "threshold", math.inf) * math.sqrt(p + noise)
+            gain = 1.0 if math.isinf(p) else p / (p + noise)
+            x, p = x + gain * min(max(row[t] - x, -limit), limit), noise * gain
             out[t] = x
     return out
 
 
-def _prefix_minimum(part: ratio.PrefixMinimum, row: Row) -> Row:
+def _prefix_minimum(part: ratio.PrefixMinimum, row: Row, old: Row) -> Row:
     out = {}
     for t, own in row.items():
         lowest = min((v for u, v in row.items() if u < t or (part.inclusive and u == t)), default=0.0)
@@ -99,12 +108,15 @@ def _prefix_minimum(part: ratio.PrefixMinimum, row: Row) -> Row:
     return out
 
 
-LOOPS: dict[Any, Callable[[Any, Row], Row]] = {
+LOOPS: dict[Any, Callable[[Any, Row, Row], Row]] = {
     ratio.token: _token,
     ratio.BehaviourToken: _token,
     ratio.one: _one,
     ratio.sequence_mean: _sequence_mean,
     ratio.KalmanFiltered: _kalman,
+    AutoFiltered: _kalman,
+    NoiseFiltered: _kalman,
+    RobustFiltered: _kalman,
     ratio.PrefixMinimum: _prefix_minimum,
 }
 """Ratio transform -> its definition."""
@@ -122,8 +134,10 @@ def log_weights(method: Method, batch: Example, logp: Tensor) -> Tensor | None:
         return None
     out = torch.zeros_like(logp)
     observed = (logp - batch.rollouts.logp_old).tolist()
+    before = batch.rollouts.logp_old.tolist()
     for i, trained in enumerate(positions(batch.rollouts)):
-        for t, value in loop(method.ratio, {t: observed[i][t] for t in trained}).items():
+        row, old = ({t: values[i][t] for t in trained} for values in (observed, before))
+        for t, value in loop(method.ratio, row, old).items():
             out[i, t] = value
     return out
 

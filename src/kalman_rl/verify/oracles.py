@@ -220,6 +220,19 @@ def _ratio_limits() -> Table:
             ),
             "Q = inf is GRPO with the same clip": _same(make("kpo_diffuse", process_noise=inf), grpo_band),
         },
+        "kpo_auto": {
+            "before it has learned: kpo_diffuse with its clip": _same(
+                make("kpo_auto"), make("kpo_diffuse", low=0.05, high=0.05)
+            )
+        },
+        "kpo_noise": {
+            "scale = 0 is kpo_diffuse with R = floor": _same(
+                make("kpo_noise", scale=0.0), make("kpo_diffuse", observation_noise=0.1)
+            )
+        },
+        "kpo_robust": {
+            "threshold = inf is kpo_diffuse": _same(make("kpo_robust", threshold=inf), make("kpo_diffuse"))
+        },
         "gspo_token": {"equals GSPO with one advantage per row": _same(make("gspo_token"), make("gspo"))},
         "minpro": {"second token: the exact prefix ratio": _second_token(make("minpro"))},
         "minpro_clipped": {"second token: the exact prefix ratio": _second_token(make("minpro_clipped"))},

@@ -36,7 +36,7 @@ from kalman_rl.integrations.trl.state import load_state, save_state
 from kalman_rl.integrations.trl.tracking import Tracking
 from kalman_rl.objective import Loss, Method, needs_of, policy_loss, step_statistics
 from kalman_rl.penalty import k3
-from kalman_rl.rollouts import Current, Rollouts
+from kalman_rl.rollouts import Current, Rollouts, score_energy
 from kalman_rl.tracked import Tracked
 from kalman_rl.trust import weight_of
 
@@ -270,7 +270,7 @@ class KalmanGRPOTrainer(GRPOTrainer):
             now = self._next_tokens(self.model, output)
             if "top_behaviour" in needs:
                 output["top_ids"], output["top_behaviour"] = now.top_ids, now.top_logp
-            found["energy"] = torch.where(mask, 1 - 2 * now.logp.exp() + now.collision, 0.0)
+            found["energy"] = torch.where(mask, score_energy(now.logp, now.collision), 0.0)
         padded = {name: found[name] for name in needs_of(self.method.advantage)}
         for name, value in padded.items():
             if value.dim() == 2:
