@@ -239,8 +239,8 @@ class RegressionBelief(TableBelief):
         if not len(self._table):
             return new
         columns, place = self._table.columns, rows.clamp(min=0)
-        stored = columns["levels"][place].double().unbind(1)
-        old = LocalLevels(*stored, columns["start"][place].double())
+        a, b, c, e, log_likelihood = columns["levels"][place].double().unbind(1)
+        old = LocalLevels(a, b, c, e, log_likelihood, columns["start"][place].double())
         shift = fit - columns["fit"][place].double()
         old = old.passed(0.0 * old.c, shift)
         old = old.passed(self._drift(old) * gap[:, None], 0.0 * shift)

@@ -151,6 +151,6 @@ def _signals(ids: Sequence[Hashable], signal: Tensor) -> dict[Hashable, float]:
     by_id = dict(zip(ids, values.flatten().tolist()))
     if values.shape != (len(ids),) or bad or [by_id[name] for name in ids] != values.tolist():
         raise NumericError(
-            f"signal: got {tuple(values.shape)}, expected ({len(ids)},) finite numbers >= 0, equal for all rows of an id"
+            f"signal: got {tuple(values.shape)}, expected ({len(ids)},) numbers >= 0, equal for all rows of an id"
         )
     return by_id
