@@ -80,7 +80,7 @@ PARTS: dict[str, Any] = {
     "noise": NoiseFiltered(0.05, 0.4, 0.01),
     "noise+zero start": NoiseFiltered(0.05, 0.4, 0.01, initial_variance=0.0),
     "noise+behaviour": NoiseFiltered(0.05, 0.4, 0.01, behaviour=True),
-    "robust": RobustFiltered(0.01, 0.05, threshold=1.0),
+    "robust": RobustFiltered(0.01, 0.05, INF, threshold=1.0),
     "robust+start": RobustFiltered(0.0, 0.05, 0.1, threshold=0.5),
 }
 every = pytest.mark.parametrize("name", list(PARTS))
@@ -247,7 +247,7 @@ def test_infinite_process_noise_is_grpo(part: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [NoiseFiltered(0.1, 0.0, 0.0), RobustFiltered(0.0, threshold=INF), AutoFiltered(0.0)]
+    "part", [NoiseFiltered(0.1, 0.0, 0.0), RobustFiltered(0.0, 1.0, INF, threshold=INF), AutoFiltered(0.0)]
 )
 def test_still_and_diffuse_ends_in_gspo(part: Any) -> None:
     rollouts, logp = random_rollouts(4)
@@ -491,7 +491,7 @@ def test_a_spike_moves_the_ratio_by_a_bounded_amount(size: float) -> None:
     z = torch.zeros(1, 40).double()
     z[0, 20] = size
     rollouts = Rollouts(torch.zeros(1, 40).double(), torch.ones(1, 40))
-    part = RobustFiltered(1e-3, 0.01)
+    part = RobustFiltered(1e-3, 0.01, INF)
     out, plain = part(z, rollouts), KalmanFiltered(1e-3, 0.01, INF)(z, rollouts)
     bound = (plain.info.gain * plain.info.innovation_variance.sqrt())[0, 20] * part.threshold
     close(out.log_weight[0, 20], bound)
@@ -504,7 +504,8 @@ def test_robust_diffuse_start_believes_the_first_token_and_a_prior_does_not() ->
     z = torch.zeros(1, 10)
     z[0, 0] = 50.0
     rollouts = Rollouts(torch.zeros(1, 10), torch.ones(1, 10))
-    assert RobustFiltered(observation_noise=0.01)(z, rollouts).log_weight[0, 0] == 50
+    diffuse = RobustFiltered(observation_noise=0.01, initial_variance=INF)
+    assert diffuse(z, rollouts).log_weight[0, 0] == 50
     assert RobustFiltered(observation_noise=0.01, initial_variance=0.01)(z, rollouts).log_weight[0, 0] < 0.15
 
 
@@ -537,6 +538,9 @@ def test_methods_are_the_parts() -> None:
     assert make_method("kpo_noise", floor=0.2, behaviour=True).ratio == NoiseFiltered(0.2, behaviour=True)
     assert "logp_behaviour" in make_method("kpo_noise", behaviour=True).needs
     assert make_method("kpo_robust", threshold=3.0).ratio == RobustFiltered(threshold=3.0)
+    open_ = make_method("kpo_robust", threshold=INF, initial_variance=INF).ratio
+    same_ratio(open_, make_method("kpo_diffuse").ratio)
+    same_ratio(make_method("kpo_robust", threshold=INF, initial_variance=0.0).ratio, make_method("kpo").ratio)
     diffuse = make_method("kpo_diffuse")
     for name in ("kpo_noise", "kpo_robust"):
         assert dataclasses.replace(make_method(name), name="", ratio=None) == dataclasses.replace(

@@ -127,22 +127,24 @@ def kpo_robust(
     *,
     process_noise: float = 1e-6,
     observation_noise: float = 1.0,
+    initial_variance: float = 1.0,
     threshold: float = 2.0,
     memory: float = 0.9,
     low: float = 3e-4,
     high: float = 4e-4,
     epsilon: float = 1e-4,
 ) -> Method:
-    """KPO from a diffuse start that clips innovations at ``threshold`` predicted deviations. Ours.
+    """KPO that clips innovations at ``threshold`` predicted deviations, started from N(0, R). Ours.
 
-    ``threshold = inf`` is :func:`kpo_diffuse`. The noises are start values: a host that carries the state
-    rescales both by what past batches show, otherwise give R the noise there is, since the threshold is
-    counted in it. The clip is kpo_diffuse's, for Q is as small against R.
+    ``threshold = inf`` is :func:`kpo` with this P0, and :func:`kpo_diffuse` with ``initial_variance = inf``,
+    where a spike on the first token would get through. The variances are start values: a host that carries
+    the state rescales them by what past batches show, otherwise give R the noise there is, since the
+    threshold is counted in it. The clip is kpo_diffuse's, for Q is as small against R.
     """
     return Method(
         "kpo_robust",
         advantage.GroupZScore(epsilon),
-        robust_filter.RobustFiltered(process_noise, observation_noise, threshold=threshold, memory=memory),
+        robust_filter.RobustFiltered(process_noise, observation_noise, initial_variance, threshold, memory),
         trust.Clip(low, high),
         aggregate.sequence_mean,
     )
