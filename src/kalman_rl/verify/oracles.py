@@ -231,7 +231,9 @@ def _ratio_limits() -> Table:
             )
         },
         "kpo_robust": {
-            "threshold = inf is kpo_diffuse": _same(make("kpo_robust", threshold=inf), make("kpo_diffuse"))
+            "threshold = P0 = inf is kpo_diffuse": _same(
+                make("kpo_robust", threshold=inf, initial_variance=inf), make("kpo_diffuse")
+            )
         },
         "gspo_token": {"equals GSPO with one advantage per row": _same(make("gspo_token"), make("gspo"))},
         "minpro": {"second token: the exact prefix ratio": _second_token(make("minpro"))},
