@@ -66,6 +66,10 @@ def digit_sum(completions: list[str], **columns: Any) -> list[float]:
     return [sum(int(c) for c in text if c.isdigit()) / 20 for text in completions]
 
 
+def few_digits(completions: list[str], **columns: Any) -> list[float]:
+    return [min(score, 1.0) for score in digit_sum(completions)]
+
+
 def settings(output: Path, **changes: Any) -> dict[str, Any]:
     return {
         "output_dir": str(output),
@@ -108,7 +112,7 @@ def run(trainer_class: Any, config: Any, model_path: str, **kwargs: Any) -> tupl
     model = LlamaForCausalLM.from_pretrained(model_path)
     trainer = trainer_class(
         model=model,
-        reward_funcs=digit_sum,
+        reward_funcs=kwargs.pop("reward", digit_sum),
         args=config,
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer(),
@@ -193,7 +197,8 @@ def test_gspo_equals_trl_sequence_level(model_path: str, tmp_path: Path) -> None
 def test_every_method_trains_and_logs(name: str, model_path: str, tmp_path: Path) -> None:
     seen: list[TokenBatch] = []
     config = KalmanGRPOConfig(**settings(tmp_path, method=name, max_steps=3))
-    _, history = run(KalmanGRPOTrainer, config, model_path, observers=[seen.append])
+    reward = few_digits if name == "spo" else digit_sum  # success counts need rewards in [0, 1]
+    _, history = run(KalmanGRPOTrainer, config, model_path, observers=[seen.append], reward=reward)
     last = history.logs[-1]
     for metric in (
         "ratio/raw_log_variance",

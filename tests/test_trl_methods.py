@@ -264,9 +264,12 @@ def test_learned_state_survives_a_resume(name: str, model_path: str, tmp_path: P
         method=name,
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
-    assert whole.learning.state is not None and whole.learning.state.abs().sum() > 0
+    assert whole.learning.state is not None and resumed.learning.state is not None
     assert torch.equal(whole.learning.state, resumed.learning.state)
-    assert whole.learning.now == resumed.learning.now != whole.method
+    assert whole.learning.now == resumed.learning.now
+    # kpo_noise has nothing to learn where trainer and sampler are one; kpo_robust waits for more tokens than these.
+    assert bool(whole.learning.state.abs().sum() > 0) == (name != "kpo_noise")
+    assert (whole.learning.now != whole.method) == (name == "kpo_auto")
     for (key, left), right in zip(
         whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
