@@ -311,7 +311,7 @@ def main() -> int:
                 )
     rows = collect(plans)
     given.output.mkdir(parents=True, exist_ok=True)
-    command = "python -m benchmarks.adaptive " + " ".join(sys.argv[1:])
+    command = "python -m benchmarks.adaptive " + " ".join(a for a in sys.argv[1:] if a != "--table-only")
     settings = asdict(plans[0][1]) | {"run": None}
     written = {"command": command.strip(), "settings": settings, "rows": rows}
     (given.output / "adaptive.json").write_text(json.dumps(written, indent=1, default=str) + "\n")
