@@ -26,7 +26,8 @@ SOURCE = ROOT / "src" / "kalman_rl"
 # From the ground up: a module imports from its own row and the rows before it, never from a later one.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("kalman", "rollouts", "diagnosis"),
+    ("kalman", "rollouts", "diagnosis", "hadamard"),
+    ("belief",),
     ("ratio", "trust", "advantage", "aggregate", "penalty"),
     ("objective",),
     ("methods",),
@@ -39,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("cli", "__main__"),
 )
-NUMERIC = {name for row in LAYERS[:5] for name in row}
+NUMERIC = {name for row in LAYERS[:6] for name in row}
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "pandas", "peft", "pyarrow", "ray", "reasoning_gym")
 HEAVY += ("rich", "scipy", "transformers", "trl", "tyro", "verl")
 

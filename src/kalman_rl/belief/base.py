@@ -1,0 +1,232 @@
+"""What all beliefs kept in a table share: batches checked before anything is written, one advantage formula."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kalman_rl.belief.groups import Groups, group_rewards, only_known, sum_of_others, unique_ids
+from kalman_rl.belief.noise import AdvantageScale, RewardNoise, restored
+from kalman_rl.belief.protocol import Advantages, Observed
+from kalman_rl.belief.table import PromptTable, clock_of
+from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.kalman import Gaussian, update
+
+FORMAT = 1
+
+
+class Prior(NamedTuple):
+    """Before the rewards of a batch, per prompt: belief about the value (u,), variance R of one reward (u,)."""
+
+    value: Gaussian
+    noise: Tensor
+
+
+class TableBelief(ABC):
+    """A belief with one row per prompt; subclasses say what a row means.
+
+    A subclass provides :meth:`_prior` (read only) and :meth:`_absorb` (writes rows), and names its options in
+    ``_options``, which a saved state must match.
+    """
+
+    def __init__(self, table: PromptTable, *, scale: bool) -> None:
+        self._table = table
+        self._noise = RewardNoise()
+        self._scale = AdvantageScale()
+        self._scaled = scale
+
+    def __len__(self) -> int:
+        """Number of prompts that were visited."""
+        return len(self._table)
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """Bytes of tensor data per visited prompt; the dictionary of ids comes on top (see PromptTable)."""
+        return self._table.bytes_per_prompt
+
+    @property
+    def reward_noise(self) -> RewardNoise:
+        """What is known about the noise of rewards: ``binary``, ``pooled``, ``excess_kurtosis``, ``robust``."""
+        return copy.copy(self._noise)
+
+    # ---- the protocol
+
+    def predict(self, ids: Sequence[Hashable], *, step: int, features: Tensor | None = None) -> Gaussian:
+        """Belief about the value of each id at ``step``, (n,); see :class:`Belief`."""
+        prior, index = self._predicted(ids, step, features)
+        return Gaussian(prior.value.mean[index], prior.value.variance[index])
+
+    def predictive(self, ids: Sequence[Hashable], *, step: int, features: Tensor | None = None) -> Gaussian:
+        """Of one new reward of each id: variance P + R; see :class:`Belief`."""
+        prior, index = self._predicted(ids, step, features)
+        return Gaussian(prior.value.mean[index], (prior.value.variance + prior.noise)[index])
+
+    def advantages(
+        self, ids: Sequence[Hashable], reward: Tensor, *, step: int, features: Tensor | None = None
+    ) -> Advantages:
+        """Reward minus the leave-one-out predictive mean, divided by the lagged scale; see :class:`Belief`."""
+        groups = group_rewards(ids, reward)
+        self._check(groups, step, 0)
+        inputs = self._inputs(groups.ids, groups.index, features)
+        raw, baseline = self._unscaled(groups, self._before(groups, step, inputs))
+        scale = torch.tensor(self._scale.value if self._scaled else 1.0, dtype=torch.float64)
+        return Advantages(raw / scale, baseline, scale)
+
+    def update(
+        self,
+        ids: Sequence[Hashable],
+        reward: Tensor,
+        *,
+        step: int,
+        features: Tensor | None = None,
+        part: int = 0,
+    ) -> Observed:
+        """Absorb the known rewards of a batch; see :class:`Belief`."""
+        everything = group_rewards(ids, reward)
+        self._check(everything, step, part)
+        inputs = self._inputs(everything.ids, everything.index, features)
+        groups, kept = only_known(everything)
+        if not groups.ids:
+            empty = torch.zeros(0, dtype=torch.float64)
+            return Observed([], empty, empty, empty, empty)
+        inputs = None if inputs is None else inputs[kept]
+        rows = self._table.rows(groups.ids)
+        self._table.check_new(groups.ids, rows, step, part)
+        prior = self._before(groups, step, inputs)
+        raw, _ = self._unscaled(groups, prior)
+        observed = Observed(
+            groups.ids,
+            groups.count,
+            groups.mean,
+            groups.mean - prior.value.mean,
+            prior.value.variance + prior.noise / groups.count,
+        )
+        gap = self._table.gap(rows, step)
+        self._absorb(groups, rows, gap, step, inputs)
+        self._scale.learn(raw, groups.known)
+        rows = self._table.rows(groups.ids)
+        self._table.clock[rows] = self._table.clock[rows].clamp(min=clock_of(step, part))
+        return observed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything learned; see :class:`Belief`."""
+        return {
+            "format": FORMAT,
+            "kind": type(self).__name__,
+            "options": dict(self._options),
+            "table": self._table.state_dict(),
+            "noise": self._noise.state_dict(),
+            "scale": self._scale.state_dict(),
+            **self._extra_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the saved belief; see :class:`Belief`."""
+        got = (state.get("format"), state.get("kind"))
+        if got != (FORMAT, type(self).__name__):
+            raise ConfigError(
+                f"belief state: got format {got[0]!r} of {got[1]!r}, expected format {FORMAT} of "
+                f"{type(self).__name__!r}; load it with the class and version that saved it"
+            )
+        if state.get("options") != self._options:
+            raise ConfigError(
+                f"belief state: got options {state.get('options')}, expected {self._options}; build the belief with "
+                "the saved options"
+            )
+        table = self._table.checked(state.get("table", {}))
+        noise, scale = restored(RewardNoise, state.get("noise")), restored(AdvantageScale, state.get("scale"))
+        self._load_extra(state)
+        self._table, self._noise, self._scale = table, noise, scale
+
+    # ---- for subclasses
+
+    @property
+    @abstractmethod
+    def _options(self) -> dict[str, Any]:
+        """Settings that give the numbers in the state their meaning."""
+
+    @abstractmethod
+    def _prior(self, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> Prior:
+        """Belief about the prompts in ``rows`` (-1 = never visited), ``gap`` steps after their last visit."""
+
+    @abstractmethod
+    def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
+        """Write what the rewards say; every group has at least one. A negative gap is a late batch."""
+
+    def _before(self, groups: Groups, step: int, inputs: Tensor | None) -> Prior:
+        """The belief that baselines of this batch are made of; groups that are new may learn from each other."""
+        rows = self._table.rows(groups.ids)
+        return self._prior(rows, self._table.gap(rows, step).clamp(min=0), step, inputs)
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def _load_extra(self, state: dict[str, Any]) -> None:
+        """Restore what _extra_state saved; validate everything before writing anything."""
+
+    def _inputs(self, names: list[Hashable], index: Tensor, features: Tensor | None) -> Tensor | None:
+        """(u, F) features of each prompt, checked; beliefs without features ignore them."""
+        return None
+
+    def _check(self, groups: Groups, step: int, part: int) -> None:
+        """Refuse what this belief cannot absorb."""
+        clock_of(step, part)
+
+    # ---- details
+
+    def _predicted(self, ids: Sequence[Hashable], step: int, features: Tensor | None) -> tuple[Prior, Tensor]:
+        clock_of(step)
+        names, index = unique_ids(ids)
+        rows = self._table.rows(names)
+        inputs = self._inputs(names, index, features)
+        return self._prior(rows, self._table.gap(rows, step).clamp(min=0), step, inputs), index
+
+    def _unscaled(self, groups: Groups, prior: Prior) -> tuple[Tensor, Tensor]:
+        """Advantage and baseline (n,) in reward units, in the order of the batch."""
+        index = groups.index
+        state = Gaussian(prior.value.mean[index], prior.value.variance[index])
+        noise = prior.noise[index]
+        shown = groups.reward
+        if self._noise.robust:
+            shown = self._noise.clip(groups, prior.value.mean, prior.value.variance + prior.noise).reward
+        others = (groups.count[index] - groups.known.double()).clamp(min=0)
+        mean_of_others = sum_of_others(shown, index) / others.clamp(min=1)
+        # A group of one has no others: infinite noise leaves the prediction as it is.
+        per_mean = torch.where(others > 0, noise / others.clamp(min=1), torch.inf)
+        baseline = update(state, mean_of_others, per_mean)[0].mean
+        return torch.where(groups.known, groups.reward - baseline, 0.0), baseline
+
+
+def prompt_features(features: Tensor, index: Tensor, count: int) -> Tensor:
+    """(u, F) float64 features of each prompt from the (n, F) of each completion.
+
+    Raises: ShapeError for another shape, NumericError for NaN, infinity, or rows of one id that differ.
+    """
+    if features.dim() != 2 or len(features) != len(index) or not features.is_floating_point():
+        raise ShapeError(
+            f"features: got {features.dtype} {tuple(features.shape)}, expected floating ({len(index)}, F): one row "
+            "per id"
+        )
+    values = features.detach().to(device="cpu", dtype=torch.float64)
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise NumericError(
+            f"features: got {values[row, column].item()} at row {row}, column {column}, expected finite numbers"
+        )
+    first = torch.full((count,), len(index), dtype=torch.long)
+    first.scatter_reduce_(0, index, torch.arange(len(index)), "amin")
+    per_prompt = values[first]
+    differs = (values != per_prompt[index]).any(dim=1)
+    if differs.any():
+        row = int(differs.nonzero()[0])
+        raise NumericError(
+            f"features: got row {row} different from an earlier row of the same id, expected features of the "
+            "prompt only; features of the completion would leak its reward into its own baseline"
+        )
+    return per_prompt

@@ -1,0 +1,153 @@
+"""A batch of rewards sorted by prompt: duplicates merged, missing rewards marked, sums over the others."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import NumericError, ShapeError
+
+LARGEST_REWARD = 1e30
+"""Beyond this, fourth powers of rewards would leave the range of float64."""
+
+
+class Groups(NamedTuple):
+    """n completions of u prompts; floats are float64.
+
+    ``ids`` u different names in order of appearance; ``index`` (n,) which of them each completion is of;
+    ``reward`` (n,) with 0 where missing; ``known`` (n,) bool; ``count``, ``total`` (u,) over known rewards.
+    """
+
+    ids: list[Hashable]
+    index: Tensor
+    reward: Tensor
+    known: Tensor
+    count: Tensor
+    total: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """(u,) mean of the known rewards; 0 where there are none."""
+        return self.total / self.count.clamp(min=1)
+
+    @property
+    def deviation(self) -> Tensor:
+        """(n,) reward minus the mean of its group; 0 where missing."""
+        return torch.where(self.known, self.reward - self.mean[self.index], 0.0)
+
+    @property
+    def within(self) -> Tensor:
+        """(u,) sum of squared deviations from the group's mean."""
+        return torch.zeros_like(self.total).index_add_(0, self.index, self.deviation.square())
+
+    def with_reward(self, reward: Tensor) -> Groups:
+        """The same completions with other rewards, (n,), where known."""
+        reward = torch.where(self.known, reward, 0.0)
+        total = torch.zeros_like(self.total).index_add_(0, self.index, reward)
+        return self._replace(reward=reward, total=total)
+
+
+def unique_ids(ids: Sequence[Hashable]) -> tuple[list[Hashable], Tensor]:
+    """Different ids in order of first appearance, and for each entry which of them it is, (n,).
+
+    Raises: ShapeError if ids are a string, a tensor or empty, or one of them is not hashable.
+
+    >>> unique_ids(["a", ("b", 1), "a"])
+    (['a', ('b', 1)], tensor([0, 1, 0]))
+    """
+    if isinstance(ids, str | bytes | Tensor):
+        raise ShapeError(
+            f"ids: got a {type(ids).__name__}, expected a list of names, one per completion"
+            + ("; use ids.tolist()" if isinstance(ids, Tensor) else "")
+        )
+    if not len(ids):
+        raise ShapeError("ids: got an empty batch, expected at least one completion; skip the call instead")
+    place: dict[Hashable, int] = {}
+    try:
+        index = [place.setdefault(name, len(place)) for name in ids]
+    except TypeError as error:
+        raise ShapeError(
+            f"ids: got a name that cannot be hashed ({error}), expected int, str or tuple"
+        ) from error
+    return list(place), torch.tensor(index)
+
+
+def group_rewards(ids: Sequence[Hashable], reward: Tensor) -> Groups:
+    """Sort a batch by prompt.
+
+    Args:
+        ids: n hashable names, repeats in any order.
+        reward: (n,) numbers, NaN = missing.
+
+    Raises: ShapeError for other shapes, NumericError for an infinite or huge reward.
+
+    >>> group_rewards(["a", "b", "a"], torch.tensor([1.0, 5.0, float("nan")])).count
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    names, index = unique_ids(ids)
+    if not isinstance(reward, Tensor) or reward.shape != index.shape:
+        got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+        raise ShapeError(f"reward: got {got}, expected a tensor ({len(index)},): one number per id")
+    values = reward.detach().to(device="cpu", dtype=torch.float64)
+    if (values.abs() > LARGEST_REWARD).any():
+        row = int((values.abs() > LARGEST_REWARD).nonzero()[0])
+        raise NumericError(
+            f"reward: got {values[row].item()} at row {row}, expected a number within +-{LARGEST_REWARD:g}, or NaN "
+            "for missing"
+        )
+    known = ~torch.isnan(values)
+    values = torch.where(known, values, 0.0)
+    zeros = torch.zeros(len(names), dtype=torch.float64)
+    count = zeros.index_add(0, index, known.double())
+    return Groups(names, index, values, known, count, zeros.index_add(0, index, values))
+
+
+def only_known(groups: Groups) -> tuple[Groups, Tensor]:
+    """The groups with at least one known reward, and their places (k,) among the former groups."""
+    kept = (groups.count > 0).nonzero().flatten()
+    if len(kept) == len(groups.ids):
+        return groups, kept
+    place = torch.full_like(groups.count, -1, dtype=torch.long)
+    place[kept] = torch.arange(len(kept))
+    rows = place[groups.index] >= 0
+    names = [groups.ids[i] for i in kept.tolist()]
+    index, reward, known = place[groups.index[rows]], groups.reward[rows], groups.known[rows]
+    return Groups(names, index, reward, known, groups.count[kept], groups.total[kept]), kept
+
+
+def sum_of_others(values: Tensor, index: Tensor) -> Tensor:
+    """For each entry the sum over the *other* entries of its group, (n,): no entry touches its own sum.
+
+    ``total - value`` would depend on the value in the last bits. Here the entries before and those after are
+    added up separately, by doubling, so the result is the same to the last bit whatever the own value is.
+
+    >>> sum_of_others(torch.tensor([1.0, 10.0, 2.0]), torch.tensor([0, 5, 0]))
+    tensor([2., 0., 1.])
+    """
+    order = torch.argsort(index, stable=True)
+    own, sorted_values = index[order], values[order]
+    before = _running_sum_before(sorted_values, own)
+    after = _running_sum_before(sorted_values.flip(0), own.flip(0)).flip(0)
+    return torch.empty_like(values).index_copy_(0, order, before + after)
+
+
+def _running_sum_before(values: Tensor, own: Tensor) -> Tensor:
+    """Sum of the earlier entries with the same label; equal labels are neighbours."""
+    total, reach = _shifted(values, own, 1), 1
+    while True:
+        added = _shifted(total, own, reach)
+        if reach >= len(values) or not bool((own[reach:] == own[:-reach]).any()):
+            return total
+        total = total + added
+        reach *= 2
+
+
+def _shifted(values: Tensor, own: Tensor, by: int) -> Tensor:
+    """The entry ``by`` places earlier, 0 where it belongs to another label."""
+    out = torch.zeros_like(values)
+    if by < len(values):
+        out[by:] = torch.where(own[by:] == own[:-by], values[:-by], 0.0)
+    return out

@@ -1,0 +1,147 @@
+"""How noisy rewards are, learned from all prompts together and always one batch late.
+
+``R`` is the variance of one reward around its prompt's value. For 0/1 rewards it follows from the value,
+``R = m (1 - m)``. Otherwise it is the variance within groups, pooled over prompts with weights n - 1. Heavy tails
+are detected by the kurtosis of the same residuals; then rewards are clipped before they are absorbed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalman_rl.belief.groups import Groups
+from kalman_rl.errors import ConfigError
+
+BINARY_FLOOR = 0.01
+"""Least R of 0/1 rewards: a prompt that never failed so far may fail."""
+HUBER = 2.5
+"""Predictive standard deviations at which a reward is clipped in robust mode."""
+HEAVY_TAIL = 1.0
+"""Excess kurtosis of within-group residuals above which robust mode is on."""
+ROBUST_INFLATION = 1.7
+"""Clipped rewards look more certain than they are; reported variances are multiplied by this."""
+_TINY = 1e-12
+
+
+def binary_noise(mean: Tensor) -> Tensor:
+    """``R = max(m (1 - m), 0.01)``: variance of a 0/1 reward at the predicted success rate."""
+    mean = mean.clamp(0.0, 1.0)
+    return (mean * (1 - mean)).clamp(min=BINARY_FLOOR)
+
+
+@dataclass
+class RewardNoise:
+    """Running sums over batches with forgetting ``1 - rate``; every number is of past batches only.
+
+    Attributes: ``binary`` None before the first reward, True while all were 0 or 1; ``squares``, ``freedom``
+    within-group sum of squares and its degrees of freedom, of clipped rewards in ``clipped_squares``; ``fourth``,
+    ``second``, ``samples`` moments of residuals; ``surprise``, ``surprises`` squared innovations of groups of one
+    beyond what the belief's own variance explains, used while no group had two rewards.
+    """
+
+    rate: float = 0.03
+    binary: bool | None = None
+    squares: float = 0.0
+    clipped_squares: float = 0.0
+    freedom: float = 0.0
+    fourth: float = 0.0
+    second: float = 0.0
+    samples: float = 0.0
+    surprise: float = 0.0
+    surprises: float = 0.0
+
+    @property
+    def excess_kurtosis(self) -> float:
+        """Of the pooled within-group residuals; 0 for a normal distribution or when nothing is known."""
+        if self.second <= _TINY * max(self.samples, 1.0):
+            return 0.0
+        return self.fourth * self.samples / self.second**2 - 3.0
+
+    @property
+    def robust(self) -> bool:
+        """Whether rewards are clipped: heavy tails were seen, and rewards are not 0/1."""
+        return self.binary is False and self.excess_kurtosis > HEAVY_TAIL
+
+    @property
+    def pooled(self) -> float | None:
+        """R of one reward, or None before anything is known about it."""
+        if self.freedom > 0:
+            squares = self.clipped_squares if self.robust else self.squares
+            return max(squares / self.freedom, _TINY)
+        return max(self.surprise / self.surprises, _TINY) if self.surprises > 0 else None
+
+    def of(self, mean: Tensor, default: float) -> Tensor:
+        """(u,) R at the predicted means: by formula for 0/1 rewards, pooled otherwise."""
+        if self.binary is True:
+            return binary_noise(mean)
+        pooled = self.pooled
+        return torch.full_like(mean, default if pooled is None else pooled)
+
+    def clip(self, groups: Groups, mean: Tensor, variance: Tensor) -> Groups:
+        """Rewards clipped at HUBER predictive standard deviations around the (u,) predicted means."""
+        centre, reach = mean[groups.index], HUBER * variance.sqrt()[groups.index]
+        return groups.with_reward(groups.reward.clamp(centre - reach, centre + reach))
+
+    def learn(self, groups: Groups, mean: Tensor, variance: Tensor) -> None:
+        """Absorb a batch; ``mean``, ``variance`` (u,) were predicted of each *value* before it."""
+        values = groups.reward[groups.known]
+        self.binary = bool(((values == 0) | (values == 1)).all()) and self.binary is not False
+        freedom = (groups.count - 1).clamp(min=0)
+        keep, pooled = 1 - self.rate, self.pooled
+        clipped = groups
+        if pooled is not None:
+            clipped = self.clip(groups, mean, variance + pooled)
+        # A residual within a group of n has variance R (n-1)/n: undo that, so that groups of all sizes pool.
+        size = groups.count[groups.index]
+        residual = groups.deviation * (size / (size - 1).clamp(min=1)).sqrt()
+        residual = residual[groups.known & (size > 1)]
+        single = groups.count == 1
+        surprise = (groups.mean - mean).square() - variance
+        # One clipped accumulator starts from the raw one and shrinks to its fixed point.
+        self.squares = keep * self.squares + float(groups.within.sum())
+        self.clipped_squares = keep * self.clipped_squares + float(clipped.within.sum())
+        self.freedom = keep * self.freedom + float(freedom.sum())
+        self.fourth = keep * self.fourth + float(residual.pow(4).sum())
+        self.second = keep * self.second + float(residual.square().sum())
+        self.samples = keep * self.samples + len(residual)
+        self.surprise = keep * self.surprise + float(surprise[single & torch.isfinite(surprise)].sum())
+        self.surprises = keep * self.surprises + float((single & torch.isfinite(surprise)).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class AdvantageScale:
+    """The lagged pooled standard deviation of unscaled advantages: ``sqrt(sum A^2 / count)`` of past batches.
+
+    One number for all prompts: dividing by a group's own standard deviation would re-weight prompts by
+    difficulty and bias the gradient. 1 before the first batch.
+    """
+
+    rate: float = 0.03
+    squares: float = 0.0
+    count: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return (self.squares / self.count) ** 0.5 if self.squares > 0 else 1.0
+
+    def learn(self, advantage: Tensor, known: Tensor) -> None:
+        """Absorb the (n,) unscaled advantages of a batch."""
+        self.squares = (1 - self.rate) * self.squares + float(advantage[known].square().sum())
+        self.count = (1 - self.rate) * self.count + float(known.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def restored(kind: type[Any], state: Any) -> Any:
+    """A dataclass of this module from its saved fields. Raises: ConfigError for other fields."""
+    if not isinstance(state, dict) or set(state) != set(kind.__dataclass_fields__):
+        raise ConfigError(f"belief state: got {state!r:.80} for {kind.__name__}, expected its fields")
+    return kind(**state)

@@ -1,0 +1,154 @@
+"""Fast Walsh-Hadamard transform, and random projections built on it (SRHT).
+
+The Hadamard matrix of size D = 2^k is ``H_1 = 1``, ``H_2n = [[H_n, H_n], [H_n, -H_n]]`` (Sylvester's order):
+entries are +1 and -1, ``H H = D I``. Multiplying by it takes ``D log2 D`` additions. Feature vectors of language
+models (hundreds to thousands of numbers) are shortened with it before a tracker learns from them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import ConfigError, NumericError, ShapeError
+
+FORMAT = 1
+_BLOCK = 16  # up to this size a small matrix product is faster than passes over the memory
+
+
+def hadamard_transform(x: Tensor, *, orthonormal: bool = True) -> Tensor:
+    """``H x`` along the last dimension, divided by ``sqrt(D)`` unless told otherwise.
+
+    Args:
+        x: (..., D) floating, D a power of two.
+        orthonormal: True = an isometry and its own inverse; False = the plain sums and differences.
+
+    Returns:
+        (..., D) in the type of x. Gradient flows (the transform is linear and symmetric).
+
+    Raises: ShapeError if x is not floating or D is not a power of two.
+
+    Half-precision input is summed in float32. Source: Sylvester (1867); the factorisation is Yates's.
+
+    >>> hadamard_transform(torch.tensor([1.0, 0.0, 0.0, 1.0]), orthonormal=False)
+    tensor([2., 0., 0., 2.])
+    """
+    size = x.shape[-1] if x.dim() else 0
+    if not x.is_floating_point() or size < 1 or size & (size - 1):
+        raise ShapeError(
+            f"x: got {x.dtype} {tuple(x.shape)}, expected floating (..., D) with D a power of two; "
+            "pad the last dimension with zeros, or use SRHT, which does"
+        )
+    shape, dtype = x.shape, x.dtype
+    out = x.float() if dtype in (torch.float16, torch.bfloat16) else x
+    out = out.reshape(-1, size)
+    done = 1
+    while done < size:
+        block = min(_BLOCK, size // done)
+        # One Kronecker factor at a time: positions that differ in log2(block) bits are mixed.
+        out = out.reshape(-1, size // (block * done), block, done)
+        out = torch.einsum("ij,nkjl->nkil", _small_hadamard(block, out), out)
+        done *= block
+    out = out.reshape(shape)
+    return (out / math.sqrt(size) if orthonormal else out).to(dtype)
+
+
+class SRHT:
+    """Subsampled randomised Hadamard transform: ``S x = sqrt(D/d) * P H diag(s) x / sqrt(D)``.
+
+    ``x`` (dimension_in) is padded with zeros to the next power of two D, its signs are flipped at random (s),
+    it is rotated by the orthonormal Hadamard matrix and d = dimension_out of its D coordinates are kept (P, drawn
+    without replacement). ``E |S x|^2 = |x|^2``; with d = D lengths and angles are kept exactly.
+
+    Args:
+        dimension_in: width of the features, >= 1.
+        dimension_out: d, from 1 to D.
+        seed: of its own generator; the global random state is neither read nor moved.
+
+    Raises: ConfigError for sizes outside their range.
+    Source: Ailon and Chazelle (2009); Tropp (2011, arXiv 1011.1595).
+
+    >>> project = SRHT(3, 4, seed=0)
+    >>> x = torch.tensor([3.0, 4.0, 12.0])
+    >>> round(project(x).norm().item(), 5)  # d = D = 4: an isometry
+    13.0
+    """
+
+    def __init__(self, dimension_in: int, dimension_out: int, seed: int = 0) -> None:
+        padded = 1 << max(int(dimension_in) - 1, 0).bit_length()
+        if dimension_in < 1 or not 1 <= dimension_out <= padded:
+            raise ConfigError(
+                f"dimension_in, dimension_out: got {dimension_in}, {dimension_out}, expected dimension_in >= 1 "
+                f"and dimension_out from 1 to {padded}, the next power of two"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        self.dimension_in, self.dimension_out = int(dimension_in), int(dimension_out)
+        self.signs = (
+            torch.randint(2, (self.dimension_in,), generator=generator).mul_(2).sub_(1).to(torch.int8)
+        )
+        kept = torch.randperm(padded, generator=generator)[: self.dimension_out]
+        self.rows = kept.sort().values
+        self.padded = padded
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Project (..., dimension_in) to (..., dimension_out), in the type of x.
+
+        Raises: ShapeError for another width. Gradient flows through x.
+        """
+        if x.dim() < 1 or x.shape[-1] != self.dimension_in or not x.is_floating_point():
+            raise ShapeError(
+                f"x: got {x.dtype} {tuple(x.shape)}, expected floating (..., {self.dimension_in}): the width of "
+                "the features must not change"
+            )
+        signed = x * self.signs.to(device=x.device, dtype=x.dtype)
+        signed = torch.nn.functional.pad(signed, (0, self.padded - self.dimension_in))
+        kept = hadamard_transform(signed).index_select(-1, self.rows.to(x.device))
+        return kept * math.sqrt(self.padded / self.dimension_out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Signs, rows and sizes as tensors and numbers: a restored projection is the same map, not a re-drawn one."""
+        return {
+            "format": FORMAT,
+            "dimension_in": self.dimension_in,
+            "dimension_out": self.dimension_out,
+            "signs": self.signs.clone(),
+            "rows": self.rows.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the saved projection.
+
+        Raises: ConfigError for a state of another format or of other sizes; NumericError for values that are not
+        signs or rows. Nothing is changed then.
+        """
+        sizes = (self.dimension_in, self.dimension_out)
+        saved = (state.get("dimension_in"), state.get("dimension_out"))
+        if state.get("format") != FORMAT or saved != sizes:
+            raise ConfigError(
+                f"SRHT state: got format {state.get('format')} with sizes {saved}, expected format {FORMAT} with "
+                f"sizes {sizes}; build SRHT with the saved sizes and a version that reads this format"
+            )
+        signs, rows = state["signs"], state["rows"]
+        unique = rows.unique()
+        if (
+            signs.shape != self.signs.shape
+            or bool((signs.abs() != 1).any())
+            or len(unique) != self.dimension_out
+            or int(unique[0]) < 0
+            or int(unique[-1]) >= self.padded
+        ):
+            raise NumericError(
+                f"SRHT state: got signs {tuple(signs.shape)} and rows {tuple(rows.shape)}, expected "
+                f"{self.dimension_in} signs of +-1 and {self.dimension_out} different rows below {self.padded}"
+            )
+        self.signs, self.rows = signs.to(torch.int8).clone(), rows.long().clone()
+
+
+def _small_hadamard(size: int, like: Tensor) -> Tensor:
+    h = torch.ones(1, 1, dtype=like.dtype, device=like.device)
+    while h.shape[0] < size:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return h
