@@ -115,7 +115,7 @@ def run(scenario: Scenario, seeds: Sequence[int], build: Build, *, gradients: bo
                     continue
                 into.setdefault("mse", []).append(error.mean((1, 2)))
                 if truth is not None and baseline.shape[-1] in (1, scenario.group):  # the ceiling has two
-                    for key, value in _gradient(visit, method.advantage(visit, baseline), *truth).items():
+                    for key, value in _gradient(visit, method, baseline, *truth).items():
                         into.setdefault(key, []).append(value)
                 if hasattr(method, "interval") and name == method.name:
                     mean, variance = method.interval()
@@ -140,12 +140,24 @@ def _gradient_inputs(visit: Visit) -> tuple[np.ndarray, np.ndarray]:
     return score, visit.value[..., None] * (np.eye(actions)[0] - visit.policy)
 
 
-def _gradient(visit: Visit, advantage: np.ndarray, score: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
-    """Of the batch gradient, the prompts' gradients side by side in one long vector."""
-    got = np.matmul(advantage[:, :, None], score)[:, :, 0] / advantage.shape[-1]
+def _gradient(
+    visit: Visit, method: Competitor, baseline: np.ndarray, score: np.ndarray, true: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Of the batch gradient, the prompts' gradients side by side in one long vector.
+
+    The cosine and the largest advantage belong to the method's own advantage. The squared error belongs to
+    ``r - b``, because a rescaled advantage is not an estimate of this gradient.
+    """
+    advantage = method.advantage(visit, baseline)
+    got = _batch_gradient(advantage, score)
+    raw = _batch_gradient(visit.reward - baseline, score)
     inner, size, truth = ((a * b).sum((1, 2)) for a, b in ((got, true), (got, got), (true, true)))
     return {
         "cosine": inner / np.sqrt(np.maximum(size, 1e-300) * truth),
-        "error": size - 2 * inner + truth,
+        "error": ((raw - true) ** 2).sum((1, 2)),
         "largest": np.abs(advantage).max((1, 2)),
     }
+
+
+def _batch_gradient(advantage: np.ndarray, score: np.ndarray) -> np.ndarray:
+    return np.matmul(advantage[:, :, None], score)[:, :, 0] / advantage.shape[-1]
