@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kalman_rl.sampling.allocate import divide, gradient_gains
+from kalman_rl.sampling.divide import divide, gradient_gains
 from kalman_rl.sampling.stop import beta_signal, gradient_gain, half_width, light_gain
 
 MOST = 32
