@@ -72,7 +72,7 @@ class TableBelief(ABC):
         """Reward minus the leave-one-out predictive mean, divided by the lagged scale; see :class:`Belief`."""
         groups = group_rewards(ids, reward)
         self._check(groups, step, 0)
-        inputs = self._inputs(groups.ids, groups.index, features)
+        inputs = self._inputs(groups.ids, groups.place, features)
         raw, baseline = self._unscaled(groups, self._before(groups, step, inputs))
         scale = torch.tensor(self._scale.value if self._scaled else 1.0, dtype=torch.float64)
         return Advantages(raw / scale, baseline, scale)
@@ -89,7 +89,7 @@ class TableBelief(ABC):
         """Absorb the known rewards of a batch; see :class:`Belief`."""
         everything = group_rewards(ids, reward)
         self._check(everything, step, part)
-        inputs = self._inputs(everything.ids, everything.index, features)
+        inputs = self._inputs(everything.ids, everything.place, features)
         groups, kept = only_known(everything)
         if not groups.ids:
             empty = torch.zeros(0, dtype=torch.float64)
@@ -101,10 +101,10 @@ class TableBelief(ABC):
         raw, _ = self._unscaled(groups, prior)
         observed = Observed(
             groups.ids,
-            groups.count,
+            groups.size,
             groups.mean,
             groups.mean - prior.value.mean,
-            prior.value.variance + prior.noise / groups.count,
+            prior.value.variance + prior.noise / groups.size,
         )
         gap = self._table.gap(rows, step)
         self._absorb(groups, rows, gap, step, inputs)
@@ -188,13 +188,13 @@ class TableBelief(ABC):
 
     def _unscaled(self, groups: Groups, prior: Prior) -> tuple[Tensor, Tensor]:
         """Advantage and baseline (n,) in reward units, in the order of the batch."""
-        index = groups.index
+        index = groups.place
         state = Gaussian(prior.value.mean[index], prior.value.variance[index])
         noise = prior.noise[index]
         shown = groups.reward
         if self._noise.robust:
             shown = self._noise.clip(groups, prior.value.mean, prior.value.variance + prior.noise).reward
-        others = (groups.count[index] - groups.known.double()).clamp(min=0)
+        others = (groups.size[index] - groups.known.double()).clamp(min=0)
         mean_of_others = sum_of_others(shown, index) / others.clamp(min=1)
         # A group of one has no others: infinite noise leaves the prediction as it is.
         per_mean = torch.where(others > 0, noise / others.clamp(min=1), torch.inf)

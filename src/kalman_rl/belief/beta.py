@@ -136,7 +136,7 @@ class BetaBelief(TableBelief):
     def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
         prior = self._prior(rows, gap.clamp(min=0), step, inputs)
         late = self._rho ** (-gap).clamp(min=0)[:, None]
-        success, failure = groups.total[:, None], (groups.count - groups.total)[:, None]
+        success, failure = groups.total[:, None], (groups.size - groups.total)[:, None]
         a, b = self._parameters(rows, gap)
         likelihood = _log_beta(a + success, b + failure) - _log_beta(a, b)
         self._evidence.learn(likelihood[rows >= 0].sum(0), step)
@@ -149,8 +149,8 @@ class BetaBelief(TableBelief):
 
     def _learn_prior(self, groups: Groups) -> None:
         """Var(mean) over prompts = spread of rates + noise y (1 - y) / (n - 1), which groups of one do not show."""
-        several = groups.count > 1
-        y, n = groups.mean[several], groups.count[several]
+        several = groups.size > 1
+        y, n = groups.mean[several], groups.size[several]
         noise = (y * (1 - y)).clamp(min=0) / (n - 1)
         sums = torch.stack((n.new_tensor(float(len(n))), y.sum(), y.square().sum(), noise.sum()))
         self._moments = (1 - self._noise.rate) * self._moments + sums

@@ -40,7 +40,7 @@ _Sums = tuple[float, float, float, float, float, float]
 
 def _running(groups: Groups, order: range) -> list[_Sums]:
     """Sums over the prompts before each one in the given order."""
-    means, counts, within = groups.mean.tolist(), groups.count.tolist(), groups.within.tolist()
+    means, counts, within = groups.mean.tolist(), groups.size.tolist(), groups.within.tolist()
     sums: _Sums = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     out = []
     for i in order:

@@ -105,7 +105,7 @@ class GaussianBelief(TableBelief):
         shown = groups
         if self._noise.robust and self.observation_noise == "auto":
             shown = self._noise.clip(groups, state.mean, state.variance + noise)
-        after, _ = update(state, shown.mean, noise / groups.count + late)
+        after, _ = update(state, shown.mean, noise / groups.size + late)
         rows = self._table.add(groups.ids, rows)
         self._table.columns["mean"][rows] = after.mean
         self._table.columns["variance"][rows] = after.variance

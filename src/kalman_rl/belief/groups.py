@@ -17,36 +17,36 @@ LARGEST_REWARD = 1e30
 class Groups(NamedTuple):
     """n completions of u prompts; floats are float64.
 
-    ``ids`` u different names in order of appearance; ``index`` (n,) which of them each completion is of;
-    ``reward`` (n,) with 0 where missing; ``known`` (n,) bool; ``count``, ``total`` (u,) over known rewards.
+    ``ids`` u different names in order of appearance; ``place`` (n,) which of them each completion is of;
+    ``reward`` (n,) with 0 where missing; ``known`` (n,) bool; ``size``, ``total`` (u,) over known rewards.
     """
 
     ids: list[Hashable]
-    index: Tensor
+    place: Tensor
     reward: Tensor
     known: Tensor
-    count: Tensor
+    size: Tensor
     total: Tensor
 
     @property
     def mean(self) -> Tensor:
         """(u,) mean of the known rewards; 0 where there are none."""
-        return self.total / self.count.clamp(min=1)
+        return self.total / self.size.clamp(min=1)
 
     @property
     def deviation(self) -> Tensor:
         """(n,) reward minus the mean of its group; 0 where missing."""
-        return torch.where(self.known, self.reward - self.mean[self.index], 0.0)
+        return torch.where(self.known, self.reward - self.mean[self.place], 0.0)
 
     @property
     def within(self) -> Tensor:
         """(u,) sum of squared deviations from the group's mean."""
-        return torch.zeros_like(self.total).index_add_(0, self.index, self.deviation.square())
+        return torch.zeros_like(self.total).index_add_(0, self.place, self.deviation.square())
 
     def with_reward(self, reward: Tensor) -> Groups:
         """The same completions with other rewards, (n,), where known."""
         reward = torch.where(self.known, reward, 0.0)
-        total = torch.zeros_like(self.total).index_add_(0, self.index, reward)
+        total = torch.zeros_like(self.total).index_add_(0, self.place, reward)
         return self._replace(reward=reward, total=total)
 
 
@@ -84,7 +84,7 @@ def group_rewards(ids: Sequence[Hashable], reward: Tensor) -> Groups:
 
     Raises: ShapeError for other shapes, NumericError for an infinite or huge reward.
 
-    >>> group_rewards(["a", "b", "a"], torch.tensor([1.0, 5.0, float("nan")])).count
+    >>> group_rewards(["a", "b", "a"], torch.tensor([1.0, 5.0, float("nan")])).size
     tensor([1., 1.], dtype=torch.float64)
     """
     names, index = unique_ids(ids)
@@ -107,15 +107,15 @@ def group_rewards(ids: Sequence[Hashable], reward: Tensor) -> Groups:
 
 def only_known(groups: Groups) -> tuple[Groups, Tensor]:
     """The groups with at least one known reward, and their places (k,) among the former groups."""
-    kept = (groups.count > 0).nonzero().flatten()
+    kept = (groups.size > 0).nonzero().flatten()
     if len(kept) == len(groups.ids):
         return groups, kept
-    place = torch.full_like(groups.count, -1, dtype=torch.long)
+    place = torch.full_like(groups.size, -1, dtype=torch.long)
     place[kept] = torch.arange(len(kept))
-    rows = place[groups.index] >= 0
+    rows = place[groups.place] >= 0
     names = [groups.ids[i] for i in kept.tolist()]
-    index, reward, known = place[groups.index[rows]], groups.reward[rows], groups.known[rows]
-    return Groups(names, index, reward, known, groups.count[kept], groups.total[kept]), kept
+    index, reward, known = place[groups.place[rows]], groups.reward[rows], groups.known[rows]
+    return Groups(names, index, reward, known, groups.size[kept], groups.total[kept]), kept
 
 
 def sum_of_others(values: Tensor, index: Tensor) -> Tensor:

@@ -83,23 +83,23 @@ class RewardNoise:
 
     def clip(self, groups: Groups, mean: Tensor, variance: Tensor) -> Groups:
         """Rewards clipped at HUBER predictive standard deviations around the (u,) predicted means."""
-        centre, reach = mean[groups.index], HUBER * variance.sqrt()[groups.index]
+        centre, reach = mean[groups.place], HUBER * variance.sqrt()[groups.place]
         return groups.with_reward(groups.reward.clamp(centre - reach, centre + reach))
 
     def learn(self, groups: Groups, mean: Tensor, variance: Tensor) -> None:
         """Absorb a batch; ``mean``, ``variance`` (u,) were predicted of each *value* before it."""
         values = groups.reward[groups.known]
         self.binary = bool(((values == 0) | (values == 1)).all()) and self.binary is not False
-        freedom = (groups.count - 1).clamp(min=0)
+        freedom = (groups.size - 1).clamp(min=0)
         keep, pooled = 1 - self.rate, self.pooled
         clipped = groups
         if pooled is not None:
             clipped = self.clip(groups, mean, variance + pooled)
         # A residual within a group of n has variance R (n-1)/n: undo that, so that groups of all sizes pool.
-        size = groups.count[groups.index]
+        size = groups.size[groups.place]
         residual = groups.deviation * (size / (size - 1).clamp(min=1)).sqrt()
         residual = residual[groups.known & (size > 1)]
-        single = groups.count == 1
+        single = groups.size == 1
         surprise = (groups.mean - mean).square() - variance
         # One clipped accumulator starts from the raw one and shrinks to its fixed point.
         self.squares = keep * self.squares + float(groups.within.sum())

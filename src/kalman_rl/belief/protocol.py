@@ -45,12 +45,12 @@ class Advantages(NamedTuple):
 class Observed(NamedTuple):
     """What an update absorbed, one entry per visited id (ids without a known reward are left out).
 
-    ``ids`` k names; ``count`` (k,) known rewards; ``mean`` (k,) their mean; ``innovation`` (k,) that mean minus
+    ``ids`` k names; ``size`` (k,) known rewards; ``mean`` (k,) their mean; ``innovation`` (k,) that mean minus
     what was predicted; ``innovation_variance`` (k,) of the innovation, P + R/n.
     """
 
     ids: list[Hashable]
-    count: Tensor
+    size: Tensor
     mean: Tensor
     innovation: Tensor
     innovation_variance: Tensor

@@ -73,7 +73,7 @@ class SPOBelief(TableBelief):
 
         Raises: ConfigError for a prompt that was visited or named twice, or a count outside 0 <= S <= n0.
         """
-        triples = list(zip(ids, successes, trials, strict=True))
+        triples = [(name, float(s), float(n)) for name, s, n in zip(ids, successes, trials, strict=True)]
         if len({name for name, _, _ in triples}) != len(triples) or any(
             name in self._table for name, _, _ in triples
         ):
@@ -84,7 +84,7 @@ class SPOBelief(TableBelief):
             raise ConfigError("successes, trials: expected 0 <= successes <= trials, and low < 1")
         rows = self._table.add([name for name, _, _ in triples], torch.full((len(triples),), -1))
         strength = 1 / (1 - self.low)
-        s, n = (torch.tensor([float(t[i]) for t in triples], dtype=torch.float64) for i in (1, 2))
+        s, n = (torch.tensor(list(c), dtype=torch.float64) for c in list(zip(*triples))[1:])
         self._table.columns["success"][rows] = strength * (s + 0.5) / (n + 1)
         self._table.columns["failure"][rows] = strength * (n - s + 0.5) / (n + 1)
         self._table.clock[rows] = -1
@@ -126,7 +126,7 @@ class SPOBelief(TableBelief):
         return Prior(Gaussian(rate, variance), (rate * (1 - rate) - variance).clamp(min=1e-12))
 
     def _unscaled(self, groups: Groups, prior: Prior) -> tuple[Tensor, Tensor]:
-        baseline = prior.value.mean[groups.index]  # the own group takes no part in it, as published
+        baseline = prior.value.mean[groups.place]  # the own group takes no part in it, as published
         return torch.where(groups.known, groups.reward - baseline, 0.0), baseline
 
     def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
@@ -140,7 +140,7 @@ class SPOBelief(TableBelief):
             rho = torch.where(rows < 0, self.high, rho)
         rows = self._table.add(groups.ids, rows)
         self._table.columns["success"][rows] = rho * a + groups.total
-        self._table.columns["failure"][rows] = rho * b + groups.count - groups.total
+        self._table.columns["failure"][rows] = rho * b + groups.size - groups.total
         self._noise.learn(groups, *prior.value)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class PromptTable:
         columns: name -> (shape of one row, dtype).
     """
 
-    def __init__(self, columns: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(self, columns: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         self._row: dict[Hashable, int] = {}
         self.columns = {name: torch.zeros(0, *shape, dtype=dtype) for name, (shape, dtype) in columns.items()}
         self.clock = torch.zeros(0, dtype=torch.long)

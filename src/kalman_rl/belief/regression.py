@@ -1,0 +1,264 @@
+"""Prompts that learn from each other: a drifting ridge regression on features plus a filter for the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalman_rl.belief.bank import Evidence, LocalLevels
+from kalman_rl.belief.base import Prior, TableBelief, prompt_features
+from kalman_rl.belief.first_batch import leave_one_out_prior
+from kalman_rl.belief.groups import Groups
+from kalman_rl.belief.ridge import Features, Ridge
+from kalman_rl.belief.table import PromptTable
+from kalman_rl.errors import ConfigError
+from kalman_rl.kalman import Gaussian
+
+PROCESS_NOISE = (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""Default bank of Q per step, in squared reward scales."""
+PRIOR_VARIANCE = (3e-3, 1e-2, 3e-2, 0.1, 0.25)
+"""Default bank of tau^2, the variance of values around the regression, in squared reward scales."""
+_LEAST_TAU2 = 1e-4
+
+
+class RegressionBelief(TableBelief):
+    """``V = f_t(x) + u``: f a ridge regression with forgetting on features x, u a local level per prompt.
+
+    A prompt never visited starts from ``f_t(x)`` with variance ``tau^2 + x' Sigma x``. Between visits its value is
+    carried by ``f_t(x) - f_s(x)`` and its variance grows by Q per step. Each batch updates the filters
+    (:mod:`kalman_rl.belief.bank`: every pair of Q and tau^2 at once, weighted by how well it predicted all
+    prompts) and the regression (from y minus the filters' part, with weight ``1 / (R/n + P)``).
+    Without features f is a common level that drifts.
+
+    For 0/1 rewards R is ``m (1 - m)``, Q is multiplied by ``16 (m (1 - m))^2`` and tau^2 comes from the
+    spread of first visits. Otherwise R is pooled within groups, and heavy tails switch to clipped rewards
+    (:mod:`kalman_rl.belief.noise`). The first batch is baselined by leave-one-out shrinkage.
+
+    Args:
+        dimension: features wider than this are projected to it (SRHT).
+        process_noise, prior_variance: the bank, in squared reward scales (1 for 0/1 rewards, otherwise the
+            variance of the first rewards); Q per step.
+        forgetting: of the regression per step, in (0, 1].
+        scale: divide advantages by the lagged pooled standard deviation.
+        seed: of the projection.
+
+    State: 176 bytes per prompt with the default bank, features are not stored: pass them with every call. An id
+    called without features is not carried by the regression; a new one is expected at the average.
+
+    Raises: ConfigError for a setting outside its range.
+    Source: ridge regression as in Hoerl and Kennard (1970), local level Kalman (1960), multiple models Magill
+    (1965); the combination is ours.
+
+    >>> belief = RegressionBelief()
+    >>> for step in range(20):
+    ...     _ = belief.update(["easy"] * 4 + ["hard"] * 4, torch.tensor([1.0] * 4 + [0.0] * 4), step=step)
+    >>> belief.predict(["easy", "hard"], step=20).mean.round(decimals=1).tolist()
+    [1.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        *,
+        dimension: int = 64,
+        process_noise: Sequence[float] = PROCESS_NOISE,
+        prior_variance: Sequence[float] = PRIOR_VARIANCE,
+        forgetting: float = 0.98,
+        scale: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not process_noise or not all(0 <= q < math.inf for q in process_noise):
+            raise ConfigError(f"process_noise: got {process_noise}, expected one or more finite numbers >= 0")
+        if not prior_variance or not all(0 < p < math.inf for p in prior_variance):
+            raise ConfigError(f"prior_variance: got {prior_variance}, expected one or more finite numbers > 0")
+        bank = len(process_noise)
+        columns = {"levels": ((5, bank), torch.float32), "start": ((), torch.float32), "fit": ((), torch.float32)}
+        super().__init__(PromptTable(columns), scale=scale)
+        self._q = torch.tensor(list(process_noise), dtype=torch.float64)
+        self._tau2 = torch.tensor(list(prior_variance), dtype=torch.float64)
+        # The first column is the tau^2 from moments, the others the grid; one of the two is in use.
+        self._evidence = Evidence(torch.zeros(bank, 1 + len(prior_variance), dtype=torch.float64))
+        self._features = Features(dimension, seed)
+        self._ridge = Ridge(forgetting)
+        self._offset, self._unit = 0.0, 0.0  # of rewards: first mean, first variance; 0 = not known yet
+        self._first = torch.zeros(2, dtype=torch.float64)  # first visits: their number, sum of tau^2 estimates
+
+    # ---- what was learned
+
+    @property
+    def process_noise(self) -> float:
+        """Average Q per step under the current weights, in squared reward units (for 0/1: at m = 1/2)."""
+        return float(self._weights().sum(1) @ self._q) * self._unit2
+
+    @property
+    def prior_variance(self) -> float:
+        """Average tau^2 under the current weights, in squared reward units."""
+        return float(self._weights().sum(0) @ self._all_tau2())
+
+    # ---- hooks
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "process_noise": self._q.tolist(),
+            "prior_variance": self._tau2.tolist(),
+            "forgetting": self._ridge.forgetting,
+            "dimension": self._features.dimension,
+            "seed": self._features.seed,
+        }
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {
+            "evidence": self._evidence.state_dict(),
+            "features": self._features.state_dict(),
+            "ridge": self._ridge.state_dict(),
+            "reward": [self._offset, self._unit],
+            "first": self._first.clone(),
+        }
+
+    def _load_extra(self, state: dict[str, Any]) -> None:
+        evidence = self._evidence.checked(state.get("evidence"))
+        features, ridge = self._features.checked(state.get("features")), self._ridge.checked(state.get("ridge"))
+        (offset, unit), first = state["reward"], state["first"]
+        self._evidence, self._features, self._ridge = evidence, features, ridge
+        self._offset, self._unit, self._first = float(offset), float(unit), first.clone()
+
+    def _inputs(self, names: list[Hashable], index: Tensor, features: Tensor | None) -> Tensor | None:
+        if features is None:
+            return None
+        return self._features.check(prompt_features(features, index, len(names)))
+
+    def _before(self, groups: Groups, step: int, inputs: Tensor | None) -> Prior:
+        if len(self._table):
+            return super()._before(groups, step, inputs)
+        return leave_one_out_prior(groups, 0.0)
+
+    def _prior(self, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> Prior:
+        x = self._features.standard(inputs, len(rows))
+        levels = self._levels(rows, gap, x, step)
+        mean, variance = self._mixture(levels)
+        mean = mean + self._offset
+        if self._noise.binary is True:
+            mean = mean.clamp(0.0, 1.0)
+        return Prior(Gaussian(mean, variance), self._noise.of(mean, self._unit2))
+
+    def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
+        first_ever = not len(self._table)
+        self._features.fit(inputs)
+        if first_ever:
+            self._offset = float(groups.mean.mean())
+        prior = self._prior(rows, gap.clamp(min=0), step, inputs)
+        shown = groups
+        if self._noise.robust:
+            shown = self._noise.clip(groups, prior.value.mean, prior.value.variance + prior.noise)
+        if first_ever:
+            self._noise.learn(groups, *prior.value)
+        self._set_unit(groups)
+        x = self._features.standard(inputs, len(rows))
+        y = shown.mean - self._offset
+        noise = self._noise.of(prior.value.mean, self._unit2) / groups.size
+        if first_ever:  # then f comes first: residuals from a regression that knows nothing would be values
+            self._learn_first(groups, rows, y, x, noise)
+            self._ridge.learn(x, y, 1 / (noise + self.prior_variance), step)
+        levels = self._levels(rows, gap.clamp(min=0), x, step)
+        late = self._drift(levels) * (-gap).clamp(min=0)[:, None]
+        self._evidence.learn(self._log_likelihood(levels, y, noise[:, None] + late), step)
+        mean, variance = self._mixture(levels)
+        if not first_ever:
+            new = rows < 0
+            self._learn_first(groups, rows, y - mean, x, noise)
+            fit, doubt = self._ridge.predict(x, step)
+            spread = torch.where(new, (variance - doubt).clamp(min=_LEAST_TAU2 * self._unit2), variance)
+            self._ridge.learn(x, y - (mean - fit), 1 / (noise + spread), step)
+            self._noise.learn(groups, *prior.value)
+        self._write(groups.ids, rows, levels.observed(y, noise[:, None] + late), x, step)
+
+    # ---- details
+
+    @property
+    def _unit2(self) -> float:
+        """The squared reward scale: 1 for 0/1 rewards, the variance of the first rewards otherwise."""
+        return 1.0 if self._noise.binary is not False or not self._unit else self._unit
+
+    def _set_unit(self, groups: Groups) -> None:
+        values = groups.reward[groups.known]
+        if self._unit == 0.0 and self._noise.binary is False and len(values) > 1:
+            self._unit = self._ridge.unit = float(values.var()) or 0.0
+
+    def _all_tau2(self) -> Tensor:
+        """(1 + T,) tau^2 of each column of the evidence."""
+        number, total = self._first.tolist()
+        moment = max(total / number if number else 0.0, _LEAST_TAU2 * self._unit2)
+        return torch.cat((self._tau2.new_tensor([moment]), self._tau2 * self._unit2))
+
+    def _weights(self) -> Tensor:
+        """(K, 1 + T) weights: only the moment column for 0/1 rewards that came in groups, only the grid otherwise."""
+        evidence = self._evidence.log_likelihood.clone()
+        by_moments = self._noise.binary is not False and bool(self._first[0])
+        unused = slice(1, None) if by_moments else slice(0, 1)
+        evidence[:, unused] = -math.inf
+        return torch.softmax(evidence.flatten(), 0).reshape(evidence.shape)
+
+    def _drift(self, levels: LocalLevels) -> Tensor:
+        """(u, K) Q per step in squared reward units."""
+        factor = torch.full_like(levels.s, self._unit2)
+        if self._noise.binary is not False:
+            inside = (self._mixture(levels)[0] + self._offset).clamp(0.0, 1.0)
+            factor = 16 * (inside * (1 - inside)).square()
+        return factor[:, None] * self._q
+
+    def _levels(self, rows: Tensor, gap: Tensor, x: Tensor, step: int) -> LocalLevels:
+        """The filters of each prompt now, relative to the offset."""
+        fit, doubt = self._ridge.predict(x, step)
+        new = LocalLevels.start(fit, doubt, len(self._q))
+        if not len(self._table):
+            return new
+        columns, place = self._table.columns, rows.clamp(min=0)
+        stored = columns["levels"][place].double().unbind(1)
+        old = LocalLevels(*stored, columns["start"][place].double())
+        shift = fit - columns["fit"][place].double()
+        old = old.passed(0.0 * old.c, shift)
+        old = old.passed(self._drift(old) * gap[:, None], 0.0 * shift)
+        unseen = rows < 0
+        return LocalLevels(
+            *(torch.where(unseen if n.dim() == 1 else unseen[:, None], n, o) for n, o in zip(new, old))
+        )
+
+    def _mixture(self, levels: LocalLevels) -> tuple[Tensor, Tensor]:
+        """Mean and variance (u,) of the value over all settings, relative to the offset."""
+        mean, variance = levels.moments(self._all_tau2())
+        weights = self._weights()
+        centre = (mean * weights).sum((1, 2))
+        return centre, ((variance + (mean - centre[:, None, None]).square()) * weights).sum((1, 2))
+
+    def _log_likelihood(self, levels: LocalLevels, y: Tensor, noise: Tensor) -> Tensor:
+        """(K, 1 + T) of the batch: normal, or Student's t with 4 degrees of freedom in robust mode."""
+        mean, variance = levels.moments(self._all_tau2())
+        total = variance + noise[..., None]
+        squared = (y[:, None, None] - mean).square() / total
+        if self._noise.robust:
+            return (-0.5 * total.log() - 2.5 * torch.log1p(squared / 4)).sum(0)
+        return (-0.5 * (total.log() + squared)).sum(0)
+
+    def _learn_first(self, groups: Groups, rows: Tensor, off: Tensor, x: Tensor, noise: Tensor) -> None:
+        """tau^2 = E[(y - f)^2] - x' Sigma x - noise of y, over first visits with at least two rewards."""
+        use = (rows < 0) & (groups.size > 1)
+        if not use.any():
+            return
+        doubt = self._ridge.predict(x[use], None)[1] if len(self._table) else torch.zeros_like(off[use])
+        freedom = groups.size[use] - 1
+        own_noise = groups.within[use] / (freedom * groups.size[use])
+        squared = off[use].square()
+        if not len(self._table):  # there is no f yet: around the mean of the batch
+            squared = (off[use] - off[use].mean()).square() * (len(freedom) / max(len(freedom) - 1, 1))
+        self._first = self._first + torch.stack((use.double().sum(), (squared - doubt - own_noise).sum()))
+
+    def _write(self, names: list[Hashable], rows: Tensor, levels: LocalLevels, x: Tensor, step: int) -> None:
+        rows = self._table.add(names, rows)
+        columns = self._table.columns
+        columns["levels"][rows] = torch.stack(levels[:5], dim=1).float()
+        columns["start"][rows] = levels.s.float()
+        columns["fit"][rows] = self._ridge.predict(x, step)[0].float()
