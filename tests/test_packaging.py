@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("kalman", "rollouts", "diagnosis", "hadamard"),
     ("belief",),
+    ("sampling",),
     ("ratio", "trust", "advantage", "aggregate", "penalty"),
     ("objective",),
     ("methods",),
@@ -40,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("cli", "__main__"),
 )
-NUMERIC = {name for row in LAYERS[:6] for name in row}
+NUMERIC = {name for row in LAYERS[:7] for name in row}
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "pandas", "peft", "pyarrow", "ray", "reasoning_gym")
 HEAVY += ("rich", "scipy", "transformers", "trl", "tyro", "verl")
 
