@@ -127,6 +127,7 @@ def savings(n: np.ndarray, reached: np.ndarray, wanted: np.ndarray) -> np.ndarra
     out = np.full(len(wanted), np.nan)
     for s, target in enumerate(wanted):
         order = np.argsort(n[:, s])
+        order = order[n[order, s] > 0]
         x, y = np.log(n[order, s]), reached[order, s]
         for i in range(len(x) - 1):
             low, high = y[i], y[i + 1]

@@ -29,6 +29,10 @@ class Competitor:
     def advantage(self, visit: Visit, baseline: np.ndarray) -> np.ndarray:
         return visit.reward - baseline
 
+    def interval(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and variance of the values before the visit last estimated; None where a method has no width."""
+        return None
+
 
 class GroupMean(Competitor):
     """The mean of the prompt's own group: the reference that every gain is relative to."""

@@ -34,7 +34,8 @@ class Ours(Competitor):
     """A belief of the package, one per world, through its public methods only.
 
     ``estimate`` gives two rows: the leave-one-out baseline under ``name`` and, if ``predictive`` is set, the
-    prediction from earlier visits alone under that name.
+    prediction from earlier visits alone under that name. Without ``predictive`` the belief is not asked for
+    its interval either, which saves a third of the time.
     """
 
     def __init__(
@@ -56,15 +57,16 @@ class Ours(Competitor):
         for s, belief in enumerate(self.beliefs):
             ids, reward, known = self._batch(visit, s)
             baseline[s] = belief.advantages(ids, reward, step=visit.step, **known).baseline.view(*baseline[s].shape)
+            if not self.predictive:
+                continue
             once = {"features": torch.from_numpy(visit.features[s])} if self.features else {}
             value = belief.predict(visit.ids[s].tolist(), step=visit.step, **once)
             mean[s], variance[s] = value.mean, value.variance
-        self._interval = mean, variance
+        self._interval = (mean, variance) if self.predictive else None
         return {self.name: baseline} | ({self.predictive: mean[..., None]} if self.predictive else {})
 
-    def interval(self) -> tuple[np.ndarray, np.ndarray]:
+    def interval(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean and variance of the values before the visit last estimated, (S, B) each."""
-        assert self._interval is not None
         return self._interval
 
     def absorb(self, visit: Visit) -> None:
@@ -108,7 +110,7 @@ def run(scenario: Scenario, seeds: Sequence[int], build: Build, *, gradients: bo
         for method in methods:
             for name, baseline in method.estimate(visit).items():
                 into = sums.setdefault(name, {})
-                error = np.broadcast_to((baseline - visit.value[..., None]) ** 2, (*visit.ids.shape, baseline.shape[-1]))
+                error = (baseline - visit.value[..., None]) ** 2
                 if visit.epoch == 0:
                     into.setdefault("first", []).append(error.mean((1, 2)))
                 if not scored:
@@ -117,9 +119,8 @@ def run(scenario: Scenario, seeds: Sequence[int], build: Build, *, gradients: bo
                 if truth is not None and baseline.shape[-1] in (1, scenario.group):  # the ceiling has two
                     for key, value in _gradient(visit, method, baseline, *truth).items():
                         into.setdefault(key, []).append(value)
-                if hasattr(method, "interval") and name == method.name:
-                    mean, variance = method.interval()
-                    inside = np.abs(visit.value - mean) <= Z90 * np.sqrt(variance)
+                if name == method.name and (interval := method.interval()) is not None:
+                    inside = np.abs(visit.value - interval[0]) <= Z90 * np.sqrt(interval[1])
                     into.setdefault("coverage", []).append(inside.mean(1))
             method.absorb(visit)
     return {

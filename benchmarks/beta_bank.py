@@ -120,8 +120,7 @@ class BetaCompetitor(Competitor):
         total = (seen.good + seen.bad)[:, :, None] + r.shape[-1] - 1
         return (seen.weight[:, None, None] * (seen.good[:, :, None] + others) / total).sum(-1)
 
-    def interval(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance before the visit last estimated, (S, B) each."""
+    def interval(self) -> tuple[np.ndarray, np.ndarray] | None:
         assert self._seen is not None
         return self._seen.moments()
 
