@@ -1,8 +1,8 @@
 """Fast Walsh-Hadamard transform, and random projections built on it (SRHT).
 
 The Hadamard matrix of size D = 2^k is ``H_1 = 1``, ``H_2n = [[H_n, H_n], [H_n, -H_n]]`` (Sylvester's order):
-entries are +1 and -1, ``H H = D I``. Multiplying by it takes ``D log2 D`` additions. Feature vectors of language
-models (hundreds to thousands of numbers) are shortened with it before a tracker learns from them.
+entries are +1 and -1, ``H H = D I``. Multiplying by it takes ``D log2 D`` additions. Feature vectors of
+language models (hundreds to thousands of numbers) are shortened with it before a tracker learns from them.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class SRHT:
     """Subsampled randomised Hadamard transform: ``S x = sqrt(D/d) * P H diag(s) x / sqrt(D)``.
 
     ``x`` (dimension_in) is padded with zeros to the next power of two D, its signs are flipped at random (s),
-    it is rotated by the orthonormal Hadamard matrix and d = dimension_out of its D coordinates are kept (P, drawn
-    without replacement). ``E |S x|^2 = |x|^2``; with d = D lengths and angles are kept exactly.
+    it is rotated by the orthonormal Hadamard matrix and d = dimension_out of its D coordinates are kept
+    (P, drawn without replacement). ``E |S x|^2 = |x|^2``; with d = D lengths and angles are kept exactly.
 
     Args:
         dimension_in: width of the features, >= 1.
@@ -121,8 +121,8 @@ class SRHT:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the saved projection.
 
-        Raises: ConfigError for a state of another format or of other sizes; NumericError for values that are not
-        signs or rows. Nothing is changed then.
+        Raises: ConfigError for a state of another format or of other sizes; NumericError for values that
+        are not signs or rows. Nothing is changed then.
         """
         sizes = (self.dimension_in, self.dimension_out)
         saved = (state.get("dimension_in"), state.get("dimension_out"))

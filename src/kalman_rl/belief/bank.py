@@ -1,13 +1,14 @@
 """Many settings run side by side and weighted by how well each predicted: nobody tunes the process noise.
 
-:class:`Evidence` keeps the log-likelihoods. :class:`LocalLevels` holds, for every prompt, a Kalman filter for each
-process noise *and every* prior variance tau^2 at once, in five numbers per process noise:
+:class:`Evidence` keeps the log-likelihoods. :class:`LocalLevels` holds, for every prompt, a Kalman filter
+for each process noise *and every* prior variance tau^2 at once, in five numbers per process noise:
 
     given the value V_0 at the first visit, the value now is N(a + b (V_0 - f_0), c);
-    what the rewards said about V_0 - f_0 is a normal likelihood of precision l and natural mean e (= l times mean).
+    what the rewards said about V_0 - f_0 is a normal likelihood of precision l and natural mean e (= l
+    times mean).
 
-With V_0 - f_0 ~ N(0, tau^2 + s), s the variance of the first prediction f_0, both combine in closed form, so tau^2
-may be a grid, or change later, without another number stored.
+With V_0 - f_0 ~ N(0, tau^2 + s), s the variance of the first prediction f_0, both combine in closed form,
+so tau^2 may be a grid, or change later, without another number stored.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Evidence:
 
 
 class LocalLevels(NamedTuple):
-    """Filters of u prompts for K process noises; every field (u, K), but ``s`` (u,). See the module docstring."""
+    """Filters of u prompts for K process noises; fields (u, K), but ``s`` (u,). See the module docstring."""
 
     a: Tensor
     b: Tensor
@@ -74,7 +75,7 @@ class LocalLevels(NamedTuple):
 
     @staticmethod
     def start(mean: Tensor, variance: Tensor, settings: int) -> LocalLevels:
-        """Prompts before their first visit: predicted ``mean`` with variance ``variance + tau^2``, (u,) each."""
+        """Prompts before their first visit: ``mean`` (u,) with variance ``variance + tau^2``."""
         zero = mean.new_zeros(len(mean), settings)
         return LocalLevels(mean[:, None] + zero, zero + 1, zero, zero, zero, variance)
 

@@ -1,4 +1,4 @@
-"""What all beliefs kept in a table share: batches checked before anything is written, one advantage formula."""
+"""What all beliefs kept in a table share: checked batches, one advantage formula."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.belief.groups import Groups, group_rewards, only_known, sum_of_others, unique_ids
-from kalman_rl.belief.noise import AdvantageScale, RewardNoise, restored
+from kalman_rl.belief.noise import ROBUST_INFLATION, AdvantageScale, RewardNoise, restored
 from kalman_rl.belief.protocol import Advantages, Observed
 from kalman_rl.belief.table import PromptTable, clock_of
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 class Prior(NamedTuple):
-    """Before the rewards of a batch, per prompt: belief about the value (u,), variance R of one reward (u,)."""
+    """Before the rewards of a batch, per prompt (u,): belief about the value, variance R of a reward."""
 
     value: Gaussian
     noise: Tensor
@@ -51,7 +51,7 @@ class TableBelief(ABC):
 
     @property
     def reward_noise(self) -> RewardNoise:
-        """What is known about the noise of rewards: ``binary``, ``pooled``, ``excess_kurtosis``, ``robust``."""
+        """What is known about noise: ``binary``, ``pooled``, ``excess_kurtosis``, ``robust``."""
         return copy.copy(self._noise)
 
     # ---- the protocol
@@ -69,7 +69,7 @@ class TableBelief(ABC):
     def advantages(
         self, ids: Sequence[Hashable], reward: Tensor, *, step: int, features: Tensor | None = None
     ) -> Advantages:
-        """Reward minus the leave-one-out predictive mean, divided by the lagged scale; see :class:`Belief`."""
+        """Reward minus the leave-one-out predictive mean, over the lagged scale; see :class:`Belief`."""
         groups = group_rewards(ids, reward)
         self._check(groups, step, 0)
         inputs = self._inputs(groups.ids, groups.place, features)
@@ -87,16 +87,10 @@ class TableBelief(ABC):
         part: int = 0,
     ) -> Observed:
         """Absorb the known rewards of a batch; see :class:`Belief`."""
-        everything = group_rewards(ids, reward)
-        self._check(everything, step, part)
-        inputs = self._inputs(everything.ids, everything.place, features)
-        groups, kept = only_known(everything)
+        groups, rows, inputs = self._checked(ids, reward, step, features, part)
         if not groups.ids:
             empty = torch.zeros(0, dtype=torch.float64)
             return Observed([], empty, empty, empty, empty)
-        inputs = None if inputs is None else inputs[kept]
-        rows = self._table.rows(groups.ids)
-        self._table.check_new(groups.ids, rows, step, part)
         prior = self._before(groups, step, inputs)
         raw, _ = self._unscaled(groups, prior)
         observed = Observed(
@@ -143,6 +137,18 @@ class TableBelief(ABC):
         self._load_extra(state)
         self._table, self._noise, self._scale = table, noise, scale
 
+    def check(
+        self,
+        ids: Sequence[Hashable],
+        reward: Tensor,
+        *,
+        step: int,
+        features: Tensor | None = None,
+        part: int = 0,
+    ) -> None:
+        """Raise what :meth:`update` would raise, and change nothing."""
+        self._checked(ids, reward, step, features, part)
+
     # ---- for subclasses
 
     @property
@@ -159,14 +165,14 @@ class TableBelief(ABC):
         """Write what the rewards say; every group has at least one. A negative gap is a late batch."""
 
     def _before(self, groups: Groups, step: int, inputs: Tensor | None) -> Prior:
-        """The belief that baselines of this batch are made of; groups that are new may learn from each other."""
+        """The belief that baselines of this batch are made of."""
         rows = self._table.rows(groups.ids)
         return self._prior(rows, self._table.gap(rows, step).clamp(min=0), step, inputs)
 
     def _extra_state(self) -> dict[str, Any]:
         return {}
 
-    def _load_extra(self, state: dict[str, Any]) -> None:
+    def _load_extra(self, state: dict[str, Any]) -> None:  # noqa: B027 most have nothing more to restore
         """Restore what _extra_state saved; validate everything before writing anything."""
 
     def _inputs(self, names: list[Hashable], index: Tensor, features: Tensor | None) -> Tensor | None:
@@ -179,12 +185,28 @@ class TableBelief(ABC):
 
     # ---- details
 
+    def _checked(
+        self, ids: Sequence[Hashable], reward: Tensor, step: int, features: Tensor | None, part: int
+    ) -> tuple[Groups, Tensor, Tensor | None]:
+        """Groups with a known reward, their rows, their features; every refusal happens here."""
+        everything = group_rewards(ids, reward)
+        self._check(everything, step, part)
+        inputs = self._inputs(everything.ids, everything.place, features)
+        groups, kept = only_known(everything)
+        rows = self._table.rows(groups.ids)
+        self._table.check_new(groups.ids, rows, step, part)
+        return groups, rows, None if inputs is None else inputs[kept]
+
     def _predicted(self, ids: Sequence[Hashable], step: int, features: Tensor | None) -> tuple[Prior, Tensor]:
         clock_of(step)
         names, index = unique_ids(ids)
         rows = self._table.rows(names)
         inputs = self._inputs(names, index, features)
-        return self._prior(rows, self._table.gap(rows, step).clamp(min=0), step, inputs), index
+        prior = self._prior(rows, self._table.gap(rows, step).clamp(min=0), step, inputs)
+        if self._noise.robust:
+            mean, variance = prior.value
+            prior = Prior(Gaussian(mean, ROBUST_INFLATION * variance), ROBUST_INFLATION * prior.noise)
+        return prior, index
 
     def _unscaled(self, groups: Groups, prior: Prior) -> tuple[Tensor, Tensor]:
         """Advantage and baseline (n,) in reward units, in the order of the batch."""

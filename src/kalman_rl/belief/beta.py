@@ -27,12 +27,13 @@ class BetaBelief(TableBelief):
     """Success rate ~ Beta(a, b) per prompt, with old counts discounted by ``rho`` per step.
 
     ``a = a0 + s``, ``b = b0 + f``; a batch with S successes and F failures after ``gap`` steps makes
-    ``s <- rho^gap s + S``, ``f <- rho^gap f + F``. Several rho are run side by side and weighted by how well they
-    predicted all prompts (beta-binomial likelihood, forgetting itself slowly). The prior (a0, b0) is learned from the
-    mean and spread of success rates over prompts. The baseline is
-    ``b_j = (a + S - r_j) / (a + b + n - 1)`` for one rho.
+    ``s <- rho^gap s + S``, ``f <- rho^gap f + F``. Several rho are run side by side and weighted by how
+    well they predicted all prompts (beta-binomial likelihood, forgetting itself slowly). The prior (a0,
+    b0) is learned from the mean and spread of success rates over prompts. The baseline is ``b_j = (a + S -
+    r_j) / (a + b + n - 1)`` for one rho.
 
-    Rewards must lie in [0, 1]; a fraction counts as a fractional success. A late batch is discounted to the time
+    Rewards must lie in [0, 1]; a fraction counts as a fractional success. A late batch is discounted to
+    the time
     of the last visit: ``s <- s + rho^late S``.
 
     Args:
@@ -67,7 +68,7 @@ class BetaBelief(TableBelief):
         self.prior = prior
         self._rho = torch.tensor(grid, dtype=torch.float64)
         self._evidence = Evidence(torch.zeros(len(grid), dtype=torch.float64))
-        # Over past batches: prompts with >= 2 rewards, sums of y, y^2 and of the noise of y; see _learn_prior.
+        # Over past batches: prompts with >= 2 rewards, sums of y, y^2 and the noise of y.
         self._moments = torch.zeros(4, dtype=torch.float64)
 
     @property
@@ -124,7 +125,7 @@ class BetaBelief(TableBelief):
         mean = rate @ self.weights
         spread = rate * (1 - rate) / (size + 1) + (rate - mean[:, None]).square()
         variance = spread @ self.weights
-        # E[p (1 - p)]: with one rho, R / P = a + b, so the Gaussian formula gives the exact Beta posterior mean.
+        # E[p (1 - p)]: with one rho, R / P = a + b, so the Gaussian formula is the Beta posterior mean.
         noise = (mean * (1 - mean) - variance).clamp(min=1e-12)
         return Prior(Gaussian(mean, variance), noise)
 
@@ -148,7 +149,7 @@ class BetaBelief(TableBelief):
         self._learn_prior(groups)
 
     def _learn_prior(self, groups: Groups) -> None:
-        """Var(mean) over prompts = spread of rates + noise y (1 - y) / (n - 1), which groups of one do not show."""
+        """Var(mean) over prompts = spread of rates + noise y (1 - y) / (n - 1); needs groups of two or more."""
         several = groups.size > 1
         y, n = groups.mean[several], groups.size[several]
         noise = (y * (1 - y)).clamp(min=0) / (n - 1)

@@ -1,4 +1,4 @@
-"""The first batch ever: nothing is known, so every prompt is predicted from the other prompts of the batch."""
+"""The first batch ever: every prompt is predicted from the other prompts of the batch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def leave_one_out_prior(groups: Groups, mean: float) -> Prior:
     """Prior of each prompt from all others: their mean, their spread beyond noise, their noise.
 
     With means y_k of n_k rewards over the other prompts k: ``m = mean y_k``,
-    ``R = sum within_k / sum (n_k - 1)``, ``P = max(0, var y_k - R mean 1/n_k)``. Together with the leave-one-out
-    formula for the own group this is James-Stein shrinkage in which no reward takes part in its own baseline.
+    ``R = sum within_k / sum (n_k - 1)``, ``P = max(0, var y_k - R mean 1/n_k)``. Together with the
+    leave-one-out formula for the own group this is James-Stein shrinkage in which no reward takes part in
+    its own baseline.
 
     Args:
         groups: u prompts; those without a known reward inform nobody.
@@ -35,7 +36,7 @@ def leave_one_out_prior(groups: Groups, mean: float) -> Prior:
 
 
 _Sums = tuple[float, float, float, float, float, float]
-"""Prompts, mean of their means, squared deviations of the means, sum 1/n, within squares, degrees of freedom."""
+"""Prompts, mean of their means, squared deviations of the means, sum 1/n, within squares, freedom."""
 
 
 def _running(groups: Groups, order: range) -> list[_Sums]:

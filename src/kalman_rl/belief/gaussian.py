@@ -19,14 +19,14 @@ class GaussianBelief(TableBelief):
     """Value ~ N(m, P) per prompt, a local-level model in steps.
 
     ``P' = P + Q gap``; a group of n rewards with mean y is one observation of variance R/n:
-    ``K = P' / (P' + R/n)``, ``m <- m + K (y - m)``, ``P <- (1 - K) P'``. Updating reward by reward in any order
-    gives the same.
+    ``K = P' / (P' + R/n)``, ``m <- m + K (y - m)``, ``P <- (1 - K) P'``. Updating reward by reward in any
+    order gives the same.
 
     Args:
         process_noise: Q >= 0 per step, in squared reward units; with ``observation_noise="auto"`` and 0/1
             rewards it is multiplied by ``16 (m (1 - m))^2``, the shape of a random walk in the logit.
-        observation_noise: R > 0 of one reward, or "auto": ``m (1 - m)`` with a floor of 0.01 while all rewards
-            were 0 or 1, otherwise the pooled within-group variance, both from earlier batches.
+        observation_noise: R > 0 of one reward, or "auto": ``m (1 - m)`` with a floor of 0.01 while all
+            rewards were 0 or 1, otherwise the pooled within-group variance, both from earlier batches.
         mean: of a prompt never visited.
         variance: of a prompt never visited, in [0, inf]; also the R of "auto" before anything is known.
         scale: divide advantages by the lagged pooled standard deviation.

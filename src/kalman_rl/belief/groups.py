@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
 
-LARGEST_REWARD = 1e30
-"""Beyond this, fourth powers of rewards would leave the range of float64."""
+LARGEST_REWARD = 1e12
+"""Beyond this, precisions would leave the range of the float32 columns."""
 
 
 class Groups(NamedTuple):

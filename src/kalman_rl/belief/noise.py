@@ -1,8 +1,9 @@
 """How noisy rewards are, learned from all prompts together and always one batch late.
 
 ``R`` is the variance of one reward around its prompt's value. For 0/1 rewards it follows from the value,
-``R = m (1 - m)``. Otherwise it is the variance within groups, pooled over prompts with weights n - 1. Heavy tails
-are detected by the kurtosis of the same residuals; then rewards are clipped before they are absorbed.
+``R = m (1 - m)``. Otherwise it is the variance within groups, pooled over prompts with weights n - 1.
+Heavy tails are detected by the kurtosis of the same residuals; then rewards are clipped before they are
+absorbed.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class RewardNoise:
     """Running sums over batches with forgetting ``1 - rate``; every number is of past batches only.
 
     Attributes: ``binary`` None before the first reward, True while all were 0 or 1; ``squares``, ``freedom``
-    within-group sum of squares and its degrees of freedom, of clipped rewards in ``clipped_squares``; ``fourth``,
-    ``second``, ``samples`` moments of residuals; ``surprise``, ``surprises`` squared innovations of groups of one
-    beyond what the belief's own variance explains, used while no group had two rewards.
+    within-group sum of squares and its degrees of freedom, of clipped rewards in ``clipped_squares``;
+    ``fourth``, ``second``, ``samples`` moments of residuals; ``surprise``, ``surprises`` squared
+    innovations of groups of one beyond what the belief's own variance explains, used while no group had
+    two rewards.
     """
 
     rate: float = 0.03

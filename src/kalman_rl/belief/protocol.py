@@ -13,7 +13,8 @@ How a sampling rule uses a belief (rounds inside one training step)::
     belief.predict(unique_ids, step=t)                 # width after round 0: continue or stop?
     belief.update(more_ids, more, step=t, part=1)      # a later round of the same step counts its parts up
 
-No time passes between the parts of a step. The width of a scalar Gaussian with fixed noise depends on counts only; a
+No time passes between the parts of a step. The width of a scalar Gaussian with fixed noise depends on
+counts only; a
 rule that should tell easy from hard must read a belief whose width depends on the rewards: every belief made
 by ``make_belief`` does (0/1 rewards: R = m(1-m); others: pooled R), and so does
 :class:`~kalman_rl.belief.tracker.KalmanPreferenceTracker` (its R is learned).
@@ -45,8 +46,8 @@ class Advantages(NamedTuple):
 class Observed(NamedTuple):
     """What an update absorbed, one entry per visited id (ids without a known reward are left out).
 
-    ``ids`` k names; ``size`` (k,) known rewards; ``mean`` (k,) their mean; ``innovation`` (k,) that mean minus
-    what was predicted; ``innovation_variance`` (k,) of the innovation, P + R/n.
+    ``ids`` k names; ``size`` (k,) known rewards; ``mean`` (k,) their mean; ``innovation`` (k,) that mean
+    minus what was predicted; ``innovation_variance`` (k,) of the innovation, P + R/n.
     """
 
     ids: list[Hashable]
@@ -79,10 +80,10 @@ class Belief(Protocol):
     ) -> Advantages:
         """Reward minus the leave-one-out predictive mean; changes nothing.
 
-        ``b_j = (m/P + (S - r_j)/R) / (1/P + (n - 1)/R)`` with the belief N(m, P) from before these rewards: RLOO
-        for P = inf, a tracked constant for P = 0, the prediction for a group of one. Everything but S - r_j
-        comes from earlier updates (or, in the first batch ever, from other prompts), so a reward never moves
-        its own baseline and the policy gradient stays unbiased.
+        ``b_j = (m/P + (S - r_j)/R) / (1/P + (n - 1)/R)`` with the belief N(m, P) from before these
+        rewards: RLOO for P = inf, a tracked constant for P = 0, the prediction for a group of one.
+        Everything but S - r_j comes from earlier updates (or, in the first batch ever, from other
+        prompts), so a reward never moves its own baseline and the policy gradient stays unbiased.
         """
         ...
 
@@ -97,10 +98,10 @@ class Belief(Protocol):
     ) -> Observed:
         """Absorb the known rewards of a batch.
 
-        ``part`` numbers the rounds of one step. The same (id, step, part) twice is refused, so a replayed batch
-        cannot count double. A batch of an earlier step than the id's last visit is *late*: it is absorbed as
-        an observation of today's value with the process noise of the time between added to its variance, and
-        the clock of the prompt does not move.
+        ``part`` numbers the rounds of one step. The same (id, step, part) twice is refused, so a replayed
+        batch cannot count double. A batch of an earlier step than the id's last visit is *late*: it is
+        absorbed as an observation of today's value with the process noise of the time between added to its
+        variance, and the clock of the prompt does not move.
         """
         ...
 

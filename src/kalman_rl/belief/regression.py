@@ -20,19 +20,21 @@ from kalman_rl.kalman import Gaussian
 
 PROCESS_NOISE = (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Default bank of Q per step, in squared reward scales."""
-PRIOR_VARIANCE = (3e-3, 1e-2, 3e-2, 0.1, 0.25)
-"""Default bank of tau^2, the variance of values around the regression, in squared reward scales."""
+PRIOR_VARIANCE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25)
+"""Default bank of tau^2, the variance of values around the regression, in squared reward scales.
+
+The two smallest are for scores whose noise is much larger than the spread of values; they cost no memory."""
 _LEAST_TAU2 = 1e-4
 
 
 class RegressionBelief(TableBelief):
     """``V = f_t(x) + u``: f a ridge regression with forgetting on features x, u a local level per prompt.
 
-    A prompt never visited starts from ``f_t(x)`` with variance ``tau^2 + x' Sigma x``. Between visits its value is
-    carried by ``f_t(x) - f_s(x)`` and its variance grows by Q per step. Each batch updates the filters
-    (:mod:`kalman_rl.belief.bank`: every pair of Q and tau^2 at once, weighted by how well it predicted all
-    prompts) and the regression (from y minus the filters' part, with weight ``1 / (R/n + P)``).
-    Without features f is a common level that drifts.
+    A prompt never visited starts from ``f_t(x)`` with variance ``tau^2 + x' Sigma x``. Between visits its
+    value is carried by ``f_t(x) - f_s(x)`` and its variance grows by Q per step. Each batch updates the
+    filters (:mod:`kalman_rl.belief.bank`: every pair of Q and tau^2 at once, weighted by how well it
+    predicted all prompts) and the regression (from y minus the filters' part, with weight ``1 / (R/n +
+    P)``). Without features f is a common level that drifts.
 
     For 0/1 rewards R is ``m (1 - m)``, Q is multiplied by ``16 (m (1 - m))^2`` and tau^2 comes from the
     spread of first visits. Otherwise R is pooled within groups, and heavy tails switch to clipped rewards
@@ -46,8 +48,9 @@ class RegressionBelief(TableBelief):
         scale: divide advantages by the lagged pooled standard deviation.
         seed: of the projection.
 
-    State: 176 bytes per prompt with the default bank, features are not stored: pass them with every call. An id
-    called without features is not carried by the regression; a new one is expected at the average.
+    State: 176 bytes per prompt with the default bank, features are not stored: pass them with every call.
+        An id called without features is not carried by the regression; a new one is expected at the
+        average.
 
     Raises: ConfigError for a setting outside its range.
     Source: ridge regression as in Hoerl and Kennard (1970), local level Kalman (1960), multiple models Magill
@@ -73,9 +76,15 @@ class RegressionBelief(TableBelief):
         if not process_noise or not all(0 <= q < math.inf for q in process_noise):
             raise ConfigError(f"process_noise: got {process_noise}, expected one or more finite numbers >= 0")
         if not prior_variance or not all(0 < p < math.inf for p in prior_variance):
-            raise ConfigError(f"prior_variance: got {prior_variance}, expected one or more finite numbers > 0")
+            raise ConfigError(
+                f"prior_variance: got {prior_variance}, expected one or more finite numbers > 0"
+            )
         bank = len(process_noise)
-        columns = {"levels": ((5, bank), torch.float32), "start": ((), torch.float32), "fit": ((), torch.float32)}
+        columns = {
+            "levels": ((5, bank), torch.float32),
+            "start": ((), torch.float32),
+            "fit": ((), torch.float32),
+        }
         super().__init__(PromptTable(columns), scale=scale)
         self._q = torch.tensor(list(process_noise), dtype=torch.float64)
         self._tau2 = torch.tensor(list(prior_variance), dtype=torch.float64)
@@ -84,7 +93,12 @@ class RegressionBelief(TableBelief):
         self._features = Features(dimension, seed)
         self._ridge = Ridge(forgetting)
         self._offset, self._unit = 0.0, 0.0  # of rewards: first mean, first variance; 0 = not known yet
-        self._first = torch.zeros(2, dtype=torch.float64)  # first visits: their number, sum of tau^2 estimates
+        self._spread = torch.zeros(
+            2, dtype=torch.float64
+        )  # running batches: prompts, their squared distances
+        self._first = torch.zeros(
+            2, dtype=torch.float64
+        )  # first visits: their number, sum of tau^2 estimates
 
     # ---- what was learned
 
@@ -117,14 +131,19 @@ class RegressionBelief(TableBelief):
             "ridge": self._ridge.state_dict(),
             "reward": [self._offset, self._unit],
             "first": self._first.clone(),
+            "spread": self._spread.clone(),
         }
 
     def _load_extra(self, state: dict[str, Any]) -> None:
         evidence = self._evidence.checked(state.get("evidence"))
-        features, ridge = self._features.checked(state.get("features")), self._ridge.checked(state.get("ridge"))
+        features, ridge = (
+            self._features.checked(state.get("features")),
+            self._ridge.checked(state.get("ridge")),
+        )
         (offset, unit), first = state["reward"], state["first"]
         self._evidence, self._features, self._ridge = evidence, features, ridge
         self._offset, self._unit, self._first = float(offset), float(unit), first.clone()
+        self._spread = state["spread"].clone()
 
     def _inputs(self, names: list[Hashable], index: Tensor, features: Tensor | None) -> Tensor | None:
         if features is None:
@@ -174,6 +193,7 @@ class RegressionBelief(TableBelief):
             spread = torch.where(new, (variance - doubt).clamp(min=_LEAST_TAU2 * self._unit2), variance)
             self._ridge.learn(x, y - (mean - fit), 1 / (noise + spread), step)
             self._noise.learn(groups, *prior.value)
+        self._learn_spread(levels.observed(y, noise[:, None] + late))
         self._write(groups.ids, rows, levels.observed(y, noise[:, None] + late), x, step)
 
     # ---- details
@@ -186,7 +206,9 @@ class RegressionBelief(TableBelief):
     def _set_unit(self, groups: Groups) -> None:
         values = groups.reward[groups.known]
         if self._unit == 0.0 and self._noise.binary is False and len(values) > 1:
-            self._unit = self._ridge.unit = float(values.var()) or 0.0
+            self._unit = float(values.var())
+            self._ridge.unit = self._unit or 1.0
+            self._ridge.spread = 0.1 * self._unit2
 
     def _all_tau2(self) -> Tensor:
         """(1 + T,) tau^2 of each column of the evidence."""
@@ -255,6 +277,14 @@ class RegressionBelief(TableBelief):
         if not len(self._table):  # there is no f yet: around the mean of the batch
             squared = (off[use] - off[use].mean()).square() * (len(freedom) / max(len(freedom) - 1, 1))
         self._first = self._first + torch.stack((use.double().sum(), (squared - doubt - own_noise).sum()))
+
+    def _learn_spread(self, levels: LocalLevels) -> None:
+        """Variance of values over prompts: of their means, plus what is not known about each."""
+        mean, variance = self._mixture(levels)
+        apart = (mean - mean.mean()).square() * (len(mean) / max(len(mean) - 1, 1)) + variance
+        kept = 0.8 * self._spread
+        self._spread = kept + torch.stack((apart.new_tensor(float(len(apart))), apart.sum()))
+        self._ridge.spread = max(float(self._spread[1] / self._spread[0]), _LEAST_TAU2 * self._unit2)
 
     def _write(self, names: list[Hashable], rows: Tensor, levels: LocalLevels, x: Tensor, step: int) -> None:
         rows = self._table.add(names, rows)

@@ -10,10 +10,10 @@ from torch import Tensor
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.hadamard import SRHT
 
-PRIOR_PRECISION = 40.0
-"""Of each coefficient, for features of mean squared length 1 and rewards of unit variance."""
+PRIOR_PRECISION = 8.0
+"""Of each coefficient, for features of mean squared length 1, divided by the variance of values over prompts."""
 LEVEL_PRECISION = 4.0
-"""Of the intercept."""
+"""Of the intercept, divided by the variance of rewards."""
 
 
 class Features:
@@ -83,7 +83,8 @@ class Ridge:
     """``f(x) = x' theta`` from weighted rows whose weight fades by ``forgetting`` per step of time.
 
     ``theta = (D + J)^-1 h``, ``Sigma = (D + J)^-1``; ``J <- forgetting^gap J + sum w x x'``,
-    ``h <- forgetting^gap h + sum w x y``. The prior precision D does not fade, so the system stays positive definite
+    ``h <- forgetting^gap h + sum w x y``. The prior precision D does not fade, so the system stays
+    positive definite
     however long nothing is seen: recursive least squares with forgetting would wind up there.
 
     Args:
@@ -96,7 +97,8 @@ class Ridge:
         if not 0 < forgetting <= 1:
             raise ConfigError(f"forgetting: got {forgetting}, expected a factor in (0, 1] per step")
         self.forgetting = forgetting
-        self.unit = 1.0  # variance of rewards: scales the prior precision
+        self.unit = 1.0  # variance of rewards
+        self.spread = 0.1  # variance of values over prompts
         self.precision = torch.zeros(1, 1, dtype=torch.float64)
         self.target = torch.zeros(1, dtype=torch.float64)
         self.last_step: int | None = None
@@ -105,7 +107,7 @@ class Ridge:
         """Mean ``x' theta`` and variance ``x' Sigma x`` (u,) at a step; None = as of the last update."""
         fade = self._fade(step)
         precision, target = self._grown(x.shape[1])
-        prior = torch.full((x.shape[1],), PRIOR_PRECISION / self.unit, dtype=torch.float64)
+        prior = torch.full((x.shape[1],), PRIOR_PRECISION / self.spread, dtype=torch.float64)
         prior[0] = LEVEL_PRECISION / self.unit
         root = torch.linalg.cholesky(fade * precision + prior.diag())
         theta = torch.cholesky_solve((fade * target)[:, None], root)[:, 0]
@@ -135,6 +137,7 @@ class Ridge:
     def state_dict(self) -> dict[str, Any]:
         return {
             "unit": self.unit,
+            "spread": self.spread,
             "precision": self.precision.clone(),
             "target": self.target.clone(),
             "last_step": self.last_step,
@@ -142,10 +145,19 @@ class Ridge:
 
     def checked(self, state: Any) -> Ridge:
         """A new one from a saved state. Raises: ConfigError or NumericError if it does not fit."""
-        if not isinstance(state, dict) or set(state) != {"unit", "precision", "target", "last_step"}:
-            raise ConfigError("belief state: got no ridge part, expected unit, precision, target and last_step")
+        if not isinstance(state, dict) or set(state) != {
+            "unit",
+            "spread",
+            "precision",
+            "target",
+            "last_step",
+        }:
+            raise ConfigError(
+                "belief state: got no ridge part, expected unit, spread, precision, target and last_step"
+            )
         new = Ridge(self.forgetting)
-        new.unit, new.last_step = float(state["unit"]), state["last_step"]
+        new.unit, new.spread = float(state["unit"]), float(state["spread"])
+        new.last_step = state["last_step"]
         new.precision, new.target = state["precision"].clone(), state["target"].clone()
         if new.precision.shape != (len(new.target),) * 2 or not torch.isfinite(new.precision).all():
             raise NumericError("belief state: got a ridge part that is not finite or not square")

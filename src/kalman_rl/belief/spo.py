@@ -21,19 +21,19 @@ from kalman_rl.kalman import Gaussian
 class SPOBelief(TableBelief):
     """The tracker published with SPO: counts that fade per *visit*, a baseline from the past only.
 
-    ``v = a / (a + b)`` before the rewards are seen, ``A = r - v``; then ``a <- rho a + S``, ``b <- rho b + F``. A
-    prompt never visited has a = b = 0.5 and rho = ``high``.
+    ``v = a / (a + b)`` before the rewards are seen, ``A = r - v``; then ``a <- rho a + S``, ``b <- rho b +
+    F``. A prompt never visited has a = b = 0.5 and rho = ``high``.
 
     Args:
-        rho: a constant in (0, 1], or None: ``rho = clip(2^(-D / half), low, high)`` from the signal ``D`` given to
-            :meth:`update`; without a signal rho = high.
+        rho: a constant in (0, 1], or None: ``rho = clip(2^(-D / half), low, high)`` from the signal ``D``
+            given to :meth:`update`; without a signal rho = high.
         half: D that halves the memory. low, high: bounds of rho.
         scale: divide advantages by the lagged pooled standard deviation.
 
     Raises: ConfigError for a setting outside its range.
-    Source: SPO (arXiv 2509.13232) and its published code. Deviations: several rewards of a prompt in one batch are
-    merged (there the last one wins); the published centring by the batch, which contains the own reward, is
-    replaced by the lagged scale.
+    Source: SPO (arXiv 2509.13232) and its published code. Deviations: several rewards of a prompt in one
+    batch are merged (there the last one wins); the published centring by the batch, which contains the own
+    reward, is replaced by the lagged scale.
 
     >>> belief = SPOBelief(rho=0.875, scale=False)
     >>> _ = belief.update(["a"], torch.tensor([1.0]), step=0)
@@ -101,8 +101,9 @@ class SPOBelief(TableBelief):
     ) -> Observed:
         """:class:`Belief`'s update, with an optional ``signal`` (n,) >= 0, equal for all rows of an id.
 
-        The signal D of SPO is the mean absolute change of log-probability, in nats, on the prompt's stored response since
-        its last visit. Raises: NumericError for NaN, infinity, a negative D or rows of one id that differ.
+        The signal D of SPO is the mean absolute change of log-probability, in nats, on the prompt's stored
+        response since its last visit. Raises: NumericError for NaN, infinity, a negative D or rows of one
+        id that differ.
         """
         self._signal = {} if signal is None else _signals(ids, signal)
         try:

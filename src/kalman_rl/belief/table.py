@@ -19,8 +19,9 @@ class PromptTable:
     """Columns of numbers, a row per prompt that was visited.
 
     The tensors cost what the columns say plus 8 bytes for the clock (and up to a quarter more while growing).
-    The dictionary from id to row is Python's: about 100 bytes per prompt for the table and its row number, on top of
-    the id objects themselves (a short str is about 60 bytes), which may be shared with the data set.
+    The dictionary from id to row is Python's: about 100 bytes per prompt for the table and its row number,
+    on top of the id objects themselves (a short str is about 60 bytes), which may be shared with the data
+    set.
 
     Args:
         columns: name -> (shape of one row, dtype).

@@ -28,16 +28,16 @@ class Absorbed(NamedTuple):
 class KalmanPreferenceTracker:
     """Recursive ridge regression as a Kalman filter: ``y = phi' theta + eps``, theta drifting.
 
-    ``theta_0 ~ N(0, P_0 I)``; between batches ``P <- P + Q gap I``; a batch is absorbed exactly, in any order of its
-    rows. With Q = 0 the mean is ridge regression with penalty ``R / P_0``.
+    ``theta_0 ~ N(0, P_0 I)``; between batches ``P <- P + Q gap I``; a batch is absorbed exactly, in any
+    order of its rows. With Q = 0 the mean is ridge regression with penalty ``R / P_0``.
 
-    The covariance is kept as a square root (``P = L L'``) and updated by orthogonal transformations, so it stays
-    symmetric positive definite in float32 too. Features of another width than ``dim`` are projected to it by an SRHT
-    that is created when they are first absorbed (narrow ones are padded with zeros).
+    The covariance is kept as a square root (``P = L L'``) and updated by orthogonal transformations, so it
+    stays symmetric positive definite in float32 too. Features of another width than ``dim`` are projected
+    to it by an SRHT that is created when they are first absorbed (narrow ones are padded with zeros).
 
-    All *variances* are scaled by a learned factor: R has an inverse-gamma prior worth ``noise_strength`` observations
-    around ``R_val``, so the width of the belief depends on the rewards, not only on the features. The scaling is common
-    to P, Q and R and leaves the mean as it is.
+    All *variances* are scaled by a learned factor: R has an inverse-gamma prior worth ``noise_strength``
+    observations around ``R_val``, so the width of the belief depends on the rewards, not only on the
+    features. The scaling is common to P, Q and R and leaves the mean as it is.
 
     Args:
         dim: number of coefficients d >= 1; 1 with phi = 1 tracks a scalar.
@@ -48,8 +48,8 @@ class KalmanPreferenceTracker:
         seed: of the projection. dtype: float64 or float32, of the state.
 
     Raises: NumericError, ConfigError for a setting outside its range.
-    Source: Kalman (1960); square-root form Kailath, Sayed and Hassibi (2000); the name and the defaults of dim, Q and R
-    are those of the K-GRPO repository, whose code has neither Q nor a transform.
+    Source: Kalman (1960); square-root form Kailath, Sayed and Hassibi (2000); the name and the defaults of
+    dim, Q and R are those of the K-GRPO repository, whose code has neither Q nor a transform.
 
     >>> tracker = KalmanPreferenceTracker(dim=1, Q_val=0.0, R_val=1.0)
     >>> _ = tracker.update(torch.ones(3, 1), torch.tensor([1.0, 2.0, 3.0]))
@@ -139,20 +139,21 @@ class KalmanPreferenceTracker:
         return self.noise / self.R_val * (root @ root.T)
 
     def value(self, phi: Tensor) -> Gaussian:
-        """Belief about the mean reward at the features (n, F): ``phi' m`` and ``phi' P phi``, (n,) float64."""
+        """Belief about the mean reward at the features (n, F): ``phi' m``, ``phi' P phi``, (n,) float64."""
         x = self._projected(phi)
         return Gaussian((x @ self.mean).double(), self.noise / self.R_val * self._explained(x).double())
 
     def predictive(self, phi: Tensor) -> Gaussian:
-        """Of one new reward at the features (n, F): the same mean, variance ``phi' P phi + R``, (n,) float64."""
+        """Of one new reward at the features (n, F): variance ``phi' P phi + R``, (n,) float64."""
         mean, variance = self.value(phi)
         return Gaussian(mean, variance + self.noise)
 
     def loo_residuals(self, phi: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Each reward minus its prediction from the past and all *other* rows; changes nothing.
 
-        ``[S^-1 nu]_i / [S^-1]_ii`` with ``nu = y - phi m``, ``S = phi P phi' + R I``, equal to refitting without row i;
-        computed as y_i minus a sum over the other rows, so that a reward does not touch its own baseline.
+        ``[S^-1 nu]_i / [S^-1]_ii`` with ``nu = y - phi m``, ``S = phi P phi' + R I``, equal to refitting
+        without row i; computed as y_i minus a sum over the other rows, so that a reward does not touch its
+        own baseline.
 
         Returns: (n,) float64, 0 where missing. Cost O(n^3). Arguments and errors as :meth:`update`.
         """
@@ -195,7 +196,7 @@ class KalmanPreferenceTracker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become the saved tracker. Raises: ConfigError for another format or other settings; nothing changed."""
+        """Become the saved tracker. Raises: ConfigError for another format or settings; nothing changed."""
         if state.get("format") != FORMAT or state.get("settings") != self._settings():
             raise ConfigError(
                 f"tracker state: got format {state.get('format')} with settings {state.get('settings')}, expected "

@@ -1,0 +1,124 @@
+"""One belief per source of prompts: the noise of a maths set says nothing about a code set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalman_rl.belief.base import FORMAT, TableBelief
+from kalman_rl.belief.protocol import Advantages, Observed
+from kalman_rl.errors import ConfigError, ShapeError
+from kalman_rl.kalman import Gaussian
+
+
+class BySource:
+    """A belief that sends every prompt to the belief of its source, made when the source is first updated.
+
+    Args:
+        make: creates the belief of a source; all sources get the same options.
+        source: prompt id -> hashable name of its source; it must always give the same answer for an id.
+
+    The ``scale`` of its advantages has one number per completion, (n,). All sources are checked before any is
+    written.
+
+    >>> from kalman_rl.belief.gaussian import GaussianBelief
+    >>> belief = BySource(GaussianBelief, lambda name: name.partition("/")[0])
+    >>> _ = belief.update(["maths/1", "code/1"], torch.tensor([1.0, 0.0]), step=0)
+    >>> sorted(belief.sources)
+    ['code', 'maths']
+    """
+
+    def __init__(self, make: Callable[[], TableBelief], source: Callable[[Any], Hashable]) -> None:
+        self._make, self._source = make, source
+        self.sources: dict[Hashable, TableBelief] = {}
+        self._unseen = make()
+
+    def __len__(self) -> int:
+        """Number of prompts that were visited."""
+        return sum(len(belief) for belief in self.sources.values())
+
+    def predict(self, ids: Sequence[Hashable], *, step: int, features: Tensor | None = None) -> Gaussian:
+        """See :class:`~kalman_rl.belief.protocol.Belief`."""
+        return self._gathered(ids, step, features, "predict")
+
+    def predictive(self, ids: Sequence[Hashable], *, step: int, features: Tensor | None = None) -> Gaussian:
+        """See :class:`~kalman_rl.belief.protocol.Belief`."""
+        return self._gathered(ids, step, features, "predictive")
+
+    def advantages(
+        self, ids: Sequence[Hashable], reward: Tensor, *, step: int, features: Tensor | None = None
+    ) -> Advantages:
+        """See :class:`~kalman_rl.belief.protocol.Belief`; ``scale`` is (n,)."""
+        out = torch.zeros(3, len(ids), dtype=torch.float64)
+        for name, rows in self._split(ids, reward).items():
+            belief = self.sources.get(name, self._unseen)
+            part = belief.advantages(
+                [ids[i] for i in rows], reward[rows], step=step, features=_of(features, rows)
+            )
+            out[:, rows] = torch.stack((part.advantage, part.baseline, part.scale.expand(len(rows))))
+        return Advantages(*out)
+
+    def update(
+        self,
+        ids: Sequence[Hashable],
+        reward: Tensor,
+        *,
+        step: int,
+        features: Tensor | None = None,
+        part: int = 0,
+    ) -> Observed:
+        """See :class:`~kalman_rl.belief.protocol.Belief`; ids come out source by source."""
+        batches = []
+        for name, rows in self._split(ids, reward).items():
+            belief = self.sources[name] if name in self.sources else self._make()
+            mine, own = [ids[i] for i in rows], _of(features, rows)
+            belief.check(mine, reward[rows], step=step, features=own, part=part)
+            batches.append((name, belief, mine, reward[rows], own))
+        seen = []
+        for name, belief, mine, values, own in batches:
+            seen.append(belief.update(mine, values, step=step, features=own, part=part))
+            self.sources[name] = belief
+        return Observed([name for o in seen for name in o.ids], *(torch.cat(f) for f in list(zip(*seen))[1:]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every source; see :class:`~kalman_rl.belief.protocol.Belief`."""
+        states = [(name, belief.state_dict()) for name, belief in self.sources.items()]
+        return {"format": FORMAT, "kind": type(self).__name__, "sources": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the saved beliefs; see :class:`~kalman_rl.belief.protocol.Belief`."""
+        if state.get("format") != FORMAT or state.get("kind") != type(self).__name__:
+            raise ConfigError(
+                f"belief state: got format {state.get('format')!r} of {state.get('kind')!r}, expected format "
+                f"{FORMAT} of {type(self).__name__!r}; load it with the class and version that saved it"
+            )
+        new: dict[Hashable, TableBelief] = {}
+        for name, saved in state["sources"]:
+            new[name] = self._make()
+            new[name].load_state_dict(saved)
+        self.sources = new
+
+    def _split(self, ids: Sequence[Hashable], reward: Tensor | None) -> dict[Hashable, list[int]]:
+        """Rows of each source. Raises: ShapeError for an empty batch or a reward that does not match."""
+        if isinstance(ids, str | bytes | Tensor) or not len(ids):
+            raise ShapeError(f"ids: got {type(ids).__name__} of length {len(ids)}, expected a list of names")
+        if reward is not None and reward.shape != (len(ids),):
+            raise ShapeError(f"reward: got {tuple(reward.shape)}, expected ({len(ids)},): one number per id")
+        out: dict[Hashable, list[int]] = {}
+        for row, name in enumerate(ids):
+            out.setdefault(self._source(name), []).append(row)
+        return out
+
+    def _gathered(self, ids: Sequence[Hashable], step: int, features: Tensor | None, what: str) -> Gaussian:
+        out = torch.zeros(2, len(ids), dtype=torch.float64)
+        for name, rows in self._split(ids, None).items():
+            ask = getattr(self.sources.get(name, self._unseen), what)
+            out[:, rows] = torch.stack(ask([ids[i] for i in rows], step=step, features=_of(features, rows)))
+        return Gaussian(*out)
+
+
+def _of(features: Tensor | None, rows: list[int]) -> Tensor | None:
+    return None if features is None else features[rows]
