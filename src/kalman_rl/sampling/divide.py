@@ -62,7 +62,7 @@ def divide(gains: Tensor, total: int, least: Tensor, most: Tensor) -> Allocation
 
     >>> gains = gradient_gains(torch.tensor([0.25, 0.01]), 8)
     >>> divide(gains, 8, torch.zeros(2, dtype=torch.long), torch.full((2,), 8)).counts
-    tensor([6, 2])
+    tensor([7, 1])
     """
     least, most = _checked(gains, least, most)
     if isinstance(total, bool) or not isinstance(total, int) or total < 1:

@@ -44,8 +44,8 @@ class Sampled(NamedTuple):
     where missing), ``weight`` (mean 1 over known rewards, 0 where missing; the gradient estimate is the mean
     over known completions of ``weight * advantage * grad log pi``), ``round``.
     Per prompt (u,): ``prompts`` as the plan was given them, ``tau`` completions sampled, ``stop_reason``:
-    "gain" (worth less than the price), "mixed" (light objective, nothing left to gain), "n_max", "budget" (the
-    total was used up elsewhere), "planned" (counts fixed before sampling) or "skipped" (none at all).
+    "gain" (worth less than the price), "mixed" (light objective, nothing left to gain), "n_max", "budget"
+    (the total was used up elsewhere), "planned" (counts fixed before sampling) or "skipped" (none at all).
     ``price``: gain a completion had to be worth; None with a total.
     """
 
@@ -86,8 +86,8 @@ class RoundPlan:
             and its batch mean, which shrinks like 1/N).
             "equal" = counts are fixed from the belief before sampling (one round), each group divided by its
             own size: exactly unbiased with weight 1 for every prompt that is sampled.
-            "mean" = rounds, each group divided by its own tau. Not exact: a prompt whose tau varies weighs more
-            than 1 (2.4 at p = 0.02 where sampling stops at the first mixed group); see
+            "mean" = rounds, each group divided by its own tau. Not exact: a prompt whose tau varies weighs
+            more than 1 (2.4 at p = 0.02 where sampling stops at the first mixed group); see
             :func:`~kalman_rl.sampling.implied.implied_weight`.
         max_rounds: None, or the number of rounds after which a plan with a total must be done; the last one
             asks for all that is left.

@@ -71,8 +71,8 @@ class PromptSelector:
         every = 4 * passes if every is None else every
         if every and every < passes:
             raise ConfigError(
-                f"every: got {every} calls, expected at least {passes} ({len(pool)} prompts, {count} per call)"
-                ", or 0 for no floor"
+                f"every: got {every} calls, expected at least {passes} ({len(pool)} prompts, {count} a call) "
+                "or 0 for no floor"
             )
         self.belief, self.pool, self.count, self.method = belief, list(pool), count, method
         self._generator = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ class PromptSelector:
         if state.get("format") != 1 or (state["coverage"] is None) != (self._coverage is None):
             raise ConfigError(
                 f"selector state: got format {state.get('format')!r}, "
-                f"{'no' if state.get('coverage') is None else 'a'} floor, expected format 1 and this selector's kind of floor"
+                f"{'no' if state.get('coverage') is None else 'a'} floor, expected 1 and this one's floor"
             )
         if self._coverage is not None:
             self._coverage.load_state_dict(state["coverage"])
@@ -161,8 +161,9 @@ def best_mixture(regret: Tensor, information: Tensor) -> tuple[int, int, float]:
     Args: regret, information: (N,), finite, >= 0. Returns: (i, j, q); i = j if one action is best.
     Source: Russo and Van Roy, "Learning to Optimize via Information-Directed Sampling", 2018.
 
-    >>> best_mixture(torch.tensor([0.1, 1.0]), torch.tensor([0.0, 1.0]))
-    (0, 1, 0.8888888888888888)
+    >>> i, j, q = best_mixture(torch.tensor([0.1, 1.0]), torch.tensor([0.0, 1.0]))
+    >>> i, j, round(q, 4)
+    (0, 1, 0.8889)
     """
     keep = _frontier(regret, information)
     d, g = regret[keep].double(), information[keep].double()
