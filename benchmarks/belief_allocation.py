@@ -63,7 +63,9 @@ def play(rule: Rule, pool: Pool, seeds: Sequence[int]) -> dict[str, dict[str, np
     warm, scored = pool.epochs
     record: dict[str, list[np.ndarray]] = {}
     for step in range((warm + scored) * per_epoch):
-        ids, policy = (np.tile(np.stack(x), (points, *[1] * x[0].ndim)) for x in zip(*(t.step() for t in truth)))
+        ids, policy = (
+            np.tile(np.stack(x), (points, *[1] * x[0].ndim)) for x in zip(*(t.step() for t in truth))
+        )
         seen = tracker.counts(ids, step)
         draws = Draws(policy, seen.matched(), rng)
         if step < warm * per_epoch:
@@ -73,7 +75,9 @@ def play(rule: Rule, pool: Pool, seeds: Sequence[int]) -> dict[str, dict[str, np
             for key, value in _measure(draws, rule.baselines).items():
                 record.setdefault(key, []).append(value)
         tracker.absorb(ids, step, draws.wins, draws.n, seen)
-    total = {k: np.nanmean(np.stack(v), 0).reshape(points, len(seeds), *v[0].shape[1:]) for k, v in record.items()}
+    total = {
+        k: np.nanmean(np.stack(v), 0).reshape(points, len(seeds), *v[0].shape[1:]) for k, v in record.items()
+    }
     common = {k: total[k] for k in ("n", "mixed", "by_difficulty")}
     return {b: {**common, "cosine": total[f"cosine_{b}"]} for b in rule.baselines}
 

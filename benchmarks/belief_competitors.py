@@ -158,7 +158,9 @@ class JamesStein(Competitor):
         between = (square - others**2) * (b - 1) / (b - 2)
         noise = (within.sum(-1, keepdims=True) - within) / (b - 1)
         tau = np.maximum(between - noise / g, 0.0)
-        shrink = np.divide(noise / (g - 1), noise / (g - 1) + tau, out=np.ones_like(tau), where=noise + tau > 0)
+        shrink = np.divide(
+            noise / (g - 1), noise / (g - 1) + tau, out=np.ones_like(tau), where=noise + tau > 0
+        )
         own = (r.sum(-1, keepdims=True) - r) / (g - 1)
         return (1 - shrink[..., None]) * own + (shrink * others)[..., None]
 
@@ -212,9 +214,7 @@ class Spo(Competitor):
     def absorb(self, visit: Visit) -> None:
         rows, total = np.arange(len(visit.ids))[:, None], visit.reward.sum(-1)
         self.good[rows, visit.ids] = self.memory * self.good[rows, visit.ids] + total
-        self.bad[rows, visit.ids] = (
-            self.memory * self.bad[rows, visit.ids] + visit.reward.shape[-1] - total
-        )
+        self.bad[rows, visit.ids] = self.memory * self.bad[rows, visit.ids] + visit.reward.shape[-1] - total
 
     def advantage(self, visit: Visit, baseline: np.ndarray) -> np.ndarray:
         a = visit.reward - baseline

@@ -56,7 +56,9 @@ class Ours(Competitor):
         mean, variance = np.empty(visit.ids.shape), np.empty(visit.ids.shape)
         for s, belief in enumerate(self.beliefs):
             ids, reward, known = self._batch(visit, s)
-            baseline[s] = belief.advantages(ids, reward, step=visit.step, **known).baseline.view(*baseline[s].shape)
+            baseline[s] = belief.advantages(ids, reward, step=visit.step, **known).baseline.view(
+                *baseline[s].shape
+            )
             if not self.predictive:
                 continue
             once = {"features": torch.from_numpy(visit.features[s])} if self.features else {}

@@ -12,15 +12,17 @@ from kalman_rl.belief.beta import BetaBelief
 from kalman_rl.sampling.price import Price
 from kalman_rl.sampling.rounds import RoundPlan
 
-POINTS = {"gradient": (3.0, 4.0, 5.5, 7.5), "light": (2.5, 3.5, 5.0, 7.5)}
+POINTS = {"gradient": (2.5, 4.0, 6.0), "light": (2.0, 3.0, 4.5)}
 
 
-def play_rounds(pool: Pool, seeds: Sequence[int], aim: str, k: int = 2) -> dict[str, np.ndarray]:
+def play_rounds(
+    pool: Pool, seeds: Sequence[int], aim: str, budgets: Sequence[float], k: int = 2
+) -> dict[str, np.ndarray]:
     """Savings' ingredients for the default weighting "tau", each (budgets, seeds): n, mixed, cosine.
 
     The price is met by its own dual update, so the mean count is what was used and not the budget.
     """
-    out = np.array([[_world(pool, seed, aim, budget, k) for seed in seeds] for budget in POINTS[aim]])
+    out = np.array([[_world(pool, seed, aim, budget, k) for seed in seeds] for budget in budgets])
     return {"n": out[..., 0], "mixed": out[..., 1], "cosine": out[..., 2]}
 
 
@@ -33,10 +35,19 @@ def _world(pool: Pool, seed: int, aim: str, budget: float, k: int) -> tuple[floa
         ids, policy = truth.step()
         if step < warm:
             reward = rng.random((len(ids), REFERENCE)) < policy[:, :1]
-            belief.update(np.repeat(ids, REFERENCE).tolist(), torch.from_numpy(reward.ravel() * 1.0), step=step)
+            belief.update(
+                np.repeat(ids, REFERENCE).tolist(), torch.from_numpy(reward.ravel() * 1.0), step=step
+            )
             continue
         plan = RoundPlan(
-            belief, ids.tolist(), step=step, price=price, rounds=(2, k), n_min=0, objective=aim, weighting="tau"
+            belief,
+            ids.tolist(),
+            step=step,
+            price=price,
+            rounds=(2, k),
+            n_min=0,
+            objective=aim,
+            weighting="tau",
         )
         rows.append(_step(plan, dict(zip(ids.tolist(), range(len(ids)))), policy, rng))
     return tuple(np.mean(rows, axis=0).tolist())

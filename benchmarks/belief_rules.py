@@ -249,5 +249,3 @@ def rules() -> list[Rule]:
     ours: list[Rule] = [Price(aim, k) for aim in ("gradient", "light") for k in (2, 4)]
     others: list[Any] = [Fixed(), Dapo(), Greso(), Vip(), Ada("pos"), Ada("mix"), Ada("bal"), Knapsack()]
     return [*others, Price("width", 4), *ours, Predictive()]
-
-
