@@ -18,6 +18,8 @@ from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.kalman import Gaussian, update
 
 FORMAT = 1
+SAME_FEATURES = 0.02
+"""Rows of one prompt may differ by this share of their length: hidden states in bfloat16 depend on the padding."""
 
 
 class Prior(NamedTuple):
@@ -48,6 +50,11 @@ class TableBelief(ABC):
     def bytes_per_prompt(self) -> int:
         """Bytes of tensor data per visited prompt; the dictionary of ids comes on top (see PromptTable)."""
         return self._table.bytes_per_prompt
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the tensors that hold the rows, with the room for growth."""
+        return self._table.allocated_bytes
 
     @property
     def reward_noise(self) -> RewardNoise:
@@ -225,26 +232,31 @@ class TableBelief(ABC):
 
 
 def prompt_features(features: Tensor, index: Tensor, count: int) -> Tensor:
-    """(u, F) float64 features of each prompt from the (n, F) of each completion.
+    """(u, F) features of each prompt, float32 at least, from the (n, F) of each completion.
 
-    Raises: ShapeError for another shape, NumericError for NaN, infinity, or rows of one id that differ.
+    The first row of each id is taken. Raises: ShapeError for another shape, NumericError for NaN, infinity, or
+    rows of one id that differ by more than SAME_FEATURES.
     """
     if features.dim() != 2 or len(features) != len(index) or not features.is_floating_point():
         raise ShapeError(
             f"features: got {features.dtype} {tuple(features.shape)}, expected floating ({len(index)}, F): one row "
             "per id"
         )
-    values = features.detach().to(device="cpu", dtype=torch.float64)
+    values = features.detach().cpu()
+    values = values if values.dtype == torch.float64 else values.float()
+    first = torch.full((count,), len(index), dtype=torch.long)
+    first.scatter_reduce_(0, index, torch.arange(len(index)), "amin")
+    per_prompt = values[first]
+    if torch.equal(values, per_prompt[index]) and torch.isfinite(per_prompt).all():
+        return per_prompt
     bad = ~torch.isfinite(values)
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise NumericError(
             f"features: got {values[row, column].item()} at row {row}, column {column}, expected finite numbers"
         )
-    first = torch.full((count,), len(index), dtype=torch.long)
-    first.scatter_reduce_(0, index, torch.arange(len(index)), "amin")
-    per_prompt = values[first]
-    differs = (values != per_prompt[index]).any(dim=1)
+    apart = (values - per_prompt[index]).norm(dim=1)
+    differs = apart > SAME_FEATURES * per_prompt[index].norm(dim=1)
     if differs.any():
         row = int(differs.nonzero()[0])
         raise NumericError(

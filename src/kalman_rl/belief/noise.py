@@ -25,6 +25,7 @@ HEAVY_TAIL = 1.0
 """Excess kurtosis of within-group residuals above which robust mode is on."""
 ROBUST_INFLATION = 1.7
 """Clipped rewards look more certain than they are; reported variances are multiplied by this."""
+_LEAST_NOISE = 0.1  # of a squared innovation, when the belief's variance seems to explain all of it
 _TINY = 1e-12
 
 
@@ -40,9 +41,9 @@ class RewardNoise:
 
     Attributes: ``binary`` None before the first reward, True while all were 0 or 1; ``squares``, ``freedom``
     within-group sum of squares and its degrees of freedom, of clipped rewards in ``clipped_squares``;
-    ``fourth``, ``second``, ``samples`` moments of residuals; ``surprise``, ``surprises`` squared
-    innovations of groups of one beyond what the belief's own variance explains, used while no group had
-    two rewards.
+    ``fourth``, ``second``, ``samples`` moments of residuals; ``innovations``,
+    ``surprise``, ``surprises`` squared innovations of groups of one, the part of them that the belief's own
+    variance does not explain, their number: used while no group had two rewards.
     """
 
     rate: float = 0.03
@@ -54,6 +55,7 @@ class RewardNoise:
     second: float = 0.0
     samples: float = 0.0
     surprise: float = 0.0
+    innovations: float = 0.0
     surprises: float = 0.0
 
     @property
@@ -74,7 +76,9 @@ class RewardNoise:
         if self.freedom > 0:
             squares = self.clipped_squares if self.robust else self.squares
             return max(squares / self.freedom, _TINY)
-        return max(self.surprise / self.surprises, _TINY) if self.surprises > 0 else None
+        if not self.surprises:
+            return None
+        return max(self.surprise, _LEAST_NOISE * self.innovations, _TINY) / self.surprises
 
     def of(self, mean: Tensor, default: float) -> Tensor:
         """(u,) R at the predicted means: by formula for 0/1 rewards, pooled otherwise."""
@@ -111,7 +115,9 @@ class RewardNoise:
         self.second = keep * self.second + float(residual.square().sum())
         self.samples = keep * self.samples + len(residual)
         self.surprise = keep * self.surprise + float(surprise[single & torch.isfinite(surprise)].sum())
-        self.surprises = keep * self.surprises + float((single & torch.isfinite(surprise)).sum())
+        single = single & torch.isfinite(surprise)
+        self.innovations = keep * self.innovations + float((groups.mean - mean)[single].square().sum())
+        self.surprises = keep * self.surprises + float(single.sum())
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -34,6 +34,7 @@ class Features:
         self.centre = torch.zeros(0, dtype=torch.float64)
         self.length = 1.0
         self._srht: SRHT | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # an update asks for the same features several times
 
     def check(self, features: Tensor) -> Tensor:
         """The same features. Raises: ShapeError if their width is 0 or not that of the first batch."""
@@ -51,7 +52,7 @@ class Features:
         self.width = features.shape[1]
         if self.width > self.dimension:
             self._srht = SRHT(self.width, self.dimension, self.seed)
-        projected = self._srht(features) if self._srht else features
+        projected = (self._srht(features) if self._srht else features).double()
         self.centre = projected.mean(0) if len(projected) > 1 else torch.zeros_like(projected[0])
         self.length = float((projected - self.centre).square().sum(1).mean().sqrt()) or 1.0
 
@@ -60,8 +61,10 @@ class Features:
         one = torch.ones(count, 1, dtype=torch.float64)
         if features is None or self.width is None:
             return torch.cat((one, one.new_zeros(count, len(self.centre))), 1)
-        projected = self._srht(features) if self._srht else features
-        return torch.cat((one, (projected - self.centre) / self.length), 1)
+        if self._last is None or self._last[0] is not features:
+            projected = (self._srht(features) if self._srht else features).double()
+            self._last = features, torch.cat((one, (projected - self.centre) / self.length), 1)
+        return self._last[1]
 
     def state_dict(self) -> dict[str, Any]:
         srht = self._srht.state_dict() if self._srht else None

@@ -18,8 +18,8 @@ _LARGEST_STEP = 2**63 // PARTS - 1
 class PromptTable:
     """Columns of numbers, a row per prompt that was visited.
 
-    The tensors cost what the columns say plus 8 bytes for the clock (and up to a quarter more while growing).
-    The dictionary from id to row is Python's: about 100 bytes per prompt for the table and its row number,
+    The tensors cost what the columns say plus 8 bytes for the clock (and up to an eighth more while growing).
+    The dictionary from id to row is Python's: about 60 bytes per prompt for the table and its row number,
     on top of the id objects themselves (a short str is about 60 bytes), which may be shared with the data
     set.
 
@@ -44,6 +44,11 @@ class PromptTable:
         tensors = (self.clock, *self.columns.values())
         return sum(t[:0].element_size() * max(t[:1].numel(), t.shape[1:].numel()) for t in tensors)
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all tensors, with the room for growth."""
+        return sum(t.element_size() * t.numel() for t in (self.clock, *self.columns.values()))
+
     def rows(self, names: list[Hashable]) -> Tensor:
         """(u,) row of each name, -1 where it was never visited."""
         get = self._row.get
@@ -55,7 +60,7 @@ class PromptTable:
         for place in (rows < 0).nonzero().flatten().tolist():
             rows[place] = self._row[names[place]] = len(self._row)
         if len(self._row) > len(self.clock):
-            size = max(len(self._row), len(self.clock) * 5 // 4)
+            size = max(len(self._row), len(self.clock) * 9 // 8)
             self.clock = _grown(self.clock, size)
             self.columns = {name: _grown(column, size) for name, column in self.columns.items()}
         return rows
