@@ -38,7 +38,7 @@ def _error(results: Row) -> list[str]:
     ten, hundred = ([t for t in cells if gain[_name(t["cell"])] >= x] for x in (10, 100))
     best = max(gain, key=gain.__getitem__)
     lines = [
-        f"Against the group mean the error falls ten times or more in {len(ten)} of {len(cells)} cells, a hundred times "
+        f"Against the group mean the error falls tenfold or more in {len(ten)} of {len(cells)} cells, a hundred times "
         f"in {len(hundred)}; the most is {gain[best]:.3g} ({best}), where the pool's mean alone, a constant, gets "
         f"{const[best]:.3g}.",
     ]

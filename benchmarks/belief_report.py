@@ -77,7 +77,7 @@ def _clean(results: Row) -> list[str]:
         for t in tasks
         if "kgrpo_d64_R0.01" in t["rows"]
     ]
-    note = "K-GRPO as published (a new filter per prompt on response features; estimate = prediction before the own reward):"
+    note = "K-GRPO as published (a new filter per prompt on response features; predicting before the own reward):"
     return [*out, note, "", *_table(["G", "noise", "d=64, R=0.01", "d=128, R=1"], published), ""]
 
 
@@ -117,8 +117,11 @@ def _wrong(results: Row) -> list[str]:
         "ours",
     )
     rows = [
-        [t["cell"]["label"], *(_cell(t["rows"].get(n, {}).get("gain")) for n in names)]
-        + [_cell(t["rows"]["ours"].get("coverage"), digits=3)]
+        [
+            t["cell"]["label"],
+            *(_cell(t["rows"].get(n, {}).get("gain")) for n in names),
+            _cell(t["rows"]["ours"].get("coverage"), digits=3),
+        ]
         for t in _of(results, "wrong")
     ]
     return _section(
@@ -183,8 +186,9 @@ def _allocation(results: Row) -> list[str]:
                     _times(r["gradient"]),
                     f"{r['n'][0]:.1f}",
                     f"{r['mixed'][0]:.3f}",
+                    f"{r['cosine'][0]:.3f}",
+                    *by,
                 ]
-                + [f"{r['cosine'][0]:.3f}", *by]
             )
         head = ["rule [baseline]", "save: informative", "save: gradient", "mean n", "share mixed", "cos"]
         head += ["n at p<.02", ".02-.2", ".2-.5", ".5-.8", ".8-.98", ">.98"]
