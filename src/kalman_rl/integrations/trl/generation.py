@@ -71,7 +71,7 @@ def tracked_generation(
 
     metrics = outcome_metrics(sampled, (told[0], rewards[0]), predicted, tracking, len(everyone))
     tracking.note(sampled)
-    trainer.log_generation(metrics, sampled.reward)
+    _log(trainer, metrics, sampled.reward)
     device = accelerator.device
     whole = batches.join(parts, padding)
     whole["advantages"] = (sampled.advantage * sampled.weight).float().to(device)
@@ -82,6 +82,16 @@ def tracked_generation(
     mine = torch.arange(len(inputs)) + accelerator.process_index * len(inputs)
     trained = (whole["completion_mask"] * whole.get("tool_mask", 1)).sum()
     return batches.take(whole, mine) | {"num_items_in_batch": trained}
+
+
+def _log(trainer: Any, metrics: dict[str, float], reward: Tensor) -> None:
+    """Log the numbers of one generation batch, with TRL's own reward statistics of the whole batch."""
+    known = reward[~reward.isnan()]
+    if len(known):
+        metrics = metrics | {"reward": known.mean().item(), "reward_std": known.std(correction=0).item()}
+    metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
+    for name, value in metrics.items():
+        trainer._metrics["train"][name].append(value)
 
 
 def fixed_groups(tracking: Tracking, names: list[Hashable], reward: Tensor, step: int) -> Sampled:

@@ -170,15 +170,6 @@ class KalmanGRPOTrainer(GRPOTrainer):
             for name in ("reward", "reward_std", "frac_reward_zero_std"):  # of single rounds: drop them
                 del self._metrics["train"][name][marks.get(name, 0) :]
 
-    def log_generation(self, metrics: dict[str, float], reward: Tensor) -> None:
-        """Log the numbers of one generation batch, with TRL's own reward statistics of the whole batch."""
-        known = reward[~reward.isnan()]
-        if len(known):
-            metrics = metrics | {"reward": known.mean().item(), "reward_std": known.std(correction=0).item()}
-        metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
-        for name, value in metrics.items():
-            self._metrics["train"][name].append(value)
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._own_loss_ran = True
         mode = "train" if self.model.training else "eval"
