@@ -18,10 +18,12 @@ from kalman_rl.balance import Balance
 from kalman_rl.correction import Masked, Truncated
 from kalman_rl.curvature import CurvatureMask
 from kalman_rl.divergence import DivergenceMask, log_complement
+from kalman_rl.learned_noise import AutoFiltered
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objective import Loss, Method, estimate_advantage, policy_loss
 from kalman_rl.penalty import KL, k2
 from kalman_rl.reward_filter import BatchFilter, GroupFilter
+from kalman_rl.robust_filter import RobustFiltered
 from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
 from kalman_rl.token_noise import NoiseFiltered
 from kalman_rl.tracked import JamesStein, Tracked
@@ -51,6 +53,7 @@ CASES: dict[str, Method] = TABLE | {
     "k_score+code": make_method("k_score", adapt=0.9, final=True),
     "kpo_auto+open": make_method("kpo_auto", process_noise=0.1, observation_noise=0.2),
     "kpo_noise+open": make_method("kpo_noise", process_noise=0.05, low=0.1, high=0.1),
+    "kpo_noise+behaviour": make_method("kpo_noise", behaviour=True, process_noise=0.05, low=0.1, high=0.1),
     "kpo_robust+tight": make_method(
         "kpo_robust", observation_noise=0.05, process_noise=0.01, threshold=0.5, low=0.05
     ),
@@ -206,6 +209,12 @@ def depends_on_order(method: Method) -> bool:
     return isinstance(part, BatchFilter) or (isinstance(part, GroupFilter) and not part.invariant)
 
 
+def is_filtered(method: Method) -> bool:
+    """Whether the log-weight of a token is an estimate from the tokens up to it."""
+    filters = (ratio.KalmanFiltered, AutoFiltered, NoiseFiltered, RobustFiltered)
+    return isinstance(method.ratio, filters)
+
+
 def has_band(method: Method) -> bool:
     return isinstance(method.trust, Clip)
 
@@ -252,14 +261,20 @@ def naive_log_weight(method: Method, batch: Batch) -> np.ndarray:
         return np.zeros_like(observed)
     if method.ratio is ratio.sequence_mean:
         return np.where(mask, observed.sum(1, keepdims=True) / mask.sum(1, keepdims=True), 0.0)
-    old = np.where(mask, batch.logp_old.double().numpy(), 0.0)
+    old = np.where(mask, naive_base(method, batch).double().numpy(), 0.0)
     return np.stack([_naive_filter(method.ratio, *row) for row in zip(observed, mask, old)])
 
 
 def naive_log_ratio(method: Method, batch: Batch) -> np.ndarray:
     """(B, T) observed log-ratio, against the policy that the method looks at."""
-    base = batch.behaviour if isinstance(method.ratio, ratio.BehaviourToken) else batch.logp_old
-    return np.where(batch.mask.numpy(), (batch.logp - base).numpy(), 0.0)
+    return np.where(batch.mask.numpy(), (batch.logp - naive_base(method, batch)).numpy(), 0.0)
+
+
+def naive_base(method: Method, batch: Batch) -> Tensor:
+    """(B, T) log-probabilities of the policy that the ratio is taken to."""
+    part = method.ratio
+    to_sampler = isinstance(part, ratio.BehaviourToken) or getattr(part, "behaviour", False)
+    return batch.behaviour if to_sampler else batch.logp_old
 
 
 def _naive_prefix(noise: ratio.PrefixMinimum, observed: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -401,6 +416,7 @@ __all__ = [
     "has_band",
     "has_cap",
     "has_own_baseline",
+    "is_filtered",
     "make_batch",
     "naive_coefficient",
     "naive_log_weight",

@@ -37,6 +37,7 @@ from oracles import (
     gspo_loss,
     has_band,
     has_own_baseline,
+    is_filtered,
     make_batch,
     naive_coefficient,
     naive_log_weight,
@@ -311,7 +312,7 @@ def test_empty_rows_count_for_nothing(name: str, seed: int, shape: tuple[int, in
     metrics_close(with_empty.metrics, without.metrics)
 
 
-@pytest.mark.parametrize("name", [n for n, m in CASES.items() if isinstance(m.ratio, ratio.KalmanFiltered)])
+@pytest.mark.parametrize("name", [n for n, m in CASES.items() if is_filtered(m)])
 @few
 @given(seed=seeds, t=st.integers(0, 8))
 def test_filtered_weights_are_causal(name: str, seed: int, t: int) -> None:

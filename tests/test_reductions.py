@@ -78,6 +78,15 @@ def short(tokens: int) -> Callable[[Batch], Batch]:
     return lambda b: dataclasses.replace(b, mask=b.mask & (b.mask.cumsum(1) <= tokens))
 
 
+def one_group(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, group=torch.zeros_like(batch.group))
+
+
+def pairs(batch: Batch) -> Batch:
+    """Groups of two, three of them: a spread of their means that is learned."""
+    return dataclasses.replace(batch, group=torch.arange(len(batch.group)) // 2)
+
+
 def of(method: str | Method, **parts: Any) -> Method:
     """A method of the table with some parts exchanged."""
     return dataclasses.replace(TABLE[method] if isinstance(method, str) else method, **parts)
@@ -128,6 +137,33 @@ REDUCTIONS: dict[str, Reduction] = {
     ),
     "KPO, Q = 0, P0 = inf, one token: token ratio": Reduction(
         make_method("kpo_diffuse", process_noise=0.0), TABLE["grpo"], log_weight, short(1)
+    ),
+    "KPO auto before it has learned: KPO diffuse": Reduction(
+        make_method("kpo_auto", process_noise=0.02, observation_noise=0.3),
+        make_method("kpo_diffuse", process_noise=0.02, observation_noise=0.3, low=0.05, high=0.05),
+    ),
+    "KPO noise, scale 0: KPO diffuse with R = floor": Reduction(
+        make_method("kpo_noise", floor=0.3, scale=0.0, process_noise=0.02),
+        make_method("kpo_diffuse", observation_noise=0.3, process_noise=0.02),
+    ),
+    "KPO noise, q = inf: GRPO": Reduction(
+        make_method("kpo_noise", process_noise=INF, low=0.2, high=0.2), TABLE["grpo"]
+    ),
+    "KPO noise, sampler is the old policy: either ratio": Reduction(
+        make_method("kpo_noise", behaviour=True, process_noise=0.02),
+        make_method("kpo_noise", process_noise=0.02),
+        batch=sampled_by_old,
+    ),
+    "KPO robust without threshold, P0 = inf: KPO diffuse": Reduction(
+        make_method("kpo_robust", threshold=INF, initial_variance=INF, process_noise=0.02),
+        make_method("kpo_diffuse", process_noise=0.02),
+    ),
+    "KPO robust without threshold, P0 = 0: KPO": Reduction(
+        make_method("kpo_robust", threshold=INF, initial_variance=0.0, process_noise=0.02),
+        make_method("kpo", process_noise=0.02),
+    ),
+    "KPO robust, q = inf, without threshold: GRPO": Reduction(
+        make_method("kpo_robust", threshold=INF, process_noise=INF, low=0.2, high=0.2), TABLE["grpo"]
     ),
     "GSPO-token: GSPO": Reduction(TABLE["gspo_token"], TABLE["gspo"]),
     "GSPO, one token: GRPO": Reduction(make_method("gspo", low=0.2, high=0.2), TABLE["grpo"], batch=short(1)),
@@ -181,6 +217,17 @@ REDUCTIONS: dict[str, Reduction] = {
     ),
     "GPG published without zero rewards: group mean": Reduction(
         TABLE["gpg_published"], of("gpg", advantage=advantage.group_centred)
+    ),
+    "James-Stein with two groups, no spread to learn: RLOO": Reduction(TABLE["james_stein"], TABLE["rloo"]),
+    "batch mean, one group: RLOO": Reduction(TABLE["batch_mean"], TABLE["rloo"], batch=one_group),
+    "K-GRPO, first batch: James-Stein": Reduction(
+        TABLE["k_grpo"], of("k_grpo", advantage=TABLE["james_stein"].advantage), batch=pairs
+    ),
+    "SPO, first batch: baseline 1/2": Reduction(
+        TABLE["spo"], of("spo", advantage=advantage.ConstantBaseline(0.5))
+    ),
+    "SPO without dual clip, first batch: DAPO with baseline 1/2": Reduction(
+        make_method("spo", dual=INF), of("dapo", advantage=advantage.ConstantBaseline(0.5))
     ),
     "OPO, equal lengths: group mean": Reduction(
         TABLE["opo"], of("opo", advantage=advantage.group_centred), holes=False

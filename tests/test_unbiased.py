@@ -37,6 +37,7 @@ from benchmarks.unbiased import (
     judge,
     make_world,
     methods,
+    moments,
     plain_sum,
 )
 
@@ -44,7 +45,7 @@ ONE = {"vocabulary": 3, "length": 2, "prompts": 1, "group": 2}
 TWO = {"vocabulary": 2, "length": 3, "prompts": 2, "group": 2}
 
 VERDICTS: dict[str, tuple[str, str]] = {
-    # name: verdict for one prompt, for two prompts
+    # name: verdict for one prompt, for two or three
     "leave_one_out (RLOO)": ("exact", "exact"),
     "batch_leave_one_out": ("exact", "exact"),
     "constant 0 (REINFORCE)": ("exact", "exact"),
@@ -58,6 +59,11 @@ VERDICTS: dict[str, tuple[str, str]] = {
     "optimal token baseline, loud tail": ("biased", "biased"),
     "group filter (KRPO)": ("scaled", "scaled"),
     "group filter, invariant": ("scaled", "scaled"),
+    "James-Stein": ("exact", "exact"),
+    "tracked, auto (K-GRPO), first batch": ("exact", "exact"),
+    "tracked, gaussian, first batch": ("exact", "exact"),
+    "tracked, beta, first batch": ("exact", "exact"),
+    "tracked, spo (SPO), first batch": ("exact", "exact"),
     "batch filter (K-Score)": ("scaled", "biased"),  # later prompts of the batch weigh more
     "batch filter (K-Score, published)": ("biased", "biased"),
     "RLOO, sequence sum": ("exact", "exact"),
@@ -69,13 +75,16 @@ UNBIASED_METHODS = {"dr_grpo", "dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_
 """Methods whose whole composition keeps the direction on-policy: group mean over a constant length."""
 
 
-def arbitrary(seed: int, **shape: int) -> World:
-    """A world with normal rewards instead of 0, 0.3, 1."""
+COUNTS = {"tracked, beta, first batch", "tracked, spo (SPO), first batch"}
+"""Baselines that count successes: rewards in [0, 1]."""
+
+
+def arbitrary(seed: int, *, inside: bool = False, **shape: int) -> World:
+    """A world with normal rewards instead of 0, 0.3, 1; ``inside`` (0, 1) if asked."""
     world = make_world(seed, **shape)
     g = torch.Generator().manual_seed(seed + 1000)
-    return dataclasses.replace(
-        world, reward=torch.randn(world.reward.shape, generator=g, dtype=torch.float64)
-    )
+    reward = torch.randn(world.reward.shape, generator=g, dtype=torch.float64)
+    return dataclasses.replace(world, reward=reward.sigmoid() if inside else reward)
 
 
 # ---- the worlds themselves
@@ -119,11 +128,22 @@ def test_all_batches_are_there(shape: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shape", [ONE, TWO | {"length": 2}])
+@pytest.mark.parametrize("shape", [ONE, TWO | {"length": 2}, TWO | {"length": 1, "prompts": 3}])
 @pytest.mark.parametrize("name", [n for n, (a, b) in VERDICTS.items() if a == b == "exact"])
 def test_exact_for_any_reward(name: str, shape: dict[str, int], seed: int) -> None:
-    found = judge(arbitrary(seed, **shape), (ADVANTAGES | AGGREGATIONS)[name])
+    found = judge(arbitrary(seed, inside=name in COUNTS, **shape), (ADVANTAGES | AGGREGATIONS)[name])
     assert found.error < 1e-12 and found.verdict == "exact"
+
+
+@pytest.mark.parametrize(
+    "name", ["batch_leave_one_out", "James-Stein", *(n for n in VERDICTS if "tracked" in n)]
+)
+def test_exact_with_groups_of_one(name: str) -> None:
+    """Where leave-one-out teaches nothing, what other prompts or the past say is still an unbiased baseline."""
+    world = arbitrary(1, inside=name in COUNTS, vocabulary=2, length=2, prompts=3, group=1)
+    found = judge(world, ADVANTAGES[name])
+    assert found.error < 1e-12 and found.verdict == "exact"
+    assert moments(world, ADVANTAGES["leave_one_out (RLOO)"])[0].abs().max() == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -191,12 +211,12 @@ def published() -> dict[tuple[str, str], Finding]:
     }
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", range(len(WORLDS)))
 @pytest.mark.parametrize("name", VERDICTS)
 def test_verdict(name: str, place: int, published: dict[tuple[str, str], Finding]) -> None:
     """Passing to 1e-12, or failing by far more than rounding: at least half a degree off."""
     found = published[name, list(WORLDS)[place]]
-    expected = VERDICTS[name][place]
+    expected = VERDICTS[name][min(place, 1)]
     assert found.verdict == expected, found
     if expected == "biased":
         assert found.angle > 0.5 and found.residual > 1e-2 and found.error > 1e-2
@@ -214,6 +234,23 @@ def test_bias_and_variance_are_different_things(published: dict[tuple[str, str],
     base = published["leave_one_out (RLOO)", "two prompts"].variance
     assert published["group filter (KRPO)", "two prompts"].variance > 1.2 * base
     assert published["optimal token baseline", "two prompts"].variance < 0.9 * base
+
+
+def test_shrinkage_lies_between_no_groups_and_groups_alone(published: dict[tuple[str, str], Finding]) -> None:
+    """These prompts are alike, so the batch mean is the better baseline; James-Stein finds part of the way. With
+    two prompts there is no spread to learn from and it is leave-one-out."""
+    loo, batch, shrunk, tracked = (
+        {where: published[name, where].variance for where in WORLDS}
+        for name in (
+            "leave_one_out (RLOO)",
+            "batch_leave_one_out",
+            "James-Stein",
+            "tracked, auto (K-GRPO), first batch",
+        )
+    )
+    assert batch["three prompts"] < 0.9 * shrunk["three prompts"] < 0.8 * loo["three prompts"]
+    assert shrunk["two prompts"] == pytest.approx(loo["two prompts"], rel=1e-10)
+    assert shrunk == pytest.approx(tracked, rel=1e-12)
 
 
 # ---- methods as they stand

@@ -70,6 +70,22 @@ def test_limits_are_not_true_of_another_method(change: dict[str, object]) -> Non
     assert oracles._same(other, make_method("grpo"), own=True)() > 1e-3
 
 
+def test_the_example_batch_makes_shrinkage_and_clipped_innovations_act() -> None:
+    for seed in oracles.SEEDS:
+        batch = example(seed)
+        reward, group = batch.rollouts.reward, batch.rollouts.group
+        assert reward is not None and group is not None
+        assert len(group.unique()) > 2 and reward.min() >= 0 and reward.max() <= 1
+        shrunk = make_method("james_stein").advantage(reward, group)
+        for other in ("rloo", "batch_mean"):
+            assert relative_error(shrunk, make_method(other).advantage(reward, group)) > 1e-3
+        tight, open_ = (
+            make_method("kpo_robust", observation_noise=0.05, threshold=c).ratio(batch.logp, batch.rollouts)
+            for c in (0.5, math.inf)
+        )
+        assert (tight.log_weight != open_.log_weight).any()
+
+
 def test_a_transform_without_definition_fails() -> None:
     def doubled(logp: torch.Tensor, rollouts: object) -> ratio.Ratio:
         found = ratio.token(logp, rollouts)  # type: ignore[arg-type]

@@ -84,7 +84,8 @@ class PrefixMinimum:
     tokens. The minimum of n noisy terms drifts down like ``-sigma sqrt(2 log n)``, so late tokens fade.
 
     Args:
-        inclusive: let the minimum run over ``u <= t``.
+        inclusive: let the minimum run over ``u <= t``; then the first token's factor is its own ratio,
+            ``s_1 = 2 l_1``.
         capped: never let the factor exceed 1, ``min(0, .)``.
 
     Source: MinPRO (arXiv 2601.22718), from its abstract: inclusive and capped are not settled there. Holes

@@ -27,7 +27,8 @@ class GroupFilter:
 
     Because ``sqrt(P_n)`` is the deviation of the mean and shrinks with n, the weight of a completion grows
     with its place in the list (by 310 from first to twelfth at the published constants); A is not centred,
-    and equal rewards do not give 0. In expectation the gradient keeps its direction.
+    and equal rewards do not give 0. Under a sum over tokens, or one with a constant divisor, the expected
+    gradient keeps its direction; a mean over a completion's own tokens turns it, as it does for any baseline.
 
     With ``invariant`` no order enters, and no own reward: the baseline is the posterior given all *other*
     rewards of the group, ``A_n = (r_n - m_{-n}) / sqrt(P_{-n} + R)``, with no process noise inside the group.

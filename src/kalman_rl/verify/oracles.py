@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl import aggregate, ratio, trust
+from kalman_rl.advantage import ConstantBaseline
 from kalman_rl.methods import make_method
 from kalman_rl.objective import Method, estimate_advantage, policy_loss
 from kalman_rl.verify.advantages import by_definition
@@ -113,7 +114,7 @@ def _mask_error(method: Method, batch: Example) -> float:
 
 Table = dict[str, dict[str, Callable[[], float]]]
 
-A = torch.tensor([1.0, -0.5, 0.25, -1.0, 2.0, -0.75], dtype=torch.float64)
+A = torch.tensor([1.0, -0.5, 0.25, -1.0, 2.0, -0.75] * 2, dtype=torch.float64)
 
 
 def _same(ours: Method, other: Method, *, length: int = 9, own: bool = False) -> Callable[[], float]:
@@ -166,6 +167,11 @@ def _last_token(method: Method, other: Method) -> Callable[[], float]:
     return error
 
 
+def _loop(method: Method) -> Callable[[], float]:
+    """Log-weights against the loop over tokens, for options that switch another branch on."""
+    return lambda: max(_ratio_error(method, example(seed)) for seed in SEEDS)
+
+
 def _second_token(method: Method) -> Callable[[], float]:
     """The log-weight of each row's second trained token against the sum of the first two log-ratios."""
 
@@ -198,6 +204,16 @@ def _advantage_limits() -> Table:
                 make("krpo_invariant", initial_variance=1e9), make("rloo")
             )
         },
+        "k_grpo": {
+            "first batch: the James-Stein baseline": _proportional(make("k_grpo"), make("james_stein"))
+        },
+        "spo": {
+            "first batch: the baseline 1/2": _same(
+                make("spo"),
+                _with("half", make("spo"), advantage=ConstantBaseline(0.5)),
+                own=True,
+            )
+        },
         "gpg": {"no degenerate group: Dr.GRPO's advantage": _proportional(make("gpg"), make("dr_grpo"))},
     }
 
@@ -223,17 +239,25 @@ def _ratio_limits() -> Table:
         "kpo_auto": {
             "before it has learned: kpo_diffuse with its clip": _same(
                 make("kpo_auto"), make("kpo_diffuse", low=0.05, high=0.05)
-            )
+            ),
+            "start values that move: a loop over tokens": _loop(make("kpo_auto", process_noise=0.3)),
         },
         "kpo_noise": {
             "scale = 0 is kpo_diffuse with R = floor": _same(
                 make("kpo_noise", scale=0.0), make("kpo_diffuse", observation_noise=0.1)
-            )
+            ),
+            "Q = inf is GRPO with the same clip": _same(make("kpo_noise", process_noise=inf), grpo_band),
         },
         "kpo_robust": {
             "threshold = P0 = inf is kpo_diffuse": _same(
                 make("kpo_robust", threshold=inf, initial_variance=inf), make("kpo_diffuse")
-            )
+            ),
+            "threshold = inf, P0 = 0 is KPO": _same(
+                make("kpo_robust", threshold=inf, initial_variance=0.0), make("kpo")
+            ),
+            "clipped innovations: a loop over tokens": _loop(
+                make("kpo_robust", observation_noise=0.05, threshold=0.5)
+            ),
         },
         "gspo_token": {"equals GSPO with one advantage per row": _same(make("gspo_token"), make("gspo"))},
         "minpro": {"second token: the exact prefix ratio": _second_token(make("minpro"))},
