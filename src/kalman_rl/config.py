@@ -247,10 +247,10 @@ def to_toml(config: Any) -> str:
 def labels(config: TrainConfig) -> dict[str, Any]:
     """What a run is grouped by in reports; a tracked advantage and an allocation are part of the method."""
     method = config.method
-    if config.advantage not in ("method", "tracked"):
-        method += f"+{config.advantage}"
-    if config.advantage == "tracked":
-        method += f"+{config.belief}" + ("" if config.allocation == "fixed" else f"+{config.allocation}")
+    if config.advantage != "method":
+        method += f"+{config.belief if config.advantage == 'tracked' else config.advantage}"
+    if config.allocation != "fixed":
+        method += f"+{config.allocation}"
     task = config.task if config.data is None else config.data.stem
     return {"method": method, "model": config.model, "task": task, "seed": config.seed}
 

@@ -6,6 +6,7 @@ rows of all rounds are joined, shared out evenly over ranks, and filled up to th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -145,10 +146,10 @@ def note_features(trainer: Any, tracking: Tracking, by_id: dict[Hashable, dict[s
     if not new:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    switched_off = getattr(model, "disable_adapter", None)
+    without_adapter = getattr(model, "disable_adapter", contextlib.nullcontext)
     tokens = trainer._tokenize_prompts([by_id[name]["prompt"] for name in new])[0]
     size = trainer.args.per_device_train_batch_size
-    with torch.no_grad(), switched_off() if switched_off else torch.no_grad():
+    with torch.no_grad(), without_adapter():
         for start in range(0, len(new), size):
             part = [torch.tensor(ids) for ids in tokens[start : start + size]]
             ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(trainer.accelerator.device)
