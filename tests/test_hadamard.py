@@ -48,7 +48,9 @@ def test_error_is_at_most_twice_the_matrix_products(size: int, dtype: torch.dtyp
 
 
 @settings(max_examples=40, deadline=None)
-@given(size=st.sampled_from(SIZES[:8]), batch=st.lists(st.integers(0, 3), max_size=3), seed=st.integers(0, 99))
+@given(
+    size=st.sampled_from(SIZES[:8]), batch=st.lists(st.integers(0, 3), max_size=3), seed=st.integers(0, 99)
+)
 def test_any_batch_shape_and_linearity(size: int, batch: list[int], seed: int) -> None:
     x, y = normal(*batch, size, seed=seed), normal(*batch, size, seed=seed + 100)
     out = hadamard_transform(x - 2 * y)
@@ -62,7 +64,9 @@ def test_gradient_and_non_contiguous_input() -> None:
     torch.testing.assert_close(hadamard_transform(x), hadamard_transform(x.contiguous()))
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(2, 12), torch.zeros(4).long(), torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3), torch.zeros(2, 12), torch.zeros(4).long(), torch.tensor(1.0)]
+)
 def test_bad_input(bad: Tensor) -> None:
     with pytest.raises(ShapeError, match=r"^x: got .*power of two; pad"):
         hadamard_transform(bad)

@@ -80,7 +80,8 @@ class BySource:
         seen = []
         for name, belief, mine, values, own in batches:
             seen.append(belief.update(mine, values, step=step, features=own, part=part))
-            self.sources[name] = belief
+            if len(belief):  # a source without any known reward yet stays unknown
+                self.sources[name] = belief
         return Observed([name for o in seen for name in o.ids], *(torch.cat(f) for f in list(zip(*seen))[1:]))
 
     def state_dict(self) -> dict[str, Any]:

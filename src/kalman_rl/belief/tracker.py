@@ -136,7 +136,8 @@ class KalmanPreferenceTracker:
     def covariance(self) -> Tensor:
         """P (d, d) of theta, float64, scaled by the learned noise."""
         root = self.root.double()
-        return self.noise / self.R_val * (root @ root.T)
+        product = self.noise / self.R_val * (root @ root.T)
+        return (product + product.T) / 2  # a matrix product rounds its two halves differently
 
     def value(self, phi: Tensor) -> Gaussian:
         """Belief about the mean reward at the features (n, F): ``phi' m``, ``phi' P phi``, (n,) float64."""

@@ -1,0 +1,539 @@
+"""What every belief must do: unbiased advantages, merged groups, time, refusals, state; Gaussian limits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from statsmodels.tsa.statespace.kalman_filter import KalmanFilter
+from torch import Tensor
+
+from kalman_rl.advantage import leave_one_out
+from kalman_rl.belief import BELIEFS, Belief, BySource, GaussianBelief, RegressionBelief, make_belief
+from kalman_rl.belief.groups import sum_of_others
+from kalman_rl.belief.noise import RewardNoise
+from kalman_rl.errors import ConfigError, NumericError, ShapeError
+
+NAN = math.nan
+MAKERS: dict[str, Callable[..., Any]] = {
+    **{name: (lambda name=name, **o: make_belief(name, **o)) for name in BELIEFS},
+    "gaussian-fixed": lambda **o: GaussianBelief(observation_noise=0.3, process_noise=0.01, **o),
+    "auto-features": lambda **o: RegressionBelief(dimension=4, **o),
+    "by-source": lambda **o: make_belief("auto", source=lambda name: str(name)[0], **o),
+}
+each = pytest.mark.parametrize("name", list(MAKERS))
+FEATURES = torch.randn(40, 9, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+IDS: list[Any] = [f"a{i}" for i in range(30)] + [("b", i) for i in range(5)] + list(range(5))
+
+
+def features_of(name: str, ids: list[Any]) -> dict[str, Tensor]:
+    return {"features": FEATURES[[IDS.index(i) for i in ids]]} if name == "auto-features" else {}
+
+
+def batch(seed: int, size: int = 24, real: bool = False) -> tuple[list[Any], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(IDS), (size // 3,), generator=generator).repeat(3)
+    rate = torch.linspace(0.05, 0.95, len(IDS), dtype=torch.float64)[rows]
+    reward = torch.bernoulli(rate, generator=generator)
+    if real:
+        reward = reward + 0.5 * torch.randn(len(rows), generator=generator, dtype=torch.float64)
+    return [IDS[row] for row in rows.tolist()], reward
+
+
+def trained(name: str, steps: int, real: bool = False, **options: Any) -> Any:
+    """A belief after some batches with irregular gaps; real rewards where the belief takes them."""
+    belief = MAKERS[name](**options)
+    for step in range(steps):
+        ids, reward = batch(step, real=real and name not in ("beta", "spo"))
+        belief.update(ids, reward, step=step * 3 + step % 2, **features_of(name, ids))
+    return belief
+
+
+def snapshot(belief: Any) -> str:
+    return repr(belief.state_dict())
+
+
+# ---- unbiasedness
+
+
+@each
+@pytest.mark.parametrize("steps", [0, 1, 2, 12])
+@pytest.mark.parametrize("real", [False, True])
+def test_gradient_is_unbiased_by_enumeration(name: str, steps: int, real: bool) -> None:
+    """Two prompts with softmax policies, every joint outcome of their groups: E[sum A grad log pi] = G grad J."""
+    belief = trained(name, steps, real)
+    ids = ["a1"] * 3 + ["a7"]
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    worth = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 0.25]], dtype=torch.float64)
+    policy, prompt = torch.softmax(logits, 1), torch.tensor([0, 0, 0, 1])
+    score = torch.eye(3, dtype=torch.float64) - policy[:, None, :]  # (prompt, action, logit)
+    total = torch.zeros(2, 3, dtype=torch.float64)
+    scale = None
+    for actions in itertools.product(range(3), repeat=4):
+        chosen = torch.tensor(actions)
+        result = belief.advantages(ids, worth[prompt, chosen], step=50, **features_of(name, ids))
+        scale = result.scale if scale is None else scale
+        assert torch.equal(result.scale, scale)
+        weight = policy[prompt, chosen].prod() * result.advantage * result.scale
+        total.index_add_(0, prompt, weight[:, None] * score[prompt, chosen])
+    gradient = policy * (worth - (policy * worth).sum(1, keepdim=True))
+    expected = gradient * torch.tensor([[3.0], [1.0]], dtype=torch.float64)
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
+
+
+def test_the_enumeration_catches_a_baseline_that_saw_its_own_reward() -> None:
+    """The control of the test above: centring by the full group mean fails it."""
+    policy = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)
+    for actions in itertools.product(range(2), repeat=2):
+        reward = torch.tensor(actions, dtype=torch.float64)
+        for j in range(2):
+            score = torch.eye(2, dtype=torch.float64)[actions[j]] - policy
+            total += policy[list(actions)].prod() * (reward[j] - reward.mean()) * score
+    gradient = policy * (torch.tensor([0.0, 1.0]) - 0.7)
+    assert (total - 2 * gradient).abs().max() > 0.1
+
+
+@each
+@pytest.mark.parametrize("steps", [0, 1, 10])
+@pytest.mark.parametrize("real", [False, True])
+def test_own_reward_moves_own_baseline_by_exactly_nothing(name: str, steps: int, real: bool) -> None:
+    belief = trained(name, steps, real)
+    ids, reward = batch(100, real=real and name not in ("beta", "spo"))
+    given = features_of(name, ids)
+    before = belief.advantages(ids, reward, step=60, **given)
+    moved = False
+    for j in range(len(ids)):
+        for value in (0.0, 1.0, 0.123) if name in ("beta", "spo") else (0.0, 1.0, 0.123, -7.7e5):
+            changed = reward.clone()
+            changed[j] = value
+            after = belief.advantages(ids, changed, step=60, **given)
+            assert after.baseline[j] == before.baseline[j] and torch.equal(after.scale, before.scale)
+            moved |= not torch.equal(after.baseline, before.baseline)
+    assert moved or name == "spo"  # the others of the group do see it
+
+
+def test_clipping_of_heavy_tails_keeps_own_reward_out_too() -> None:
+    belief = RegressionBelief()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(12):
+        noise = torch.randn(2, 60, generator=generator, dtype=torch.float64)
+        belief.update([i % 15 for i in range(60)], noise[0] / noise[1].abs(), step=step)
+    assert belief.reward_noise.robust
+    ids, reward = [0, 0, 0, 1, 1], torch.tensor([0.3, -0.5, 90.0, 0.1, -4.0], dtype=torch.float64)
+    before = belief.advantages(ids, reward, step=12)
+    assert abs(before.baseline[0]) < 10  # the 90 was clipped
+    for j in range(5):
+        for value in (0.0, 1e3, -1e6):
+            changed = reward.clone()
+            changed[j] = value
+            assert belief.advantages(ids, changed, step=12).baseline[j] == before.baseline[j]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 3)), min_size=1, max_size=20))
+def test_sum_of_others(entries: list[tuple[float, int]]) -> None:
+    values = torch.tensor([v for v, _ in entries], dtype=torch.float64)
+    index = torch.tensor([i for _, i in entries])
+    naive = [
+        math.fsum(v for k, (v, g) in enumerate(entries) if g == own and k != j)
+        for j, (_, own) in enumerate(entries)
+    ]
+    ours = sum_of_others(values, index)
+    torch.testing.assert_close(ours, torch.tensor(naive, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    for j in range(len(entries)):
+        changed = values.clone()
+        changed[j] = 1e9
+        assert sum_of_others(changed, index)[j] == ours[j]
+
+
+# ---- what the methods promise
+
+
+@each
+def test_reading_changes_nothing_and_the_protocol_is_met(name: str) -> None:
+    belief = trained(name, 3)
+    assert isinstance(belief, Belief)
+    ids, reward = batch(50)
+    given, before = features_of(name, ids), snapshot(belief)
+    value = belief.predict(ids, step=20, **given)
+    reward_belief = belief.predictive(ids, step=20, **given)
+    result = belief.advantages(ids, reward, step=20, **given)
+    assert snapshot(belief) == before
+    for t in (*value, *reward_belief, *result[:2]):
+        assert t.shape == (24,) and t.dtype == torch.float64 and torch.isfinite(t).all()
+    assert torch.equal(value.mean, reward_belief.mean) and (reward_belief.variance > value.variance).all()
+    torch.testing.assert_close(result.advantage * result.scale, reward - result.baseline)
+
+
+@each
+def test_certainty_fades_and_unseen_prompts_are_uncertain(name: str) -> None:
+    belief = trained(name, 10)
+    given = features_of(name, ["a3"])
+    now, later = (belief.predict(["a3"], step=s, **given).variance for s in (30, 3000))
+    assert later >= now if name == "spo" else later > now
+
+
+@each
+@pytest.mark.parametrize("real", [False, True])
+def test_groups_in_any_order_and_as_one_or_interleaved(name: str, real: bool) -> None:
+    ids, reward = batch(5, real=real and name not in ("beta", "spo"))
+    reward[4] = NAN
+    one, two = trained(name, 4, real), trained(name, 4, real)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [ids[i] for i in order]
+    a = one.advantages(ids, reward, step=40, **features_of(name, ids)).advantage
+    b = two.advantages(shuffled, reward[order], step=40, **features_of(name, shuffled)).advantage
+    torch.testing.assert_close(a[order], b, rtol=0, atol=1e-12)
+    one.update(ids, reward, step=40, **features_of(name, ids))
+    two.update(shuffled, reward[order], step=40, **features_of(name, shuffled))
+    given = features_of(name, IDS)
+    stored = 1e-6 if name.startswith(("auto", "by")) else 1e-12  # rows in float32, or float64
+    left, right = one.predict(IDS, step=41, **given), two.predict(IDS, step=41, **given)
+    torch.testing.assert_close(left.mean, right.mean, rtol=0, atol=stored)
+    torch.testing.assert_close(left.variance, right.variance, rtol=0, atol=stored)
+
+
+@each
+def test_missing_rewards_are_as_if_never_sampled(name: str) -> None:
+    one, two = trained(name, 4), trained(name, 4)
+    ids, reward = ["a1", "a2", "a1", "a9", "a1"], torch.tensor([1.0, NAN, 0.0, NAN, NAN])
+    kept = [0, 2]
+    full = one.advantages(ids, reward, step=30, **features_of(name, ids))
+    some = two.advantages(["a1", "a1"], reward[kept], step=30, **features_of(name, ["a1", "a1"]))
+    torch.testing.assert_close(full.advantage[kept], some.advantage)
+    assert (full.advantage[[1, 3, 4]] == 0).all() and torch.isfinite(full.baseline).all()
+    seen = one.update(ids, reward, step=30, **features_of(name, ids))
+    two.update(["a1", "a1"], reward[kept], step=30, **features_of(name, ["a1", "a1"]))
+    assert seen.ids == ["a1"] and seen.size.tolist() == [2.0] and seen.mean.tolist() == [0.5]
+    assert snapshot(one) == snapshot(two)
+    before = snapshot(one)
+    assert one.update(["zz"], torch.tensor([NAN]), step=31).ids == [] and snapshot(one) == before
+
+
+@each
+def test_group_of_one_gets_the_prediction_as_baseline(name: str) -> None:
+    belief = trained(name, 6)
+    given = features_of(name, ["a4"])
+    result = belief.advantages(["a4"], torch.tensor([1.0]), step=30, **given)
+    torch.testing.assert_close(result.baseline, belief.predict(["a4"], step=30, **given).mean)
+
+
+@each
+def test_scale_is_the_lagged_pooled_deviation(name: str) -> None:
+    ids, reward = batch(0)
+    belief, off = MAKERS[name](), MAKERS[name](scale=False)
+    given = features_of(name, ids)
+    first = belief.advantages(ids, reward, step=0, **given)
+    assert (first.scale == 1).all()
+    belief.update(ids, reward, step=0, **given)
+    off.update(ids, reward, step=0, **given)
+    scale = belief.advantages(ids, reward, step=1, **given).scale
+    if name != "by-source":
+        torch.testing.assert_close(scale, first.advantage.square().mean().sqrt())
+    assert (off.advantages(ids, reward, step=1, **given).scale == 1).all()
+
+
+# ---- time: repeats, parts, late rewards
+
+
+@each
+def test_the_same_batch_twice_is_refused_whole(name: str) -> None:
+    belief = trained(name, 2)
+    reward = torch.tensor([1.0, 0.0])
+    belief.update(["a1", "a2"], reward, step=10, **features_of(name, ["a1", "a2"]))
+    before = snapshot(belief)
+    with pytest.raises(ConfigError, match=r"^step, part: got step 10, part 0 for prompt 'a2' a second time"):
+        belief.update(["a3", "a2"], reward, step=10, **features_of(name, ["a3", "a2"]))
+    assert snapshot(belief) == before
+    belief.update(["a3", "a2"], reward, step=10, part=1, **features_of(name, ["a3", "a2"]))
+    assert snapshot(belief) != before
+
+
+def test_parts_of_a_step_add_up_to_the_whole() -> None:
+    whole = GaussianBelief(process_noise=0.1, observation_noise=0.5)
+    parts = GaussianBelief(process_noise=0.1, observation_noise=0.5)
+    for belief in (whole, parts):
+        belief.update(["a"], torch.tensor([0.0]), step=0)
+    whole.update(["a"] * 4, torch.tensor([1.0, 0.0, 1.0, 1.0]), step=5)
+    parts.update(["a"] * 2, torch.tensor([1.0, 0.0]), step=5)
+    parts.update(["a"] * 2, torch.tensor([1.0, 1.0]), step=5, part=1)
+    torch.testing.assert_close(whole.predict(["a"], step=6), parts.predict(["a"], step=6), rtol=1e-12, atol=0)
+
+
+def test_late_reward_is_an_observation_with_the_drift_added() -> None:
+    belief = GaussianBelief(process_noise=0.1, observation_noise=0.5, mean=0.0, variance=1.0)
+    belief.update(["a"], torch.tensor([1.0]), step=8)
+    m, p = (t.item() for t in belief.predict(["a"], step=8))
+    belief.update(["a"], torch.tensor([3.0]), step=5)
+    gain = p / (p + 0.5 + 3 * 0.1)
+    after = belief.predict(["a"], step=8)
+    assert after.mean.item() == pytest.approx(m + gain * (3.0 - m), abs=1e-14)
+    assert after.variance.item() == pytest.approx((1 - gain) * p, abs=1e-14)
+    assert belief.predict(["a"], step=9).variance.item() == pytest.approx(
+        (1 - gain) * p + 0.1
+    )  # clock still at 8
+
+
+@each
+def test_late_rewards_teach_less_than_fresh_ones(name: str) -> None:
+    if name == "spo":
+        return  # its counts fade per visit, not per step
+    fresh, late = trained(name, 12), trained(name, 12)
+    ids = ["a2"] * 6
+    given, before = features_of(name, ids), fresh.predict(["a2"], step=900, **features_of(name, ["a2"])).mean
+    for belief in (fresh, late):
+        belief.update(ids, torch.ones(6), step=900, **given)
+    start = fresh.predict(["a2"], step=900, **features_of(name, ["a2"])).mean
+    fresh.update(ids, torch.zeros(6), step=900, part=1, **given)
+    late.update(ids, torch.zeros(6), step=100, **given)
+    moved = [start - b.predict(["a2"], step=900, **features_of(name, ["a2"])).mean for b in (fresh, late)]
+    assert 0 < moved[1] < moved[0] and before < start
+
+
+# ---- state
+
+
+@each
+@pytest.mark.parametrize("real", [False, True])
+def test_state_continues_bit_for_bit(name: str, real: bool, tmp_path: Any) -> None:
+    belief, restored = trained(name, 5, real), MAKERS[name]()
+    torch.save(belief.state_dict(), tmp_path / "belief.pt")
+    restored.load_state_dict(torch.load(tmp_path / "belief.pt", weights_only=True))
+    ids, reward = batch(77)
+    for one in (belief, restored):
+        one.update(ids, reward, step=50, **features_of(name, ids))
+    assert snapshot(belief) == snapshot(restored)
+
+
+@each
+def test_a_stranger_state_is_refused_and_changes_nothing(name: str) -> None:
+    belief = trained(name, 3)
+    before, state = snapshot(belief), belief.state_dict()
+    changes: list[dict[str, Any]] = [{"format": 99}, {"kind": "Other"}]
+    if name != "by-source":
+        changes += [{"options": {}}, {"noise": {}}, {"scale": None}, {"table": {}}]
+        table = copy.deepcopy(state["table"])
+        table["clock"] = table["clock"][:-1]
+        changes.append({"table": table})
+    if name in ("beta", "auto"):
+        changes.append({"evidence": {"log_likelihood": torch.zeros(2), "last_step": 0}})
+    for change in changes:
+        with pytest.raises(ConfigError, match="belief state|options"):
+            belief.load_state_dict({**state, **change})
+        assert snapshot(belief) == before
+
+
+def test_a_state_with_nan_is_refused() -> None:
+    belief = trained("gaussian", 3)
+    state = copy.deepcopy(belief.state_dict())
+    state["table"]["columns"]["mean"][0] = NAN
+    with pytest.raises(NumericError, match="got NaN in column 'mean'"):
+        belief.load_state_dict(state)
+
+
+# ---- bad input
+
+
+@each
+@pytest.mark.parametrize(
+    ("ids", "reward", "options", "error", "message"),
+    [
+        ([], torch.zeros(0), {}, ShapeError, "ids: got"),
+        ("ab", torch.zeros(2), {}, ShapeError, "ids: got"),
+        (torch.tensor([1, 2]), torch.zeros(2), {}, ShapeError, "ids: got"),
+        (["a1", ["x"]], torch.zeros(2), {}, (ShapeError, TypeError), ""),
+        (["a1", "a2"], torch.zeros(3), {}, ShapeError, r"reward: got \(3,\)"),
+        (["a1", "a2"], torch.tensor([0.0, math.inf]), {}, NumericError, "reward: got inf at row "),
+        (["a1"], torch.zeros(1), {"step": -1}, ConfigError, "step: got -1, expected an integer from 0"),
+        (["a1"], torch.zeros(1), {"step": 1.5}, ConfigError, "step: got 1.5"),
+        (["a1"], torch.zeros(1), {"step": True}, ConfigError, "step: got True"),
+    ],
+)
+def test_bad_batches_change_nothing(name, ids, reward, options, error, message) -> None:
+    belief = trained(name, 2)
+    before = snapshot(belief)
+    for call in (belief.advantages, belief.update):
+        with pytest.raises(error, match=f"^{message}" if name != "by-source" else ""):
+            call(ids, reward, **{"step": 20, **options})
+    assert snapshot(belief) == before
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (torch.zeros(2, 8), ShapeError, "features: got width 8, expected 9"),
+        (torch.zeros(3, 9), ShapeError, r"features: got .*\(3, 9\), expected floating \(2, F\)"),
+        (torch.zeros(9), ShapeError, "features: got"),
+        (torch.zeros(2, 9).long(), ShapeError, "features: got torch.int64"),
+        (torch.full((2, 9), NAN), NumericError, "features: got nan at row 0, column 0"),
+        (torch.eye(2, 9), NumericError, "features: got row 1 different from an earlier row of the same id"),
+    ],
+)
+def test_bad_features_change_nothing(features: Tensor, error: type[Exception], message: str) -> None:
+    belief = trained("auto-features", 3)
+    before = snapshot(belief)
+    for call in (belief.advantages, belief.update):
+        with pytest.raises(error, match=f"^{message}"):
+            call(["a1", "a1"], torch.zeros(2), step=20, features=features)
+    assert snapshot(belief) == before
+
+
+def test_sources_are_checked_before_any_is_written() -> None:
+    belief = make_belief("beta", source=lambda name: name[0])
+    belief.update(["x1", "y1"], torch.tensor([1.0, 0.0]), step=0)
+    before = snapshot(belief)
+    with pytest.raises(NumericError, match=r"expected \[0, 1\]"):
+        belief.update(["x2", "y2"], torch.tensor([1.0, 7.0]), step=1)
+    with pytest.raises(ConfigError, match="second time"):
+        belief.update(["x2", "y1"], torch.tensor([1.0, 0.0]), step=0)
+    assert snapshot(belief) == before
+
+
+def test_sources_learn_apart() -> None:
+    """Each source's numbers are those of a belief that never saw the other one."""
+    both = BySource(RegressionBelief, lambda name: name[0])
+    alone = RegressionBelief()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        mine, other = [f"x{i}" for i in range(8)] * 2, [f"y{i}" for i in range(5)]
+        reward = torch.randn(16, generator=generator)
+        both.update(other + mine, torch.cat((100 * torch.randn(5, generator=generator), reward)), step=step)
+        alone.update(mine, reward, step=step)
+    torch.testing.assert_close(
+        both.predict(["x1", "x9"], step=7), alone.predict(["x1", "x9"], step=7), rtol=0, atol=0
+    )
+    result = both.advantages(["y1", "x1"], torch.tensor([0.0, 0.0]), step=7)
+    assert result.scale.shape == (2,) and result.scale[0] > 10 * result.scale[1]
+
+
+def test_names_and_options() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'gaussian'"):
+        make_belief("gausian")
+    with pytest.raises(ConfigError, match="options of belief 'beta'"):
+        make_belief("beta", process_noise=1.0)
+    for name, options in (
+        ("gaussian", {"process_noise": -1.0}),
+        ("gaussian", {"observation_noise": "x"}),
+        ("gaussian", {"observation_noise": 0.0}),
+        ("gaussian", {"variance": NAN}),
+        ("beta", {"forgetting": 1.1}),
+        ("beta", {"prior": (0.0, 1.0)}),
+        ("spo", {"low": 0.97}),
+        ("auto", {"process_noise": ()}),
+        ("auto", {"prior_variance": (0.0,)}),
+        ("auto", {"forgetting": 0.0}),
+        ("auto", {"dimension": 0}),
+    ):
+        with pytest.raises((ConfigError, NumericError), match=f"{next(iter(options))}.*got"):
+            make_belief(name, **options)
+
+
+# ---- the Gaussian belief against what is known
+
+
+def test_diffuse_prior_is_leave_one_out() -> None:
+    belief = GaussianBelief(variance=math.inf, observation_noise=1.0, scale=False)
+    reward = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    group = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 1, 0])
+    ours = belief.advantages(group.tolist(), reward, step=0).advantage
+    torch.testing.assert_close(ours, leave_one_out(reward, group), rtol=1e-12, atol=1e-12)
+    belief.update(group.tolist(), reward, step=0)
+    assert torch.isfinite(belief.predict([0, 1, 2], step=0).variance).all()
+
+
+def test_certain_prior_is_a_constant_baseline() -> None:
+    belief = GaussianBelief(variance=0.0, process_noise=0.0, observation_noise=1.0, mean=0.4, scale=False)
+    ids, reward = ["a", "b", "a"], torch.tensor([1.0, 0.0, 5.0])
+    for step in range(3):
+        assert (belief.advantages(ids, reward, step=step).baseline == 0.4).all()
+        belief.update(ids, reward, step=step)
+
+
+def test_scalar_filter_equals_statsmodels_local_level() -> None:
+    """A level that moves once per step, seen at irregular steps (missing in between), groups of one to four."""
+    rng = np.random.default_rng(0)
+    q, r, steps = 0.2, 0.7, 40
+    sizes = np.where(rng.random(steps) < 0.5, 0, rng.integers(1, 5, steps))
+    rewards = [rng.normal(size=n) for n in sizes]
+    mean = np.array([x.mean() if len(x) else NAN for x in rewards])
+    model = KalmanFilter(k_endog=1, k_states=1, design=[[1.0]], transition=[[1.0]], selection=[[1.0]])
+    model["state_cov"] = np.array([[q]])
+    model.tolerance = 0
+    model.bind(mean[None])
+    model["obs_cov"] = (r / np.maximum(sizes, 1))[None, None]
+    model.initialize_known(np.array([0.5]), np.array([[0.25]]))
+    expected = model.filter()
+    belief = GaussianBelief(process_noise=q, observation_noise=r)
+    belief.update(["a"], torch.tensor([0.0]), step=0)  # creates the row; then set to the prior at step 0
+    belief._table.columns["mean"][0], belief._table.columns["variance"][0] = 0.5, 0.25
+    for t in range(steps):
+        before = belief.predict(["a"], step=t)
+        assert before.mean.item() == pytest.approx(expected.predicted_state[0, t], abs=1e-12)
+        assert before.variance.item() == pytest.approx(expected.predicted_state_cov[0, 0, t], abs=1e-12)
+        if sizes[t]:
+            belief.update(["a"] * int(sizes[t]), torch.from_numpy(rewards[t]), step=t, part=1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), size=st.integers(1, 8))
+def test_a_group_at_once_equals_one_reward_after_another(seed: int, size: int) -> None:
+    reward = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    options = {"process_noise": 0.1, "observation_noise": 0.5}
+    once, steps = GaussianBelief(**options), GaussianBelief(**options)
+    once.update(["a"] * size, reward, step=4)
+    for i in torch.randperm(size).tolist():
+        steps.update(["a"], reward[i : i + 1], step=4, part=i)
+    torch.testing.assert_close(
+        once.predict(["a"], step=4), steps.predict(["a"], step=4), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_leave_one_out_baseline_is_the_posterior_without_the_reward() -> None:
+    options = {"process_noise": 0.1, "observation_noise": 0.5, "scale": False}
+    reward = torch.randn(5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    belief = GaussianBelief(**options)
+    baseline = belief.advantages(["a"] * 5, reward, step=0).baseline
+    for j in range(5):
+        other = GaussianBelief(**options)
+        other.update(["a"] * 4, reward[torch.arange(5) != j], step=0)
+        assert baseline[j].item() == pytest.approx(other.predict(["a"], step=0).mean.item(), abs=1e-13)
+
+
+# ---- noise
+
+
+def test_pooled_noise_and_kurtosis_find_the_truth() -> None:
+    from kalman_rl.belief.groups import group_rewards
+
+    generator = torch.Generator().manual_seed(0)
+    normal, heavy = RewardNoise(), RewardNoise()
+    for _ in range(60):
+        ids = [i for i in range(50) for _ in range(2 + i % 5)]
+        level = torch.arange(50, dtype=torch.float64)[ids]
+        eps = torch.randn(len(ids), generator=generator, dtype=torch.float64)
+        chi = torch.randn(3, len(ids), generator=generator, dtype=torch.float64).square().mean(0).sqrt()
+        values = torch.arange(50, dtype=torch.float64)
+        normal.learn(group_rewards(ids, level + 2 * eps), values, torch.full((50,), 0.1))
+        heavy.learn(group_rewards(ids, level + eps / chi), values, torch.full((50,), 0.1))
+    assert normal.pooled == pytest.approx(4.0, rel=0.03) and abs(normal.excess_kurtosis) < 0.3
+    assert not normal.robust and heavy.robust and heavy.excess_kurtosis > 5
+
+
+def test_binary_rewards_never_switch_robust_mode_on() -> None:
+    belief = RegressionBelief()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(30):
+        reward = torch.bernoulli(torch.full((128,), 0.02), generator=generator)
+        belief.update([i // 4 for i in range(128)], reward, step=step)
+    noise = belief.reward_noise
+    assert noise.binary and noise.excess_kurtosis > 5 and not noise.robust
