@@ -1,8 +1,7 @@
 """Time and memory of beliefs over many prompts: `python benchmarks/belief_speed.py --prompts 1000000`.
 
-One thread. Every belief is filled with the given number of prompts, then batches of 512 prompts x 8 completions are
-timed (median): advantages, update. Bytes per prompt: tensor data as allocated; the id -> row dictionary of Python is
-measured apart, with the id objects it keeps alive.
+One thread. Every belief is filled with the given number of prompts, then batches of 512 x 8 completions
+are timed (median): advantages, update. Bytes per prompt: tensor data as allocated; the id -> row dictionary is measured apart, with the id objects it keeps alive.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def main() -> None:
     print(f"{arguments.prompts} prompts; batches of {BATCH} x {GROUP}; torch {torch.__version__}, one thread")
     print(
         f"id -> row, per prompt: dictionary {sys.getsizeof(table) / len(ids):.0f} bytes, row numbers "
-        f"{rows / len(ids):.0f}, str ids {sum(map(sys.getsizeof, ids)) / len(ids):.0f} (the caller's, if kept)"
+        f"{rows / len(ids):.0f}, str ids {sum(map(sys.getsizeof, ids)) / len(ids):.0f} (the caller's)"
     )
     del table
     print(f"{'belief':<22}{'tensor bytes/prompt':>20}{'advantages ms':>15}{'update ms':>11}{'fill s':>8}")

@@ -139,7 +139,7 @@ def test_width_depends_on_the_rewards() -> None:
 
 
 def test_learned_noise_is_the_conjugate_estimate() -> None:
-    """R = (strength R_val + sum nu' S^-1 nu R_val) / (strength + n), by dense algebra; batches do not matter."""
+    """R = (strength R_val + sum nu' S^-1 nu R_val) / (strength + n), by dense algebra."""
     x, y = normal(40, 3), 2.5 * normal(40, seed=1)
     tracker = KalmanPreferenceTracker(3, Q_val=0.0, R_val=0.8, noise_strength=5.0)
     tracker.update(x[:25], y[:25])
@@ -246,8 +246,16 @@ def test_bad_batches_change_nothing(phi, y, mask, error, message) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"dim": 0}, {"dim": 2.5}, {"Q_val": -1.0}, {"R_val": 0.0}, {"R_val": NAN}, {"P_val": math.inf}]
-    + [{"noise_strength": 0.0}, {"dtype": torch.float16}],
+    [
+        {"dim": 0},
+        {"dim": 2.5},
+        {"Q_val": -1.0},
+        {"R_val": 0.0},
+        {"R_val": NAN},
+        {"P_val": math.inf},
+        {"noise_strength": 0.0},
+        {"dtype": torch.float16},
+    ],
 )
 def test_bad_settings(options: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, NumericError), match=f"^{next(iter(options))}: got"):
