@@ -1,7 +1,8 @@
 """Time and memory of beliefs over many prompts: `python benchmarks/belief_speed.py --prompts 1000000`.
 
-One thread. Every belief is filled with the given number of prompts, then batches of 512 x 8 completions
-are timed (median): advantages, update. Bytes per prompt: tensor data as allocated; the id -> row dictionary is measured apart, with the id objects it keeps alive.
+One thread. Every belief is filled with the given number of prompts, then batches of 512 x 8 completions are timed
+(median): advantages, update. Bytes per prompt: tensor data as allocated; the id -> row dictionary is measured
+apart, with the id objects it keeps alive.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ BATCH, GROUP = 512, 8
 
 def fill(belief, ids: list, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(ids), 50_000):
-        part = ids[start : start + 50_000]
+    for start in range(0, len(ids), 5_000):
+        part = ids[start : start + 5_000]
         features = torch.randn(500, width, generator=generator).repeat(len(part) // 500 + 1, 1)[: len(part)]
         features = features if width else None
         reward = torch.randint(2, (len(part),), generator=generator).double()

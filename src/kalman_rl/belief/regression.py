@@ -241,13 +241,14 @@ class RegressionBelief(TableBelief):
             return new
         columns, place = self._table.columns, rows.clamp(min=0)
         stored = columns["levels"][place].double().unbind(1)
-        old = LocalLevels(*stored, columns["start"][place].double())
+        old = LocalLevels._make([*stored, columns["start"][place].double()])
         shift = fit - columns["fit"][place].double()
         old = old.shifted(shift)  # first, for the drift of 0/1 rewards depends on the mean
         old = old.diffused(self._drift(old) * gap[:, None])
         unseen = rows < 0
+        *fields, start = zip(new, old)
         return LocalLevels._make(
-            (torch.where(unseen if n.dim() == 1 else unseen[:, None], n, o) for n, o in zip(new, old))
+            [*(torch.where(unseen[:, None], n, o) for n, o in fields), torch.where(unseen, *start)]
         )
 
     def _mixture(self, levels: LocalLevels) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ class KalmanPreferenceTracker:
         out = (innovation.double(), self.noise * (before + self.R_val).double() / self.R_val)
         self._settle(phi.shape[1])
         mean, root, surprise = self.mean, self.root, 0.0
-        for rows in known.nonzero().flatten().split(_BLOCK):
+        for rows in torch.split(known.nonzero().flatten(), _BLOCK):
             mean, root, gained = _absorbed(mean, root, x[rows], y[rows], self.R_val)
             surprise += gained
         self.mean, self.root = mean, root
@@ -179,7 +179,7 @@ class KalmanPreferenceTracker:
         """
         if phi is None:
             growth = self.dim * math.log(self.noise / self.R_val / self.P_val)
-            return -0.5 * (2 * torch.linalg.slogdet(self.root.double())[1] + growth)
+            return -self.root.double().diagonal().abs().log().sum() - 0.5 * growth
         x = self._projected(phi)
         prior = self.P_val * x.double().square().sum(1)
         return 0.5 * torch.log(prior / (self.noise / self.R_val * self._explained(x).double()))
@@ -275,7 +275,8 @@ class KalmanPreferenceTracker:
 
 def _triangle(wide: Tensor) -> Tensor:
     """Lower triangular L with ``L L' = W W'``, by QR of W'."""
-    return torch.linalg.qr(wide.T, mode="r").R.T.contiguous()
+    upper: Tensor = torch.linalg.qr(wide.T, mode="r").R
+    return upper.T.contiguous()
 
 
 def _absorbed(mean: Tensor, root: Tensor, x: Tensor, y: Tensor, noise: float) -> tuple[Tensor, Tensor, float]:
