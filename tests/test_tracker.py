@@ -175,7 +175,7 @@ def soak(updates: int) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     single, double = plain(128, dtype=torch.float32), plain(128, dtype=torch.float64)
-    directions = 10 * torch.randn(40, 128, generator=generator)  # fewer than d: 88 directions are never seen
+    directions = 10 * torch.randn(40, 128, generator=generator)  # fewer than d: some are never seen
     for _ in range(updates // 10):
         rows = torch.randint(40, (10,), generator=generator)
         x, y = directions[rows], torch.randn(10, generator=generator)
