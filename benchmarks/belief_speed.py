@@ -1,8 +1,8 @@
 """Time and memory of beliefs over many prompts: `python benchmarks/belief_speed.py --prompts 1000000`.
 
 One thread. Every belief is filled with the given number of prompts, then batches of 512 x 8 completions are
-timed (median): advantages, update. Bytes per prompt: tensor data as allocated; the id -> row dictionary is measured
-apart, with the id objects it keeps alive.
+timed (median): advantages, update. Bytes per prompt: tensor data as allocated; the id -> row table apart,
+with the id objects it keeps alive.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def test_wide_features_are_projected_and_narrow_ones_kept() -> None:
 def soak(updates: int) -> None:
     """float32, d = 128, one row at a time: the covariance stays symmetric positive definite and right.
 
-    Time passes every ten rows, so a float64 twin may take ten rows at once: the same mathematics, another path.
+    Time passes every ten rows, so a float64 twin may take ten rows at once: the same in exact arithmetic.
     """
     generator = torch.Generator().manual_seed(0)
     single, double = plain(128, dtype=torch.float32), plain(128, dtype=torch.float64)
