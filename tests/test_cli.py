@@ -29,12 +29,23 @@ TRAIN_FLAGS = {
     *("--eval-samples",),
     *("--save-every", "--traces-per-step", "--train-size", "--test-size", "--report-to", "--threads"),
     *("--log-every", "--quiet", "--no-quiet"),
+    *("--advantage", "--belief", "--prompt-features", "--no-prompt-features", "--allocation", "--objective"),
+    *(
+        "--budget",
+        "--rounds",
+        "--max-rounds",
+        "--completions-min",
+        "--completions-max",
+        "--coverage-steps",
+        *("--reward-noise", "--pool-prompts"),
+    ),
 }
 FLAGS = {
     "train": TRAIN_FLAGS,
     "resume": {"--help", "--quiet"},
     "report": {"--help", "--output"},
-    "methods": {"--help", "--json"},
+    "methods": {"--help", "--cite", "--verify", "--json"},
+    "replay": {"--help", "--method", "--options", "--against", "--steps", "--top", "--json"},
 }
 
 
@@ -113,7 +124,8 @@ def test_every_field_is_documented_with_its_default(capsys: pytest.CaptureFixtur
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     with_help = capsys.readouterr().out
-    assert re.findall(r"• (\w+)", with_help) == ["train", "resume", "stress", "demo", "report", "methods"]
+    verbs = ["train", "resume", "stress", "demo", "report", "replay", "methods"]
+    assert re.findall(r"• (\w+)", with_help) == verbs
     assert main([]) == 2
     assert capsys.readouterr().out == with_help
 
@@ -239,16 +251,69 @@ def test_stress_demo_and_report(calls: Calls, capsys: pytest.CaptureFixture[str]
     ]
 
 
-def test_methods_table(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [80, 100, 160])
+def test_methods_table(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["name", "advantage", "ratio", "trust", "aggregate", "source"]
-    assert [line.split()[0] for line in lines[1:]] == list(METHODS)
+    assert max(map(len, lines)) <= columns
+    names = [line.split()[0] for line in lines if re.match(r"  \w", line)]
+    assert sorted(names) == sorted(METHODS)
+
+
+def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == list(METHODS)
     assert rows["grpo"]["trust"] == "Clip(0.2, 0.2)" and rows["grpo"]["source"] == "arXiv 2402.03300"
     assert rows["kpo"]["options"]["process_noise"] == 1e-6 and rows["kpo"]["summary"].startswith("KPO as")
     assert rows["reinforce"]["source"] == "Williams (1992)" and rows["kpo_diffuse"]["source"] == "ours"
+
+
+def test_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "dppo_topk_kl"]) == 0
+    text = capsys.readouterr().out
+    for head in (
+        "advantage",
+        "trust",
+        "options",
+        "defaults",
+        "use",
+        "avoid",
+        "deviations",
+        "needs",
+        "source",
+    ):
+        assert re.search(rf"^{head} +\S", text, re.M), head
+    assert "top_k_with_sampled" in text and max(map(len, text.splitlines())) <= 100
+    assert main(["methods", "cispo", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["factors"]["trust"] == "Cap(high=5, low=0)" and shown["options"]["high"] == 5.0
+    assert main(["methods", "cisp"]) == 2
+    assert "did you mean 'cispo'?" in capsys.readouterr().err
+
+
+def test_citations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "kpo", "--cite"]) == 0
+    assert "eprint = {2602.10609}" in capsys.readouterr().out
+    assert main(["methods", "--cite", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == list(METHODS)
+
+
+def test_verify_exits_1_when_a_check_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["methods", "grpo", "--verify"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"pass  error .* tolerance .* recorded loss and gradient", text)
+    assert "FAIL" not in text and re.search(r"(\d+) of \1 checks passed", text)
+    monkeypatch.setattr("kalman_rl.trust.weight_of", lambda log_weight: log_weight.exp() * 1.001)
+    assert main(["methods", "grpo", "--verify"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+    assert main(["methods", "grpo", "--verify", "--json"]) == 1
+    assert {row["passed"] for row in json.loads(capsys.readouterr().out)} == {True, False}
 
 
 # What is wrong

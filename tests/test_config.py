@@ -6,25 +6,26 @@ import math
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalman_rl.config import (
-    MAX_TOML_BYTES,
     REPORTERS,
     DemoConfig,
     StressConfig,
     TrainConfig,
     build,
+    labels,
     load_toml,
     notes,
     to_toml,
     validate,
 )
 from kalman_rl.errors import ConfigError
+from kalman_rl.reading import MAX_TOML_BYTES
 
 KINDS = (TrainConfig, StressConfig, DemoConfig)
 
@@ -48,7 +49,7 @@ def test_defaults_are_valid_and_quiet(kind: type) -> None:
 def test_every_number_has_a_range_that_holds_its_default(kind: type) -> None:
     for spec in fields(kind):
         hint = get_type_hints(kind)[spec.name]
-        if {int, float} & {hint, *get_args(hint)} and spec.name != "method_options":
+        if {int, float} & {hint, *get_args(hint)} and get_origin(hint) not in (dict, tuple):
             low, high = spec.metadata["range"]
             assert spec.default is None or low <= spec.default <= high
 
@@ -60,7 +61,8 @@ def train_configs(draw: st.DrawFn) -> TrainConfig:
         hint = get_type_hints(TrainConfig)[spec.name]
         if "range" in spec.metadata:
             low, high = spec.metadata["range"]
-            number = st.floats(low, high) if hint is float else st.integers(low, min(high, 10_000))
+            real = float in (hint, *get_args(hint))
+            number = st.floats(low, high) if real else st.integers(low, min(high, 10_000))
             values[spec.name] = draw(number if spec.default is not None else st.none() | number)
     values["method"] = draw(st.sampled_from(["kpo", "grpo", "cispo"]))
     values["method_options"] = draw(st.dictionaries(st.just("low"), st.floats(0, 0.5)))
@@ -71,6 +73,11 @@ def train_configs(draw: st.DrawFn) -> TrainConfig:
     values["task"] = draw(
         st.text(st.characters(exclude_categories=("Cs",)), min_size=1).map(lambda t: "t" + t)
     )
+    bounds = sorted((values["completions_min"], values["completions_max"]))
+    values |= {"completions_min": bounds[0], "completions_max": bounds[1], "budget": None}
+    if draw(st.booleans()):
+        values |= {"advantage": "tracked", "allocation": "rounds", "rounds": (1, 3)}
+        values["budget"] = draw(st.none() | st.floats(max(bounds[0], 0.01), bounds[1]))
     updates, micro = values["updates_per_generation"], values["gradient_accumulation"]
     values |= {"updates_per_generation": updates % 4 + 1, "gradient_accumulation": micro % 4 + 1}
     values["prompts_per_generation"] = values["updates_per_generation"] * values["gradient_accumulation"]
@@ -214,7 +221,7 @@ def test_wrong_items_of_lists(tmp_path: Path) -> None:
         ({"steps": "20"}, "steps: got '20', expected a whole number"),
         ({"steps": None}, "steps: got None, expected a whole number"),
         ({"learning_rate": math.nan}, "learning_rate: got nan, expected a number"),
-        ({"method": "kop"}, r"method: got 'kop', expected one of .*; did you mean 'kpo'\?"),
+        ({"method": "kpoo"}, r"method: got 'kpoo', expected one of .*; did you mean 'kpo'\?"),
         ({"method_options": {"lo": 1.0}}, r"method option: got 'lo' .*did you mean 'low'\?"),
         ({"method_options": {"low": -1.0}}, "method_options of kpo_diffuse: low: got -1"),
         ({"method_options": {"process_noise": -1.0}}, "method_options of kpo_diffuse: "),
@@ -250,7 +257,7 @@ def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
     [
         ({"methods": ()}, r"methods: got \[\], expected one or more"),
         ({"methods": ("kpo", "kpo")}, "methods: got .*each once"),
-        ({"methods": ("kop",)}, "did you mean 'kpo'"),
+        ({"methods": ("kpoo",)}, "did you mean 'kpo'"),
         ({"conditions": ("D",)}, "conditions: got 'D'"),
         ({"rollouts": 60, "minibatch": 60}, "rollouts: got 60, expected a multiple of 8"),
         ({"minibatch": 100}, "minibatch: got 100, expected a divisor of rollouts = 512"),
@@ -336,3 +343,42 @@ def test_any_text_is_toml_or_a_config_error(tmp_path_factory: pytest.TempPathFac
         assert str(error).startswith(str(path))
     else:
         build(TrainConfig, layer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"allocation": "rounds"}, "allocation: got 'rounds' with advantage='method', expected fixed"),
+        ({"budget": 4.0}, "budget: got 4.0 with allocation='fixed'"),
+        ({"budget": 0.0}, "budget: got 0.0, expected 0.01 to 4,096"),
+        (
+            {"advantage": "tracked", "allocation": "rounds", "rounds": ()},
+            r"rounds: got \[\], expected one or more",
+        ),
+        (
+            {"advantage": "tracked", "allocation": "rounds", "rounds": (2, 0)},
+            r"rounds: got \[2, 0\], expected",
+        ),
+        (
+            {"advantage": "tracked", "allocation": "predictive", "completions_min": 9, "completions_max": 8},
+            "completions_min: got 9, expected at most completions_max = 8",
+        ),
+        (
+            {"advantage": "tracked", "allocation": "predictive", "budget": 40.0},
+            "budget: got 40.0, expected completions_min 0 to completions_max 32",
+        ),
+        ({"objective": "light", "reward_noise": 0.5}, "objective: got 'light' with reward_noise = 0.5"),
+    ],
+)
+def test_allocations_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(build(TrainConfig, settings))
+
+
+def test_a_tracked_run_is_labelled_as_such() -> None:
+    plain = build(TrainConfig, {"method": "grpo"})
+    assert labels(plain)["method"] == "grpo"
+    tracked = replace(plain, advantage="tracked")
+    assert labels(tracked)["method"] == "grpo+auto"
+    assert labels(replace(tracked, allocation="rounds"))["method"] == "grpo+auto+rounds"
+    assert labels(replace(plain, data=Path("own_rows.jsonl")))["task"] == "own_rows"

@@ -16,7 +16,7 @@ import torch
 
 from kalman_rl import advantage, aggregate, penalty, ratio, trust
 from kalman_rl.errors import ConfigError, KalmanRLError, NumericError
-from kalman_rl.methods import METHODS, make_method
+from kalman_rl.methods import METHODS, knobs, make_method
 from kalman_rl.objective import Method
 from oracles import CASES, make_batch, run
 
@@ -112,7 +112,12 @@ def test_published_defaults(name: str, parts: tuple[Any, ...]) -> None:
 @every
 def test_every_option_reaches_the_method(name: str) -> None:
     for option, parameter in inspect.signature(METHODS[name]).parameters.items():
-        other = 1.75 if parameter.default is None else parameter.default * 0.5 + 0.01
+        other = (
+            1.75 if option == "dual" else 0.5 if parameter.default is None else parameter.default * 0.5 + 0.01
+        )
+        if isinstance(parameter.default, bool):
+            other = not parameter.default
+            assert make_method(name, **{option: float(other)}) == make_method(name, **{option: other})
         changed = make_method(name, **{option: other})
         assert changed != make_method(name), option
         assert repr(other) in repr(changed), option
@@ -149,12 +154,10 @@ def test_methods_travel_between_processes(name: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong, near",
-    [("kop", "kpo"), ("GRPO", None), ("dr-grpo", "dr_grpo"), ("kpo_difuse", "kpo_diffuse"), ("", None)],
+    [("kpoo", "kpo"), ("GRPO", None), ("dr-grpo", "dr_grpo"), ("kpo_difuse", "kpo_diffuse"), ("", None)],
 )
 def test_unknown_method(wrong: str, near: str | None) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"^method: got {wrong!r}, expected one of cispo, .*rloo"
-    ) as caught:
+    with pytest.raises(ConfigError, match=rf"^method: got {wrong!r}, expected one of bapo, .*rloo") as caught:
         make_method(wrong)
     if near:
         assert str(caught.value).endswith(f"did you mean {near!r}?")
@@ -179,8 +182,12 @@ def test_unknown_option(name: str, option: str, expected: str) -> None:
 @pytest.mark.parametrize("value", ["0.2", True, [0.2], {}])
 @every
 def test_options_are_numbers(name: str, value: Any) -> None:
-    for option in inspect.signature(METHODS[name]).parameters:
-        message = rf"^method option {option}: got {re.escape(repr(value))} for {name}, expected a number"
+    for option, parameter in inspect.signature(METHODS[name]).parameters.items():
+        switch = isinstance(parameter.default, bool)
+        if switch and value is True:
+            continue
+        kind = r"true or false \(1 or 0\)" if switch else "a number"
+        message = rf"^method option {option}: got {re.escape(repr(value))} for {name}, expected {kind}"
         with pytest.raises(ConfigError, match=message):
             make_method(name, **{option: value})
 
@@ -197,11 +204,13 @@ def test_none_only_where_it_is_the_default(name: str) -> None:
 
 @every
 def test_nan_is_refused_everywhere_and_negative_where_it_is_a_size(name: str) -> None:
-    for option in inspect.signature(METHODS[name]).parameters:
+    for option, parameter in inspect.signature(METHODS[name]).parameters.items():
         for bad in (math.nan, -0.5):
             if bad < 0 and option == "baseline":
                 continue
-            with pytest.raises(NumericError, match=rf"{option}.*: got .*{bad}.*, expected"):
+            settings = isinstance(parameter.default, bool) or name == "spo"  # a setting of its belief
+            kind = ConfigError if settings and option not in ("low", "high", "dual") else NumericError
+            with pytest.raises(kind, match=rf"{option}.*: got .*{bad}.*, expected"):
                 make_method(name, **{option: bad})
 
 
@@ -262,3 +271,46 @@ def test_time_constants() -> None:
     assert ratio.KalmanFiltered(1e-6, 1.0).time_constants(1000) == pytest.approx(1.0)
     assert ratio.KalmanFiltered(1e-4, 4.0).time_constants(100) == pytest.approx(0.5)
     assert ratio.KalmanFiltered(0.0, 1.0).time_constants(100) == 0.0
+
+
+# ---- knobs with two names
+
+
+def test_hosts_names_mean_what_they_mean_there() -> None:
+    """CISPO: verl counts from 1, TRL gives the bound; everywhere else both count from 1."""
+    assert make_method("cispo", clip_ratio_low=0.2, clip_ratio_high=0.28) == make_method(
+        "cispo", low=0.8, high=1.28
+    )
+    assert make_method("cispo", epsilon_high=5.0) == make_method("cispo", high=5.0)
+    assert (
+        make_method("dapo", clip_ratio_high=0.3)
+        == make_method("dapo", epsilon_high=0.3)
+        == make_method("dapo", high=0.3)
+    )
+    assert (
+        make_method("grpo", clip_ratio_c=3.0)
+        == make_method("grpo", delta=3.0)
+        == make_method("grpo", dual=3.0)
+    )
+    assert make_method("kpo", kalman_Q=1e-4, kalman_R=2.0).ratio == ratio.KalmanFiltered(1e-4, 2.0, 0.0)
+    assert make_method("sapo", tau_pos=2.0) == make_method("sapo", sapo_temperature_pos=2.0)
+    assert make_method("dppo_tv", clip_ratio_c=20.0, clip_ratio_low=0.1) == make_method(
+        "dppo_tv", cap=20.0, low=0.1
+    )
+    assert make_method("dro", dro_beta=0.3) == make_method("dro", beta=0.3)
+
+
+@pytest.mark.parametrize("name", list(knobs.FOREIGN))
+def test_every_foreign_knob_reaches_an_option(name: str) -> None:
+    for foreign, (own, _) in knobs.FOREIGN[name].items():
+        assert own in inspect.signature(METHODS[name]).parameters, foreign
+        assert foreign not in inspect.signature(METHODS[name]).parameters, "our own name must win"
+        value = 1.5 if own in ("dual", "cap") else 0.37
+        assert make_method(name, **{foreign: value}) != make_method(name), foreign
+
+
+def test_one_knob_under_two_names_is_refused() -> None:
+    with pytest.raises(ConfigError, match="high: got it twice for cispo, as 'high' and 'clip_ratio_high'"):
+        make_method("cispo", high=5.0, clip_ratio_high=0.28)
+    with pytest.raises(ConfigError, match="method option: got 'clip_ratio_high' for rloo, expected none"):
+        make_method("rloo", clip_ratio_high=0.2)

@@ -25,22 +25,28 @@ SOURCE = ROOT / "src" / "kalman_rl"
 
 # From the ground up: a module imports from its own row and the rows before it, never from a later one.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("kalman", "rollouts", "diagnosis", "hadamard"),
+    ("errors", "needs", "lookup", "reading"),
+    ("kalman", "rollouts", "diagnosis", "hadamard", "likelihood"),
     ("belief",),
-    ("ratio", "trust", "advantage", "aggregate", "penalty"),
+    ("sampling",),
+    ("ratio", "trust", "advantage", "aggregate", "penalty", "selection"),
+    ("divergence", "balance", "curvature", "correction", "reward_filter", "tracked"),
+    ("learned_noise", "token_noise", "robust_filter"),
     ("objective",),
     ("methods",),
+    ("verify", "cards"),
     ("allocator", "disk", "checkpoints", "provenance", "traces"),
     ("tasks", "models", "integrations", "runs", "config"),
     ("callbacks", "evaluation"),
     ("train",),
     ("report",),
+    ("replay", "replay_text"),
     ("stress",),
     ("demo",),
+    ("method_table",),
     ("cli", "__main__"),
 )
-NUMERIC = {name for row in LAYERS[:6] for name in row}
+NUMERIC = {name for row in LAYERS[:9] for name in row}
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "pandas", "peft", "pyarrow", "ray", "reasoning_gym")
 HEAVY += ("rich", "scipy", "transformers", "trl", "tyro", "verl")
 

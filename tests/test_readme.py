@@ -5,21 +5,38 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from kalman_rl.cards import CHANGES, changes
+from kalman_rl.methods import METHODS
 
 pytest.importorskip("tyro")
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_table_of_methods_is_current() -> None:
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
     spec = importlib.util.spec_from_file_location("readme", ROOT / "tools" / "readme.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.filled(README) == README, "run `make readme`"
-    assert module.table() in README
+    return module
+
+
+def test_table_of_methods_is_current(tool: ModuleType) -> None:
+    assert tool.filled(README) == README, "run `make readme`"
+    assert tool.table() in README
+
+
+def test_page_of_methods_is_current(tool: ModuleType) -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert tool.page() == page, "run `make readme`"
+    assert re.findall(r"^## (\w+)$", page, re.M) == [
+        name for module in CHANGES for name in METHODS if changes(name) == module
+    ]
 
 
 def test_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

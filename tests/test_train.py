@@ -28,6 +28,7 @@ from kalman_rl.tasks.tiny import character_tokenizer
 from kalman_rl.train import train
 
 SMALL: dict[str, Any] = {
+    "dtype": "float32",  # not what this CPU happens to be fast at
     "task": "sort12",
     "method": "kpo_diffuse",
     "steps": 4,

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kalman_rl.aggregate import Totals
+    from kalman_rl.belief.tracker import KalmanPreferenceTracker
     from kalman_rl.errors import KalmanRLError
     from kalman_rl.methods import METHODS, make_method
     from kalman_rl.objective import Loss, Method, policy_loss
     from kalman_rl.rollouts import Rollouts
+    from kalman_rl.sampling.adaptive import run_adaptive_sampling
+    from kalman_rl.sampling.environment import SimulatedPreferenceEnv
 
 try:
     __version__ = version("kalman-rl")
@@ -22,6 +25,9 @@ _HOMES = {
     **dict.fromkeys(("METHODS", "make_method"), "methods"),
     **dict.fromkeys(("Loss", "Method", "policy_loss"), "objective"),
     **{"KalmanRLError": "errors", "Rollouts": "rollouts", "Totals": "aggregate"},
+    "KalmanPreferenceTracker": "belief.tracker",
+    "SimulatedPreferenceEnv": "sampling.environment",
+    "run_adaptive_sampling": "sampling.adaptive",
 }
 
 
@@ -34,12 +40,15 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "METHODS",
+    "KalmanPreferenceTracker",
     "KalmanRLError",
     "Loss",
     "Method",
     "Rollouts",
+    "SimulatedPreferenceEnv",
     "Totals",
     "__version__",
     "make_method",
     "policy_loss",
+    "run_adaptive_sampling",
 ]

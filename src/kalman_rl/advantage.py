@@ -1,5 +1,8 @@
 """Advantages from outcome rewards: callables ``(reward, group) -> advantage``, each (B,), detached.
 
+A few look at more: they name it in ``needs`` and take it as keyword arguments, and the optimal token baseline
+gives one number per token (B, T). Those that run a filter over the rewards are in ``reward_filter``.
+
 A NaN reward is missing: it is left out of every baseline and its advantage is 0. Arithmetic is float64
 inside, so that equal rewards give exactly 0.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +40,7 @@ def group_statistics(reward: Tensor, group: Tensor) -> GroupStatistics:
     >>> group_statistics(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([7, 7, 3])).mean
     tensor([0.5000, 0.5000, 5.0000], dtype=torch.float64)
     """
-    reward, known = _known(reward, group)
+    reward, known = known_rewards(reward, group)
     index = torch.unique(group, return_inverse=True)[1]
     zeros = reward.new_zeros(int(index.max()) + 1 if len(index) else 0)
     count = zeros.index_add(0, index, known.double())
@@ -113,11 +116,114 @@ class ConstantBaseline:
             raise NumericError(f"baseline: got {self.value}, expected a finite reward")
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
-        _known(reward, group)
-        return _finish(reward.double() - self.value, reward, torch.ones_like(reward, dtype=torch.bool))
+        known_rewards(reward, group)
+        return only_known(reward.double() - self.value, reward)
 
 
-def _known(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Rescaled:
+    """``A = alpha (r - mean) / norm`` within the group, alpha from how much of the batch teaches something.
+
+        alpha = known / (known - degenerate)        degenerate: completions in groups of equal rewards
+        alpha = known / nonzero                     published code (``by_zeros``): completions with reward 0
+
+    Counting zero rewards makes the step inversely proportional to accuracy and breaks under a shift of the
+    reward; counting degenerate groups does neither. Both depend on the batch's rewards, so neither is an
+    unbiased estimate; alpha = 1 is :func:`group_centred`.
+
+    Args:
+        norm: > 0, divides every advantage.
+        by_zeros: count as published code does.
+
+    Source: GPG (arXiv 2504.02546) and verl's port of it.
+    """
+
+    norm: float = 1.0
+    by_zeros: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.norm < math.inf:
+            raise NumericError(f"norm: got {self.norm}, expected a finite number > 0")
+
+    def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
+        s = group_statistics(reward, group)
+        known = ~torch.isnan(reward)
+        teaching = known & ((reward != 0) if self.by_zeros else (s.spread > 0))
+        alpha = known.sum().double() / teaching.sum().clamp(min=1)
+        return _finish(alpha * (reward.double() - s.mean) / self.norm, reward, s.spread > 0)
+
+
+@dataclass(frozen=True)
+class LengthWeighted:
+    """``A = r - sum_i n_i r_i / sum_i n_i`` within the group, n the length in tokens; 0 for a group of one.
+
+    The variance-optimal baseline if a completion's squared score norm is proportional to its length. It
+    contains the completion's own reward. Needs: ``length``. Source: OPO (arXiv 2505.23585). Deviation:
+    published code gives a group of one its reward.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("length",)
+
+    def __call__(self, reward: Tensor, group: Tensor, *, length: Tensor) -> Tensor:
+        s = group_statistics(reward, group)
+        filled, known = known_rewards(reward, group)
+        if length.shape != reward.shape:
+            raise ShapeError(f"length: got shape {tuple(length.shape)}, expected {tuple(reward.shape)}")
+        index = torch.unique(group, return_inverse=True)[1]
+        weight = torch.where(known, length.double(), 0.0)
+        zeros = filled.new_zeros(int(index.max()) + 1 if len(index) else 0)
+        total = zeros.index_add(0, index, weight)
+        baseline = zeros.index_add(0, index, weight * filled) / torch.where(total > 0, total, 1.0)
+        return _finish(filled - baseline[index], reward, s.spread > 0)
+
+
+@dataclass(frozen=True)
+class OptimalTokenBaseline:
+    """A baseline for every position: rewards weighted by the energy that each completion has gathered so far.
+
+        W_it = sum_{u <= t} |score_iu|^2,    b_t = sum_i W_it r_i / sum_i W_it    (completions alive at t)
+        A_it = r_i - b_t;    the end of a completion that outlives its group has b = 0
+
+    Returns (B, T). Groups of one and groups of equal rewards get 0. It contains the own reward.
+    Args:
+        silent_tail: give the part of the longest completion beyond the second longest advantage 0 instead
+            of its reward, because there is nothing to compare it with.
+
+    Needs: ``energy``, ``mask``. Source: verl 0.9.1, ``optimal_token_baseline``, outcome rewards. Positions
+    are counted in trained tokens, so padding and holes shift nothing. Deviations: groups of one, equal
+    rewards, and ``silent_tail`` (published code: the reward itself).
+    """
+
+    silent_tail: bool = True
+    needs: ClassVar[tuple[str, ...]] = ("energy", "mask")
+
+    def __call__(self, reward: Tensor, group: Tensor, *, energy: Tensor, mask: Tensor) -> Tensor:
+        s = group_statistics(reward, group)
+        filled, known = known_rewards(reward, group)
+        if mask.dim() != 2 or not energy.shape == mask.shape == (len(reward), mask.shape[1]):
+            shapes = f"{tuple(energy.shape)}, {tuple(mask.shape)}"
+            raise ShapeError(f"energy, mask: got shapes {shapes}, expected ({len(reward)}, T) both")
+        alive = mask & known[:, None]
+        gathered = torch.where(alive, energy.double(), 0.0).cumsum(1)
+        rank = torch.where(mask, mask.cumsum(1) - 1, 0)  # position among trained tokens
+        index = torch.unique(group, return_inverse=True)[1]
+        shape = (int(index.max()) + 1 if len(index) else 0, mask.shape[1])
+        place = (index[:, None] * shape[1] + rank)[alive]
+
+        def per_position(values: Tensor) -> Tensor:
+            flat = gathered.new_zeros(shape[0] * shape[1])
+            return flat.index_add(0, place, values[alive])[index[:, None] * shape[1] + rank]
+
+        total = per_position(gathered)
+        baseline = per_position(gathered * filled[:, None]) / torch.where(total > 0, total, 1.0)
+        lonely = per_position(alive.double()) <= 1
+        alone = torch.zeros_like(filled) if self.silent_tail else filled
+        advantage = torch.where(lonely, alone[:, None], filled[:, None] - baseline)
+        return _finish(torch.where(alive, advantage, 0.0), reward[:, None], (s.spread > 0)[:, None])
+
+
+def known_rewards(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards (B,) in float64 with 0 for missing ones, and which are known; raises as the module says."""
     if reward.dim() != 1 or group.shape != reward.shape:
         raise ShapeError(
             f"reward, group: got shapes {tuple(reward.shape)}, {tuple(group.shape)}, expected (B,) and (B,): "
@@ -130,6 +236,11 @@ def _known(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         )
     known = ~torch.isnan(reward)
     return torch.where(known, reward.detach().double(), 0.0), known
+
+
+def only_known(advantage: Tensor, reward: Tensor) -> Tensor:
+    """Advantages in the reward's type, float32 at least, detached, 0 where the reward is missing."""
+    return _finish(advantage, reward, torch.ones_like(reward, dtype=torch.bool))
 
 
 def _finish(advantage: Tensor, reward: Tensor, informative: Tensor) -> Tensor:

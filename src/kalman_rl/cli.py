@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import itertools
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,25 +139,49 @@ class Report:
 
 @dataclass(frozen=True)
 class Methods:
-    """List the methods: how each is composed, and where it comes from."""
+    """List the methods, or show one: equation, factors, options, needs, deviations, when to use it."""
 
+    name: tyro.conf.Positional[str] = ""
+    """Method to show. Unset: all of them in a table."""
+    cite: Switch = False
+    """Print BibTeX."""
+    verify: Switch = False
+    """Run its checks against published code and definitions here and now; exit code 1 if one fails."""
     json: Switch = False
     """Print JSON, with every method's options and defaults."""
 
     def __call__(self) -> int:
-        rows = method_table()
-        if self.json:
-            print(json.dumps(rows, indent=2))
-            return 0
-        names = ("name", "advantage", "ratio", "trust", "aggregate", "source")
-        lines = [list(names), *([str(row[name]) for name in names] for row in rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-        for line in lines:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-        return 0
+        from kalman_rl.method_table import show_methods
+
+        return show_methods(self.name, cite=self.cite, verify=self.verify, as_json=self.json)
 
 
-VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Methods)
+@dataclass(frozen=True)
+class Replay:
+    """Recompute any method on the stored tokens of a run, without model or GPU, and compare two."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run."""
+    method: str
+    """Method to compute."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Options of the method, such as low=0.05."""
+    against: str = ""
+    """Second method, with its defaults. Unset: what the run recorded."""
+    steps: str = ""
+    """First and last optimizer step, as 3-20, or one step. Unset: all that were stored."""
+    top: int = 20
+    """How many tokens to list on which the two disagree most."""
+    json: Switch = False
+    """Print JSON."""
+
+    def __call__(self) -> int:
+        from kalman_rl.replay_text import show_replay
+
+        return show_replay(self.run, self.method, self.options, self.against, self.steps, self.top, self.json)
+
+
+VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Replay, Methods)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,27 +210,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print("error: " + _one_line(text), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-
-
-def method_table() -> list[dict[str, Any]]:
-    """One row per method: its name, its parts, its source, its options with defaults, a summary."""
-    from kalman_rl.methods import METHODS
-
-    rows = []
-    for name, make in METHODS.items():
-        method, text = make(), inspect.getdoc(make) or ""
-        source = re.search(r"arXiv \d{4}\.\d{4,5}|(?<=Source: )[^.]+(?=\.)", text)
-        parts = ("advantage", "ratio", "trust", "aggregate")
-        rows.append(
-            {
-                "name": name,
-                **{part: _label(getattr(method, part)) for part in parts},
-                "source": source[0] if source else "ours",
-                "options": {key: p.default for key, p in inspect.signature(make).parameters.items()},
-                "summary": text.partition("\n")[0],
-            }
-        )
-    return rows
 
 
 def default_run(config: TrainConfig, now: datetime | None = None) -> Path:
@@ -308,17 +309,6 @@ def _changed(base: TrainConfig, settings: TrainConfig) -> dict[str, Any]:
         if (value := getattr(settings, spec.name)) != (old := getattr(base, spec.name))
         or (isinstance(value, dict) and value is not old)
     }
-
-
-def _label(part: Callable[..., Any]) -> str:
-    """``token`` for a function, ``Clip(0.2, 0.28)`` for a component with settings."""
-    if not dataclasses.is_dataclass(part):
-        return str(getattr(part, "__name__", part))
-    values = (getattr(part, spec.name) for spec in dataclasses.fields(part))
-    shown = ", ".join(
-        f"{value:g}" if isinstance(value, float) else str(value) for value in values if value is not None
-    )
-    return f"{type(part).__name__}({shown})"
 
 
 def _one_line(text: str) -> str:

@@ -12,12 +12,12 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import tomli_w
 
 from kalman_rl.errors import ConfigError, KalmanRLError, unknown_name
+from kalman_rl.reading import line_of, read, show, text_of
 from kalman_rl.runs import name_problem
 
 MODELS = ("smollm2", "tiny")
@@ -27,8 +27,6 @@ REPORTERS = (
     *("none", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "kubeflow"),
     *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
 )
-
-MAX_TOML_BYTES = 10_000_000
 
 C = TypeVar("C")
 
@@ -64,6 +62,31 @@ class TrainConfig:
     """Prompts in one generation batch."""
     completions_per_prompt: int = number(8, 2, 4_096, "; TRL's trainer samples groups")
     """Completions sampled for each prompt: one group."""
+    advantage: Literal["method", "tracked", "leave_one_out", "batch_mean", "james_stein"] = "method"
+    """The method's own advantage, one from a belief about each prompt's value that is kept from step to step
+    (tracked), or a baseline without memory to compare with."""
+    belief: Literal["auto", "gaussian", "beta", "spo"] = "auto"
+    """Belief behind tracked advantages; auto learns noise, drift and prior from the rewards."""
+    prompt_features: bool = False
+    """Tell the belief each prompt's mean hidden state, so that it guesses prompts it has not seen."""
+    allocation: Literal["fixed", "predictive", "rounds"] = "fixed"
+    """Completions per prompt: the same for all, from the belief before sampling, or in rounds that see rewards."""
+    objective: Literal["gradient", "light"] = "gradient"
+    """What an allocation buys: gradient (spend near success rate 1/2) or light (groups with both outcomes)."""
+    budget: float | None = number(None, 0.01, 4_096)
+    """Mean completions per prompt that an allocation may spend. Unset: completions_per_prompt."""
+    rounds: tuple[int, ...] = (2, 4)
+    """Completions per prompt in each round of allocation=rounds; the last number repeats."""
+    max_rounds: int = number(2, 1, 64)
+    """Rounds per generation batch; the last one takes what is left of the budget."""
+    completions_min: int = number(0, 0, 4_096)
+    """Least completions of a prompt in a batch; with 0 an allocation may pass a prompt over."""
+    completions_max: int = number(32, 1, 4_096)
+    """Most completions of a prompt in a batch."""
+    coverage_steps: int = number(256, 1, 10_000_000)
+    """Optimizer steps after which a prompt that was passed over is due again."""
+    reward_noise: float = number(0.0, 0.0, 1e6)
+    """Standard deviation of Gaussian noise added to training rewards, to study noisy scorers."""
     updates_per_generation: int = number(2, 1, 65_536)
     """Optimizer steps in one pass over a generation batch; must divide prompts * completions."""
     iterations: int = number(1, 1, 1_000)
@@ -96,6 +119,8 @@ class TrainConfig:
     """Held-out prompts per evaluation."""
     eval_samples: int = number(4, 1, 1_024)
     """Sampled replies per held-out prompt; the greedy reply is one."""
+    pool_prompts: int = number(0, 0, 1_000_000)
+    """Training prompts evaluated beside the held-out ones, as pool/...; 0 evaluates none."""
     save_every: int = number(10, 0, 10_000_000)
     """Optimizer steps between checkpoints, rounded up to whole generation batches; 0 writes none."""
     traces_per_step: int = number(4, 0, 4_096)
@@ -189,7 +214,7 @@ def load_toml(path: Path, kind: type = TrainConfig) -> dict[str, Any]:
     Raises: ConfigError ``file:line: key: got ..., expected ...`` for what is unreadable, unknown or of the
         wrong type.
     """
-    text = _text(path)
+    text = text_of(path)
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -199,14 +224,14 @@ def load_toml(path: Path, kind: type = TrainConfig) -> dict[str, Any]:
     hints = get_type_hints(kind)
     settings: dict[str, Any] = {}
     for key, value in table.items():
-        where = f"{path}:{_line(text, key)}"
+        where = f"{path}:{line_of(text, key)}"
         if key not in hints:
             raise ConfigError(f"{where}: {unknown_name('key', key, hints)}")
         try:
             if key == "method" and isinstance(value, dict):
                 settings |= _method_table(value, "method_options" in table)
             else:
-                settings[key] = _read(key, value, hints[key])
+                settings[key] = read(key, value, hints[key])
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     return settings
@@ -220,8 +245,14 @@ def to_toml(config: Any) -> str:
 
 
 def labels(config: TrainConfig) -> dict[str, Any]:
-    """What a run is grouped by in reports."""
-    return {name: getattr(config, name) for name in ("method", "model", "task", "seed")}
+    """What a run is grouped by in reports; a tracked advantage and an allocation are part of the method."""
+    method = config.method
+    if config.advantage not in ("method", "tracked"):
+        method += f"+{config.advantage}"
+    if config.advantage == "tracked":
+        method += f"+{config.belief}" + ("" if config.allocation == "fixed" else f"+{config.allocation}")
+    task = config.task if config.data is None else config.data.stem
+    return {"method": method, "model": config.model, "task": task, "seed": config.seed}
 
 
 def validate(config: Any) -> None:
@@ -231,11 +262,11 @@ def validate(config: Any) -> None:
     """
     hints = get_type_hints(type(config))
     for spec in fields(config):
-        value = _read(spec.name, getattr(config, spec.name), hints[spec.name])
+        value = read(spec.name, getattr(config, spec.name), hints[spec.name])
         low, high = spec.metadata.get("range", (None, None))
         if value is not None and low is not None and not low <= value <= high:
             raise ConfigError(
-                f"{spec.name}: got {_show(value)}, expected {low:,} to {high:,}{spec.metadata['because']}"
+                f"{spec.name}: got {show(value)}, expected {low:,} to {high:,}{spec.metadata['because']}"
             )
     if config.run is not None and (problem := name_problem(config.run)):
         raise ConfigError(f"run: {problem}")
@@ -265,13 +296,12 @@ def _check_train(config: TrainConfig) -> None:
     if not config.task.strip():
         raise ConfigError("task: got an empty name, expected a task, e.g. 'products'")
     if config.data is not None and not os.path.isfile(config.data):
-        raise ConfigError(
-            f"data: got {_show(str(config.data))}, expected a JSONL or Parquet file that exists"
-        )
+        raise ConfigError(f"data: got {show(str(config.data))}, expected a JSONL or Parquet file that exists")
     if config.reward is not None and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", config.reward):
         raise ConfigError(
-            f"reward: got {_show(config.reward)}, expected MODULE:FUNCTION, e.g. 'my_rewards:exact'"
+            f"reward: got {show(config.reward)}, expected MODULE:FUNCTION, e.g. 'my_rewards:exact'"
         )
+    _check_allocation(config)
     prompts, group = config.prompts_per_generation, config.completions_per_prompt
     updates, micro = config.updates_per_generation, config.gradient_accumulation
     batch = f"{prompts} prompts * {group} completions = {prompts * group}"
@@ -284,10 +314,37 @@ def _check_train(config: TrainConfig) -> None:
         )
 
 
+def _check_allocation(config: TrainConfig) -> None:
+    if config.allocation != "fixed" and config.advantage != "tracked":
+        raise ConfigError(
+            f"allocation: got {config.allocation!r} with advantage={config.advantage!r}, expected fixed because only a "
+            "belief knows how to divide completions; set advantage = 'tracked'"
+        )
+    if config.budget is not None and config.allocation == "fixed":
+        raise ConfigError(
+            f"budget: got {config.budget} with allocation='fixed', expected predictive or rounds; with fixed, "
+            "completions_per_prompt is the budget"
+        )
+    low, high = config.completions_min, config.completions_max
+    if low > high:
+        raise ConfigError(f"completions_min: got {low}, expected at most completions_max = {high}")
+    if config.budget is not None and not low <= config.budget <= high:
+        raise ConfigError(
+            f"budget: got {config.budget}, expected completions_min {low} to completions_max {high}"
+        )
+    if not config.rounds or min(config.rounds) < 1:
+        raise ConfigError(f"rounds: got {show(list(config.rounds))}, expected one or more numbers >= 1")
+    if config.objective == "light" and config.reward_noise:
+        raise ConfigError(
+            f"objective: got 'light' with reward_noise = {config.reward_noise}, expected gradient; noisy groups are "
+            "mixed from the second completion on"
+        )
+
+
 def _check_stress(config: StressConfig) -> None:
     for name, values in (("conditions", config.conditions), ("methods", config.methods)):
         if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{name}: got {_show(list(values))}, expected one or more, each once")
+            raise ConfigError(f"{name}: got {show(list(values))}, expected one or more, each once")
     for method in config.methods:
         _check_method(method, {})
     rollouts, minibatch = config.rollouts, config.minibatch
@@ -319,7 +376,7 @@ def _check_model(model: str) -> None:
     if model in MODELS or os.path.isdir(model):
         return
     if model.startswith(("/", ".", "~")):
-        raise ConfigError(f"model: got {_show(model)}, expected a directory that exists, or OWNER/NAME")
+        raise ConfigError(f"model: got {show(model)}, expected a directory that exists, or OWNER/NAME")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}/[\w.-]{1,100}", model, re.ASCII):
         raise ConfigError(f"{unknown_name('model', model, MODELS)}; or a directory, or a hub id OWNER/NAME")
 
@@ -328,75 +385,6 @@ def _method_table(table: dict[str, Any], also_options: bool) -> dict[str, Any]:
     """``[method] name = "kpo", low = 0.1`` in the words of the fields."""
     if also_options:
         raise ConfigError("method_options: got both [method] and method_options, expected one of them")
-    options = _read("method", {key: value for key, value in table.items() if key != "name"}, dict[str, float])
-    named = {"method": _read("method.name", table["name"], str)} if "name" in table else {}
+    options = read("method", {key: value for key, value in table.items() if key != "name"}, dict[str, float])
+    named = {"method": read("method.name", table["name"], str)} if "name" in table else {}
     return {**named, "method_options": options}
-
-
-def _text(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_TOML_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        raise ConfigError(f"config: cannot read {_show(str(path))}: {reason}") from None
-    if len(data) > MAX_TOML_BYTES:
-        raise ConfigError(f"{path}: got more than {MAX_TOML_BYTES:,} bytes, expected a file of settings")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}:{line}: got a byte that is not UTF-8, expected TOML in UTF-8") from None
-
-
-def _line(text: str, key: str) -> int:
-    """Line (from 1) on which a top-level key or table starts; 1 if it is spelled in an unusual way."""
-    start = re.search(rf"^[ \t]*\[?[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*[=.\]]", text, re.MULTILINE)
-    return text.count("\n", 0, start.start()) + 1 if start else 1
-
-
-def _show(value: Any) -> str:
-    try:
-        shown = repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        shown = f"a {type(value).__name__}"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _read(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as a field's annotated type, without guessing: "3" is no number, 3.0 no whole number."""
-    if isinstance(kind, UnionType):  # "X | None"
-        if value is None:
-            return None
-        kind = get_args(kind)[0]
-    shape, inner = get_origin(kind) or kind, get_args(kind)
-    if shape is Literal and isinstance(value, str) and value not in inner:
-        raise unknown_name(name, value, inner)
-    if shape is tuple and isinstance(value, (list, tuple)):
-        return tuple(_read(name, item, inner[0]) for item in value)
-    if shape is dict and isinstance(value, dict):
-        return {_read(name, key, str): _read(f"{name}.{key}", item, inner[1]) for key, item in value.items()}
-    accepts, make, expected = _KINDS[shape]
-    if not accepts(value):
-        raise ConfigError(f"{name}: got {_show(value)}, expected {expected}")
-    return make(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
-
-
-def _is_number(value: Any) -> bool:
-    return (type(value) is float and value == value) or (type(value) is int and abs(value) < 1e308)
-
-
-_KINDS: dict[Any, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
-    int: (lambda value: type(value) is int, int, "a whole number"),
-    float: (_is_number, float, "a number"),
-    bool: (lambda value: type(value) is bool, bool, "true or false"),
-    str: (_is_text, str, "a text (UTF-8, without NUL)"),
-    Path: (lambda value: isinstance(value, Path | str) and _is_text(str(value)), Path, "a path"),
-    Literal: (lambda value: isinstance(value, str), str, "one of the names"),
-    tuple: (lambda value: False, tuple, "a list"),
-    dict: (lambda value: False, dict, "a table of numbers"),
-}

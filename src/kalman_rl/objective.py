@@ -2,17 +2,19 @@
 
     grad L = - sum_t  weights_t * c_t * A_t * grad logp_t,        c_t = keep_t * weight_t   (detached)
 
-A method is four choices, and an optional penalty:
+A method is four choices, an optional penalty and an optional correction:
 
     advantage   (reward, group) -> A              who did better than expected
     ratio       (logp, rollouts) -> log-weight    how much this token still counts off-policy
-    trust       (ratio, A, logp) -> keep, weight  which tokens may still move
+    trust       (ratio, A, current, rollouts) -> keep, weight   which tokens may still move
     aggregate   (rollouts, totals) -> weights     how tokens become one number
     penalty     (logp, rollouts) -> per token     what else is paid for (KL to the reference)
+    correction  (rollouts) -> factor              what a sampler other than the old policy costs
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,10 +24,12 @@ from torch import Tensor
 
 from kalman_rl import diagnosis
 from kalman_rl.aggregate import Totals, totals_of
+from kalman_rl.balance import Balance
 from kalman_rl.errors import ConfigError, ShapeError
+from kalman_rl.needs import need
 from kalman_rl.ratio import Ratio
-from kalman_rl.rollouts import Rollouts, masked_finite, masked_logp
-from kalman_rl.trust import LOG_WEIGHT_CAP, Trust
+from kalman_rl.rollouts import Current, Rollouts, checked_top, masked_finite, masked_logp
+from kalman_rl.trust import LOG_WEIGHT_CAP, Trust, TrustRegion
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,31 @@ class Method:
     """A policy objective as a composition; see the module's formula. Its ``repr`` shows every setting."""
 
     name: str
-    advantage: Callable[[Tensor, Tensor], Tensor]
+    advantage: Callable[..., Tensor]
     ratio: Callable[[Tensor, Rollouts], Ratio]
-    trust: Callable[[Ratio, Tensor, Tensor], Trust]
+    trust: TrustRegion
     aggregate: Callable[[Rollouts, Totals], Tensor]
     penalty: Callable[[Tensor, Rollouts], Tensor] | None = None
+    correction: Callable[[Rollouts], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.correction is not None and "logp_behaviour" in needs_of(self.ratio):
+            raise ConfigError(
+                f"correction: got {self.correction} for {self.name}, expected None because its ratio is "
+                "already taken to the behaviour policy; the mismatch would count twice"
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Inputs that the parts ask for beyond log-probabilities, mask, reward, group; see ``needs.py``."""
+        parts = (self.advantage, self.ratio, self.trust, self.aggregate, self.penalty, self.correction)
+        return tuple(sorted({name for part in parts for name in needs_of(part)}))
+
+
+def needs_of(part: object) -> tuple[str, ...]:
+    """What one part of a method asks for."""
+    needs: tuple[str, ...] = getattr(part, "needs", ())
+    return needs
 
 
 class Tokens(NamedTuple):
@@ -62,15 +86,17 @@ class Loss(NamedTuple):
 def policy_loss(
     method: Method,
     rollouts: Rollouts,
-    logp: Tensor,
+    logp: Tensor | Current,
     *,
     advantage: Tensor | None = None,
     totals: Totals | None = None,
 ) -> Loss:
     """The loss of a method on a batch.
 
-        L = sum_t weights_t (surrogate_t + penalty_t)
-        grad L = sum_t weights_t (-c_t A_t grad logp_t + grad penalty_t)
+        L = sum_t weights_t (f_t surrogate_t + penalty_t)
+        grad L = sum_t weights_t (-f_t c_t A_t grad logp_t + grad penalty_t)
+
+    with the correction's factor f = 1 where there is none.
 
     The value is the surrogate that TRL and verl report; the gradient is the formula of this module.
 
@@ -78,7 +104,8 @@ def policy_loss(
         method: the composition.
         rollouts: the batch; ``reward`` and ``group`` are needed only if ``advantage`` is not given.
         logp: (B, T) log-probabilities (nats) of the sampled tokens under the current policy, from a
-            float32 log-softmax. What stands outside the mask is never read, NaN included.
+            float32 log-softmax. What stands outside the mask is never read, NaN included. Methods with
+            more needs take a :class:`kalman_rl.rollouts.Current` here.
         advantage: (B,) or (B, T), if it was computed before (on the whole groups, for example).
         totals: counts of the whole optimizer step when this batch is a part of it; default: this batch.
 
@@ -101,18 +128,23 @@ def policy_loss(
             [ 0.2500,  0.2500]])
     """
     mask = rollouts.mask
-    logp = masked_logp("logp", logp, mask)
-    advantage = _per_token(method, rollouts, advantage).to(logp.dtype)
+    logp, current, advantage = _prepared(method, rollouts, logp, advantage)
     weights = method.aggregate(rollouts, totals or totals_of(rollouts)).to(logp.dtype)
 
-    ratio = method.ratio(logp.detach(), rollouts)
-    trust = method.trust(ratio, advantage, logp.detach())
-    coefficient = torch.where(mask & trust.keep, trust.weight, 0.0)
-    surrogate = (weights * torch.where(mask, trust.surrogate, 0.0)).sum()
+    ratio = method.ratio(current.logp, rollouts)
+    trust = method.trust(ratio, advantage, current, rollouts)
+    factor = (
+        torch.ones_like(weights) if method.correction is None else method.correction(rollouts).to(weights)
+    )
+    coefficient = torch.where(mask & trust.keep, factor * trust.weight, 0.0)
+    surrogate = (weights * torch.where(mask, factor * trust.surrogate, 0.0)).sum()
 
     carrier = -(weights * coefficient * advantage * logp).sum()
     value = surrogate + (carrier - carrier.detach())
     metrics = _metrics(ratio, trust, rollouts) | {"objective/surrogate": surrogate}
+    if method.correction is not None:
+        metrics["correction/mean"] = diagnosis.masked_mean(factor, mask)
+        metrics["correction/effective_sample_size"] = diagnosis.effective_sample_size(factor, mask)
     if method.penalty is not None:
         penalty = (weights * torch.where(mask, method.penalty(logp, rollouts), 0.0)).sum()
         value = value + penalty
@@ -123,22 +155,55 @@ def policy_loss(
     )
 
 
+def step_statistics(
+    method: Method, rollouts: Rollouts, logp: Tensor | Current, *, advantage: Tensor | None = None
+) -> Tensor | None:
+    """What a part of an optimizer step adds to the choice of batch-wide clip bounds; None if the method has
+    none to choose. Sum over micro-batches and ranks, then call :func:`settled`."""
+    if not isinstance(method.trust, Balance):
+        return None
+    _, current, advantage = _prepared(method, rollouts, logp, advantage)
+    return method.trust.statistics(method.ratio(current.logp, rollouts), advantage, current, rollouts)
+
+
+def settled(method: Method, statistics: Tensor | None) -> Method:
+    """The method with the bounds that the statistics of a whole optimizer step lead to."""
+    if statistics is None or not isinstance(method.trust, Balance):
+        return method
+    return dataclasses.replace(method, trust=method.trust.settle(statistics))
+
+
+def estimate_advantage(method: Method, rollouts: Rollouts) -> Tensor:
+    """The method's advantages (B,) or (B, T) from the rewards of a batch that holds whole groups."""
+    reward = need("reward", rollouts.reward, method.name)
+    group = need("group", rollouts.group, method.name)
+    if rollouts.segment is not None:
+        raise ConfigError(
+            "advantage: got None for packed rows (segment is set), expected (B, T) values because a row "
+            "holds several completions; compute them per completion and pass advantage="
+        )
+    extra = {name: need(name, getattr(rollouts, name), method.name) for name in needs_of(method.advantage)}
+    return method.advantage(reward, group, **extra)
+
+
+def _prepared(
+    method: Method, rollouts: Rollouts, logp: Tensor | Current, advantage: Tensor | None
+) -> tuple[Tensor, Current, Tensor]:
+    """Checked ``logp`` (with gradient), the current policy without gradient, advantages (B, T)."""
+    current = logp if isinstance(logp, Current) else Current(logp)
+    logp = masked_logp("logp", current.logp, rollouts.mask)
+    top = current.top_logp
+    if top is not None:
+        top = checked_top("top_logp", top, rollouts.mask)
+    advantage = _per_token(method, rollouts, advantage).to(logp.dtype)
+    return logp, Current(logp.detach(), top, current.step), advantage
+
+
 def _per_token(method: Method, rollouts: Rollouts, advantage: Tensor | None) -> Tensor:
     """Advantages as (B, T), 0 outside the mask."""
     shape = rollouts.mask.shape
     if advantage is None:
-        if rollouts.reward is None or rollouts.group is None:
-            missing = "reward" if rollouts.reward is None else "group"
-            raise ConfigError(
-                f"{missing}: got None, expected one value per completion because {method.name} computes its "
-                f"advantage from rewards; put {missing} into Rollouts, or pass advantage="
-            )
-        if rollouts.segment is not None:
-            raise ConfigError(
-                "advantage: got None for packed rows (segment is set), expected (B, T) values because a row "
-                "holds several completions; compute them per completion and pass advantage="
-            )
-        advantage = method.advantage(rollouts.reward, rollouts.group)
+        advantage = estimate_advantage(method, rollouts)
     if advantage.shape == shape[:1]:
         advantage = advantage[:, None].expand(shape)
     if advantage.shape != shape:

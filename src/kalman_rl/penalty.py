@@ -1,4 +1,4 @@
-"""Penalties added to the policy loss: KL to the reference policy, per token.
+"""Penalties added to the policy loss, per token: KL to the reference policy, distance to the old one.
 
 With ``d = logp_reference - logp``, as *values* under samples of the current policy k1 and k3 are unbiased
 for KL(policy || reference) and k2 is biased by O(d^3). As *losses* they differ: the gradient of k1 has
@@ -36,6 +36,24 @@ def k3(difference: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class SquaredLogRatio:
+    """``coefficient (logp - logp_old)^2 / 2`` per token (B, T): a pull back to the old policy, in nats^2.
+
+    Args: coefficient: beta > 0. Raises: NumericError for another. Gradient: through ``logp``.
+    Source: DRO (arXiv 2405.19107), in the token form of verl 0.9.1.
+    """
+
+    coefficient: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coefficient < math.inf:
+            raise NumericError(f"beta: got {self.coefficient}, expected a finite penalty weight > 0")
+
+    def __call__(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
+        return self.coefficient * k2(torch.where(rollouts.mask, logp - rollouts.logp_old, 0.0))
+
+
+@dataclass(frozen=True)
 class KL:
     """``coefficient * estimator(logp_reference - logp)`` per token (B, T), in nats.
 
@@ -43,8 +61,8 @@ class KL:
         coefficient: beta >= 0.
         estimator: :func:`k1`, :func:`k2` or :func:`k3` (TRL's and GRPO's choice, the default).
         importance_weighted: multiply by the token ratio ``exp(logp - logp_old)``, through which gradient
-            flows too; then value and gradient are those of KL(policy || reference) off-policy as well
-            (TRL: ``use_bias_correction_kl``).
+            flows too; then value and gradient of k1 and k3 are those of KL(policy || reference), off-policy
+            as well (TRL: ``use_bias_correction_kl``). Not so for k2, whose value is biased.
 
     Raises: ConfigError if the rollouts carry no ``logp_reference``. Gradient: through ``logp``.
     """

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
 from kalman_rl.kalman import Info, causal_filter
+from kalman_rl.needs import need
 from kalman_rl.rollouts import Rollouts
 
 
@@ -38,6 +39,26 @@ def token(logp: Tensor, rollouts: Rollouts) -> Ratio:
     return Ratio(log_ratio, log_ratio)
 
 
+def behaviour(rollouts: Rollouts) -> Tensor:
+    """Log-probabilities (B, T) under the sampler; ConfigError if the rollouts have none."""
+    return need("logp_behaviour", rollouts.logp_behaviour, "a ratio to the behaviour policy")
+
+
+@dataclass(frozen=True)
+class BehaviourToken:
+    """Token ratio to the sampler instead of the old policy: ``s_t = logp_t - logp_behaviour_t``.
+
+    It covers policy drift and the mismatch of an inference engine at once, so no importance correction goes
+    with it. Needs: ``logp_behaviour``. Source: DPPO (arXiv 2602.04879).
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
+
+    def __call__(self, logp: Tensor, rollouts: Rollouts) -> Ratio:
+        log_ratio = torch.where(rollouts.mask, logp.detach() - behaviour(rollouts), 0.0)
+        return Ratio(log_ratio, log_ratio)
+
+
 def one(logp: Tensor, rollouts: Rollouts) -> Ratio:
     """Ratio := 1, ``s_t = 0``: plain policy gradient, and the control for every claim about ratios."""
     log_ratio = token_log_ratio(logp, rollouts)
@@ -53,6 +74,48 @@ def sequence_mean(logp: Tensor, rollouts: Rollouts) -> Ratio:
     log_ratio = token_log_ratio(logp, rollouts)
     mean = rollouts.per_sequence_sum(log_ratio) / rollouts.lengths.clamp(min=1.0)
     return Ratio(log_ratio, torch.where(rollouts.mask, mean, 0.0))
+
+
+@dataclass(frozen=True)
+class PrefixMinimum:
+    """Token ratio times the smallest earlier ratio: ``s_t = l_t + min_{u < t} l_u``, ``s_1 = l_1``.
+
+    A stand-in for the prefix ratio ``prod_{u <= t} w_u`` that does not grow with t; equal to it for two
+    tokens. The minimum of n noisy terms drifts down like ``-sigma sqrt(2 log n)``, so late tokens fade.
+
+    Args:
+        inclusive: let the minimum run over ``u <= t``.
+        capped: never let the factor exceed 1, ``min(0, .)``.
+
+    Source: MinPRO (arXiv 2601.22718), from its abstract: inclusive and capped are not settled there. Holes
+    and padding do not enter the minimum; packed sequences start anew.
+    """
+
+    inclusive: bool = False
+    capped: bool = False
+
+    def __call__(self, logp: Tensor, rollouts: Rollouts) -> Ratio:
+        log_ratio = token_log_ratio(logp, rollouts)
+        lowest = torch.where(rollouts.mask, log_ratio, math.inf)
+        sequence = rollouts.sequence_index
+        if not self.inclusive:
+            lowest = _shifted(lowest, 1, sequence)
+        shift = 1
+        while shift < lowest.shape[1]:  # each round doubles how far back the minimum reaches
+            lowest = torch.minimum(lowest, _shifted(lowest, shift, sequence))
+            shift *= 2
+        lowest = torch.where(lowest == math.inf, 0.0, lowest)
+        if self.capped:
+            lowest = lowest.clamp(max=0.0)
+        return Ratio(log_ratio, torch.where(rollouts.mask, log_ratio + lowest, 0.0))
+
+
+def _shifted(values: Tensor, by: int, sequence: Tensor) -> Tensor:
+    """Values (B, T) of ``by`` positions earlier in the same sequence; inf where there is none."""
+    out = torch.full_like(values, math.inf)
+    same = sequence[:, by:] == sequence[:, :-by]
+    out[:, by:] = torch.where(same, values[:, :-by], math.inf)
+    return out
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Rollouts:
         logp_behaviour: (B, T) log-probabilities under the sampler (an inference engine may differ
             from the trainer), or None if the sampler is the old policy.
         logp_reference: (B, T) log-probabilities under the reference policy, for penalties.
+        top_behaviour: (B, T, k) log-probabilities under the sampler of k different tokens, the sampled one
+            among them (:func:`kalman_rl.divergence.top_k_with_sampled`), for top-k trust regions.
+        collision: (B, T) ``sum_v pi_old(v)^2`` at each position, for the optimal token baseline.
         segment: (B, T) integers for packed rows: a change of value along T starts a new sequence.
         allow_empty: accept rows without any trained token; they contribute nothing.
 
@@ -48,6 +52,8 @@ class Rollouts:
     prompt_id: Sequence[str] | None = None
     logp_behaviour: Tensor | None = None
     logp_reference: Tensor | None = None
+    top_behaviour: Tensor | None = None
+    collision: Tensor | None = None
     segment: Tensor | None = None
     allow_empty: bool = False
 
@@ -70,6 +76,10 @@ class Rollouts:
             value = getattr(self, name)
             if value is not None:
                 self._store(name, masked_logp(name, value.detach(), mask))
+        if self.top_behaviour is not None:
+            self._store("top_behaviour", checked_top("top_behaviour", self.top_behaviour, mask))
+        if self.collision is not None:
+            self._store("collision", _checked_collision(self.collision, mask))
         for name in ("reward", "group"):
             value = getattr(self, name)
             if value is not None and value.shape != shape[:1]:
@@ -111,9 +121,55 @@ class Rollouts:
         return self.per_sequence_sum(self.mask.to(self.logp_old.dtype))
 
     @property
+    def length(self) -> Tensor:
+        """(B,) number of trained tokens of each row."""
+        return self.mask.sum(dim=1)
+
+    @property
+    def energy(self) -> Tensor | None:
+        """(B, T) squared norm of each token's score by the logits, ``1 - 2 pi_old(y) + sum_v pi_old(v)^2``;
+        0 outside the mask, None without ``collision``."""
+        if self.collision is None:
+            return None
+        return torch.where(self.mask, score_energy(self.logp_old, self.collision), 0.0)
+
+    @property
     def sequence_count(self) -> int:
         """Number of sequences with at least one trained token."""
         return int(torch.unique(self.sequence_index[self.mask]).numel())
+
+
+class LastLayerStep(NamedTuple):
+    """What one optimizer step from each token alone would do in the last layer, (B, T) each: ``alignment``
+    ``v'u`` and ``curvature`` ``u'Fu``; see :func:`kalman_rl.curvature.last_layer_step`."""
+
+    alignment: Tensor
+    curvature: Tensor
+    learning_rate: float
+
+
+class Current(NamedTuple):
+    """The current policy on a batch. ``logp`` (B, T) carries the gradient; the rest is for trust regions that
+    ask for it: ``top_logp`` (B, T, k), its log-probabilities of the tokens behind ``Rollouts.top_behaviour``,
+    and the ``step`` that each token alone would cause."""
+
+    logp: Tensor
+    top_logp: Tensor | None = None
+    step: LastLayerStep | None = None
+
+
+def score_energy(logp: Tensor, collision: Tensor) -> Tensor:
+    """``1 - 2 p + sum_v p_v^2``, the squared norm of ``onehot(y) - p``, for the sampled token's ``logp``.
+
+    Taken as ``(1 - p)^2`` plus the other tokens' squares, which lie between 0 and ``(1 - p)^2``: never
+    negative, and right within a factor of two where the plain sum is all rounding.
+
+    >>> score_energy(torch.tensor([0.5]).log(), torch.tensor([0.375]))  # p = 1/2, 1/4, 1/4
+    tensor([0.3750])
+    """
+    rest = torch.expm1(logp).square()
+    others = collision - (2 * logp).exp()
+    return rest + torch.minimum(others.clamp(min=0.0), rest)
 
 
 def masked_logp(name: str, logp: Tensor, mask: Tensor) -> Tensor:
@@ -146,6 +202,35 @@ def masked_finite(name: str, values: Tensor, mask: Tensor, expected: str) -> Ten
             f"({int(bad.sum())} such tokens), expected {expected}"
         )
     return torch.where(mask, values, 0.0)
+
+
+def checked_top(name: str, top: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities (B, T, k) of several tokens per position, detached, in float32 at least, 0 outside
+    the mask. ``-inf`` is allowed (probability 0); NaN, positive values and sums above 1 are refused."""
+    if top.dim() != 3 or top.shape[:2] != mask.shape or top.shape[2] == 0:
+        raise ShapeError(f"{name}: got shape {tuple(top.shape)}, expected {(*mask.shape, 'k')} with k >= 1")
+    top = top.detach()
+    top = torch.where(mask[..., None], top if top.dtype == torch.float64 else top.float(), 0.0)
+    bad = mask & ~(top.exp().sum(-1) <= 1 + 1e-4)
+    if bad.any():
+        row, token = bad.nonzero()[0].tolist()
+        raise NumericError(
+            f"{name}: got probabilities {top[row, token].exp().tolist()} at row {row}, token {token}, "
+            "expected k different tokens whose probabilities sum to at most 1; list no token twice"
+        )
+    return top
+
+
+def _checked_collision(collision: Tensor, mask: Tensor) -> Tensor:
+    """Sums of squared probabilities as :func:`masked_finite` values, refusing what is outside [0, 1]."""
+    expected = "a sum of squared probabilities, 0 to 1, where the mask is True"
+    values = masked_finite("collision", collision.detach(), mask, expected)
+    bad = (values < 0) | (values > 1 + 1e-3)  # rounding may end a little above 1
+    if bad.any():
+        row, token = bad.nonzero()[0].tolist()
+        got = f"{values[row, token].item()} at row {row}, token {token} ({int(bad.sum())} such tokens)"
+        raise NumericError(f"collision: got {got}, expected {expected}")
+    return values
 
 
 def _as_mask(mask: Tensor, shape: torch.Size) -> Tensor:

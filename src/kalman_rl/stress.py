@@ -74,6 +74,7 @@ def plan(config: StressConfig) -> list[TrainConfig]:
                         updates_per_generation=config.rollouts // config.minibatch,
                         warmup_steps=min(20, config.steps // 2),
                         lora_rank=0,
+                        dtype="float32",  # the same study on every machine
                         eval_every=max(config.steps // 8, 1),
                         eval_prompts=config.eval_prompts,
                         eval_samples=1,

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import transformers
 from datasets import Dataset
 from transformers import PrinterCallback
 
+from kalman_rl.advantage import batch_leave_one_out, leave_one_out
 from kalman_rl.allocator import keep_freed_memory
 from kalman_rl.callbacks import (
     Evaluate,
@@ -39,7 +41,15 @@ from kalman_rl.models import LoadedModel, load_model
 from kalman_rl.objective import Method
 from kalman_rl.ratio import KalmanFiltered
 from kalman_rl.runs import Run
-from kalman_rl.tasks import Task, guard_reward, load_reward, load_task, rows
+from kalman_rl.tasks import Task, guard_reward, load_reward, load_task, rows, with_noise
+from kalman_rl.tracked import JamesStein
+
+BASELINES: dict[str, Callable[..., torch.Tensor]] = {
+    "leave_one_out": leave_one_out,
+    "batch_mean": batch_leave_one_out,
+    "james_stein": JamesStein(),
+}
+"""Advantages that a configuration may put in the place of the method's own."""
 
 LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
@@ -67,6 +77,8 @@ def train(
     for note in loaded.notes:
         say(note)
     method = make_method(config.method, **config.method_options)
+    if config.advantage in BASELINES:
+        method = dataclasses.replace(method, advantage=BASELINES[config.advantage])
     max_tokens = config.max_completion_tokens or task.max_completion_tokens
     _warn_short(method, max_tokens, say)
     run.update_manifest(
@@ -85,15 +97,21 @@ def train(
     held_out_reward = guard_reward(task.reward)
 
     def measure(step: int) -> None:
-        result = evaluate(
-            trainer.model,
-            loaded.tokenizer,
-            task.test[: config.eval_prompts],
-            held_out_reward,
-            max_completion_tokens=max_tokens,
-            temperature=config.temperature,
-            samples=config.eval_samples,
-        )
+        def accuracy(prompts: list[dict[str, Any]]) -> dict[str, float]:
+            return evaluate(
+                trainer.model,
+                loaded.tokenizer,
+                prompts,
+                held_out_reward,
+                max_completion_tokens=max_tokens,
+                temperature=config.temperature,
+                samples=config.eval_samples,
+            )
+
+        result = accuracy(task.test[: config.eval_prompts])
+        if config.pool_prompts:
+            pool = accuracy(task.train[: config.pool_prompts])
+            result |= {name.replace("eval/", "pool/"): value for name, value in pool.items()}
         run.log("eval", step, **result)
         say(
             f"held-out at step {step}: sampled {result['eval/sampled_accuracy']:.3f}, "
@@ -156,6 +174,18 @@ def build_trainer(
         steps_per_generation=micro_batches,
         num_iterations=config.iterations,
         num_generations=config.completions_per_prompt,
+        belief=config.belief if config.advantage == "tracked" else None,
+        prompt_features=config.prompt_features,
+        allocation=config.allocation,
+        allocation_objective=config.objective,
+        budget=config.budget,
+        rounds=list(config.rounds),
+        completions_min=config.completions_min,
+        completions_max=config.completions_max,
+        max_rounds=config.max_rounds,
+        coverage_steps=config.coverage_steps,
+        reward_range="real" if config.reward_noise else "unit",
+        reward_noise_variance=config.reward_noise**2,
         max_completion_length=max_tokens,
         temperature=config.temperature,
         max_steps=config.steps,
@@ -189,7 +219,7 @@ def build_trainer(
         )
     trainer = KalmanGRPOTrainer(
         model=loaded.model,
-        reward_funcs=guard_reward(task.reward),
+        reward_funcs=with_noise(guard_reward(task.reward), config.reward_noise),
         args=args,
         train_dataset=Dataset.from_list(task.train),
         processing_class=loaded.tokenizer,

@@ -1,13 +1,15 @@
 """Trust regions: which tokens keep their gradient, and with what weight.
 
-A trust region is a callable ``(ratio, advantage, logp) -> Trust``. It turns the log-weight into the
-detached coefficient ``c_t = keep_t * weight_t`` and reports the surrogate loss that TRL and verl would
-print, so that curves can be compared.
+A trust region is a callable ``(ratio, advantage, current, rollouts) -> Trust``, everything (B, T) and
+detached. It turns the log-weight into the coefficient ``c_t = keep_t * weight_t`` and reports the surrogate
+loss that TRL and verl would print, so that curves can be compared. Those that look at more than the ratio
+have files of their own: ``divergence`` (DPPO), ``balance`` (BAPO), ``curvature`` (CAPO).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError
 from kalman_rl.ratio import Ratio
+from kalman_rl.rollouts import Current, Rollouts
 
 LOG_WEIGHT_CAP = 20.0
 """Log-weights above this are capped before ``exp`` (float32 overflows at 88.7); the share is logged."""
@@ -29,15 +32,29 @@ class Trust(NamedTuple):
     surrogate: Tensor
 
 
+TrustRegion = Callable[[Ratio, Tensor, Current, Rollouts], Trust]
+
+
 def weight_of(log_weight: Tensor) -> Tensor:
     """``w = exp(min(s, 20))`` (B, T)."""
     return log_weight.clamp(max=LOG_WEIGHT_CAP).exp()
 
 
-def unclipped(ratio: Ratio, advantage: Tensor, logp: Tensor) -> Trust:
+def unclipped(ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
     """Keep every token at its weight: ``loss_t = -A w_t``. Source: importance-weighted policy gradient."""
     weight = weight_of(ratio.log_weight)
-    return Trust(torch.ones_like(weight, dtype=torch.bool), weight, -advantage * weight)
+    return Trust(everything(weight), weight, -advantage * weight)
+
+
+def log_likelihood(ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
+    """Keep every token at its weight and report ``loss_t = -A w_t logp_t``. Source: the score function."""
+    weight = weight_of(ratio.log_weight)
+    return Trust(everything(weight), weight, -advantage * weight * current.logp)
+
+
+def everything(weight: Tensor) -> Tensor:
+    """A mask that keeps every token (B, T)."""
+    return torch.ones_like(weight, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class Clip:
         if self.dual is not None and not self.dual > 1:
             raise NumericError(f"dual: got {self.dual}, expected a bound > 1, or None to switch it off")
 
-    def __call__(self, ratio: Ratio, advantage: Tensor, logp: Tensor) -> Trust:
+    def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         weight = weight_of(ratio.log_weight)
         low, high = 1 - self.low, 1 + self.high
         drop = ((advantage > 0) & (weight > high)) | ((advantage < 0) & (weight < low))
@@ -103,6 +120,71 @@ class Cap:
                 f"low, high: got {self.low}, {self.high}, expected 0 <= low <= high and high > 0"
             )
 
-    def __call__(self, ratio: Ratio, advantage: Tensor, logp: Tensor) -> Trust:
+    def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         weight = weight_of(ratio.log_weight).clamp(self.low, self.high)
-        return Trust(torch.ones_like(weight, dtype=torch.bool), weight, -advantage * weight * logp)
+        return Trust(everything(weight), weight, -advantage * weight * current.logp)
+
+
+@dataclass(frozen=True)
+class GeometricClip:
+    """Geometric mean of token ratios, each clipped in log space before the mean.
+
+        z_t = min(l_t, high) if A > 0, max(l_t, -low) if A < 0;    w = exp(sum_t z_t / n);    loss = -A w
+
+    A clipped token loses its gradient, the others keep the sequence's weight; under
+    :func:`kalman_rl.aggregate.sequence_mean` that is the derivative ``w / n`` of the geometric mean.
+
+    Args:
+        low, high: >= 0 in nats, the band of a token's log-ratio.
+
+    Raises: NumericError for a value outside its range.
+    Source: GMPO (arXiv 2507.20673). Deviation: A may differ between tokens; published code averages it.
+    """
+
+    low: float = 0.4
+    high: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise NumericError(f"{name}: got {value}, expected a clip distance >= 0 of the log-ratio")
+
+    def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
+        log_ratio = ratio.log_ratio
+        drop = ((advantage > 0) & (log_ratio > self.high)) | ((advantage < 0) & (log_ratio < -self.low))
+        clipped = torch.where(drop, log_ratio.clamp(-self.low, self.high), log_ratio)
+        mean = rollouts.per_sequence_sum(clipped) / rollouts.lengths.clamp(min=1.0)
+        weight = weight_of(torch.where(rollouts.mask, mean, 0.0))
+        return Trust(~drop, weight, -advantage * weight)
+
+
+@dataclass(frozen=True)
+class SoftGate:
+    """A sigmoid gate on the ratio instead of a clip: the gradient fades smoothly away from ratio 1.
+
+        f(w) = (4 / tau) g,  g = sigmoid(tau (w - 1));    loss_t = -A f(w_t);    c_t = 4 g (1 - g) w_t
+
+    so ``c = 1`` at ratio 1, and ``tau -> 0`` is the unclipped token ratio.
+
+    Args:
+        positive, negative: temperature tau > 0 for A > 0 and for A <= 0.
+
+    Raises: NumericError for a value outside its range.
+    Source: SAPO (arXiv 2511.20347).
+    """
+
+    positive: float = 1.0
+    negative: float = 1.05
+
+    def __post_init__(self) -> None:
+        for name in ("positive", "negative"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise NumericError(f"{name}: got {value}, expected a temperature > 0, finite")
+
+    def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
+        tau = torch.full_like(advantage, self.negative).masked_fill(advantage > 0, self.positive)
+        weight = weight_of(ratio.log_weight)
+        gate = torch.sigmoid(tau * (weight - 1))
+        return Trust(everything(weight), 4 * gate * (1 - gate) * weight, -advantage * 4 / tau * gate)

@@ -179,6 +179,26 @@ def guard_reward(function: Callable[..., Any]) -> GuardedReward:
     return GuardedReward(function)
 
 
+def with_noise(function: Reward, deviation: float) -> Reward:
+    """The reward plus Gaussian noise of a standard deviation, from PyTorch's global generator.
+
+    That generator is part of a trainer's checkpoint, so a resumed run sees the same noise. With 0 the function
+    itself is returned, and nothing is drawn.
+    """
+    if not deviation:
+        return function
+
+    @wraps(function, assigned=("__name__", "__doc__"), updated=())
+    def noisy(completions: list[Any], **columns: Any) -> list[float | None]:
+        import torch
+
+        rewards = function(completions, **columns)
+        noise = (torch.randn(len(rewards)) * deviation).tolist()
+        return [None if reward is None else reward + extra for reward, extra in zip(rewards, noise)]
+
+    return noisy
+
+
 def _parameters(function: Callable[..., Any]) -> set[str]:
     try:
         return set(inspect.signature(function).parameters)

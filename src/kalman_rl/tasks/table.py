@@ -7,13 +7,14 @@ from functools import partial
 
 from kalman_rl.errors import unknown_name
 from kalman_rl.tasks.gym import GYM, gym_task
-from kalman_rl.tasks.sorting import sorting
+from kalman_rl.tasks.sorting import sorting, sorting_mixed
 from kalman_rl.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
     **{name: partial(gym_task, name) for name in GYM},
     "sort12": partial(sorting, 12),
     "sort16": partial(sorting, 16),
+    "sort_mixed": sorting_mixed,
 }
 
 

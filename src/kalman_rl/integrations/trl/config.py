@@ -1,0 +1,212 @@
+"""Settings of the trainer: a method instead of TRL's loss options, and the guard of TRL's private hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import trl
+from trl import GRPOConfig, GRPOTrainer
+
+from kalman_rl.balance import Balance
+from kalman_rl.correction import CORRECTIONS
+from kalman_rl.errors import AdapterError, ConfigError
+from kalman_rl.integrations.trl.tracking import Budget
+from kalman_rl.lookup import make
+from kalman_rl.methods import make_method
+from kalman_rl.objective import Method
+from kalman_rl.penalty import KL
+from kalman_rl.tracked import Tracked
+
+TESTED_TRL = "1.16"
+_HOOKS = {
+    "_compute_loss": ("model", "inputs"),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_generate_and_score_completions": ("inputs",),
+    "_save_checkpoint": ("model", "trial"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
+}
+# TRL settings that the method replaces. Changing one would be silently ignored, so it is refused.
+_REPLACED = (
+    "loss_type",
+    "importance_sampling_level",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "scale_rewards",
+    "multi_objective_aggregation",
+)
+
+
+def check_host() -> None:
+    """Raise AdapterError if the installed TRL has other hooks than the ones this adapter was tested on."""
+    for name, expected in _HOOKS.items():
+        hook = getattr(GRPOTrainer, name, None)
+        found = tuple(inspect.signature(hook).parameters)[1:] if hook is not None else ()
+        if found[: len(expected)] != expected:
+            raise AdapterError(
+                f"trl: got version {trl.__version__} with GRPOTrainer.{name}{found}, expected a hook "
+                f"starting with {expected} as in {TESTED_TRL}.*; install trl=={TESTED_TRL}.*"
+            )
+
+
+check_host()
+
+
+@dataclass
+class KalmanGRPOConfig(GRPOConfig):
+    """GRPOConfig with a method instead of ``loss_type``.
+
+    Differs from GRPOConfig in one default: without ``steps_per_generation`` (and
+    ``generation_batch_size``) it takes four optimizer steps per generation batch. TRL's default is exactly
+    on-policy, where every log-ratio is 0 and every ratio method is the same method.
+    """
+
+    method: str = field(default="kpo_diffuse", metadata={"help": "Name in kalman_rl.METHODS."})
+    method_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": 'Options of the method, for example {"process_noise": 1e-4}.'},
+    )
+    top_k_distribution: int = field(
+        default=32,
+        metadata={"help": "Tokens per position for methods that look at distributions (DPPO top-k, CAPO)."},
+    )
+    correction: str | None = field(
+        default=None,
+        metadata={
+            "help": "Importance correction for a sampler that is not the old policy: truncated or masked. "
+            "With vLLM, TRL's own correction must then be off (vllm_importance_sampling_correction=False)."
+        },
+    )
+    correction_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": 'Its options, for example {"cap": 2.0, "level": "sequence"}.'}
+    )
+
+    belief: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take advantages from a belief about every prompt's value instead of the method's own: auto, "
+            "gaussian, beta, spo. The dataset needs a stable column prompt_id."
+        },
+    )
+    belief_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the belief."})
+    prompt_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Give the belief the mean hidden state of each prompt (one forward pass per prompt)."
+        },
+    )
+    allocation: str = field(
+        default="fixed",
+        metadata={
+            "help": "Completions per prompt: fixed (num_generations), predictive (from the belief, before "
+            "sampling) or rounds (the belief sees each round's rewards)."
+        },
+    )
+    allocation_objective: str = field(
+        default="gradient", metadata={"help": "What an allocation buys: gradient, or light (mixed groups)."}
+    )
+    budget: float | None = field(
+        default=None, metadata={"help": "Mean completions per prompt; None: all rows of the batch."}
+    )
+    rounds: list[int] = field(
+        default_factory=lambda: [2, 4],
+        metadata={"help": "Completions per prompt and round; the last repeats."},
+    )
+    max_rounds: int = field(
+        default=2, metadata={"help": "Rounds per generation batch; the last one takes what is left."}
+    )
+    completions_min: int = field(
+        default=0, metadata={"help": "Least completions of a prompt; 0 may skip it."}
+    )
+    completions_max: int = field(default=32, metadata={"help": "Most completions of a prompt in a batch."})
+    coverage_steps: int = field(
+        default=256, metadata={"help": "A prompt is due again after so many steps without a completion."}
+    )
+    reward_range: str = field(
+        default="unit", metadata={"help": "unit if rewards lie in [0, 1], else real; read by allocations."}
+    )
+    reward_noise_variance: float = field(
+        default=0.0, metadata={"help": "Variance of the scorer's noise, where reward_range is real."}
+    )
+
+    def __post_init__(self) -> None:
+        if getattr(self, "steps_per_generation", None) is None and self.generation_batch_size is None:
+            self.steps_per_generation = 4 * self.gradient_accumulation_steps
+        super().__post_init__()
+
+
+def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
+    """The method to train with: as given, or by name from the settings, with correction and penalty added."""
+    if isinstance(method, Method):
+        resolved = method
+    else:
+        name = method if method is not None else getattr(args, "method", KalmanGRPOConfig.method)
+        resolved = make_method(name, **getattr(args, "method_options", {}))
+    belief = getattr(args, "belief", None)
+    if belief is not None:
+        tracked = Tracked(belief, tuple(args.belief_options.items()))
+        resolved = dataclasses.replace(resolved, advantage=tracked)
+    correction = getattr(args, "correction", None)
+    if correction is not None:
+        if args.use_vllm and args.vllm_importance_sampling_correction:
+            raise ConfigError(
+                f"correction: got {correction!r} beside vllm_importance_sampling_correction=True, expected "
+                "one of the two because the sampler's mismatch would count twice; set TRL's to False"
+            )
+        factor = make("correction", CORRECTIONS, correction, args.correction_options)
+        resolved = dataclasses.replace(resolved, correction=factor)
+    if args.beta and resolved.penalty is None:
+        resolved = dataclasses.replace(
+            resolved, penalty=KL(args.beta, importance_weighted=args.use_bias_correction_kl)
+        )
+    return resolved
+
+
+def budget_of(args: GRPOConfig) -> Budget:
+    """How the settings divide completions among prompts."""
+    if not isinstance(args, KalmanGRPOConfig):
+        return Budget()
+    return Budget(
+        allocation=args.allocation,  # type: ignore[arg-type]
+        mean=args.budget,
+        rounds=tuple(args.rounds),
+        max_rounds=args.max_rounds,
+        low=args.completions_min,
+        high=args.completions_max,
+        objective=args.allocation_objective,  # type: ignore[arg-type]
+        coverage=args.coverage_steps,
+        rewards=args.reward_range,  # type: ignore[arg-type]
+        noise_variance=args.reward_noise_variance,
+    )
+
+
+def check_combination(method: Method, args: GRPOConfig) -> None:
+    """Raise ConfigError for settings that the method would silently override or cannot work with."""
+    defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+    for name in _REPLACED:
+        value = getattr(args, name)
+        if value != defaults[name]:
+            raise ConfigError(
+                f"{name}: got {value!r}, expected TRL's default {defaults[name]!r} because the method "
+                f"{method.name!r} decides this; set it through method_options or a Method of your own"
+            )
+    if budget_of(args).allocation != "fixed" and not isinstance(method.advantage, Tracked):
+        raise ConfigError(
+            f"allocation: got {args.allocation!r} for method {method.name!r}, expected fixed because only a belief "
+            "knows how to divide completions; set belief='auto'"
+        )
+    share = args.gradient_accumulation_steps
+    if isinstance(method.trust, Balance) and (args.steps_per_generation or share) % share:
+        raise ConfigError(
+            f"gradient_accumulation_steps: got {share}, expected a divisor of steps_per_generation = "
+            f"{args.steps_per_generation} because {method.name!r} chooses its bounds once per optimizer step"
+        )
+    if isinstance(method.penalty, KL) and not args.beta:
+        raise ConfigError(
+            f"beta: got {args.beta}, expected a value > 0 because method {method.name!r} has a penalty "
+            "against a reference policy; TRL computes reference log-probabilities only with beta > 0"
+        )

@@ -1,0 +1,162 @@
+"""Generation with beliefs: TRL samples and scores, the belief says how often and what was to be expected.
+
+A round is one call of TRL's own ``_generate_and_score_completions`` on as many rows as the round asks for. The
+rows of all rounds are joined, shared out evenly over ranks, and filled up to the number TRL counts on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from kalman_rl.errors import ConfigError
+from kalman_rl.integrations.trl import rows as batches
+from kalman_rl.integrations.trl.tracking import Tracking, outcome_metrics
+from kalman_rl.sampling.rounds import Sampled
+
+Generate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+def tracked_generation(
+    trainer: Any, tracking: Tracking, inputs: list[dict[str, Any]], generate: Generate
+) -> dict[str, Any]:
+    """One generation batch: who is sampled, how it went, what each completion's advantage is.
+
+    Args:
+        trainer: the KalmanGRPOTrainer.
+        tracking: belief and budget; updated.
+        inputs: this rank's rows of the dataset, a prompt as often as TRL would sample it.
+        generate: TRL's generation of given rows, scored; the trainer notes rewards of all ranks.
+
+    Returns:
+        TRL's batch with as many rows as ``inputs``, ``advantages``, ``rewards`` and the dataset's ``prompt`` and
+        ``prompt_id``. Rows without trained tokens fill up what the budget leaves.
+    """
+    accelerator, padding = trainer.accelerator, trainer._tokenizer.pad_token_id
+    everyone = gather_object(inputs) if accelerator.num_processes > 1 else inputs
+    by_id = prompts_by_id(everyone)
+    ids = list(by_id)
+    step = tracking.tick(trainer.state.global_step)
+    note_features(trainer, tracking, by_id)
+    predicted = tracking.before(ids, step)
+    told: list[list[Hashable]] = []
+    rewards: list[Tensor] = []
+    parts: list[dict[str, Any]] = []
+
+    def sample(names: list[Hashable]) -> Tensor:
+        """Sample one completion for each name, on all ranks together; its rewards."""
+        share = -(-len(names) // accelerator.num_processes)
+        padded = names + names[:1] * (share * accelerator.num_processes - len(names))
+        start = accelerator.process_index * share
+        local = generate([by_id[name] for name in padded[start : start + share]])
+        parts.append(batches.take(batches.gather(local, accelerator, padding), torch.arange(len(names))))
+        told.append(names)
+        rewards.append(trainer._last_rewards[: len(names)].double().cpu())
+        return rewards[-1]
+
+    with trainer.one_completion_per_row():
+        if tracking.budget.allocation == "fixed":
+            names = [row["prompt_id"] for row in everyone]
+            sampled = fixed_groups(tracking, names, sample(names), step)
+        else:
+            plan = tracking.plan(ids, step=step, rows=len(everyone))
+            while (request := plan.next_round()) is not None:
+                names = [name for name, count in request for _ in range(count)]
+                plan.tell(names, sample(names))
+            sampled = plan.result()
+
+    metrics = outcome_metrics(sampled, (told[0], rewards[0]), predicted, tracking, len(everyone))
+    tracking.note(sampled)
+    _log(trainer, metrics, sampled.reward)
+    device = accelerator.device
+    whole = batches.join(parts, padding)
+    whole["advantages"] = (sampled.advantage * sampled.weight).float().to(device)
+    whole["rewards"] = sampled.reward.float().to(device)
+    whole["prompt_id"] = sampled.ids
+    whole["prompt"] = [by_id[name]["prompt"] for name in sampled.ids]
+    whole = batches.fill(whole, len(everyone))
+    mine = torch.arange(len(inputs)) + accelerator.process_index * len(inputs)
+    trained = (whole["completion_mask"] * whole.get("tool_mask", 1)).sum()
+    return batches.take(whole, mine) | {"num_items_in_batch": trained}
+
+
+def _log(trainer: Any, metrics: dict[str, float], reward: Tensor) -> None:
+    """Log the numbers of one generation batch, with TRL's own reward statistics of the whole batch."""
+    known = reward[~reward.isnan()]
+    if len(known):
+        metrics = metrics | {"reward": known.mean().item(), "reward_std": known.std(correction=0).item()}
+    metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
+    for name, value in metrics.items():
+        trainer._metrics["train"][name].append(value)
+
+
+def fixed_groups(tracking: Tracking, names: list[Hashable], reward: Tensor, step: int) -> Sampled:
+    """Groups of TRL's size: advantages from the belief, which then absorbs them."""
+    features = tracking.known_features(names)
+    found = tracking.belief.advantages(names, reward, step=step, features=features)
+    tracking.belief.update(names, reward, step=step, features=features)
+    prompts = list(dict.fromkeys(names))
+    tracking.coverage.visit(prompts, step=step)
+    known = ~reward.isnan()
+    return Sampled(
+        ids=names,
+        reward=reward,
+        advantage=found.advantage,
+        weight=known.double(),
+        round=torch.zeros(len(names), dtype=torch.long),
+        prompts=prompts,
+        tau=torch.tensor([names.count(name) for name in prompts]),
+        stop_reason=["planned"] * len(prompts),
+        price=None,
+    )
+
+
+def prompts_by_id(rows: list[dict[str, Any]]) -> dict[Hashable, dict[str, Any]]:
+    """The dataset's row of every prompt. Raises: ConfigError for rows without a usable ``prompt_id``."""
+    by_id: dict[Hashable, dict[str, Any]] = {}
+    for row in rows:
+        name = row.get("prompt_id")
+        if not isinstance(name, (str, int)) or isinstance(name, bool):
+            raise ConfigError(
+                f"prompt_id: got {name!r}, expected a text or integer in every row of the dataset because beliefs "
+                "are kept by prompt; add one, e.g. dataset.map(lambda row, i: {'prompt_id': i}, with_indices=True)"
+            )
+        if by_id.setdefault(name, row)["prompt"] != row["prompt"]:
+            raise ConfigError(
+                f"prompt_id: got {name!r} for two different prompts, expected one name per prompt; beliefs "
+                "about them would be mixed"
+            )
+    return by_id
+
+
+def note_features(trainer: Any, tracking: Tracking, by_id: dict[Hashable, dict[str, Any]]) -> None:
+    """Features of prompts that come up for the first time: the mean of the last hidden state over the prompt.
+
+    Adapters are switched off for it, and a feature is kept once it is known, so that it does not drift with the
+    policy and is paid for once.
+    """
+    if not trainer.prompt_features:
+        return
+    new = [name for name in by_id if name not in tracking.features]
+    if not new:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    switched_off = getattr(model, "disable_adapter", None)
+    tokens = trainer._tokenize_prompts([by_id[name]["prompt"] for name in new])[0]
+    size = trainer.args.per_device_train_batch_size
+    with torch.no_grad(), switched_off() if switched_off else torch.no_grad():
+        for start in range(0, len(new), size):
+            part = [torch.tensor(ids) for ids in tokens[start : start + size]]
+            ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(trainer.accelerator.device)
+            mask = torch.zeros_like(ids)
+            for i, row in enumerate(part):
+                mask[i, : len(row)] = 1
+            out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            weight = mask[..., None].float()
+            mean = (out.hidden_states[-1].float() * weight).sum(1) / weight.sum(1)
+            for name, feature in zip(new[start : start + size], mean.cpu()):
+                tracking.features[name] = feature.clone()

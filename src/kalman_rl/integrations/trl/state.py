@@ -1,0 +1,76 @@
+"""What a checkpoint of the trainer holds beyond TRL's: one safetensors file, no code on loading.
+
+Tensors are stored as they are; the rest (numbers, texts, lists, prompt ids) as JSON in the header.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kalman_rl.errors import RunError
+
+STATE_FILE = "kalman_rl.safetensors"
+FORMAT = 1
+
+
+def save_state(folder: str | Path, state: dict[str, Any]) -> None:
+    """Write a nested dictionary of tensors, numbers, texts and lists into a checkpoint folder."""
+    tensors: dict[str, Tensor] = {}
+    plain = _without_tensors(state, "", tensors)
+    header = {"kalman_rl": json.dumps({"format": FORMAT, "state": plain})}
+    save_file(tensors, str(Path(folder) / STATE_FILE), metadata=header)
+
+
+def load_state(folder: str | Path) -> dict[str, Any] | None:
+    """Read it back; None if the checkpoint has no such file.
+
+    Raises: RunError if the file is damaged or of another format.
+    """
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("kalman_rl", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}; take an older checkpoint") from None
+    if header.get("format") != FORMAT:
+        raise RunError(f"{path}: got format {header.get('format')!r}, expected {FORMAT}")
+    state: dict[str, Any] = _with_tensors(header["state"], "", tensors)
+    return state
+
+
+def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The value with every tensor moved to ``tensors`` and a mark in its place."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"dict": [[k, _without_tensors(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        parts = [_without_tensors(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": parts}
+    return value
+
+
+def _with_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {_key(k): _with_tensors(v, path, tensors) for k, v in content}
+    parts = [_with_tensors(v, path, tensors) for v in content]
+    return tuple(parts) if kind == "tuple" else parts
+
+
+def _key(key: Any) -> Any:
+    return tuple(key) if isinstance(key, list) else key

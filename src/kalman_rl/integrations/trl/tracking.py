@@ -1,0 +1,212 @@
+"""Beliefs inside the trainer: what is thought of each prompt, how many completions it gets, what that cost.
+
+Every rank holds the same belief and sees the same gathered rewards in the same order, so all ranks decide alike
+and nothing is broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kalman_rl.belief.protocol import Belief
+from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.kalman import Gaussian
+from kalman_rl.sampling.coverage import Coverage
+from kalman_rl.sampling.rounds import RoundPlan, Sampled
+
+Kind = Literal["fixed", "predictive", "rounds"]
+NINETY = 1.6448536269514722
+"""Half-width of the central 90 % interval in standard deviations."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How completions are divided among the prompts of a generation batch.
+
+    Args:
+        allocation: "fixed", the same number each; "predictive", from the belief before sampling (exactly
+            unbiased); "rounds", in rounds that see the rewards so far (exact direction, weight E[tau]).
+        mean: completions per prompt on average, or None for as many as TRL's batch holds.
+        rounds: completions per prompt and round; the last number repeats.
+        max_rounds: the last round asks for all that is left. Every round is a generation call; two suffice.
+        low, high: bounds of one prompt's completions in a batch; with low 0 a prompt can be skipped.
+        objective: "gradient" spends near success rate 1/2, "light" on hard but solvable prompts.
+        coverage: a prompt is due again after so many optimizer steps without a completion.
+        rewards: "unit" if they lie in [0, 1], else "real".
+        noise_variance: of the scorer, in squared reward units; read for "real" only.
+    """
+
+    allocation: Kind = "fixed"
+    mean: float | None = None
+    rounds: tuple[int, ...] = (2, 4)
+    max_rounds: int = 2
+    low: int = 0
+    high: int = 32
+    objective: Literal["gradient", "light"] = "gradient"
+    coverage: int = 256
+    rewards: Literal["unit", "real"] = "unit"
+    noise_variance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.allocation not in ("fixed", "predictive", "rounds"):
+            raise ConfigError(
+                f"allocation: got {self.allocation!r}, expected one of fixed, predictive, rounds"
+            )
+        if not 0 <= self.low <= self.high or self.high < 1:
+            raise ConfigError(
+                f"completions_min, completions_max: got {self.low}, {self.high}, expected 0 <= min <= max and max >= 1"
+            )
+        if self.mean is not None and not (0 < self.mean < math.inf):
+            raise ConfigError(f"budget: got {self.mean}, expected a mean number of completions > 0")
+        if self.mean is not None and self.allocation == "fixed":
+            raise ConfigError(
+                f"budget: got {self.mean} with allocation='fixed', expected predictive or rounds; with fixed the "
+                "number of completions per prompt (num_generations) is the budget"
+            )
+        if self.mean is not None and not self.low <= self.mean <= self.high:
+            raise ConfigError(
+                f"budget: got {self.mean}, expected {self.low} to {self.high}, the bounds of one prompt's completions"
+            )
+
+    def total(self, prompts: int, rows: int) -> int:
+        """Completions of a batch of ``prompts`` prompts for which there are ``rows`` rows."""
+        wanted = rows if self.mean is None else min(rows, round(self.mean * prompts))
+        return max(min(wanted, prompts * self.high), prompts * self.low, 1)
+
+
+@dataclass
+class Tracking:
+    """A belief with its clock, its books and the features of prompts.
+
+    Args:
+        belief: read and updated.
+        budget: how completions are divided.
+    """
+
+    belief: Belief
+    budget: Budget
+    last_step: int = -1
+    coverage: Coverage = field(init=False)
+    skipped: set[Hashable] = field(default_factory=set)
+    features: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.coverage = Coverage(self.budget.coverage)
+
+    def tick(self, global_step: int) -> int:
+        """The step of the next generation batch: the trainer's, but never the same twice."""
+        self.last_step = max(global_step, self.last_step + 1)
+        return self.last_step
+
+    def known_features(self, ids: Sequence[Hashable]) -> Tensor | None:
+        """(n, F) features noted for these prompts; None if there are none."""
+        return torch.stack([self.features[name] for name in ids]) if self.features else None
+
+    def plan(self, ids: Sequence[Hashable], *, step: int, rows: int) -> RoundPlan:
+        """Who is sampled how often in this batch."""
+        budget = self.budget
+        total = budget.total(len(ids), rows)
+        return RoundPlan(
+            self.belief,
+            ids,
+            step=step,
+            total=total,
+            rounds=budget.rounds,
+            max_rounds=budget.max_rounds if budget.allocation == "rounds" else None,
+            n_min=budget.low,
+            n_max=max(budget.high, -(-total // len(ids))),
+            objective=budget.objective,
+            weighting="tau" if budget.allocation == "rounds" else "equal",
+            features=self.known_features(ids),
+            reward=budget.rewards,
+            noise_variance=budget.noise_variance,
+            coverage=self.coverage,
+        )
+
+    def before(self, ids: Sequence[Hashable], step: int) -> tuple[Gaussian, Gaussian]:
+        """What was predicted of each prompt: its value, and one new reward."""
+        features = self.known_features(ids)
+        value = self.belief.predict(ids, step=step, features=features)
+        return value, self.belief.predictive(ids, step=step, features=features)
+
+    def note(self, sampled: Sampled) -> None:
+        """Book which prompts were passed over."""
+        for name, tau in zip(sampled.prompts, sampled.tau.tolist()):
+            (self.skipped.discard if tau else self.skipped.add)(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on as if nothing had happened."""
+        names = list(self.features)
+        return {
+            "belief": self.belief.state_dict(),
+            "coverage": self.coverage.state_dict(),
+            "last_step": self.last_step,
+            "skipped": sorted(self.skipped, key=repr),
+            "feature_ids": names,
+            "features": torch.stack([self.features[n] for n in names]) if names else torch.zeros(0, 0),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Continue from a checkpoint. Raises: RunError if there is none, ConfigError if it does not fit."""
+        if state is None:
+            raise RunError(
+                "checkpoint: got no beliefs about prompts, expected those of the run; it was saved without a belief"
+            )
+        self.belief.load_state_dict(state["belief"])
+        self.coverage.load_state_dict(state["coverage"])
+        self.last_step = state["last_step"]
+        self.skipped = set(state["skipped"])
+        self.features = dict(zip(state["feature_ids"], state["features"]))
+
+
+def outcome_metrics(
+    sampled: Sampled,
+    first: tuple[list[Hashable], Tensor],
+    predicted: tuple[Gaussian, Gaussian],
+    tracking: Tracking,
+    rows: int,
+) -> dict[str, float]:
+    """Numbers about one generation batch.
+
+    ``budget/used`` and ``budget/saved`` completions, ``budget/prompts`` that got any, ``budget/largest`` group;
+    ``groups/informative`` share of sampled groups with different rewards; ``belief/coverage_90`` share of first
+    rounds whose mean lay in the predicted 90 % interval; ``belief/retired`` prompts passed over that were sampled
+    when they last came up, ``belief/returned`` the reverse. Call before :meth:`Tracking.note`.
+
+    Args:
+        first: ids and rewards of the first round.
+        predicted: :meth:`Tracking.before` of ``sampled.prompts``.
+        rows: completions that a fixed allocation would have used.
+    """
+    tau = sampled.tau.tolist()
+    place = {name: i for i, name in enumerate(sampled.prompts)}
+    rewards: dict[Hashable, set[float]] = {}
+    for name, reward in zip(sampled.ids, sampled.reward.tolist()):
+        if reward == reward:
+            rewards.setdefault(name, set()).add(reward)
+    inside = []
+    value, new = predicted
+    for name in dict.fromkeys(first[0]):
+        known = [r for n, r in zip(first[0], first[1].tolist()) if n == name and r == r]
+        if known:
+            i = place[name]
+            noise = float(new.variance[i] - value.variance[i])
+            spread = math.sqrt(float(value.variance[i]) + noise / len(known))
+            inside.append(abs(sum(known) / len(known) - float(value.mean[i])) <= NINETY * spread)
+    passed = {name for name, n in zip(sampled.prompts, tau) if not n}
+    return {
+        "budget/used": float(sum(tau)),
+        "budget/saved": float(rows - sum(tau)),
+        "budget/prompts": float(sum(n > 0 for n in tau)),
+        "budget/largest": float(max(tau)),
+        "groups/informative": sum(len(v) > 1 for v in rewards.values()) / max(len(rewards), 1),
+        "belief/coverage_90": sum(inside) / max(len(inside), 1),
+        "belief/retired": float(len(passed - tracking.skipped)),
+        "belief/returned": float(len((set(sampled.prompts) - passed) & tracking.skipped)),
+    }

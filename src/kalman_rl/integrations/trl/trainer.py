@@ -1,0 +1,396 @@
+"""TRL: ``KalmanGRPOTrainer(GRPOTrainer)`` runs any :class:`kalman_rl.objective.Method`.
+
+A few small overrides: rewards are noted as they pass, advantages come from the method, the loss is
+:func:`kalman_rl.objective.policy_loss`, a step's end is where a method learns, and the first step checks that
+this loss really ran. Inputs that a method needs beyond TRL's are made here or in ``forward``. Generation,
+reference model, PEFT, accelerate, FSDP, DeepSpeed, vLLM, logging and checkpoints are TRL's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from kalman_rl import diagnosis
+from kalman_rl.aggregate import Totals
+from kalman_rl.balance import Balance
+from kalman_rl.curvature import last_layer_step
+from kalman_rl.errors import AdapterError, ConfigError
+from kalman_rl.integrations.trl.config import (
+    KalmanGRPOConfig,
+    budget_of,
+    check_combination,
+    resolve_method,
+)
+from kalman_rl.integrations.trl.forward import NextTokens, head_moments, next_tokens
+from kalman_rl.integrations.trl.generation import tracked_generation
+from kalman_rl.integrations.trl.learning import Learning
+from kalman_rl.integrations.trl.state import load_state, save_state
+from kalman_rl.integrations.trl.tracking import Tracking
+from kalman_rl.objective import Loss, Method, needs_of, policy_loss, step_statistics
+from kalman_rl.penalty import k3
+from kalman_rl.rollouts import Current, Rollouts, score_energy
+from kalman_rl.tracked import Tracked
+from kalman_rl.trust import weight_of
+
+logger = logging.getLogger(__name__)
+
+_FORWARD_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class TokenBatch(NamedTuple):
+    """What an observer of the trainer sees after each micro-batch; everything detached."""
+
+    step: int
+    inputs: dict[str, Any]
+    rollouts: Rollouts
+    logp: Tensor
+    loss: Loss
+
+
+class KalmanGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer with the policy objective of this package.
+
+    Args:
+        method: a Method or a name of :data:`kalman_rl.methods.METHODS`; default: ``args.method`` with
+            ``args.method_options``.
+        observers: callables that receive a :class:`TokenBatch` after every training micro-batch.
+        Everything else as in GRPOTrainer. ``args.beta > 0`` adds the k3 penalty as in TRL.
+
+    Raises:
+        ConfigError: a TRL setting that the method replaces was changed, or cannot be combined.
+        AdapterError: TRL has other hooks than tested, or another library replaced the loss.
+    """
+
+    _tag_names = ["trl", "grpo", "kalman-rl"]
+    _name = "Kalman-GRPO"
+    _paper = {"title": "KPO", "id": "2602.10609"}
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *more: Any,
+        method: Method | str | None = None,
+        observers: Sequence[Callable[[TokenBatch], None]] = (),
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else KalmanGRPOConfig("kalman-grpo")
+        self.method = resolve_method(method, args)
+        self.observers = list(observers)
+        self.tracking: Tracking | None = None
+        if isinstance(self.method.advantage, Tracked):
+            self.tracking = Tracking(self.method.advantage.make(), budget_of(args))
+        self.prompt_features = getattr(args, "prompt_features", False)
+        self.learning = Learning(self.method, self._sum_over_ranks)
+        self._step_method = self.method
+        self._own_loss_ran = False
+        self._noop_steps = 0
+        self._last_rewards: Tensor | None = None
+        check_combination(self.method, args)
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        if self.use_vllm and "top_behaviour" in self.method.needs:
+            raise ConfigError(
+                f"method: got {self.method.name!r} with vLLM, expected one without top-k distributions of "
+                "the sampler, which vLLM does not pass on; take the binary form (dppo_tv, dppo_kl)"
+            )
+        if self._entropy_bonus_enabled:
+            raise ConfigError(
+                f"entropy_coef: got {self.entropy_coef}, expected 0 because the entropy bonus is not part of "
+                "a method yet; set entropy_coef=0 and adaptive entropy off"
+            )
+        cycle = self.args.steps_per_generation * self.num_iterations
+        if self.args.gradient_accumulation_steps % cycle == 0 and not self.use_vllm:
+            self._warn_noop(
+                f"one optimizer step per generation batch (gradient_accumulation_steps="
+                f"{self.args.gradient_accumulation_steps}, steps_per_generation * num_iterations={cycle})"
+            )
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self._last_rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.tracking is not None and self.model.training:
+            generate = super()._generate_and_score_completions
+            output = tracked_generation(self, self.tracking, inputs, generate)
+            self._method_inputs(output)
+            return self._counted(output)
+        output = super()._generate_and_score_completions(inputs)
+        rewards: Any = self._last_rewards  # of all ranks, groups contiguous
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        group = torch.arange(len(rewards), device=rewards.device) // size
+        local = slice(
+            self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs)
+        )
+        extra = self._method_inputs(output)
+        output["advantages"] = self.method.advantage(rewards, group, **extra)[local]
+        output["rewards"] = rewards[local]
+        output["prompt"] = [row["prompt"] for row in inputs]
+        output["prompt_id"] = [row.get("prompt_id") for row in inputs]
+        return self._counted(output)
+
+    def _counted(self, output: dict[str, Any]) -> dict[str, Any]:
+        filled = self._loss_mask(output).any(dim=1).sum()
+        return output | {"num_sequences_in_batch": self.accelerator.gather(filled).sum()}
+
+    @contextlib.contextmanager
+    def one_completion_per_row(self) -> Iterator[None]:
+        """While it lasts, TRL takes every row for a prompt of its own and forms no groups."""
+        size: int = self.num_generations  # type: ignore[has-type]
+        self.num_generations = 1
+        marks = {name: len(values) for name, values in self._metrics["train"].items()}
+        try:
+            yield
+        finally:
+            self.num_generations = size
+            for name in ("reward", "reward_std", "frac_reward_zero_std"):  # of single rounds: drop them
+                del self._metrics["train"][name][marks.get(name, 0) :]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._own_loss_ran = True
+        mode = "train" if self.model.training else "eval"
+        mask = self._loss_mask(inputs)
+        logp, entropy, aux_loss = self._score(model, inputs)
+        rollouts = self._rollouts(inputs, logp)
+        advantage = self._scaled_advantage(inputs, logp, entropy, mask)
+        current = self._current(model, inputs, logp, advantage)
+        method = self._settled(model, inputs, rollouts, current, advantage, mode)
+        loss = policy_loss(method, rollouts, current, advantage=advantage, totals=self._totals(inputs, mode))
+        self._record(mode, loss, rollouts, entropy)
+        if mode == "train":
+            self.learning.observe(logp, rollouts)
+            for observe in self.observers:
+                observe(TokenBatch(self.state.global_step, inputs, rollouts, logp.detach(), loss))
+        value = loss.value
+        if self.aux_loss_enabled:
+            share = self.current_gradient_accumulation_steps if mode == "train" else 1.0
+            value = value + self.router_aux_loss_coef * aux_loss / share
+        return value
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.accelerator.is_main_process and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            state = {"method": self.method.name, "learning": self.learning.state_dict()}
+            if self.tracking is not None:
+                state["tracking"] = self.tracking.state_dict()
+            save_state(folder, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        state = load_state(checkpoint) if checkpoint is not None else None
+        if state is not None:
+            self.learning.load_state_dict(state["learning"])
+        if checkpoint is not None and self.tracking is not None:
+            self.tracking.load_state_dict((state or {}).get("tracking"))
+
+    def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities (B, T), entropies (B, T), auxiliary loss of the completions under the model."""
+        scores: tuple[Tensor, Tensor, Tensor] = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{key: inputs.get(key) for key in _FORWARD_KEYS},
+        )
+        return scores
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        output: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self.learning.end_step()
+        if not self._own_loss_ran:
+            raise AdapterError(
+                f"KalmanGRPOTrainer._compute_loss: got bypassed in the first step, expected method "
+                f"{self.method.name!r} to compute the loss; another library replaced TRL's compute_loss "
+                "(Unsloth does): import it after this trainer is built, or do without it"
+            )
+        return output
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+        return total.to(values.device)
+
+    def _rollouts(self, inputs: dict[str, Any], logp: Tensor) -> Rollouts:
+        # TRL leaves the old log-probabilities out when the update is exactly on-policy.
+        old = inputs.get("old_per_token_logps", logp.detach())
+        sampler = inputs.get("sampling_per_token_logps")
+        if sampler is None and "logp_behaviour" in self.method.needs:
+            sampler = old  # transformers samples from the very model that is trained
+        return Rollouts(
+            logp_old=old,
+            mask=self._loss_mask(inputs),
+            reward=inputs["rewards"],
+            logp_behaviour=sampler,
+            logp_reference=inputs.get("ref_per_token_logps"),
+            top_behaviour=inputs.get("top_behaviour"),
+            allow_empty=True,
+        )
+
+    def _method_inputs(self, output: dict[str, Any]) -> dict[str, Tensor]:
+        """What the advantage needs, of all ranks; notes the sampler's distributions for the loss."""
+        needs, mask = self.method.needs, self._loss_mask(output)
+        found: dict[str, Tensor] = {"mask": mask, "length": mask.sum(dim=1)}
+        if {"top_behaviour", "energy"} & set(needs):
+            now = self._next_tokens(self.model, output)
+            if "top_behaviour" in needs:
+                output["top_ids"], output["top_behaviour"] = now.top_ids, now.top_logp
+            found["energy"] = torch.where(mask, score_energy(now.logp, now.collision), 0.0)
+        padded = {name: found[name] for name in needs_of(self.method.advantage)}
+        for name, value in padded.items():
+            if value.dim() == 2:
+                value = self.accelerator.pad_across_processes(value, dim=1)
+            padded[name] = self.accelerator.gather(value)
+        return padded
+
+    def _next_tokens(
+        self, model: Any, inputs: dict[str, Any], top_ids: Tensor | None = None, hidden: bool = False
+    ) -> NextTokens:
+        extra = {key: inputs[key] for key in _FORWARD_KEYS if inputs.get(key) is not None}
+        with self.accelerator.autocast():
+            return next_tokens(
+                model,
+                inputs,
+                top_k=getattr(self.args, "top_k_distribution", KalmanGRPOConfig.top_k_distribution),
+                temperature=self.temperature,
+                top_ids=top_ids,
+                hidden=hidden,
+                rows=self.args.per_device_train_batch_size,
+                extra=extra,
+            )
+
+    def _current(self, model: Any, inputs: dict[str, Any], logp: Tensor, advantage: Tensor) -> Current:
+        """The current policy with what the trust region needs besides ``logp``."""
+        if "top_logp" in self.method.needs:
+            return Current(logp, top_logp=self._next_tokens(model, inputs, inputs["top_ids"]).top_logp)
+        if "step" in self.method.needs:
+            now = self._next_tokens(model, inputs, hidden=True)
+            assert now.hidden is not None
+            rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
+            moments = head_moments(self.accelerator.unwrap_model(self.model), self.optimizer)
+            step = last_layer_step(
+                advantage, now.hidden, now.top_logp, now.top_ids, inputs["completion_ids"], rate, moments
+            )
+            return Current(logp, step=step)
+        return Current(logp)
+
+    def _settled(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        rollouts: Rollouts,
+        current: Current,
+        advantage: Tensor,
+        mode: str,
+    ) -> Method:
+        """The method for this micro-batch. Batch-wide clip bounds are those of the whole optimizer step,
+        which takes a forward pass over its other micro-batches before the first of them."""
+        method = self.learning.now
+        if not isinstance(method.trust, Balance):
+            return method
+        if mode == "eval":
+            return self.learning.settle(step_statistics(method, rollouts, current, advantage=advantage))
+        share = self.current_gradient_accumulation_steps
+        if self._step % share == 0:
+            total = step_statistics(method, rollouts, current, advantage=advantage)
+            for i in range(1, share):
+                other = self._buffered_inputs[(self._step + i) % self.args.steps_per_generation]
+                with torch.no_grad():
+                    logp, entropy, _ = self._score(model, other)
+                scaled = self._scaled_advantage(other, logp, entropy, self._loss_mask(other))
+                part = step_statistics(method, self._rollouts(other, logp), logp, advantage=scaled)
+                total = part if total is None or part is None else total + part
+            self._step_method = self.learning.settle(total)
+            for name, sign in (("low", -1), ("high", 1)):
+                bound = 1 + sign * getattr(self._step_method.trust, name)
+                self._metrics[mode][f"trust/bound_{name}"].append(bound)
+        return self._step_method
+
+    @staticmethod
+    def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"]
+        return (mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]).bool()
+
+    def _scaled_advantage(
+        self, inputs: dict[str, Any], logp: Tensor, entropy: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Advantages (B, T) times TRL's detached per-token factors; a factor >= 0 on A scales the gradient
+        exactly as it would on the loss, and leaves the trust region's decision alone."""
+        advantage = inputs["advantages"]
+        advantage = (advantage if advantage.dim() == 2 else advantage[:, None]).expand_as(logp).float()
+        if self.top_entropy_quantile < 1.0:
+            advantage = advantage * self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            advantage = advantage * inputs["importance_sampling_ratio"]
+        if self.off_policy_mask_threshold is not None:
+            old = inputs.get("old_per_token_logps", logp.detach())
+            advantage = advantage * self.get_off_policy_mask(
+                advantages=advantage,
+                per_token_logps=logp.detach(),
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old),
+                mask=mask,
+                off_policy_threshold=self.off_policy_mask_threshold,
+            )
+        return torch.where(mask, advantage, 0.0)
+
+    def _totals(self, inputs: dict[str, Any], mode: str) -> Totals:
+        """Counts of one optimizer step per rank. TRL counts over the generation batch, which spans
+        ``steps_per_generation`` micro-batches; gradients are averaged over ranks, hence the division."""
+        share = 1.0 / self.accelerator.num_processes
+        if mode == "train":
+            share *= self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return Totals(
+            float(inputs["num_items_in_batch"]) * share, float(inputs["num_sequences_in_batch"]) * share
+        )
+
+    def _record(self, mode: str, loss: Loss, rollouts: Rollouts, entropy: Tensor) -> None:
+        metrics = loss.metrics | {"entropy": diagnosis.masked_mean(entropy, rollouts.mask)}
+        if rollouts.logp_reference is not None:
+            ratio = loss.tokens.log_ratio
+            drift = rollouts.logp_reference - rollouts.logp_old - ratio
+            weight = weight_of(ratio) if self.args.use_bias_correction_kl else 1.0
+            metrics["kl"] = diagnosis.masked_mean(weight * k3(drift), rollouts.mask)
+        values = torch.stack([value.detach().float() for value in metrics.values()])
+        for name, value in zip(
+            metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True
+        ):
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            cycle = self.args.steps_per_generation * self.num_iterations
+            self._noop_steps = self._noop_steps + 1 if bool(metrics["ratio/noop"]) else 0
+            if self._noop_steps == 2 * cycle:
+                self._warn_noop(f"{self._noop_steps} micro-batches in a row")
+
+    def _warn_noop(self, why: str) -> None:
+        logger.warning(
+            "log-ratio: got exactly 0 at every token (%s), so ratio, filter and clip of %r do nothing; take "
+            "several optimizer steps per generation (steps_per_generation, num_iterations) if you want them",
+            why,
+            self.method.name,
+        )

@@ -1,0 +1,73 @@
+"""The published methods, each a composition: advantage x ratio x trust x aggregate.
+
+Read this folder first: ``by_advantage``, ``by_ratio``, ``by_filter`` and ``by_trust`` hold one short
+function a method, sorted by what the method changes. ``METHODS`` is the table that the command line, the
+trainers and every invariance test go through. Equations, use and citations are in ``cards.toml``, shown by
+the command ``kalman-rl methods NAME``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kalman_rl.lookup import make
+from kalman_rl.methods import by_advantage, by_filter, by_ratio, by_trust
+from kalman_rl.methods.knobs import translated
+from kalman_rl.objective import Method
+
+METHODS: dict[str, Callable[..., Method]] = {
+    build.__name__: build
+    for build in (
+        by_advantage.reinforce,
+        by_advantage.rloo,
+        by_advantage.grpo,
+        by_advantage.dr_grpo,
+        by_advantage.dapo,
+        by_advantage.opo,
+        by_advantage.otb,
+        by_advantage.gpg,
+        by_advantage.gpg_published,
+        by_advantage.krpo,
+        by_advantage.krpo_invariant,
+        by_advantage.k_score,
+        by_advantage.batch_mean,
+        by_advantage.james_stein,
+        by_advantage.spo,
+        by_advantage.k_grpo,
+        by_ratio.gspo,
+        by_ratio.gspo_token,
+        by_ratio.minpro,
+        by_ratio.minpro_clipped,
+        by_ratio.ratio_one,
+        by_filter.kpo,
+        by_filter.kpo_unclipped,
+        by_filter.kpo_diffuse,
+        by_filter.kpo_auto,
+        by_filter.kpo_noise,
+        by_filter.kpo_robust,
+        by_trust.cispo,
+        by_trust.gmpo,
+        by_trust.sapo,
+        by_trust.dro,
+        by_trust.dppo_tv,
+        by_trust.dppo_kl,
+        by_trust.dppo_topk_tv,
+        by_trust.dppo_topk_kl,
+        by_trust.bapo,
+        by_trust.bapo_published,
+        by_trust.capo,
+    )
+}
+"""Every method by name."""
+
+
+def make_method(name: str, **options: float | bool | None) -> Method:
+    """Build a method of the table by name, with its options; hosts' names for them are in :mod:`.knobs`.
+
+    Raises: ConfigError for an unknown name or option, naming the nearest one; NumericError for a value
+    out of range.
+
+    >>> make_method("kpo", low=0.05, high=0.05).trust
+    Clip(low=0.05, high=0.05, dual=None)
+    """
+    return make("method", METHODS, name, translated(name, options))

@@ -1,0 +1,73 @@
+"""Methods that differ in the ratio: how much a token still counts off-policy."""
+
+from __future__ import annotations
+
+from kalman_rl import advantage, aggregate, ratio, trust
+from kalman_rl.objective import Method
+
+
+def gspo(*, low: float = 3e-4, high: float = 4e-4, epsilon: float = 1e-4) -> Method:
+    """GSPO: the sequence's mean log-ratio at every token, tightly clipped. Source: arXiv 2507.18071."""
+    return Method(
+        "gspo",
+        advantage.GroupZScore(epsilon),
+        ratio.sequence_mean,
+        trust.Clip(low, high),
+        aggregate.sequence_mean,
+    )
+
+
+def gspo_token(*, low: float = 3e-4, high: float = 4e-4, epsilon: float = 1e-4) -> Method:
+    """GSPO-token: GSPO's sequence ratio with an advantage per token. Source: arXiv 2507.18071.
+
+    Equal to :func:`gspo` while a completion has one advantage; pass ``advantage`` (B, T) to use more.
+    """
+    return Method(
+        "gspo_token",
+        advantage.GroupZScore(epsilon),
+        ratio.sequence_mean,
+        trust.Clip(low, high),
+        aggregate.sequence_mean,
+    )
+
+
+def minpro(
+    *, high: float = 5.0, inclusive: bool = False, capped: bool = False, epsilon: float = 1e-4
+) -> Method:
+    """MinPRO: token ratio times the smallest earlier ratio, capped like CISPO. Source: arXiv 2601.22718.
+
+    Reconstructed from the abstract. ``inclusive`` and ``capped`` choose between its readings; the default
+    equals the exact prefix ratio for two tokens. ``high`` is the bound itself, ours.
+    """
+    return Method(
+        "minpro",
+        advantage.GroupZScore(epsilon),
+        ratio.PrefixMinimum(inclusive, capped),
+        trust.Cap(high),
+        aggregate.token_mean,
+    )
+
+
+def minpro_clipped(
+    *,
+    low: float = 0.2,
+    high: float = 0.2,
+    inclusive: bool = False,
+    capped: bool = False,
+    epsilon: float = 1e-4,
+) -> Method:
+    """MinPRO inside PPO's clip instead of a cap: the other reading. Source: arXiv 2601.22718."""
+    return Method(
+        "minpro_clipped",
+        advantage.GroupZScore(epsilon),
+        ratio.PrefixMinimum(inclusive, capped),
+        trust.Clip(low, high),
+        aggregate.token_mean,
+    )
+
+
+def ratio_one(*, low: float = 3e-4, high: float = 4e-4, epsilon: float = 1e-4) -> Method:
+    """The control "ratio := 1 with the same clip": what remains of KPO when the filter passes nothing."""
+    return Method(
+        "ratio_one", advantage.GroupZScore(epsilon), ratio.one, trust.Clip(low, high), aggregate.sequence_mean
+    )

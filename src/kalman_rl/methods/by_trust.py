@@ -1,0 +1,149 @@
+"""Methods that differ in the trust region: which tokens may still move."""
+
+from __future__ import annotations
+
+from kalman_rl import advantage, aggregate, balance, curvature, divergence, penalty, ratio, trust
+from kalman_rl.objective import Method
+
+
+def cispo(*, high: float = 5.0, low: float = 0.0, epsilon: float = 1e-4) -> Method:
+    """CISPO: cap the token weight, drop no token. Source: arXiv 2506.13585.
+
+    ``high`` and ``low`` are the bounds themselves, as in TRL; in verl they are distances from 1.
+    """
+    return Method(
+        "cispo", advantage.GroupZScore(epsilon), ratio.token, trust.Cap(high, low), aggregate.token_mean
+    )
+
+
+def gmpo(*, low: float = 0.4, high: float = 0.4, epsilon: float = 1e-4) -> Method:
+    """GMPO: geometric mean of token ratios, clipped token by token in log space. Source: arXiv 2507.20673."""
+    return Method(
+        "gmpo",
+        advantage.GroupZScore(epsilon),
+        ratio.token,
+        trust.GeometricClip(low, high),
+        aggregate.sequence_mean,
+    )
+
+
+def sapo(*, positive: float = 1.0, negative: float = 1.05, epsilon: float = 1e-4) -> Method:
+    """SAPO: a sigmoid gate on the token ratio instead of a clip. Source: arXiv 2511.20347."""
+    return Method(
+        "sapo",
+        advantage.GroupZScore(epsilon),
+        ratio.token,
+        trust.SoftGate(positive, negative),
+        aggregate.sequence_mean,
+    )
+
+
+def dro(*, beta: float = 0.1, epsilon: float = 1e-4) -> Method:
+    """DRO: policy gradient with a quadratic penalty on the log-ratio, no clip. Source: arXiv 2405.19107.
+
+    ``-A logp + beta (logp - logp_old)^2 / 2``. Deviations: verl's form, a token at a time and with a group
+    baseline, instead of a learned value and the sequence's log-ratio.
+    """
+    return Method(
+        "dro",
+        advantage.GroupZScore(epsilon),
+        ratio.one,
+        trust.log_likelihood,
+        aggregate.token_mean,
+        penalty.SquaredLogRatio(beta),
+    )
+
+
+def _dppo(
+    name: str, distance: divergence.Divergence, low: float, high: float, cap: float, length: float
+) -> Method:
+    return Method(
+        name,
+        advantage.group_centred,
+        ratio.BehaviourToken(),
+        divergence.DivergenceMask(distance, low, high, cap),
+        aggregate.SequenceSum(length),
+    )
+
+
+def dppo_tv(*, low: float = 0.15, high: float = 0.15, cap: float = 1e4, length: float = 1024.0) -> Method:
+    """DPPO, binary total variation: drop a token that moved too much probability away from the sampler.
+
+    Source: arXiv 2602.04879. Dr.GRPO's advantage and constant ``length`` (tokens), as its authors recommend.
+    """
+    return _dppo("dppo_tv", divergence.binary_tv, low, high, cap, length)
+
+
+def dppo_kl(*, low: float = 0.05, high: float = 0.05, cap: float = 1e4, length: float = 1024.0) -> Method:
+    """DPPO, binary KL(sampler || policy) in nats. Source: arXiv 2602.04879. See :func:`dppo_tv`."""
+    return _dppo("dppo_kl", divergence.binary_kl, low, high, cap, length)
+
+
+def dppo_topk_tv(
+    *, low: float = 0.15, high: float = 0.15, cap: float = 1e4, length: float = 1024.0
+) -> Method:
+    """DPPO, total variation on the sampler's top tokens and the rest. Source: arXiv 2602.04879.
+
+    The number of tokens is the trainer's (``top_k``); the published value is not known to us.
+    """
+    return _dppo("dppo_topk_tv", divergence.top_k_tv, low, high, cap, length)
+
+
+def dppo_topk_kl(
+    *, low: float = 0.05, high: float = 0.05, cap: float = 1e4, length: float = 1024.0
+) -> Method:
+    """DPPO, KL on the sampler's top tokens and the rest, nats. arXiv 2602.04879. See :func:`dppo_topk_tv`."""
+    return _dppo("dppo_topk_kl", divergence.top_k_kl, low, high, cap, length)
+
+
+def bapo(
+    *, target: float = 0.4, gradient: bool = False, dual: float | None = None, epsilon: float = 1e-4
+) -> Method:
+    """BAPO, paper: raise the upper, then the lower clip bound until positives have a share. arXiv 2510.18927.
+
+    Bounds 0.6..0.9 and 1.2..3.0, chosen once per optimizer step on the whole batch. ``gradient=1`` measures
+    the share of the gradient instead of the loss value, which raising the lower bound would lower.
+    """
+    return Method(
+        "bapo",
+        advantage.GroupZScore(epsilon),
+        ratio.token,
+        balance.Balance(target, gradient=gradient, dual=dual),
+        aggregate.token_mean,
+    )
+
+
+def bapo_published(*, target: float = 0.5, dual: float | None = 3.0, epsilon: float = 1e-4) -> Method:
+    """BAPO as in its published code: the quotient S+/S-, lower bound first, dual clip. arXiv 2510.18927.
+
+    ``target=0.5`` is its script's (README 0.5, configuration 1.0). Deviation: bounds of the whole step, not
+    of each micro-batch.
+    """
+    return Method(
+        "bapo_published",
+        advantage.GroupZScore(epsilon),
+        ratio.token,
+        balance.Balance(target, "quotient", "low", dual=dual),
+        aggregate.token_mean,
+    )
+
+
+def capo(
+    *,
+    objective: float = 1e-2,
+    policy: float = 1e-4,
+    low: float = 0.2,
+    high: float = 0.2,
+    epsilon: float = 1e-4,
+) -> Method:
+    """CAPO: drop tokens whose own optimizer step would bend objective or policy too far. arXiv 2510.00819.
+
+    Bounds for a 5x higher learning rate than usual; they scale with its square.
+    """
+    return Method(
+        "capo",
+        advantage.GroupZScore(epsilon),
+        ratio.token,
+        curvature.CurvatureMask(objective, policy, trust.Clip(low, high)),
+        aggregate.sequence_mean,
+    )

@@ -1,0 +1,124 @@
+"""Allocation before sampling: how many completions each prompt gets, from what is believed now.
+
+The counts depend on the past only, so a group's size says nothing about its rewards, and the mean over each
+group is an exactly unbiased gradient. Sampling in rounds (``rounds``) saves more and needs a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from kalman_rl.belief.protocol import Belief
+from kalman_rl.errors import ConfigError
+from kalman_rl.sampling.coverage import Coverage
+from kalman_rl.sampling.divide import Allocation, divide, divide_at_price, gradient_gains, light_gains
+from kalman_rl.sampling.price import Price
+from kalman_rl.sampling.signal import Signal, check_objective, read_signal
+
+TIE_BREAK = 1e-9
+"""Weight of the gradient gain in the light objective: decides where no group can become mixed any more."""
+
+
+def allocate(
+    belief: Belief,
+    ids: Sequence[Hashable],
+    *,
+    step: int,
+    total: int | None = None,
+    price: Price | None = None,
+    objective: str = "gradient",
+    n_min: int = 2,
+    n_max: int = 32,
+    features: Tensor | None = None,
+    reward: str = "unit",
+    noise_variance: float = 0.0,
+    coverage: Coverage | None = None,
+) -> Allocation:
+    """Divide a budget among prompts before any of them is sampled.
+
+    Args:
+        belief: read, not changed.
+        ids: N different prompt ids.
+        step: the current step.
+        total: completions in all, every one of which is used; or
+        price: a :class:`~kalman_rl.sampling.price.Price` for a budget that holds on average. It is updated.
+        objective: "gradient" (spend near p = 1/2) or "light" (spend on hard but solvable prompts).
+        n_min, n_max: completions per prompt, 0 <= n_min <= n_max; with n_min 0 prompts can be skipped.
+        features: None or (N, F).
+        reward, noise_variance: see :func:`~kalman_rl.sampling.signal.read_signal`.
+        coverage: prompts that are due get at least 1 completion ("light": 2, one alone is never mixed). Where
+            ``total`` cannot pay for all of them, those that wait longest do. Visits are noted in it.
+
+    Returns:
+        :class:`~kalman_rl.sampling.divide.Allocation` with counts (N,) in the order of ids.
+
+    Raises:
+        ConfigError: an option is out of range, an id comes twice, the pool is empty, or no counts fit.
+    """
+    check_objective(objective, reward)
+    check_bounds(ids, n_min, n_max)
+    if (total is None) == (price is None):
+        raise ConfigError(f"total, price: got {total!r} and {price!r}, expected exactly one of them")
+    signal = read_signal(
+        belief, ids, step=step, features=features, reward=reward, noise_variance=noise_variance
+    )
+    gains = gain_table(signal, objective, n_max)
+    least = least_counts(ids, step, n_min, n_max, total, objective, coverage)
+    most = torch.full_like(least, n_max)
+    if total is not None:
+        allocation = divide(gains, total, least, most)
+    else:
+        assert price is not None
+        allocation = divide_at_price(gains, price.start(gains, least, most), least, most)
+        price.update(allocation.counts.double().mean().item())
+    if coverage is not None:
+        coverage.visit([name for name, n in zip(ids, allocation.counts.tolist()) if n], step=step)
+    return allocation
+
+
+def gain_table(signal: Signal, objective: str, n_max: int) -> Tensor:
+    """(N, n_max) gains from an empty group, for :func:`~kalman_rl.sampling.divide.divide`."""
+    gradient = gradient_gains(signal.variance, n_max)
+    if objective == "gradient" or signal.a is None or signal.b is None:
+        return gradient
+    tie_break = gradient.clone()
+    tie_break[:, 0] = 0.0
+    return light_gains(signal.a, signal.b, n_max) + TIE_BREAK * tie_break
+
+
+def least_counts(
+    ids: Sequence[Hashable],
+    step: int,
+    n_min: int,
+    n_max: int,
+    total: int | None,
+    objective: str,
+    coverage: Coverage | None,
+) -> Tensor:
+    """(N,) int64: what each prompt must get, with those that are due raised to one visit."""
+    least = torch.full((len(ids),), n_min, dtype=torch.long)
+    visit = min(max(n_min, 2 if objective == "light" else 1), n_max)
+    if coverage is None or visit == n_min:
+        return least
+    limit = None if total is None else (total - n_min * len(ids)) // (visit - n_min)
+    return torch.where(coverage.due(ids, step=step, limit=limit), visit, least)
+
+
+def check_bounds(ids: Sequence[Hashable], n_min: int, n_max: int) -> None:
+    """Refuse an empty pool, repeated ids and bounds out of order. Raises: ConfigError."""
+    if not len(ids):
+        raise ConfigError("ids: got an empty pool, expected at least one prompt")
+    if len(set(ids)) != len(ids):
+        seen: set[Hashable] = set()
+        twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ConfigError(
+            f"ids: got prompt {twice!r} twice, expected every prompt once; counts are per prompt"
+        )
+    for name, value in (("n_min", n_min), ("n_max", n_max)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name}: got {value!r}, expected an integer")
+    if not 0 <= n_min <= n_max or n_max < 1:
+        raise ConfigError(f"n_min, n_max: got {n_min}, {n_max}, expected 0 <= n_min <= n_max and n_max >= 1")

@@ -1,0 +1,58 @@
+"""The coverage floor: every prompt comes up again, however little is expected of it.
+
+A rule that never samples what it believes to be hopeless never finds out that it was wrong, or that the
+policy has learned meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import ConfigError
+
+
+class Coverage:
+    """When each prompt was last sampled, and which ones are due.
+
+    Args: every: a prompt is due ``every`` steps after its last visit, >= 1; never visited = due.
+    """
+
+    def __init__(self, every: int) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ConfigError(f"every: got {every!r}, expected a number of steps >= 1 between visits")
+        self.every = every
+        self._last: dict[Hashable, int] = {}
+
+    def waiting(self, ids: Sequence[Hashable], *, step: int) -> Tensor:
+        """(n,) int64: steps since the last visit; 2^62 for a prompt never visited."""
+        last = self._last
+        return torch.tensor([step - last[name] if name in last else 2**62 for name in ids], dtype=torch.long)
+
+    def due(self, ids: Sequence[Hashable], *, step: int, limit: int | None = None) -> Tensor:
+        """(n,) bool: prompts that must be sampled at ``step``; with a limit, those that wait longest."""
+        waiting = self.waiting(ids, step=step)
+        due = waiting >= self.every
+        if limit is not None and int(due.sum()) > limit:
+            longest = torch.where(due, waiting, -1).argsort(descending=True, stable=True)[: max(limit, 0)]
+            due = torch.zeros_like(due).index_fill_(0, longest, True)
+        return due
+
+    def visit(self, ids: Sequence[Hashable], *, step: int) -> None:
+        """Note that these prompts are sampled at ``step``."""
+        self._last.update(dict.fromkeys(ids, step))
+
+    def state_dict(self) -> dict[str, Any]:
+        steps = torch.tensor(list(self._last.values()), dtype=torch.long)
+        return {"format": 1, "ids": list(self._last), "step": steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the saved visits; ``every`` stays this object's. Raises: ConfigError."""
+        if state.get("format") != 1 or len(state["ids"]) != len(state["step"]):
+            raise ConfigError(
+                f"coverage state: got format {state.get('format')!r}, expected 1, a step for each id"
+            )
+        self._last = dict(zip(state["ids"], state["step"].tolist()))

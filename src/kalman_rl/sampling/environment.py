@@ -1,0 +1,96 @@
+"""Where completions and their rewards come from, one prompt at a time.
+
+An environment is anything with two methods. Your own takes ten lines::
+
+    class Dice:
+        def features(self):                 # (F,) what is known about the prompt before sampling
+            return torch.tensor([1.0, 0.0])
+
+        def sample(self, k):                # k completions, one reward each; NaN = missing
+            return torch.randint(0, 2, (k,)).float()
+
+    k_taken, history = run_adaptive_sampling(Dice(), KalmanPreferenceTracker(dim=2), threshold=1.5)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import ConfigError, ShapeError
+
+
+@runtime_checkable
+class PreferenceEnvironment(Protocol):
+    """One prompt: its features, and rewards of new completions."""
+
+    def features(self) -> Tensor:
+        """(F,) finite floating features of the prompt, known before sampling and the same at every call."""
+        ...
+
+    def sample(self, k: int) -> Tensor:
+        """Rewards (k,) of k new completions; NaN = missing. What it raises, the caller sees."""
+        ...
+
+
+class SimulatedPreferenceEnv:
+    """A prompt whose truth is known: a completion succeeds with probability ``success``.
+
+    ``reward = success or not (1 or 0) + noise * N(0, 1)``.
+
+    Args:
+        success: probability in [0, 1], the true value of the prompt.
+        dim: F, number of features >= 1: a random direction of length 1 drawn from the seed, or
+        features: (F,) features of your own; then ``dim`` is theirs.
+        noise: standard deviation >= 0 of the scorer; 0 = rewards 0 and 1.
+        missing: probability in [0, 1) that a reward is NaN.
+        seed: of the own generator.
+
+    Raises: ConfigError for a value out of range, ShapeError for features that are not (F,).
+
+    >>> SimulatedPreferenceEnv(success=1.0, dim=4).sample(3)
+    tensor([1., 1., 1.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        success: float = 0.5,
+        dim: int = 128,
+        noise: float = 0.0,
+        seed: int = 0,
+        *,
+        features: Tensor | None = None,
+        missing: float = 0.0,
+    ) -> None:
+        if not 0 <= success <= 1:
+            raise ConfigError(f"success: got {success}, expected a probability in [0, 1]")
+        if not 0 <= noise < math.inf:
+            raise ConfigError(f"noise: got {noise}, expected a finite standard deviation >= 0")
+        if not 0 <= missing < 1:
+            raise ConfigError(f"missing: got {missing}, expected a probability in [0, 1)")
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise ConfigError(f"dim: got {dim!r}, expected an integer >= 1")
+        if features is not None and (features.dim() != 1 or not len(features)):
+            raise ShapeError(f"features: got shape {tuple(features.shape)}, expected (F,), F >= 1")
+        self.success, self.noise, self.missing = success, noise, missing
+        self.taken = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        if features is None:
+            features = torch.randn(dim, generator=self._generator, dtype=torch.float64)
+            features = features / features.norm()
+        self._features = features.detach().clone()
+
+    def features(self) -> Tensor:
+        """(F,)"""
+        return self._features.clone()
+
+    def sample(self, k: int) -> Tensor:
+        """(k,) float64 rewards."""
+        uniform = torch.rand(2, k, generator=self._generator, dtype=torch.float64)
+        noise = torch.randn(k, generator=self._generator, dtype=torch.float64)
+        self.taken += k
+        reward = (uniform[0] < self.success).double() + self.noise * noise
+        return torch.where(uniform[1] < self.missing, math.nan, reward)

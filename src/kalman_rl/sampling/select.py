@@ -1,0 +1,216 @@
+"""Which prompts of a pool to train on next.
+
+A prompt teaches in proportion to the variance of its reward, ``theta = p (1 - p)``, and p is known from a
+belief:
+
+=========  ==============================================================================================
+greedy     the largest E[theta]; best signal, and without the coverage floor it leaves most of the pool unseen
+thompson   the largest theta of one draw of every p (as MoPPS and BOTS do)
+ids        information-directed sampling (Russo and Van Roy 2018): see :func:`information_directed`
+weights    at random with weights ``sqrt(p (1 - p)) + 0.05`` at the mean p (as SPO, arXiv 2509.13232)
+uniform    at random
+=========  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalman_rl.belief.protocol import Belief
+from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.sampling.coverage import Coverage
+from kalman_rl.sampling.signal import read_signal
+
+METHODS = ("greedy", "thompson", "ids", "weights", "uniform")
+_DRAWS = 64  # of the whole pool, for the expected best theta
+
+
+class PromptSelector:
+    """Picks ``count`` different prompts of a pool per call; rewards in [0, 1].
+
+    Args:
+        belief: read, not changed; it learns from the rewards elsewhere.
+        pool: N different prompt ids. count: prompts per call, 1 <= count <= N.
+        method: one of the table above.
+        every: coverage floor: calls within which each prompt comes up again, whatever is believed about it.
+            None = four passes over the pool, ``4 ceil(N / count)``; 0 = no floor. Prompts never picked take
+            their first turns in random order, evenly spread.
+        seed: of the own generator; the global one is not touched.
+
+    Raises: ConfigError for an empty pool, repeated ids, an unknown method, a count or floor that cannot be
+        met.
+
+    With the floor no prompt waits longer than ``every`` calls: at most ``count`` become due at a time,
+    because at most that many were picked at a time.
+    """
+
+    def __init__(
+        self,
+        belief: Belief,
+        pool: Sequence[Hashable],
+        count: int,
+        *,
+        method: str = "greedy",
+        every: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if method not in METHODS:
+            raise unknown_name("method", method, METHODS)
+        if not len(pool) or len(set(pool)) != len(pool):
+            raise ConfigError(
+                f"pool: got {len(pool)} ids, {len(set(pool))} different, expected different ids, at least one"
+            )
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(pool):
+            raise ConfigError(f"count: got {count!r}, expected an integer from 1 to the pool's {len(pool)}")
+        passes = math.ceil(len(pool) / count)
+        every = 4 * passes if every is None else every
+        if every and every < passes:
+            raise ConfigError(
+                f"every: got {every} calls, expected at least {passes} ({len(pool)} prompts, {count} a call) "
+                "or 0 for no floor"
+            )
+        self.belief, self.pool, self.count, self.method = belief, list(pool), count, method
+        self._generator = torch.Generator().manual_seed(seed)
+        self._coverage = Coverage(every) if every else None
+        self._calls = 0
+        if self._coverage is not None:  # as if the first turns had been given out before, evenly
+            for place, i in enumerate(torch.randperm(len(pool), generator=self._generator).tolist()):
+                self._coverage.visit([self.pool[i]], step=place * every // len(pool) - every)
+
+    def select(self, *, step: int, features: Tensor | None = None) -> list[Hashable]:
+        """``count`` different ids: those that are due, then the best by the method.
+
+        Args: step: at which the belief is asked. features: None or (N, F) in the order of the pool.
+        """
+        chosen = torch.zeros(len(self.pool), dtype=torch.bool)
+        if self._coverage is not None:
+            chosen = self._coverage.due(self.pool, step=self._calls, limit=self.count)
+        free = (~chosen).nonzero().flatten()
+        wanted = self.count - int(chosen.sum())
+        if wanted:
+            chosen[free[self._best(free, wanted, step, features)]] = True
+        ids = [self.pool[i] for i in chosen.nonzero().flatten().tolist()]
+        if self._coverage is not None:
+            self._coverage.visit(ids, step=self._calls)
+        self._calls += 1
+        return ids
+
+    def state_dict(self) -> dict[str, Any]:
+        coverage = None if self._coverage is None else self._coverage.state_dict()
+        return {
+            "format": 1,
+            "calls": self._calls,
+            "generator": self._generator.get_state(),
+            "coverage": coverage,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the saved selector was. Raises: ConfigError for another format or kind of floor."""
+        if state.get("format") != 1 or (state["coverage"] is None) != (self._coverage is None):
+            raise ConfigError(
+                f"selector state: got format {state.get('format')!r}, "
+                f"{'no' if state.get('coverage') is None else 'a'} floor, expected 1 and this one's floor"
+            )
+        if self._coverage is not None:
+            self._coverage.load_state_dict(state["coverage"])
+        self._generator.set_state(state["generator"])
+        self._calls = state["calls"]
+
+    def _best(self, free: Tensor, wanted: int, step: int, features: Tensor | None) -> Tensor:
+        """Places in ``free`` of the ``wanted`` prompts the method prefers."""
+        if self.method == "uniform":
+            return torch.randperm(len(free), generator=self._generator)[:wanted]
+        names = [self.pool[i] for i in free.tolist()]
+        signal = read_signal(
+            self.belief, names, step=step, features=None if features is None else features[free]
+        )
+        assert signal.a is not None and signal.b is not None
+        if self.method == "greedy":
+            return signal.variance.argsort(descending=True, stable=True)[:wanted]
+        if self.method == "weights":
+            mean = signal.a / (signal.a + signal.b)
+            weight = (mean * (1 - mean)).sqrt() + 0.05
+            return torch.multinomial(weight, wanted, generator=self._generator)
+        if self.method == "thompson":
+            draw = draw_beta(signal.a, signal.b, 1, self._generator)[0]
+            return (draw * (1 - draw)).argsort(descending=True, stable=True)[:wanted]
+        draws = draw_beta(signal.a, signal.b, _DRAWS, self._generator)
+        best = (draws * (1 - draws)).amax(1).mean().item()
+        regret = (best - signal.variance).clamp(min=0.0)
+        return information_directed(regret, theta_variance(signal.a, signal.b), wanted, self._generator)
+
+
+def theta_variance(a: Tensor, b: Tensor) -> Tensor:
+    """``Var[p (1 - p)]`` for p ~ Beta(a, b), (N,); ``E[p^2 (1-p)^2] = a(a+1)b(b+1) / (s(s+1)(s+2)(s+3))``."""
+    s = a + b
+    second = (a / s) * ((a + 1) / (s + 1)) * (b / (s + 2)) * ((b + 1) / (s + 3))
+    return (second - ((a / s) * (b / (s + 1))).square()).clamp(min=0.0)
+
+
+def best_mixture(regret: Tensor, information: Tensor) -> tuple[int, int, float]:
+    """Actions i, j and the probability q of i that minimise ``(expected regret)^2 / expected information``.
+
+    ``(q D_i + (1 - q) D_j)^2 / (q g_i + (1 - q) g_j)`` is convex in q with the stationary point
+    ``q = D_j / (D_i - D_j) - 2 g_j / (g_i - g_j)``; two actions are always enough.
+
+    Args: regret, information: (N,), finite, >= 0. Returns: (i, j, q); i = j if one action is best.
+    Source: Russo and Van Roy, "Learning to Optimize via Information-Directed Sampling", 2018.
+
+    >>> i, j, q = best_mixture(torch.tensor([0.1, 1.0]), torch.tensor([0.0, 1.0]))
+    >>> i, j, round(q, 4)
+    (0, 1, 0.8889)
+    """
+    keep = _frontier(regret, information)
+    d, g = regret[keep].double(), information[keep].double()
+    di, dj, gi, gj = d[:, None], d[None, :], g[:, None], g[None, :]
+    steps_d, steps_g = di - dj, gi - gj
+    inside = (steps_d != 0) & (steps_g != 0)
+    q = dj / torch.where(inside, steps_d, 1.0) - 2 * gj / torch.where(inside, steps_g, 1.0)
+    q = torch.where(inside, q, 1.0).clamp(0.0, 1.0)
+    top, bottom = (q * di + (1 - q) * dj).square(), q * gi + (1 - q) * gj
+    ratio = torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, 1.0), math.inf)
+    ratio = torch.where(top == 0, 0.0, ratio)  # no regret is best, whatever is learned
+    i, j = divmod(int(ratio.argmin()), len(keep))
+    return int(keep[i]), int(keep[j]), float(q[i, j])
+
+
+def information_directed(
+    regret: Tensor, information: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """``count`` different actions, one after another from the best two-action mixture of those left,
+    (count,).
+
+    Regret is E[best theta] - E[theta]; information is Var[theta]. Deviation: the published variance-based
+    form takes the variance explained by *which* action is best, of which this is an upper bound; with
+    thousands of prompts the identity of the best one carries next to nothing about each.
+    """
+    left = torch.ones_like(regret, dtype=torch.bool)
+    chosen = []
+    for toss in torch.rand(count, generator=generator).tolist():
+        places = left.nonzero().flatten()
+        i, j, q = best_mixture(regret[places], information[places])
+        chosen.append(int(places[i if toss < q else j]))
+        left[chosen[-1]] = False
+    return torch.tensor(chosen)
+
+
+def draw_beta(a: Tensor, b: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """(draws, N) samples of Beta(a, b) that depend on ``generator`` only."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):  # torch's Beta takes no generator
+        torch.manual_seed(seed)
+        return torch.distributions.Beta(a, b).sample(torch.Size([draws]))
+
+
+def _frontier(regret: Tensor, information: Tensor) -> Tensor:
+    """Actions that no other beats in both respects, by rising regret."""
+    order = information.argsort(descending=True, stable=True)
+    order = order[regret[order].argsort(stable=True)]
+    known = information[order]
+    before = torch.cat((known.new_full((1,), -math.inf), known.cummax(0).values[:-1]))
+    return order[known > before]

@@ -1,0 +1,64 @@
+"""What a belief says about how much a prompt can teach, as the sampling rules need it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kalman_rl.belief.protocol import Belief
+from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.sampling.stop import beta_from_moments, beta_signal, noisy_signal
+
+OBJECTIVES = ("gradient", "light")
+REWARDS = ("unit", "real")
+
+
+class Signal(NamedTuple):
+    """Per prompt (N,): ``variance``, the expected variance of one reward without the scorer's noise; ``a, b``
+    of
+    the Beta posterior of the success probability, None for real-valued rewards."""
+
+    variance: Tensor
+    a: Tensor | None
+    b: Tensor | None
+
+
+def read_signal(
+    belief: Belief,
+    ids: Sequence[Hashable],
+    *,
+    step: int,
+    features: Tensor | None = None,
+    reward: str = "unit",
+    noise_variance: float = 0.0,
+) -> Signal:
+    """Ask a belief about each id.
+
+    Args:
+        belief, ids, step, features: as in :class:`~kalman_rl.belief.protocol.Belief`.
+        reward: "unit" for rewards in [0, 1]: the Beta of the value's moments gives ``E[p (1 - p)]``, for 0/1
+            rewards exactly the variance and for other rewards in [0, 1] a bound. "real" for any others: the
+            noise variance R the belief predicts with, minus ``noise_variance``.
+        noise_variance: of the scorer, in squared reward units; read for "real" only.
+    """
+    if reward == "unit":
+        a, b = beta_from_moments(belief.predict(ids, step=step, features=features))
+        return Signal(beta_signal(a, b), a, b)
+    value = belief.predict(ids, step=step, features=features)
+    new = belief.predictive(ids, step=step, features=features)
+    return Signal(noisy_signal((new.variance - value.variance).clamp(min=0.0), noise_variance), None, None)
+
+
+def check_objective(objective: str, reward: str) -> None:
+    """Refuse unknown names, and light groups of real-valued rewards. Raises: ConfigError."""
+    if objective not in OBJECTIVES:
+        raise unknown_name("objective", objective, OBJECTIVES)
+    if reward not in REWARDS:
+        raise unknown_name("reward", reward, REWARDS)
+    if objective == "light" and reward == "real":
+        raise ConfigError(
+            "objective: got 'light' with real-valued rewards, expected 'gradient'; groups of real rewards "
+            "are mixed from the second completion on"
+        )

@@ -1,0 +1,210 @@
+"""What the next completions of a prompt are worth: pure functions of what a belief knows about the prompt.
+
+Two aims, and no rule serves both. *Gradient*: cut the error of the prompt's policy gradient, which is spent
+on prompts with success probability p near 1/2. *Light*: make the group mixed, so that it teaches anything
+under a group baseline, which is spent on hard but solvable prompts. Both read the rewards through the
+posterior Beta(a, b) of p. Two more are kept for comparison: the half-width of the value's credible interval,
+and the expected information, whose Gaussian form reads no reward at all.
+
+All arguments broadcast; all results are float64 and detached.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import NumericError
+from kalman_rl.kalman import Gaussian
+
+Number = Tensor | float
+
+SMALLEST_EVIDENCE = 0.3
+"""Least a + b of a matched Beta: as vague as a pool of mostly hopeless and mostly solved prompts."""
+SMALLEST_MEAN = 1e-3
+"""A matched Beta has its mean in [1e-3, 1 - 1e-3]: nothing is impossible because a Gaussian says so."""
+
+
+def beta_from_moments(value: Gaussian) -> tuple[Tensor, Tensor]:
+    """The Beta(a, b) with a belief's mean m and variance P: ``a + b = m (1 - m) / P - 1``, ``a = m (a + b)``.
+
+    A Gaussian belief about a success probability may lie where no Beta does. Then the nearest is taken: the
+    mean is clamped to [1e-3, 1 - 1e-3] and a + b to at least 0.3 (an unknown value, P = inf, is Beta(.15,
+    .15) around its mean).
+
+    >>> a, b = beta_from_moments(Gaussian(torch.tensor(0.4), torch.tensor(0.04)))
+    >>> round(a.item(), 6), round(b.item(), 6)
+    (2.0, 3.0)
+    """
+    mean, variance = _double(value.mean), _double(value.variance)
+    _expect("value", mean.isfinite() & (variance >= 0), "a finite mean and a variance in [0, inf]", mean)
+    mean = mean.clamp(SMALLEST_MEAN, 1 - SMALLEST_MEAN)
+    evidence = mean * (1 - mean) / variance.clamp(min=1e-12) - 1
+    evidence = evidence.clamp(min=SMALLEST_EVIDENCE)
+    return mean * evidence, (1 - mean) * evidence
+
+
+def beta_signal(a: Number, b: Number) -> Tensor:
+    """``E[p (1 - p)] = a b / ((a + b) (a + b + 1))`` in (0, 1/4): the expected variance of one 0/1 reward.
+
+    Raises: NumericError unless a, b > 0.
+
+    >>> beta_signal(1.0, 1.0)
+    tensor(0.1667, dtype=torch.float64)
+    """
+    a, b = _beta(a, b)
+    return (a / (a + b)) * (b / (a + b + 1))
+
+
+def noisy_signal(reward_variance: Number, noise_variance: Number = 0.0) -> Tensor:
+    """``max(R - noise, 0)``: what is left of the variance of a prompt's rewards without the scorer's noise.
+
+    The noise variance is not identifiable from single scores; score some completions twice to know it.
+
+    Raises: NumericError for a negative or non-finite variance.
+    """
+    reward_variance, noise_variance = _double(reward_variance), _double(noise_variance)
+    for name, value in (("reward_variance", reward_variance), ("noise_variance", noise_variance)):
+        _expect(name, value.isfinite() & (value >= 0), "a finite variance >= 0", value)
+    return (reward_variance - noise_variance).clamp(min=0.0)
+
+
+def gradient_gain(signal: Number, n: Number, k: Number = 1) -> Tensor:
+    """Expected drop of the variance of a prompt's gradient per completion, if k join the n there are.
+
+    ``signal * (1/n - 1/(n + k)) / k``, with ``signal = E[p (1 - p) | data]`` (:func:`beta_signal`), in
+    squared reward units. Without any completion ``1/n`` is taken as 2: to skip a prompt costs what half a
+    completion would, so the first completion is worth ``signal``, the second half of it, and gains fall
+    throughout.
+
+    Args:
+        signal: >= 0. n: completions so far, >= 0. k: completions to add, >= 1.
+
+    Raises: NumericError for a value outside its range.
+
+    >>> gradient_gain(0.25, torch.tensor([0, 2, 8]), 2)
+    tensor([0.1875, 0.0312, 0.0031], dtype=torch.float64)
+    """
+    signal, n, k = _double(signal), _double(n), _double(k)
+    _expect("signal", signal.isfinite() & (signal >= 0), "a finite number >= 0", signal)
+    _expect_counts(n, k)
+    return signal * (1 / n.clamp(min=0.5) - 1 / (n + k)) / k
+
+
+def light_gain(a: Number, b: Number, successes: Number, failures: Number, k: int = 1) -> Tensor:
+    """Probability that the group becomes mixed within the next k completions, over k; 0 once it is mixed.
+
+    With all successes so far, the next k are all successes too with probability
+    ``E[p^k] = prod_{j<k} (a + j) / (a + b + j)``, with all failures ``E[(1 - p)^k]``, and an empty group
+    stays uniform with the sum of both. (a, b) is the posterior that has seen the successes and failures.
+
+    Raises: NumericError unless a, b > 0, counts >= 0 and k >= 1.
+
+    >>> light_gain(1.0, 1.0, 0, 0, k=2)  # two completions differ with probability 1/3
+    tensor(0.1667, dtype=torch.float64)
+    """
+    return remaining_light_gains(a, b, successes, failures, k).sum(-1) / k
+
+
+def remaining_light_gains(a: Number, b: Number, successes: Number, failures: Number, k: int) -> Tensor:
+    """The same one by one: probability that the group becomes mixed with exactly the j-th next completion.
+
+    Arguments and errors as :func:`light_gain`. Returns (..., k); entries fall along the last axis, except
+    that the first completion of an empty group mixes nothing.
+    """
+    a, b = _beta(a, b)
+    successes, failures = _double(successes), _double(failures)
+    _expect_counts(torch.minimum(successes, failures), torch.tensor(k))
+    # E[p^j (1 - p)] is the probability that the first failure is number j + 1. Nothing cancels in these sums.
+    failure, success = _first_change(a, b, k), _first_change(b, a, k)
+    from_nothing = torch.cat((torch.zeros_like(failure[..., :1]), (failure + success)[..., 1:]), dim=-1)
+    some_success, some_failure = (successes > 0)[..., None], (failures > 0)[..., None]
+    gains = torch.where(some_success, failure, torch.where(some_failure, success, from_nothing))
+    return torch.where(some_success & some_failure, 0.0, gains)
+
+
+def half_width(variance: Number, level: float = 0.95) -> Tensor:
+    """Half of the central credible interval of a Gaussian value: ``z sqrt(P)``, in reward units.
+
+    Args: variance: P in [0, inf]. level: probability inside the interval, in (0, 1).
+    Raises: NumericError for a value outside its range.
+
+    >>> half_width(0.25)
+    tensor(0.9800, dtype=torch.float64)
+    """
+    variance = _double(variance)
+    _expect("variance", variance >= 0, "a variance in [0, inf]", variance)
+    if not 0 < level < 1:
+        raise NumericError(f"level: got {level}, expected a probability in (0, 1), such as 0.95")
+    return NormalDist().inv_cdf(0.5 + level / 2) * variance.sqrt()
+
+
+def gaussian_information(variance: Number, noise: Number, k: Number = 1) -> Tensor:
+    """Information in nats that k rewards of noise variance R give about a Gaussian value: ``log(1 + k P/R) /
+    2``.
+
+    It depends on variances only, never on a reward. A rule on it stops every prompt after the same number of
+    completions whatever its difficulty; kept as the baseline that data-dependent rules are compared with.
+
+    Raises: NumericError unless P >= 0, R > 0 and k >= 1.
+    """
+    variance, noise, k = _double(variance), _double(noise), _double(k)
+    _expect("variance", variance >= 0, "a variance >= 0", variance)
+    _expect("noise", noise > 0, "a variance > 0", noise)
+    _expect("k", k >= 1, "a count >= 1", k)
+    return 0.5 * torch.log1p(k * variance / noise)
+
+
+def beta_information(a: Number, b: Number) -> Tensor:
+    """Information in nats that the next 0/1 reward gives about p: entropy of the prediction minus the
+    expected
+    entropy given p.
+
+    With ``m = a/(a+b)`` and the digamma function psi,
+    ``-m log m - (1-m) log(1-m) + m (psi(a+1) - psi(a+b+1)) + (1-m) (psi(b+1) - psi(a+b+1))``.
+
+    Raises: NumericError unless a, b > 0.
+
+    >>> beta_information(1.0, 1.0)  # log 2 - 1/2
+    tensor(0.1931, dtype=torch.float64)
+    """
+    a, b = _beta(a, b)
+    inside = torch.digamma(a + b + 1)
+    success = a / (a + b) * (torch.digamma(a + 1) - inside - torch.log(a / (a + b)))
+    failure = b / (a + b) * (torch.digamma(b + 1) - inside - torch.log(b / (a + b)))
+    return (success + failure).clamp(min=0.0)
+
+
+def _first_change(a: Tensor, b: Tensor, k: int) -> Tensor:
+    """``E[p^j (1 - p)]`` for j = 0 .. k - 1 in a new last axis, p ~ Beta(a, b)."""
+    j = torch.arange(k, dtype=torch.float64)
+    a, b = a[..., None], b[..., None]
+    stays = (a + j) / (a + b + j)
+    before = torch.cat((torch.ones_like(stays[..., :1]), stays[..., :-1].cumprod(-1)), dim=-1)
+    return before * b / (a + b + j)
+
+
+def _beta(a: Number, b: Number) -> tuple[Tensor, Tensor]:
+    first, second = _double(a), _double(b)
+    for name, value in (("a", first), ("b", second)):
+        _expect(name, value.isfinite() & (value > 0), "a finite number > 0", value)
+    return first.expand_as(first + second), second.expand_as(first + second)
+
+
+def _double(value: Number) -> Tensor:
+    value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return value.to(device="cpu", dtype=torch.float64)
+
+
+def _expect_counts(n: Tensor, k: Tensor) -> None:
+    _expect("n", n >= 0, "a count >= 0", n)
+    _expect("k", k >= 1, "a count >= 1", k)
+
+
+def _expect(name: str, holds: Tensor, expected: str, value: Tensor) -> None:
+    if not holds.all():
+        place = tuple((~holds).nonzero()[0].tolist())
+        where = f" at {place}" if place else ""
+        raise NumericError(f"{name}: got {value.expand_as(holds)[place].item()}{where}, expected {expected}")

@@ -1,0 +1,65 @@
+"""An advantage that remembers: the baseline is a belief about the prompt, kept from step to step.
+
+As a part of a :class:`kalman_rl.objective.Method` it is only a name with options, so that methods stay frozen
+and can travel; the belief itself lives where prompts have names, in a trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalman_rl.belief import make_belief
+from kalman_rl.belief.protocol import Belief
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """``A = (r - b) / scale``, b the leave-one-out prediction of the prompt's value (B,).
+
+    Args:
+        belief: a name that :func:`kalman_rl.belief.make_belief` knows.
+        options: its options, as (name, value) pairs.
+
+    Called on rewards and groups alone, every group is a prompt never seen before: the first batch of a run.
+    Raises: ConfigError for an unknown belief or option.
+    """
+
+    belief: str = "auto"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.make()
+
+    def make(self) -> Belief:
+        """A new belief that has seen nothing."""
+        return make_belief(self.belief, **dict(self.options))
+
+    def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
+        return _first_batch(self.make(), reward, group)
+
+
+@dataclass(frozen=True)
+class JamesStein:
+    """The first batch of :class:`Tracked`, every time: each group's mean drawn towards those of the other groups.
+
+        b_j = (m / P + (S - r_j) / R) / (1 / P + (n - 1) / R)
+
+    m, P: mean and spread of the other groups' means beyond noise; R: their pooled variance within groups. Needs no
+    memory and no names; with one group it is leave-one-out. Source: James-Stein baselines (arXiv 2511.03710), here
+    with no reward in its own baseline.
+    """
+
+    def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
+        return _first_batch(make_belief("auto", scale=False), reward, group)
+
+
+def _first_batch(belief: Belief, reward: Tensor, group: Tensor) -> Tensor:
+    dtype = torch.promote_types(reward.dtype, torch.float32)
+    if not len(reward):
+        return reward.detach().to(dtype)
+    found = belief.advantages(group.tolist(), reward.detach().double().cpu(), step=0).advantage
+    return found.to(reward.device, dtype)

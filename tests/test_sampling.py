@@ -1,0 +1,494 @@
+"""Gains, division of a budget, price, coverage floor and choice of prompts, against brute force and SciPy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from scipy.special import entr
+from torch import Tensor
+
+from kalman_rl.belief.beta import BetaBelief
+from kalman_rl.belief.gaussian import GaussianBelief
+from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.kalman import Gaussian
+from kalman_rl.sampling import stop
+from kalman_rl.sampling.allocate import allocate
+from kalman_rl.sampling.coverage import Coverage
+from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains, light_gains
+from kalman_rl.sampling.price import Price
+from kalman_rl.sampling.select import (
+    PromptSelector,
+    best_mixture,
+    draw_beta,
+    information_directed,
+    theta_variance,
+)
+from kalman_rl.sampling.signal import read_signal
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+shape = st.floats(0.1, 40.0)
+BETAS = [(0.15, 0.15), (0.5, 0.5), (1.0, 1.0), (0.3, 7.0), (20.0, 2.0), (400.0, 300.0)]
+betas = pytest.mark.parametrize("a, b", BETAS)
+
+
+def expect(a: float, b: float, function: object) -> float:
+    """E[function(p)] for p ~ Beta(a, b), by SciPy's quadrature."""
+    return stats.beta(a, b).expect(function, epsabs=1e-12, epsrel=1e-12, limit=500)
+
+
+def number(value: Tensor) -> float:
+    assert value.dtype == torch.float64
+    return value.item()
+
+
+# ---- gains
+
+
+@betas
+def test_gradient_gain_is_the_expected_drop_of_the_variance_of_a_mean(a: float, b: float) -> None:
+    for n, k in ((1, 1), (2, 4), (8, 3)):
+        brute = expect(a, b, lambda p, n=n, k=k: p * (1 - p) / n - p * (1 - p) / (n + k)) / k
+        ours = number(stop.gradient_gain(stop.beta_signal(a, b), n, k))
+        assert ours == pytest.approx(brute, rel=1e-7)
+
+
+def test_gradient_gains_fall_from_the_empty_group_on() -> None:
+    gains = gradient_gains(torch.tensor([0.25]), 50)[0]
+    assert gains[:3].tolist() == pytest.approx([0.25, 0.125, 0.25 / 6])
+    assert (gains.diff() < 0).all()
+
+
+@betas
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_light_gain_by_enumerating_every_outcome(a: float, b: float, k: int) -> None:
+    """(a, b) as posterior; all 2^k continuations, weighted by the exact beta-binomial probability of each."""
+    for successes, failures in ((0, 0), (3, 0), (0, 2), (2, 1)):
+        mixed = 0.0
+        for outcome in itertools.product((0, 1), repeat=k):
+            s, f = sum(outcome), k - sum(outcome)
+            chance = math.exp(_log_beta(a + s, b + f) - _log_beta(a, b))
+            mixed += chance * (successes + s > 0 and failures + f > 0)
+        if successes and failures:
+            mixed = 0.0  # it is mixed already
+        assert number(stop.light_gain(a, b, successes, failures, k)) == pytest.approx(mixed / k, abs=1e-12)
+
+
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+
+@quick
+@given(a=shape, b=shape)
+def test_light_gains_add_up_to_the_probability_of_a_mixed_group(a: float, b: float) -> None:
+    gains = light_gains(torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64), 12)[0]
+    for n in range(13):
+        binomial = stats.betabinom(n, a, b)
+        mixed = 1 - binomial.pmf(0) - binomial.pmf(n) if n else 0.0
+        assert gains[:n].sum().item() == pytest.approx(mixed, abs=1e-9)
+    assert gains[0] == 0 and (gains[1:].diff() <= 1e-15).all()
+
+
+@betas
+def test_beta_information_by_quadrature(a: float, b: float) -> None:
+    """Entropy of the next reward minus its expected entropy once p is known."""
+    brute = stats.bernoulli(a / (a + b)).entropy() - expect(a, b, lambda p: entr(p) + entr(1 - p))
+    assert number(stop.beta_information(a, b)) == pytest.approx(brute, rel=1e-6)
+
+
+def test_gaussian_information_and_half_width() -> None:
+    prior, noise, k = 0.7, 0.3, 5
+    after = 1 / (1 / prior + k / noise)
+    entropy = stats.norm(scale=math.sqrt(prior)).entropy() - stats.norm(scale=math.sqrt(after)).entropy()
+    assert number(stop.gaussian_information(prior, noise, k)) == pytest.approx(entropy, rel=1e-12)
+    low, high = stats.norm(scale=math.sqrt(prior)).interval(0.9)
+    assert number(stop.half_width(prior, 0.9)) == pytest.approx((high - low) / 2, rel=1e-9)
+
+
+@quick
+@given(a=shape, b=shape)
+def test_a_beta_comes_back_from_its_moments(a: float, b: float) -> None:
+    a, b = max(a, 0.2), max(b, 0.2)
+    truth = stats.beta(a, b)
+    mean, variance = torch.tensor(truth.mean()), torch.tensor(truth.var())
+    if 1e-3 < mean < 1 - 1e-3:
+        found = stop.beta_from_moments(Gaussian(mean.double(), variance.double()))
+        assert [number(x) for x in found] == pytest.approx([a, b], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mean, variance", [(-3.0, 0.1), (4.0, 1e-9), (0.5, math.inf), (0.0, 0.0), (1.0, 50.0)]
+)
+def test_moments_that_no_beta_has(mean: float, variance: float) -> None:
+    a, b = stop.beta_from_moments(Gaussian(torch.tensor(mean), torch.tensor(variance)))
+    assert a > 0 and b > 0 and a + b >= stop.SMALLEST_EVIDENCE - 1e-12
+    assert 0 < stop.beta_signal(a, b) < 0.25
+
+
+def test_noisy_signal_and_its_reading_from_a_belief() -> None:
+    assert stop.noisy_signal(torch.tensor([1.25, 0.5]), 1.0).tolist() == [0.25, 0.0]
+    belief = GaussianBelief(observation_noise=1.25, mean=0.0, variance=3.0)
+    assert read_signal(belief, ["a"], step=0, reward="real", noise_variance=1.0).variance.item() == (
+        pytest.approx(0.25)
+    )
+    beta = BetaBelief(prior=(2.0, 3.0))
+    signal = read_signal(beta, ["a", "b"], step=0)
+    assert signal.variance.tolist() == pytest.approx([0.2, 0.2])
+    assert signal.a.tolist() == pytest.approx([2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: stop.beta_signal(0.0, 1.0),
+        lambda: stop.beta_signal(1.0, math.nan),
+        lambda: stop.gradient_gain(-0.1, 2, 1),
+        lambda: stop.gradient_gain(0.1, -1, 1),
+        lambda: stop.gradient_gain(0.1, 2, 0),
+        lambda: stop.light_gain(1.0, 1.0, -1, 0, 1),
+        lambda: stop.light_gain(1.0, 1.0, 0, 0, 0),
+        lambda: stop.half_width(-1.0),
+        lambda: stop.half_width(1.0, 1.0),
+        lambda: stop.gaussian_information(1.0, 0.0),
+        lambda: stop.noisy_signal(math.inf),
+        lambda: stop.beta_from_moments(Gaussian(torch.tensor(math.nan), torch.tensor(1.0))),
+    ],
+)
+def test_bad_numbers_are_named(call: object) -> None:
+    with pytest.raises(NumericError, match=r"^\w+: got .*, expected "):
+        call()
+
+
+# ---- dividing
+
+
+def worth(gains: Tensor, counts: tuple[int, ...]) -> float:
+    return sum(gains[i, :n].sum().item() for i, n in enumerate(counts))
+
+
+def best_by_force(gains: Tensor, total: int, least: list[int], most: list[int]) -> float:
+    ranges = [range(low, high + 1) for low, high in zip(least, most)]
+    return max(worth(gains, c) for c in itertools.product(*ranges) if sum(c) == total)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, int, list[int], list[int]]:
+    size, n_max = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    light = draw(st.booleans())
+    a = torch.tensor(draw(st.lists(st.floats(0.05, 5), min_size=size, max_size=size)), dtype=torch.float64)
+    b = torch.tensor(draw(st.lists(st.floats(0.05, 5), min_size=size, max_size=size)), dtype=torch.float64)
+    gains = light_gains(a, b, n_max) if light else gradient_gains(stop.beta_signal(a, b), n_max)
+    most = [draw(st.integers(0, n_max)) for _ in range(size)]
+    least = [draw(st.integers(0, high)) for high in most]
+    if sum(most) == 0:
+        most[0] = n_max
+    return gains, draw(st.integers(max(sum(least), 1), sum(most))), least, most
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_divide_is_the_optimum_by_brute_force(problem: tuple[Tensor, int, list[int], list[int]]) -> None:
+    gains, total, least, most = problem
+    counts = divide(gains, total, torch.tensor(least), torch.tensor(most)).counts.tolist()
+    assert sum(counts) == total
+    assert all(low <= n <= high for low, n, high in zip(least, counts, most))
+    assert worth(gains, counts) == pytest.approx(best_by_force(gains, total, least, most), abs=1e-9)
+
+
+def test_light_pairs_need_the_programme() -> None:
+    """Greedy by pairs would take 2 of the first and waste one; 3 of the last is better."""
+    gains = torch.tensor([[0.0, 2.0, 0.0], [0.0, 1.8, 0.0], [0.0, 1.78, 0.89]], dtype=torch.float64)
+    counts = divide(gains, 3, torch.zeros(3, dtype=torch.long), torch.tensor([2, 2, 3])).counts
+    assert counts.tolist() == [0, 0, 3]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(problem=problems(), price=st.floats(0, 0.3))
+def test_divide_at_price_maximises_gain_minus_cost(
+    problem: tuple[Tensor, int, list[int], list[int]], price: float
+) -> None:
+    gains, _, least, most = problem
+    counts = divide_at_price(gains, price, torch.tensor(least), torch.tensor(most)).counts.tolist()
+    assert all(low <= n <= high for low, n, high in zip(least, counts, most))
+    ours = worth(gains, counts) - price * sum(counts)
+    ranges = [range(low, high + 1) for low, high in zip(least, most)]
+    best = sum(
+        max(worth(gains[i : i + 1], (n,)) - price * n for n in options) for i, options in enumerate(ranges)
+    )
+    assert ours == pytest.approx(best, abs=1e-9)
+
+
+def test_divide_is_fast_and_equal_prompts_share_evenly() -> None:
+    counts = divide(
+        gradient_gains(torch.full((512,), 0.2), 32), 4096, torch.full((512,), 2), torch.full((512,), 32)
+    ).counts
+    assert (counts == 8).all()
+
+
+@pytest.mark.parametrize(
+    "gains, total, least, most, error, message",
+    [
+        (torch.ones(0, 3), 1, [], [], ShapeError, "is the pool empty"),
+        (torch.ones(2), 1, [0, 0], [1, 1], ShapeError, "gains: got shape"),
+        (torch.ones(1, 2), 0, [0], [2], ConfigError, "total: got 0"),
+        (torch.ones(1, 2), 3, [0], [2], ConfigError, "expected 0 to 2"),
+        (torch.ones(1, 2), 1, [2], [2], ConfigError, "expected 2 to 2"),
+        (torch.ones(1, 2), 1, [2], [1], ConfigError, "least, most: got 2 and 1 at prompt 0"),
+        (torch.ones(1, 2), 1, [0, 0], [1, 1], ShapeError, "least, most"),
+        (torch.full((1, 2), math.nan), 1, [0], [2], NumericError, "gains: got nan"),
+        (-torch.ones(1, 2), 1, [0], [2], NumericError, "gains: got -1"),
+    ],
+)
+def test_problems_that_cannot_be_divided(gains, total, least, most, error, message) -> None:
+    with pytest.raises(error, match=message):
+        divide(
+            gains.double(),
+            total,
+            torch.tensor(least, dtype=torch.long),
+            torch.tensor(most, dtype=torch.long),
+        )
+
+
+# ---- allocation from a belief
+
+
+def taught(seed: int = 0, groups: int = 6) -> tuple[BetaBelief, list[str], Tensor]:
+    """A belief that has seen eight prompts from hopeless to solved."""
+    belief, success = BetaBelief(), torch.tensor([0.0, 0.03, 0.1, 0.3, 0.5, 0.8, 0.97, 1.0])
+    ids, generator = [f"p{i}" for i in range(8)], torch.Generator().manual_seed(seed)
+    for step in range(groups):
+        rows = torch.arange(8).repeat_interleave(8)
+        reward = (torch.rand(64, generator=generator) < success[rows]).double()
+        belief.update([ids[i] for i in rows], reward, step=step)
+    return belief, ids, success
+
+
+def test_gradient_spends_on_even_prompts_and_light_on_hard_ones() -> None:
+    belief, ids, _ = taught()
+    gradient = allocate(belief, ids, step=6, total=64, n_min=0).counts
+    light = allocate(belief, ids, step=6, total=32, objective="light", n_min=0).counts
+    assert gradient.sum() == 64 and light.sum() == 32
+    assert gradient[4] > gradient[2] > gradient[0] and gradient[4] > gradient[7]
+    assert light[2] > light[4] > light[0]
+    assert not (light == 1).any()
+
+
+def test_skipped_prompts_come_back_by_the_coverage_floor() -> None:
+    belief, ids, _ = taught()
+    coverage, visits = Coverage(every=5), {name: [] for name in ids}
+    for step in range(6, 26):
+        counts = allocate(belief, ids, step=step, total=12, n_min=0, coverage=coverage).counts
+        assert counts.sum() == 12
+        for name, n in zip(ids, counts.tolist()):
+            visits[name] += [step] * bool(n)
+    assert any(len(steps) < 20 for steps in visits.values()), "nothing was skipped: the test shows nothing"
+    for steps in visits.values():
+        assert max(np.diff([5, *steps, 26])) <= 5
+
+
+def test_coverage_when_the_total_cannot_pay_for_all_and_its_state() -> None:
+    belief, ids, _ = taught()
+    coverage = Coverage(every=1)
+    first = allocate(belief, ids, step=6, total=3, n_min=0, n_max=1, coverage=coverage).counts
+    second = allocate(belief, ids, step=7, total=3, n_min=0, n_max=1, coverage=coverage).counts
+    assert first.sum() == second.sum() == 3
+    assert not (first * second).any(), "those that wait longest come first"
+    copy = Coverage(every=1)
+    copy.load_state_dict(coverage.state_dict())
+    assert copy.waiting(ids, step=9).tolist() == coverage.waiting(ids, step=9).tolist()
+    with pytest.raises(ConfigError, match="coverage state"):
+        copy.load_state_dict({"format": 2, "ids": [], "step": torch.zeros(0)})
+    with pytest.raises(ConfigError, match="every: got 0"):
+        Coverage(every=0)
+
+
+def test_price_meets_the_budget_on_average_and_caps_always_hold() -> None:
+    belief, ids, success = taught(groups=1)
+    price, generator, means = Price(budget=7.0), torch.Generator().manual_seed(1), []
+    for step in range(1, 60):
+        counts = allocate(belief, ids, step=step, price=price, n_min=1, n_max=24).counts
+        assert counts.min() >= 1 and counts.max() <= 24
+        means.append(counts.double().mean().item())
+        rows = torch.repeat_interleave(torch.arange(8), counts)
+        reward = (torch.rand(len(rows), generator=generator) < success[rows]).double()
+        belief.update([ids[i] for i in rows], reward, step=step)
+    assert np.mean(means[-30:]) == pytest.approx(7.0, rel=0.07)
+
+
+@quick
+@given(
+    budget=st.floats(0.5, 40),
+    seed=st.integers(0, 5),
+    n_min=st.integers(0, 3),
+    room=st.integers(0, 12),
+    objective=st.sampled_from(["gradient", "light"]),
+)
+def test_hard_caps_hold_whatever_the_price(
+    budget: float, seed: int, n_min: int, room: int, objective: str
+) -> None:
+    belief, ids, _ = taught(seed, groups=1)
+    n_max, price = max(n_min + room, 1), Price(budget)
+    for step in range(2, 8):
+        counts = allocate(
+            belief, ids, step=step, price=price, n_min=n_min, n_max=n_max, objective=objective
+        ).counts
+        assert n_min <= counts.min() and counts.max() <= n_max
+        total = int(counts.sum().clamp(min=8 * n_min, max=8 * n_max)) or 1
+        exact = allocate(
+            belief, ids, step=step, total=total, n_min=n_min, n_max=n_max, objective=objective
+        ).counts
+        assert exact.sum() == total and n_min <= exact.min() and exact.max() <= n_max
+
+
+def test_price_state_and_bad_input() -> None:
+    price = Price(8.0, value=0.01)
+    assert price.update(16.0) == pytest.approx(0.01 * 2) and price.update(8.0) == pytest.approx(0.02)
+    copy = Price(8.0)
+    copy.load_state_dict(price.state_dict())
+    assert copy.value == price.value
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="budget: got"):
+            Price(bad)
+    with pytest.raises(ConfigError, match="before the first allocation"):
+        Price(8.0).update(3.0)
+    with pytest.raises(NumericError, match="mean: got nan"):
+        price.update(math.nan)
+    with pytest.raises(ConfigError, match="format"):
+        price.load_state_dict({"format": 9})
+
+
+@pytest.mark.parametrize(
+    "ids, options, message",
+    [
+        ([], {"total": 4}, "ids: got an empty pool"),
+        (["a", "b", "a"], {"total": 4}, "prompt 'a' twice"),
+        (["a"], {}, "expected exactly one"),
+        (["a"], {"total": 2, "price": Price(8.0)}, "expected exactly one"),
+        (["a"], {"total": 0}, "total: got 0"),
+        (["a"], {"total": 1, "n_min": 2}, "expected 2 to 32"),
+        (["a"], {"total": 33}, "expected 2 to 32"),
+        (["a"], {"total": 2, "n_min": 3, "n_max": 2}, "n_min, n_max: got 3, 2"),
+        (["a"], {"total": 2, "n_min": 1.5}, "n_min: got 1.5"),
+        (["a"], {"total": 2, "objective": "gradeint"}, "did you mean 'gradient'"),
+        (["a"], {"total": 2, "reward": "binary"}, "reward: got 'binary'"),
+        (["a"], {"total": 2, "objective": "light", "reward": "real"}, "expected 'gradient'"),
+    ],
+)
+def test_allocations_that_cannot_be(ids: list[str], options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        allocate(BetaBelief(), ids, step=0, **options)
+
+
+# ---- selection
+
+
+@betas
+def test_moments_of_theta(a: float, b: float) -> None:
+    brute = expect(a, b, lambda p: (p * (1 - p)) ** 2) - expect(a, b, lambda p: p * (1 - p)) ** 2
+    x = torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64)
+    assert theta_variance(*x).item() == pytest.approx(brute, rel=1e-5)
+    draws = draw_beta(*x, 20000, torch.Generator().manual_seed(0))
+    assert draws.mean().item() == pytest.approx(
+        a / (a + b), abs=4 * math.sqrt(stats.beta(a, b).var() / 20000)
+    )
+
+
+@quick
+@given(actions=st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 1)), min_size=1, max_size=6))
+def test_best_mixture_against_a_grid_over_all_pairs(actions: list[tuple[float, float]]) -> None:
+    regret, information = torch.tensor(actions, dtype=torch.float64).T
+
+    def ratio(i: int, j: int, q: float) -> float:
+        top = q * regret[i] + (1 - q) * regret[j]
+        return (top**2 / (q * information[i] + (1 - q) * information[j])).item()
+
+    pairs = itertools.product(range(len(actions)), repeat=2)
+    grid = min(ratio(i, j, q) for i, j in pairs for q in np.linspace(0, 1, 41))
+    assert ratio(*best_mixture(regret, information)) <= grid + 1e-12
+
+
+def test_information_directed_takes_different_actions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    regret, information = torch.rand(2, 30, generator=generator, dtype=torch.float64)
+    chosen = information_directed(regret, information, 30, generator)
+    assert sorted(chosen.tolist()) == list(range(30))
+
+
+def simulate_selection(
+    method: str, every: int | None, pool: int = 384, steps: int = 48
+) -> tuple[float, float]:
+    """Mean 4 p (1 - p) of the chosen in the second half, and the share of the pool ever chosen."""
+    world = np.random.default_rng(0)
+    logit = 4 * world.standard_normal(pool)
+    belief, seen, signal = BetaBelief(), set(), []
+    selector = PromptSelector(belief, range(pool), 12, method=method, every=every, seed=1)
+    for step in range(steps):
+        logit += 0.3 / math.sqrt(32) * world.standard_normal(pool)
+        p = 1 / (1 + np.exp(-logit))
+        chosen = selector.select(step=step)
+        seen.update(chosen)
+        signal.append(np.mean(4 * p[chosen] * (1 - p[chosen])))
+        rows = np.repeat(chosen, 8)
+        belief.update(rows.tolist(), torch.tensor((world.random(len(rows)) < p[rows]) * 1.0), step=step)
+    return float(np.mean(signal[steps // 2 :])), len(seen) / pool
+
+
+def test_selection_methods_order_as_in_the_large_simulation() -> None:
+    """There (64 of 2048, 96 steps): uniform .30 < weights .39 < Thompson .67 < IDS .70 < greedy .86."""
+    result = {
+        name: simulate_selection(name, 0) for name in ("uniform", "weights", "thompson", "ids", "greedy")
+    }
+    signal = {name: value[0] for name, value in result.items()}
+    cover = {name: value[1] for name, value in result.items()}
+    assert signal["uniform"] + 0.03 < signal["weights"] < signal["thompson"] < signal["greedy"]
+    assert signal["uniform"] + 0.15 < signal["ids"]
+    assert cover["greedy"] + 0.15 < min(cover["thompson"], cover["uniform"], cover["weights"])
+
+
+def test_the_floor_gives_greedy_coverage_and_no_prompt_waits_longer() -> None:
+    floor = simulate_selection("greedy", 40)
+    assert floor[1] == 1.0
+    assert simulate_selection("uniform", 0)[0] + 0.1 < floor[0]
+    selector = PromptSelector(BetaBelief(prior=(1.0, 1.0)), range(50), 7, every=8, seed=3)
+    last = dict.fromkeys(range(50), -1)
+    for call in range(60):
+        for name in selector.select(step=call):
+            last[name] = call
+        assert call - min(last.values()) <= 8
+
+
+@pytest.mark.parametrize("method", ["greedy", "thompson", "ids", "weights", "uniform"])
+def test_selection_repeats_itself_and_resumes(method: str) -> None:
+    belief, ids, _ = taught()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one, two = (PromptSelector(belief, ids, 3, method=method, seed=4) for _ in range(2))
+    first = [one.select(step=6) for _ in range(8)]
+    assert first == [two.select(step=6) for _ in range(8)]
+    assert all(len(set(chosen)) == 3 for chosen in first)
+    three = PromptSelector(belief, ids, 3, method=method, seed=99)
+    three.load_state_dict(one.state_dict())
+    assert [one.select(step=6) for _ in range(5)] == [three.select(step=6) for _ in range(5)]
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is not ours"
+
+
+@pytest.mark.parametrize(
+    "pool, count, options, message",
+    [
+        ([], 1, {}, "pool: got 0 ids"),
+        (["a", "a"], 1, {}, "pool: got 2 ids, 1 different"),
+        (["a"], 2, {}, "count: got 2"),
+        (["a"], 0, {}, "count: got 0"),
+        (["a"], 1, {"method": "greddy"}, "did you mean 'greedy'"),
+        (list(range(9)), 2, {"every": 4}, "every: got 4 calls, expected at least 5"),
+    ],
+)
+def test_selectors_that_cannot_be(pool: list, count: int, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PromptSelector(BetaBelief(), pool, count, **options)

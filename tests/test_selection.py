@@ -1,0 +1,366 @@
+"""Data selection against mpmath, autograd and brute force; and what wrong labels do to it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.special
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kalman_rl import selection as sl
+from kalman_rl.errors import NumericError, ShapeError
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+seeds = st.integers(0, 10_000)
+MARGINS = [-1e4, -800.0, -40.0, -3.0, -1e-9, 0.0, 1e-9, 0.7, 3.0, 40.0, 800.0, 1e4]
+
+
+def double(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ---- margins
+
+
+@quick
+@given(seed=seeds, normalised=st.booleans(), beta=st.sampled_from([0.1, 2.0]))
+def test_pair_margin_is_dpos(seed: int, normalised: bool, beta: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    w, l, rw, rl = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(4))  # noqa: E741
+    lengths = torch.randint(1, 50, (2, 7), generator=g)
+    given_lengths = {"length_chosen": lengths[0], "length_rejected": lengths[1]} if normalised else {}
+    ours = sl.pair_margin(w, l, rw, rl, beta=beta, **given_lengths)
+    for i in range(7):
+        n = lengths[:, i].tolist() if normalised else [1, 1]
+        expected = beta * ((w[i] - rw[i]) / n[0] - (l[i] - rl[i]) / n[1])
+        assert ours[i].item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-14)
+
+
+def test_long_pairs_dominate_unless_lengths_are_given() -> None:
+    """The same improvement per token, ten times as long: ten times the margin, or the same."""
+    short, long = -1.0 * torch.tensor([10.0, 100.0]), -1.2 * torch.tensor([10.0, 100.0])
+    n = torch.tensor([10, 100])
+    plain = sl.pair_margin(short, long, long, long, beta=1.0)
+    even = sl.pair_margin(short, long, long, long, beta=1.0, length_chosen=n, length_rejected=n)
+    torch.testing.assert_close(plain[1], 10 * plain[0])
+    torch.testing.assert_close(even[1], even[0])
+
+
+def test_success_margin_is_the_logit() -> None:
+    p = torch.linspace(0, 1, 21, dtype=torch.float64)
+    np.testing.assert_allclose(sl.success_margin(p).numpy(), scipy.special.logit(p.numpy()), rtol=1e-12)
+    assert sl.success_margin(torch.tensor([0.0, 1.0])).tolist() == [-math.inf, math.inf]
+
+
+@quick
+@given(s=st.integers(0, 40), f=st.integers(0, 40), prior=st.sampled_from([0.5, 1.0, 3.0]))
+def test_counted_margin_is_the_logit_of_a_beta_posteriors_mean(s: int, f: int, prior: float) -> None:
+    mean = scipy.stats.beta(s + prior, f + prior).mean()
+    ours = sl.counted_margin(double([s]), double([f]), prior=prior)
+    assert ours.item() == pytest.approx(scipy.special.logit(mean), rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(ours, sl.success_margin(double([mean])))
+
+
+# ---- score
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-50, 1e-6, 0.1, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_score_against_mpmath(damping: float, dtype: torch.dtype) -> None:
+    margin = torch.tensor(MARGINS, dtype=dtype)
+    ours = sl.log_score(margin, damping)
+    assert ours.dtype == dtype
+    with mpmath.workdps(9000):
+        for m, found in zip(margin.tolist(), ours.tolist()):
+            x = mpmath.mpf(m)
+            g = 1 / (1 + mpmath.exp(x))
+            h = g / (1 + mpmath.exp(-x))
+            expected = float(mpmath.log(g**2 / (h + mpmath.mpf(damping))))
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+            assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+def test_no_damping_is_exactly_the_margin() -> None:
+    margin = double(MARGINS)
+    assert torch.equal(sl.log_score(margin, 0.0), -margin)
+    assert torch.equal(sl.score(margin, damping=0.0), torch.exp(-margin))
+
+
+@quick
+@given(damping=st.sampled_from([1e-3, 0.1, 1.0]), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_limits(damping: float, dtype: torch.dtype) -> None:
+    ends = torch.tensor([-math.inf, -1e4, 0.0, 1e4, math.inf], dtype=dtype)
+    expected = torch.tensor([1 / damping, 1 / damping, 0.25 / (0.25 + damping), 0.0, 0.0], dtype=dtype)
+    torch.testing.assert_close(sl.score(ends, damping=damping), expected)
+
+
+def test_score_is_autograds_gradient_and_hessian() -> None:
+    for m in np.linspace(-6, 6, 25).tolist():
+        x = double([m])[0].requires_grad_()
+        loss = torch.nn.functional.softplus(-x)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        (hessian,) = torch.autograd.grad(gradient, x)
+        expected = (gradient**2 / (hessian + 0.3)).item()
+        assert sl.score(double([m]), damping=0.3).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_half_the_undamped_score_is_the_newton_gain_near_the_optimum() -> None:
+    """Of a quadratic with the loss's gradient and curvature; the damped score is never above it."""
+    m = torch.linspace(-3, 3, 31, dtype=torch.float64)
+    g, h = torch.sigmoid(-m), torch.sigmoid(m) * torch.sigmoid(-m)
+    step = g / h
+    gain = g * step - 0.5 * h * step**2
+    torch.testing.assert_close(sl.score(m, damping=0.0) / 2, gain)
+    assert (sl.score(m, damping=0.1) / 2 < gain).all()
+
+
+@quick
+@given(seed=seeds, damping=st.sampled_from([0.0, 0.1, 1.0]))
+def test_monotone_in_margin_and_variance(seed: int, damping: float) -> None:
+    """The score alone never re-orders margins: pools, variance and limit are what does."""
+    g = torch.Generator().manual_seed(seed)
+    margin = (5 * torch.randn(20, generator=g, dtype=torch.float64)).sort().values
+    assert (sl.log_score(margin, damping).diff() <= 1e-12).all()
+    variance = torch.rand(20, generator=g, dtype=torch.float64)
+    ours = sl.score(margin, damping=0.1, variance=variance, penalty=2.0)
+    torch.testing.assert_close(ours, sl.score(margin, damping=0.1) / (1 + 2 * variance))
+    assert torch.equal(sl.score(margin, variance=variance, penalty=0.0), sl.score(margin))
+
+
+def test_limit_is_inclusive_and_detached() -> None:
+    margin = torch.tensor([-5.1, -5.0, 0.0], requires_grad=True)
+    ours = sl.score(margin, limit=5.0)
+    assert (ours > 0).tolist() == [False, True, True] and not ours.requires_grad
+    assert sl.score(torch.tensor([-math.inf]), damping=0.0, limit=50.0).item() == 0
+
+
+# ---- wrong labels
+
+
+def noisy_pairs(seed: int, rows: int = 20_000, wrong: float = 0.1) -> tuple[Tensor, Tensor]:
+    """A policy that is mostly right, N(2, 2) margins; one label in ten flipped, which flips the margin."""
+    g = torch.Generator().manual_seed(seed)
+    margin = 2 + 2 * torch.randn(rows, generator=g, dtype=torch.float64)
+    flipped = torch.rand(rows, generator=g) < wrong
+    return torch.where(flipped, -margin, margin), flipped
+
+
+def share_of_wrong(margin: Tensor, flipped: Tensor, fraction: float, **options: float) -> float:
+    scores = sl.score(margin, **options)
+    keep = sl.select(scores, torch.zeros(len(margin)).long(), fraction).keep
+    return flipped[keep].double().mean().item()
+
+
+def expected_share(fraction: float, limit: float, wrong: float = 0.1) -> float:
+    """Of wrong labels among the lowest margins above ``-limit``, for infinitely many pairs."""
+    good, bad = scipy.stats.norm(2, 2).cdf, scipy.stats.norm(-2, 2).cdf
+    start = {"good": float(good(-limit)), "bad": float(bad(-limit))}
+
+    def kept(end: float) -> float:
+        return (1 - wrong) * (good(end) - start["good"]) + wrong * (bad(end) - start["bad"])
+
+    end = scipy.optimize.brentq(lambda x: kept(x) - fraction, -20, 20)
+    return wrong * (bad(end) - start["bad"]) / fraction
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.05, 0.1])
+def test_best_scores_are_mostly_wrong_labels_and_a_limit_lowers_their_share(fraction: float) -> None:
+    """One label in ten is wrong; among the best-scored rows it is most of them. A limit helps
+    and does not cure."""
+    rows = 60_000
+    margin, flipped = noisy_pairs(0, rows)
+    found = {}
+    for limit in (math.inf, 3.0, 1.0):
+        found[limit] = share_of_wrong(margin, flipped, fraction, limit=limit)
+        expected = expected_share(fraction, limit)
+        error = math.sqrt(expected * (1 - expected) / (fraction * rows))
+        assert abs(found[limit] - expected) < 4 * error
+    assert found[math.inf] > 0.5 and found[math.inf] > found[3.0] > found[1.0] > 0.1
+
+
+def test_every_order_of_one_score_has_the_same_wrong_labels() -> None:
+    """Damping does not help against them: it changes the scores and not their order."""
+    margin, flipped = noisy_pairs(0)
+    shares = {share_of_wrong(margin, flipped, 0.05, damping=damping) for damping in (1e-3, 0.1, 1.0)}
+    assert len(shares) == 1
+
+
+# ---- pools
+
+
+@quick
+@given(seed=seeds, count=st.integers(1, 6), levels=st.sampled_from([3, 10_000]))
+def test_quantile_pools(seed: int, count: int, levels: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randint(levels, (23,), generator=g).double()
+    pool = sl.quantile_pools(values, count)
+    assert pool.min() >= 0 and pool.max() < count and pool.shape == values.shape
+    order = values.argsort()
+    assert (pool[order].diff() >= 0).all()
+    for value in values.unique():
+        assert len(pool[values == value].unique()) == 1
+    if len(values.unique()) == len(values):
+        sizes = torch.bincount(pool, minlength=count)
+        assert sizes.max() - sizes.min() <= 1
+
+
+@quick
+@given(values=st.lists(st.floats(-5, 5), min_size=1, max_size=20))
+def test_edge_pools(values: list[float]) -> None:
+    edges = [-1.0, 0.0, 2.5]
+    assert sl.edge_pools(double(values), edges).tolist() == [sum(edge <= x for edge in edges) for x in values]
+    assert sl.edge_pools(double(values), []).tolist() == [0] * len(values)
+
+
+def test_infinite_difficulties_have_pools_of_their_own_end() -> None:
+    values = double([math.inf, 0.0, -math.inf, 1.0])
+    assert sl.edge_pools(values, [0.0]).tolist() == [1, 1, 0, 1]
+    assert sl.quantile_pools(values, 2).tolist() == [1, 0, 0, 1]
+
+
+def test_refreshed_every_few_steps_and_when_the_rows_change() -> None:
+    calls = []
+
+    def assign(difficulty: Tensor) -> Tensor:
+        calls.append(len(difficulty))
+        return sl.quantile_pools(difficulty, 2)
+
+    pool = None
+    for step in range(7):
+        pool = sl.refreshed(pool, torch.arange(4.0) * (-1) ** step, step, 3, assign)
+    assert calls == [4, 4, 4] and pool is not None and pool.tolist() == [0, 0, 1, 1]
+    sl.refreshed(pool, torch.arange(5.0), 7, 3, assign)
+    assert calls[-1] == 5
+
+
+@quick
+@given(seed=seeds, target=st.sampled_from([0.0, 0.5, 0.8]))
+def test_nearest_pool_by_brute_force(seed: int, target: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    success, pool = torch.rand(11, generator=g, dtype=torch.float64), torch.randint(5, (11,), generator=g)
+    means = {p: success[pool == p].mean().item() for p in set(pool.tolist())}
+    best = min(sorted(means), key=lambda p: abs(means[p] - target))
+    assert sl.nearest_pool(pool, success, target) == best
+
+
+# ---- selection
+
+
+@quick
+@given(
+    seed=seeds,
+    rows=st.integers(1, 24),
+    fraction=st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.7, 1.0]),
+    levels=st.sampled_from([1, 3, 1000]),
+)
+def test_select_by_brute_force(seed: int, rows: int, fraction: float, levels: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (rows,), generator=g).double()
+    pool = torch.randint(-1, 3, (rows,), generator=g)
+    keep, weight = sl.select(scores, pool, fraction)
+    assert weight.sum().item() == pytest.approx(rows, rel=1e-12)
+    if (scores == 0).all():
+        assert keep.all() and (weight == 1).all()
+        return
+    expected, shares = [], {}
+    for own in set(pool.tolist()):
+        members = [i for i in range(rows) if pool[i] == own]
+        count = math.ceil(round(fraction * len(members), 9))
+        best = [i for i in sorted(members, key=lambda i: (-scores[i].item(), i))[:count] if scores[i] > 0]
+        expected += best
+        shares |= {i: len(members) / len(best) for i in best}
+    assert keep.nonzero().flatten().tolist() == sorted(expected)
+    total = math.fsum(shares.values())
+    for i in range(rows):
+        assert weight[i].item() == pytest.approx(shares.get(i, 0.0) * rows / total, rel=1e-12)
+
+
+def test_everything_kept_is_uniform_and_an_empty_pool_gives_its_share_away() -> None:
+    pool = torch.tensor([0, 0, 1, 1, 1])
+    assert (sl.select(torch.rand(5) + 0.1, pool, 1.0).weight == 1).all()
+    keep, weight = sl.select(torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0]), pool, 0.5)
+    assert keep.tolist() == [True, False, False, False, False] and weight.tolist() == [5.0, 0, 0, 0, 0]
+    empty = sl.select(torch.zeros(0), torch.zeros(0).long(), 0.5)
+    assert empty.keep.shape == empty.weight.shape == (0,)
+
+
+# ---- errors
+
+ONE = torch.ones(3)
+HOLE = torch.tensor([1.0, math.nan, 1.0])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: sl.log_score(HOLE), "margin: got nan at row 1 .1 such rows., expected numbers"),
+        (lambda: sl.log_score(ONE, -0.1), "damping: got -0.1"),
+        (lambda: sl.log_score(ONE, math.nan), "damping: got nan"),
+        (lambda: sl.score(ONE, limit=-1.0), "limit: got -1.0"),
+        (lambda: sl.score(ONE, limit=math.nan), "limit: got nan"),
+        (lambda: sl.score(ONE, penalty=math.inf), "penalty: got inf"),
+        (lambda: sl.score(ONE, variance=-ONE), "variance: got -1.0 at row 0"),
+        (lambda: sl.score(ONE, variance=HOLE), "variance: got nan at row 1"),
+        (lambda: sl.success_margin(2 * ONE), "mean: got 2.0 at row 0"),
+        (lambda: sl.success_margin(HOLE), "mean: got nan at row 1"),
+        (lambda: sl.counted_margin(ONE, -ONE), "failures: got -1.0 at row 0"),
+        (lambda: sl.counted_margin(HOLE, ONE), "successes: got nan at row 1"),
+        (lambda: sl.counted_margin(ONE, ONE, prior=0.0), "prior: got 0.0"),
+        (lambda: sl.pair_margin(ONE, HOLE, ONE, ONE), "rejected: got nan at row 1"),
+        (lambda: sl.pair_margin(ONE, ONE, ONE, HOLE), "reference_rejected: got nan at row 1"),
+        (lambda: sl.pair_margin(ONE, ONE, ONE, ONE, beta=0.0), "beta: got 0.0"),
+        (
+            lambda: sl.pair_margin(ONE, ONE, ONE, ONE, length_chosen=0 * ONE, length_rejected=ONE),
+            "length_chosen: got 0.0 at row 0",
+        ),
+        (lambda: sl.quantile_pools(HOLE, 2), "difficulty: got nan at row 1"),
+        (lambda: sl.quantile_pools(ONE, 0), "count: got 0"),
+        (lambda: sl.edge_pools(ONE, [1.0, 1.0]), r"edges: got \[1.0, 1.0\], expected rising"),
+        (lambda: sl.edge_pools(ONE, [math.nan]), r"edges: got \[nan\]"),
+        (lambda: sl.refreshed(None, ONE, -1, 2, torch.sign), "step: got -1"),
+        (lambda: sl.refreshed(None, ONE, 0, 0, torch.sign), "every: got 0"),
+        (lambda: sl.nearest_pool(torch.zeros(3), 2 * ONE), "success: got 2.0 at row 0"),
+        (lambda: sl.nearest_pool(torch.zeros(3), ONE, 1.5), "target: got 1.5"),
+        (lambda: sl.select(HOLE, torch.zeros(3), 0.5), "scores: got nan at row 1"),
+        (lambda: sl.select(math.inf * ONE, torch.zeros(3), 0.5), "scores: got inf .*set damping > 0"),
+        (lambda: sl.select(ONE, torch.zeros(3), 0.0), "fraction: got 0.0"),
+        (lambda: sl.select(ONE, torch.zeros(3), 1.1), "fraction: got 1.1"),
+    ],
+)
+def test_bad_numbers(call: Any, message: str) -> None:
+    with pytest.raises(NumericError, match=f"^{message}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: sl.log_score(torch.ones(3, 1)), r"margin: got shape \(3, 1\), expected \(N,\)"),
+        (lambda: sl.score(ONE, variance=torch.ones(2)), r"variance: got shape \(2,\), expected \(3,\)"),
+        (
+            lambda: sl.pair_margin(ONE, torch.ones(2), ONE, torch.ones(2)),
+            r"rejected: got shape|reference_rej",
+        ),
+        (lambda: sl.pair_margin(ONE, ONE, torch.ones(2), ONE), r"reference_chosen: got shape \(2,\)"),
+        (
+            lambda: sl.pair_margin(ONE, ONE, ONE, ONE, length_chosen=ONE),
+            "length_chosen, length_rejected: got one",
+        ),
+        (lambda: sl.counted_margin(ONE, torch.ones(2)), r"failures: got shape \(2,\), expected \(3,\)"),
+        (lambda: sl.nearest_pool(torch.zeros(0), torch.zeros(0)), "pool: got no rows"),
+        (lambda: sl.nearest_pool(torch.zeros(2), ONE), r"success: got shape \(3,\), expected \(2,\)"),
+        (lambda: sl.select(ONE, torch.zeros(2), 0.5), r"pool: got shape \(2,\), expected \(3,\) like scores"),
+    ],
+)
+def test_bad_shapes(call: Any, message: str) -> None:
+    with pytest.raises(ShapeError, match=f"^({message})"):
+        call()

@@ -1,0 +1,90 @@
+"""The checks that users run: they pass, they cover every method, and they can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from kalman_rl import ratio, trust
+from kalman_rl.advantage import group_centred
+from kalman_rl.errors import ConfigError
+from kalman_rl.methods import METHODS, make_method
+from kalman_rl.verify import golden, oracles, verify
+from kalman_rl.verify.check import Check, relative_error
+from kalman_rl.verify.literal import example
+
+RECORDED = set(METHODS) - {
+    # Ours, or without a published implementation that we have run.
+    *("krpo", "krpo_invariant", "k_score", "otb", "kpo_diffuse", "minpro", "minpro_clipped", "ratio_one"),
+    *("batch_mean", "james_stein", "kpo_auto", "kpo_noise", "kpo_robust"),
+    *("dppo_topk_tv", "dppo_topk_kl", "bapo", "capo", "reinforce", "gpg_published", "rloo"),
+}
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_check_of_a_method_passes(name: str) -> None:
+    results = verify([name])
+    assert {result.method for result in results} == {name}
+    assert [result for result in results if not result.passed] == []
+    titles = " ".join(result.name for result in results)
+    for oracle in ("loop over tokens", "autograd of the literal loss", "its definition", "REINFORCE"):
+        assert oracle in titles
+    if name in RECORDED:
+        assert "recorded loss" in titles
+
+
+def test_recorded_losses_speak_for_their_own_kind_only() -> None:
+    def found(name: str) -> set[str]:
+        return {record["method"] for record in golden.records_for(make_method(name))}
+
+    assert found("grpo") == {"ppo_clip"} and found("kpo") == {"kpo"} and found("dro") == {"dro"}
+    assert found("bapo_published") == {"bapo"} and found("bapo") == set()
+    assert found("dppo_kl") == {"dppo_kl"} and found("dppo_topk_kl") == set()
+    assert found("kpo_diffuse") == set()  # another start than the recorded one
+
+
+def test_the_example_batch_makes_trust_regions_act() -> None:
+    for name in METHODS:
+        method = make_method(name)
+        if isinstance(method.trust, trust.Clip) and method.ratio is not ratio.one:
+            batch = example()
+            advantage = oracles.advantage_of(method, batch)
+            dropped = (oracles.gradient(method, batch) == 0) & batch.rollouts.mask & (advantage != 0)
+            few = name in ("kpo",)  # pinned to 1: nothing to clip
+            assert few or dropped.any(), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"trust": trust.Clip(0.2, 0.05)},
+        {"ratio": ratio.one},
+        {"advantage": group_centred},
+    ],
+)
+def test_limits_are_not_true_of_another_method(change: dict[str, object]) -> None:
+    other = dataclasses.replace(make_method("grpo"), **change)
+    assert oracles._same(other, make_method("grpo"), own=True)() > 1e-3
+
+
+def test_a_transform_without_definition_fails() -> None:
+    def doubled(logp: torch.Tensor, rollouts: object) -> ratio.Ratio:
+        found = ratio.token(logp, rollouts)  # type: ignore[arg-type]
+        return found._replace(log_weight=2 * found.log_weight)
+
+    method = dataclasses.replace(make_method("grpo"), ratio=doubled)
+    failed = [check.name for check in oracles.checks(method) if not check.passed]
+    assert "log-weights against a loop over tokens" in failed
+
+
+def test_nan_does_not_pass() -> None:
+    assert not Check("x", "y", math.nan, 1.0).passed and Check("x", "y", 1.0, 1.0).passed
+    assert relative_error(torch.ones(2), torch.ones(3)) == math.inf
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cispo'"):
+        verify(["cisp"])
