@@ -1,8 +1,8 @@
 """Time and memory of beliefs over many prompts: `python benchmarks/belief_speed.py --prompts 1000000`.
 
-One thread. Every belief is filled with the given number of prompts, then batches of 512 prompts x 8 completions are
-timed (median): advantages, update. Bytes per prompt: tensor data as allocated; the id -> row dictionary of Python is
-measured apart, with the id objects it keeps alive.
+One thread. Every belief is filled with the given number of prompts, then batches of 512 x 8 completions are
+timed (median): advantages, update. Bytes per prompt: tensor data as allocated; the id -> row table apart,
+with the id objects it keeps alive.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BATCH, GROUP = 512, 8
 
 def fill(belief, ids: list, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(ids), 50_000):
-        part = ids[start : start + 50_000]
+    for start in range(0, len(ids), 5_000):
+        part = ids[start : start + 5_000]
         features = torch.randn(500, width, generator=generator).repeat(len(part) // 500 + 1, 1)[: len(part)]
         features = features if width else None
         reward = torch.randint(2, (len(part),), generator=generator).double()
@@ -61,7 +61,7 @@ def main() -> None:
     print(f"{arguments.prompts} prompts; batches of {BATCH} x {GROUP}; torch {torch.__version__}, one thread")
     print(
         f"id -> row, per prompt: dictionary {sys.getsizeof(table) / len(ids):.0f} bytes, row numbers "
-        f"{rows / len(ids):.0f}, str ids {sum(map(sys.getsizeof, ids)) / len(ids):.0f} (the caller's, if kept)"
+        f"{rows / len(ids):.0f}, str ids {sum(map(sys.getsizeof, ids)) / len(ids):.0f} (the caller's)"
     )
     del table
     print(f"{'belief':<22}{'tensor bytes/prompt':>20}{'advantages ms':>15}{'update ms':>11}{'fill s':>8}")

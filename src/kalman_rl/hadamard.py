@@ -81,8 +81,8 @@ class SRHT:
         padded = 1 << max(int(dimension_in) - 1, 0).bit_length()
         if dimension_in < 1 or not 1 <= dimension_out <= padded:
             raise ConfigError(
-                f"dimension_in, dimension_out: got {dimension_in}, {dimension_out}, expected dimension_in >= 1 "
-                f"and dimension_out from 1 to {padded}, the next power of two"
+                f"dimension_in, dimension_out: got {dimension_in}, {dimension_out}, expected dimension_in >= "
+                f"1 and dimension_out from 1 to {padded}, the next power of two"
             )
         generator = torch.Generator().manual_seed(seed)
         self.dimension_in, self.dimension_out = int(dimension_in), int(dimension_out)
@@ -100,8 +100,8 @@ class SRHT:
         """
         if x.dim() < 1 or x.shape[-1] != self.dimension_in or not x.is_floating_point():
             raise ShapeError(
-                f"x: got {x.dtype} {tuple(x.shape)}, expected floating (..., {self.dimension_in}): the width of "
-                "the features must not change"
+                f"x: got {x.dtype} {tuple(x.shape)}, expected floating (..., {self.dimension_in}): the width "
+                "of the features must not change"
             )
         signed = x * self.signs.to(device=x.device, dtype=x.dtype)
         signed = torch.nn.functional.pad(signed, (0, self.padded - self.dimension_in))
@@ -109,7 +109,7 @@ class SRHT:
         return kept * math.sqrt(self.padded / self.dimension_out)
 
     def state_dict(self) -> dict[str, Any]:
-        """Signs, rows and sizes as tensors and numbers: a restored projection is the same map, not a re-drawn one."""
+        """Signs, rows and sizes: a restored projection is the same map, not one drawn again."""
         return {
             "format": FORMAT,
             "dimension_in": self.dimension_in,
@@ -128,8 +128,8 @@ class SRHT:
         saved = (state.get("dimension_in"), state.get("dimension_out"))
         if state.get("format") != FORMAT or saved != sizes:
             raise ConfigError(
-                f"SRHT state: got format {state.get('format')} with sizes {saved}, expected format {FORMAT} with "
-                f"sizes {sizes}; build SRHT with the saved sizes and a version that reads this format"
+                f"SRHT state: got format {state.get('format')} with sizes {saved}, expected format {FORMAT} "
+                f"with sizes {sizes}; build SRHT with the saved sizes and a version that reads this format"
             )
         signs, rows = state["signs"], state["rows"]
         unique = rows.unique()
@@ -142,7 +142,8 @@ class SRHT:
         ):
             raise NumericError(
                 f"SRHT state: got signs {tuple(signs.shape)} and rows {tuple(rows.shape)}, expected "
-                f"{self.dimension_in} signs of +-1 and {self.dimension_out} different rows below {self.padded}"
+                f"{self.dimension_in} signs of +-1 and {self.dimension_out} different rows below "
+                f"{self.padded}"
             )
         self.signs, self.rows = signs.to(torch.int8).clone(), rows.long().clone()
 

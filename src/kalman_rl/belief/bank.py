@@ -85,9 +85,13 @@ class LocalLevels(NamedTuple):
         mean = self.a[..., None] + (self.b * self.e)[..., None] / precision
         return mean, self.c[..., None] + self.b.square()[..., None] / precision
 
-    def passed(self, process_noise: Tensor, shift: Tensor) -> LocalLevels:
-        """Time passes: variance ``process_noise`` (u, K) is added, the mean moves by ``shift`` (u,)."""
-        return self._replace(a=self.a + shift[:, None], c=self.c + process_noise)
+    def shifted(self, by: Tensor) -> LocalLevels:
+        """The values move by a known amount (u,)."""
+        return self._replace(a=self.a + by[:, None])
+
+    def diffused(self, process_noise: Tensor) -> LocalLevels:
+        """Time passes: variance (u, K) is added."""
+        return self._replace(c=self.c + process_noise)
 
     def observed(self, y: Tensor, noise: Tensor) -> LocalLevels:
         """Absorb a mean reward y (u,) of variance ``noise`` > 0 (u, K)."""

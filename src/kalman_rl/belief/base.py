@@ -19,7 +19,7 @@ from kalman_rl.kalman import Gaussian, update
 
 FORMAT = 1
 SAME_FEATURES = 0.02
-"""Rows of one prompt may differ by this share of their length: hidden states in bfloat16 depend on the padding."""
+"""Rows of one prompt may differ by this share of their length: bfloat16 states depend on the padding."""
 
 
 class Prior(NamedTuple):
@@ -136,8 +136,8 @@ class TableBelief(ABC):
             )
         if state.get("options") != self._options:
             raise ConfigError(
-                f"belief state: got options {state.get('options')}, expected {self._options}; build the belief with "
-                "the saved options"
+                f"belief state: got options {state.get('options')}, expected {self._options}; build the "
+                "belief with the saved options"
             )
         table = self._table.checked(state.get("table", {}))
         noise, scale = restored(RewardNoise, state.get("noise")), restored(AdvantageScale, state.get("scale"))
@@ -234,13 +234,15 @@ class TableBelief(ABC):
 def prompt_features(features: Tensor, index: Tensor, count: int) -> Tensor:
     """(u, F) features of each prompt, float32 at least, from the (n, F) of each completion.
 
-    The first row of each id is taken. Raises: ShapeError for another shape, NumericError for NaN, infinity, or
-    rows of one id that differ by more than SAME_FEATURES.
+    The first row of each id is taken.
+
+    Raises: ShapeError for another shape, NumericError for NaN, infinity, or rows of one id that differ by
+    more than SAME_FEATURES.
     """
     if features.dim() != 2 or len(features) != len(index) or not features.is_floating_point():
         raise ShapeError(
-            f"features: got {features.dtype} {tuple(features.shape)}, expected floating ({len(index)}, F): one row "
-            "per id"
+            f"features: got {features.dtype} {tuple(features.shape)}, expected floating ({len(index)}, F): "
+            "one row per id"
         )
     values = features.detach().cpu()
     values = values if values.dtype == torch.float64 else values.float()
@@ -253,7 +255,8 @@ def prompt_features(features: Tensor, index: Tensor, count: int) -> Tensor:
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise NumericError(
-            f"features: got {values[row, column].item()} at row {row}, column {column}, expected finite numbers"
+            f"features: got {values[row, column].item()} at row {row}, column {column}, expected finite "
+            "numbers"
         )
     apart = (values - per_prompt[index]).norm(dim=1)
     differs = apart > SAME_FEATURES * per_prompt[index].norm(dim=1)

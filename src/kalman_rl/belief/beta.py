@@ -149,7 +149,7 @@ class BetaBelief(TableBelief):
         self._learn_prior(groups)
 
     def _learn_prior(self, groups: Groups) -> None:
-        """Var(mean) over prompts = spread of rates + noise y (1 - y) / (n - 1); needs groups of two or more."""
+        """Var(mean) over prompts = spread of rates + noise y (1 - y) / (n - 1); needs n > 1."""
         several = groups.size > 1
         y, n = groups.mean[several], groups.size[several]
         noise = (y * (1 - y)).clamp(min=0) / (n - 1)
@@ -163,8 +163,8 @@ def refuse_outside_unit_interval(groups: Groups) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise NumericError(
-            f"reward: got {groups.reward[row].item()} at row {row}, expected [0, 1]; use a Gaussian belief for "
-            "other rewards"
+            f"reward: got {groups.reward[row].item()} at row {row}, expected [0, 1]; use a Gaussian belief "
+            "for other rewards"
         )
 
 

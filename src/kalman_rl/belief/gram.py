@@ -42,8 +42,8 @@ def prefix_predictions(
     """
     if phi.dim() != 3 or y.shape != phi.shape[:2] or mask.shape != y.shape or mask.dtype != torch.bool:
         raise ShapeError(
-            f"phi, y, mask: got {tuple(phi.shape)}, {tuple(y.shape)}, {mask.dtype} {tuple(mask.shape)}, expected "
-            "(B, n, d), (B, n), bool (B, n)"
+            f"phi, y, mask: got {tuple(phi.shape)}, {tuple(y.shape)}, {mask.dtype} {tuple(mask.shape)}, "
+            "expected (B, n, d), (B, n), bool (B, n)"
         )
     if not (prior_variance > 0 and process_noise >= 0 and observation_noise > 0):
         raise NumericError(

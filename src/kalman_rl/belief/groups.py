@@ -95,8 +95,8 @@ def group_rewards(ids: Sequence[Hashable], reward: Tensor) -> Groups:
     if (values.abs() > LARGEST_REWARD).any():
         row = int((values.abs() > LARGEST_REWARD).nonzero()[0])
         raise NumericError(
-            f"reward: got {values[row].item()} at row {row}, expected a number within +-{LARGEST_REWARD:g}, or NaN "
-            "for missing"
+            f"reward: got {values[row].item()} at row {row}, expected a number within +-{LARGEST_REWARD:g}, "
+            "or NaN for missing"
         )
     known = ~torch.isnan(values)
     values = torch.where(known, values, 0.0)

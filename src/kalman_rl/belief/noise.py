@@ -92,10 +92,14 @@ class RewardNoise:
         centre, reach = mean[groups.place], HUBER * variance.sqrt()[groups.place]
         return groups.with_reward(groups.reward.clamp(centre - reach, centre + reach))
 
-    def learn(self, groups: Groups, mean: Tensor, variance: Tensor) -> None:
-        """Absorb a batch; ``mean``, ``variance`` (u,) were predicted of each *value* before it."""
+    def see_kind(self, groups: Groups) -> None:
+        """Note whether all rewards so far, with this batch, were 0 or 1."""
         values = groups.reward[groups.known]
         self.binary = bool(((values == 0) | (values == 1)).all()) and self.binary is not False
+
+    def learn(self, groups: Groups, mean: Tensor, variance: Tensor) -> None:
+        """Absorb a batch; ``mean``, ``variance`` (u,) were predicted of each *value* before it."""
+        self.see_kind(groups)
         freedom = (groups.size - 1).clamp(min=0)
         keep, pooled = 1 - self.rate, self.pooled
         clipped = groups

@@ -20,10 +20,10 @@ from kalman_rl.kalman import Gaussian
 
 PROCESS_NOISE = (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Default bank of Q per step, in squared reward scales."""
-PRIOR_VARIANCE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25)
+PRIOR_VARIANCE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 1.0)
 """Default bank of tau^2, the variance of values around the regression, in squared reward scales.
 
-The two smallest are for scores whose noise is much larger than the spread of values; they cost no memory."""
+From scores that are almost all noise to scores that hardly have any; more of them cost no memory."""
 _LEAST_TAU2 = 1e-4
 
 
@@ -167,6 +167,8 @@ class RegressionBelief(TableBelief):
     def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
         first_ever = not len(self._table)
         self._features.fit(inputs)
+        self._noise.see_kind(groups)
+        self._set_unit(groups)
         if first_ever:
             self._offset = float(groups.mean.mean())
         prior = self._prior(rows, gap.clamp(min=0), step, inputs)
@@ -175,7 +177,6 @@ class RegressionBelief(TableBelief):
             shown = self._noise.clip(groups, prior.value.mean, prior.value.variance + prior.noise)
         if first_ever:
             self._noise.learn(groups, *prior.value)
-        self._set_unit(groups)
         x = self._features.standard(inputs, len(rows))
         y = shown.mean - self._offset
         noise = self._noise.of(prior.value.mean, self._unit2) / groups.size
@@ -217,7 +218,7 @@ class RegressionBelief(TableBelief):
         return torch.cat((self._tau2.new_tensor([moment]), self._tau2 * self._unit2))
 
     def _weights(self) -> Tensor:
-        """(K, 1 + T) weights: only the moment column for 0/1 rewards that came in groups, only the grid otherwise."""
+        """(K, 1 + T) weights: the moment column alone for 0/1 rewards in groups, the grid alone otherwise."""
         evidence = self._evidence.log_likelihood.clone()
         by_moments = self._noise.binary is not False and bool(self._first[0])
         unused = slice(1, None) if by_moments else slice(0, 1)
@@ -239,14 +240,15 @@ class RegressionBelief(TableBelief):
         if not len(self._table):
             return new
         columns, place = self._table.columns, rows.clamp(min=0)
-        a, b, c, e, log_likelihood = columns["levels"][place].double().unbind(1)
-        old = LocalLevels(a, b, c, e, log_likelihood, columns["start"][place].double())
+        stored = columns["levels"][place].double().unbind(1)
+        old = LocalLevels._make([*stored, columns["start"][place].double()])
         shift = fit - columns["fit"][place].double()
-        old = old.passed(0.0 * old.c, shift)
-        old = old.passed(self._drift(old) * gap[:, None], 0.0 * shift)
+        old = old.shifted(shift)  # first, for the drift of 0/1 rewards depends on the mean
+        old = old.diffused(self._drift(old) * gap[:, None])
         unseen = rows < 0
-        return LocalLevels(
-            *(torch.where(unseen if n.dim() == 1 else unseen[:, None], n, o) for n, o in zip(new, old))
+        *fields, start = zip(new, old)
+        return LocalLevels._make(
+            [*(torch.where(unseen[:, None], n, o) for n, o in fields), torch.where(unseen, *start)]
         )
 
     def _mixture(self, levels: LocalLevels) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.hadamard import SRHT
 
 PRIOR_PRECISION = 8.0
-"""Of each coefficient, for features of mean squared length 1, divided by the variance of values over prompts."""
+"""Of each coefficient, for features of mean squared length 1, over the variance of values over prompts."""
 LEVEL_PRECISION = 4.0
 """Of the intercept, divided by the variance of rewards."""
 
@@ -40,8 +40,8 @@ class Features:
         """The same features. Raises: ShapeError if their width is 0 or not that of the first batch."""
         if features.shape[1] < 1 or self.width not in (None, features.shape[1]):
             raise ShapeError(
-                f"features: got width {features.shape[1]}, expected {self.width or 'at least 1'} as in the first "
-                "batch"
+                f"features: got width {features.shape[1]}, expected {self.width or 'at least 1'} as in the "
+                "first batch"
             )
         return features
 

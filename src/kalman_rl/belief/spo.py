@@ -52,8 +52,8 @@ class SPOBelief(TableBelief):
     ) -> None:
         if not (0 < low <= high <= 1 and half > 0) or (rho is not None and not 0 < rho <= 1):
             raise ConfigError(
-                f"rho, half, low, high: got {rho}, {half}, {low}, {high}, expected 0 < low <= high <= 1, half > 0 "
-                "and rho in (0, 1] or None"
+                f"rho, half, low, high: got {rho}, {half}, {low}, {high}, expected 0 < low <= high <= 1, "
+                "half > 0 and rho in (0, 1] or None"
             )
         columns = {name: ((), torch.float64) for name in ("success", "failure")}
         super().__init__(PromptTable(columns), scale=scale)
@@ -151,6 +151,7 @@ def _signals(ids: Sequence[Hashable], signal: Tensor) -> dict[Hashable, float]:
     by_id = dict(zip(ids, values.flatten().tolist()))
     if values.shape != (len(ids),) or bad or [by_id[name] for name in ids] != values.tolist():
         raise NumericError(
-            f"signal: got {tuple(values.shape)}, expected ({len(ids)},) numbers >= 0, equal for all rows of an id"
+            f"signal: got {tuple(values.shape)}, expected ({len(ids)},) finite numbers >= 0, equal for all "
+            "rows of an id"
         )
     return by_id

@@ -79,8 +79,8 @@ class PromptTable:
             name = names[int(repeated.nonzero()[0])]
             raise ConfigError(
                 f"step, part: got step {step}, part {part} for prompt {name!r} a second time "
-                f"({int(repeated.sum())} such prompts), expected each batch once; skip it after a resume, merge "
-                "micro-batches of one step, or number the rounds of one step with part"
+                f"({int(repeated.sum())} such prompts), expected each batch once; skip it after a resume, "
+                "merge micro-batches of one step, or number the rounds of one step with part"
             )
 
     def state_dict(self) -> dict[str, Any]:

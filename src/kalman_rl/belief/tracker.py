@@ -17,8 +17,8 @@ _BLOCK = 64  # rows absorbed by one QR decomposition
 
 
 class Absorbed(NamedTuple):
-    """Before the update, per row: ``innovation`` (n,) and its ``innovation_variance`` (n,); 0 and its variance where
-    masked. ``noise`` () is the learned R after it."""
+    """What an update absorbed: ``innovation`` (n,), 0 where masked, and ``innovation_variance`` (n,), P + R,
+    from before it; ``noise`` (), the learned R after it."""
 
     innovation: Tensor
     innovation_variance: Tensor
@@ -172,12 +172,14 @@ class KalmanPreferenceTracker:
         return out
 
     def information(self, phi: Tensor | None = None) -> Tensor:
-        """Nats learned since the prior: about theta, ``(log det P_0 - log det P) / 2`` (), or, with features (n, F),
-        about each row's mean reward, ``log(V_0 / V) / 2`` (n,). P and V carry the learned noise, so rewards matter."""
+        """Nats learned since the prior; P and V carry the learned noise, so rewards matter.
+
+        About theta: ``(log det P_0 - log det P) / 2`` (); with features (n, F), about the mean reward at
+        each: ``log(V_0 / V) / 2`` (n,).
+        """
         if phi is None:
             growth = self.dim * math.log(self.noise / self.R_val / self.P_val)
-            volume: Tensor = torch.linalg.slogdet(self.root.double())[1]
-            return -0.5 * (2 * volume + growth)
+            return -self.root.double().diagonal().abs().log().sum() - 0.5 * growth
         x = self._projected(phi)
         prior = self.P_val * x.double().square().sum(1)
         return 0.5 * torch.log(prior / (self.noise / self.R_val * self._explained(x).double()))
@@ -201,8 +203,8 @@ class KalmanPreferenceTracker:
         """Become the saved tracker. Raises: ConfigError for another format or settings; nothing changed."""
         if state.get("format") != FORMAT or state.get("settings") != self._settings():
             raise ConfigError(
-                f"tracker state: got format {state.get('format')} with settings {state.get('settings')}, expected "
-                f"format {FORMAT} with {self._settings()}; build the tracker with the saved settings"
+                f"tracker state: got format {state.get('format')} with settings {state.get('settings')}, "
+                f"expected format {FORMAT} with {self._settings()}; build the tracker with the saved settings"
             )
         mean, root, projection = state["mean"], state["root"], None
         if mean.shape != self.mean.shape or root.shape != self.root.shape:

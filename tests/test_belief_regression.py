@@ -1,0 +1,447 @@
+"""Beliefs with learned settings against brute force and closed forms; calibration on simulated drift."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from torch import Tensor
+
+from kalman_rl.belief import BetaBelief, GaussianBelief, RegressionBelief, SPOBelief
+from kalman_rl.belief.bank import Evidence, LocalLevels
+from kalman_rl.belief.beta import _log_beta
+from kalman_rl.belief.first_batch import leave_one_out_prior
+from kalman_rl.belief.groups import group_rewards
+from kalman_rl.belief.ridge import LEVEL_PRECISION, PRIOR_PRECISION, Features, Ridge
+from kalman_rl.errors import ConfigError, NumericError
+
+DOUBLE = torch.float64
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+# ---- the bank
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_five_numbers_hold_a_filter_for_every_prior_variance(seed: int) -> None:
+    """Against one explicit scalar filter per prompt, process noise and tau^2, with shifts of the mean."""
+    rng = np.random.default_rng(seed)
+    q, tau2 = np.array([0.0, 1e-3, 0.2, 5.0]), np.array([1e-4, 0.05, 3.0])
+    start, doubt = rng.normal(size=3), rng.uniform(0, 0.5, 3)
+    levels = LocalLevels.start(torch.from_numpy(start), torch.from_numpy(doubt), len(q))
+    mean = np.broadcast_to(start[:, None, None], (3, 4, 3)).copy()
+    variance = np.broadcast_to(doubt[:, None, None] + tau2, (3, 4, 3)).copy()
+    for _ in range(25):
+        y, noise, gap, shift = (
+            rng.normal(size=3),
+            rng.uniform(0.1, 2, 3),
+            rng.integers(1, 9, 3),
+            rng.normal(size=3),
+        )
+        levels = levels.shifted(torch.from_numpy(shift)).diffused(torch.from_numpy(gap[:, None] * q))
+        mean, variance = mean + shift[:, None, None], variance + (gap[:, None] * q)[..., None]
+        ours = levels.moments(torch.from_numpy(tau2))
+        np.testing.assert_allclose(ours[0].numpy(), mean, rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(ours[1].numpy(), variance, rtol=1e-9)
+        levels = levels.observed(torch.from_numpy(y), torch.from_numpy(noise)[:, None].expand(3, 4))
+        gain = variance / (variance + noise[:, None, None])
+        mean, variance = mean + gain * (y[:, None, None] - mean), variance * (1 - gain)
+
+
+def test_evidence_forgets_per_step_and_finds_the_setting() -> None:
+    evidence = Evidence(torch.zeros(3, dtype=DOUBLE), memory=0.5)
+    evidence.learn(torch.tensor([1.0, 2.0, 4.0], dtype=DOUBLE), 3)
+    evidence.learn(torch.tensor([3.0, 0.0, 0.0], dtype=DOUBLE), 5)
+    expected = scipy.special.softmax([1 / 4 + 3, 2 / 4, 4 / 4])
+    np.testing.assert_allclose(evidence.weights.numpy(), expected)
+    evidence.learn(torch.tensor([1.0, 0.0, 0.0], dtype=DOUBLE), 1)  # late: added, nothing forgotten
+    np.testing.assert_allclose(evidence.weights.numpy(), scipy.special.softmax([1 / 4 + 4, 2 / 4, 4 / 4]))
+    for _ in range(2000):
+        evidence.learn(torch.tensor([-1e3, -2e3, 0.0], dtype=DOUBLE), 9)
+    assert torch.isfinite(evidence.log_likelihood).all() and evidence.weights.tolist() == [0.0, 0.0, 1.0]
+
+
+# ---- ridge with forgetting
+
+
+def test_ridge_is_weighted_least_squares_with_fading_rows() -> None:
+    ridge, x, y = Ridge(0.9), normal(30, 4), normal(30, seed=1)
+    x[:, 0] = 1
+    weight, step = (
+        torch.rand(30, generator=torch.Generator().manual_seed(2), dtype=DOUBLE) + 0.1,
+        torch.arange(30) // 5,
+    )
+    ridge.unit, ridge.spread = 0.5, 0.2
+    for s in range(6):
+        rows = step == s
+        ridge.learn(x[rows], y[rows], weight[rows], 2 * s)
+    fade = weight * 0.9 ** (13 - 2.0 * step.double())
+    prior = torch.tensor([LEVEL_PRECISION / 0.5] + [PRIOR_PRECISION / 0.2] * 3, dtype=DOUBLE).diag()
+    precision = x.T @ (fade[:, None] * x) + prior
+    mean, variance = ridge.predict(x, 13)
+    torch.testing.assert_close(
+        mean, x @ torch.linalg.solve(precision, x.T @ (fade * y)), rtol=1e-10, atol=1e-12
+    )
+    torch.testing.assert_close(variance, (x @ torch.linalg.inv(precision) * x).sum(1), rtol=1e-10, atol=1e-12)
+
+
+def test_ridge_survives_a_very_long_pause_and_many_updates() -> None:
+    """Plain forgetting would wind up: precision to 0. Here it returns to the prior."""
+    ridge, x = Ridge(0.98), torch.cat((torch.ones(8, 1, dtype=DOUBLE), normal(8, 64)), 1)
+    for step in range(3000):
+        ridge.learn(x, normal(8, seed=step), torch.full((8,), 1e4, dtype=DOUBLE), step)
+    assert torch.isfinite(ridge.predict(x, 3000)[0]).all()
+    mean, variance = ridge.predict(x, 10**7)
+    assert mean.abs().max() < 1e-9
+    expected = (
+        x[:, 0] * ridge.unit / LEVEL_PRECISION + x[:, 1:].square().sum(1) * ridge.spread / PRIOR_PRECISION
+    )
+    torch.testing.assert_close(variance, expected)
+
+
+def test_features_are_fixed_by_the_first_batch() -> None:
+    features, x = Features(8, seed=0), 5 + 3 * normal(20, 30)
+    features.fit(x)
+    standard = features.standard(x, 20)[:, 1:]
+    assert standard.shape == (20, 8) and standard.mean(0).abs().max() < 1e-12
+    assert standard.square().sum(1).mean().item() == pytest.approx(1.0)
+    features.fit(100 * x)
+    torch.testing.assert_close(features.standard(x, 20)[:, 1:], standard)
+    assert (features.standard(None, 3) == torch.tensor([1.0] + 8 * [0.0], dtype=DOUBLE)).all()
+
+
+# ---- the first batch
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_first_batch_is_shrunk_to_the_other_prompts(seed: int) -> None:
+    ids = [i for i in range(6) for _ in range(2 + i % 3)]
+    reward = normal(len(ids), seed=seed) + torch.tensor(ids, dtype=DOUBLE) * 0.5
+    prior = leave_one_out_prior(group_rewards(ids, reward), 0.0)
+    groups = [reward[torch.tensor(ids) == i].numpy() for i in range(6)]
+    for i in range(6):
+        others = [g for k, g in enumerate(groups) if k != i]
+        noise = sum(((g - g.mean()) ** 2).sum() for g in others) / sum(len(g) - 1 for g in others)
+        means = [g.mean() for g in others]
+        spread = max(0.0, np.var(means, ddof=1) - noise * np.mean([1 / len(g) for g in others]))
+        np.testing.assert_allclose(
+            [prior.value.mean[i], prior.value.variance[i], prior.noise[i]], [np.mean(means), spread, noise]
+        )
+
+
+def test_first_batch_limits() -> None:
+    alone = RegressionBelief().advantages(["a"] * 3, torch.tensor([1.0, 0.0, 0.0]), step=0)
+    torch.testing.assert_close(alone.advantage, torch.tensor([1.0, -0.5, -0.5], dtype=DOUBLE))  # RLOO
+    single = BetaBelief().advantages(["a"], torch.tensor([1.0]), step=0)
+    assert single.baseline.item() == 0.5
+    one_each = RegressionBelief().advantages(["a", "b", "c"], torch.tensor([1.0, 0.0, 5.0]), step=0)
+    torch.testing.assert_close(one_each.baseline, torch.tensor([2.5, 3.0, 0.5], dtype=DOUBLE))
+    equal = RegressionBelief().advantages(["a", "a", "b", "b", "c"], torch.ones(5), step=0)
+    assert (equal.advantage == 0).all()
+
+
+# ---- Beta and SPO
+
+
+def test_beta_without_forgetting_counts() -> None:
+    belief = BetaBelief(forgetting=1.0, prior=(1.5, 2.5))
+    generator, a, b = torch.Generator().manual_seed(0), 1.5, 2.5
+    for step in range(20):
+        reward = torch.randint(2, (1 + step % 4,), generator=generator).double()
+        n, total = len(reward), reward.sum().item()
+        result = belief.advantages(["x"] * n, reward, step=7 * step)
+        baseline = (a + total - reward) / (a + b + n - 1)
+        torch.testing.assert_close(result.baseline, baseline, rtol=1e-12, atol=1e-12)
+        belief.update(["x"] * n, reward, step=7 * step)
+        a, b = a + total, b + n - total
+        value, exact = belief.predict(["x"], step=7 * step), scipy.stats.beta(a, b)
+        assert value.mean.item() == pytest.approx(exact.mean(), abs=1e-12)
+        assert value.variance.item() == pytest.approx(exact.var(), abs=1e-12)
+        m = exact.mean()
+        assert belief.predictive(["x"], step=7 * step).variance.item() == pytest.approx(
+            m * (1 - m), abs=1e-12
+        )
+
+
+def test_beta_forgets_per_step_towards_the_prior() -> None:
+    belief = BetaBelief(forgetting=0.9, prior=(1.0, 3.0))
+    belief.update(["x"] * 4, torch.tensor([1.0, 1.0, 1.0, 0.0]), step=0)
+    belief.update(["x"] * 2, torch.tensor([0.0, 1.0]), step=5)
+    s, f = 3 * 0.9**5 + 1, 1 * 0.9**5 + 1
+    assert belief.predict(["x"], step=5).mean.item() == pytest.approx((1 + s) / (4 + s + f))
+    belief.update(["x"], torch.tensor([1.0]), step=2)  # three steps late
+    assert belief.predict(["x"], step=5).mean.item() == pytest.approx((1 + s + 0.9**3) / (4 + s + f + 0.9**3))
+    assert belief.predict(["x"], step=10**6).mean.item() == pytest.approx(0.25)
+
+
+def test_beta_bank_is_weighted_by_the_beta_binomial_likelihood() -> None:
+    belief = BetaBelief(forgetting=(1.0, 0.5), prior=(1.0, 1.0))
+    belief.update(["x"] * 6, torch.tensor([1.0] * 5 + [0.0]), step=0)
+    belief.update(["x"] * 4, torch.tensor([1.0] + [0.0] * 3), step=2)
+    likelihood = []
+    for keep in (1.0, 0.25):
+        likelihood.append(scipy.stats.betabinom(4, 1 + 5 * keep, 1 + keep).pmf(1))
+    expected = np.array(likelihood) / sum(likelihood)
+    np.testing.assert_allclose(belief.weights.numpy(), expected, rtol=1e-9)
+    a, b = torch.tensor([0.3, 7.0], dtype=DOUBLE), torch.tensor([2.0, 0.1], dtype=DOUBLE)
+    np.testing.assert_allclose(_log_beta(a, b).numpy(), scipy.special.betaln(a.numpy(), b.numpy()))
+
+
+def test_beta_learns_its_prior_from_all_prompts() -> None:
+    rng, belief = np.random.default_rng(0), BetaBelief(forgetting=1.0)
+    rate = rng.beta(0.6, 1.4, size=3000)
+    for step in range(30):
+        rows = np.arange(100 * step, 100 * step + 100).repeat(8)
+        belief.update(
+            rows.tolist(), torch.from_numpy((rng.random(800) < rate[rows]).astype(float)), step=step
+        )
+    a, b = belief._pseudo_counts()
+    assert a / (a + b) == pytest.approx(0.3, abs=0.03) and a + b == pytest.approx(2.0, rel=0.15)
+
+
+def test_spo_with_constant_rho_is_an_exponential_average() -> None:
+    """Started at its fixed point a + b = 1/(1 - rho), the gain 1 - rho is constant."""
+    rho, rng = 0.875, np.random.default_rng(0)
+    belief = SPOBelief(rho=rho)
+    belief.start(["x"], [2], [6])
+    average = (2 + 0.5) / 7
+    for step in range(30):
+        reward = float(rng.random() < 0.4)
+        result = belief.advantages(["x"], torch.tensor([reward]), step=step)
+        assert result.baseline.item() == pytest.approx(average, abs=1e-12)
+        belief.update(["x"], torch.tensor([reward]), step=step)
+        average = rho * average + (1 - rho) * reward
+    assert belief.predict(["x"], step=99).mean.item() == pytest.approx(average, abs=1e-12)
+
+
+def test_spo_without_forgetting_counts_and_uses_the_past_only() -> None:
+    belief = SPOBelief(rho=1.0)
+    belief.update(["x"] * 3, torch.tensor([1.0, 1.0, 0.0]), step=0)
+    result = belief.advantages(["x"] * 2, torch.tensor([0.0, 1.0]), step=1)
+    assert result.baseline.tolist() == pytest.approx([2.5 / 4] * 2)
+
+
+def test_spo_memory_follows_the_signal() -> None:
+    belief = SPOBelief()
+    belief.update(["x", "y", "z"], torch.tensor([1.0, 1.0, 1.0]), step=0)
+    first = belief.predict(["x"], step=1).mean.item()
+    assert first == pytest.approx((0.96 * 0.5 + 1) / (0.96 + 1))
+    belief.update(
+        ["x", "y", "z"], torch.zeros(3), step=1, signal=torch.tensor([0.0, 0.06 * math.log2(1 / 0.9), 9.0])
+    )
+    a, b = 0.96 * 0.5 + 1, 0.96 * 0.5
+    expected = [rho * a / (rho * (a + b) + 1) for rho in (0.96, 0.9, 0.875)]
+    np.testing.assert_allclose(belief.predict(["x", "y", "z"], step=2).mean.numpy(), expected, rtol=1e-6)
+    for bad in (torch.tensor([-1.0]), torch.tensor([math.nan]), torch.zeros(2)):
+        with pytest.raises(NumericError, match="^signal: got"):
+            belief.update(["x"], torch.zeros(1), step=2, signal=bad)
+    with pytest.raises(ConfigError, match="got a prompt twice or one that was visited"):
+        belief.start(["x"], [1], [2])
+
+
+@pytest.mark.parametrize("make", [BetaBelief, SPOBelief])
+def test_counts_need_rewards_between_0_and_1(make) -> None:
+    belief = make()
+    with pytest.raises(NumericError, match=r"^reward: got 1.5 at row 1, expected \[0, 1\]"):
+        belief.update(["a", "b"], torch.tensor([0.5, 1.5]), step=0)
+    assert len(belief) == 0
+
+
+# ---- the regression belief as a whole
+
+
+def world(
+    seed: int, sigma: float, walk: float, epochs: int = 8, prompts: int = 128, size: int = 32, group: int = 4
+):
+    """Batches (ids, features, rates, rewards) of prompts whose logits walk; half explained by features."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(prompts, 12))
+    w = np.zeros(12)
+    w[:4] = 0.7
+    private = rng.normal(size=prompts) * 1.2
+    for _ in range(epochs):
+        p = 1 / (1 + np.exp(-(x @ w + private)))
+        order = rng.permutation(prompts)
+        for start in range(0, prompts, size):
+            ids = order[start : start + size].repeat(group)
+            reward = (rng.random(len(ids)) < p[ids]) + sigma * rng.normal(size=len(ids))
+            yield ids.tolist(), torch.from_numpy(x[ids]), torch.from_numpy(p[ids]), torch.from_numpy(reward)
+        private = private + walk * rng.normal(size=prompts)
+
+
+def errors(
+    make, seed: int, sigma: float, walk: float, features: bool, warm: int = 12
+) -> tuple[float, float, float]:
+    """Squared error of the belief, of the group mean, and coverage of the 90 % interval of group means."""
+    belief, ours, plain, inside = make(), [], [], []
+    for step, (ids, x, p, reward) in enumerate(world(seed, sigma, walk)):
+        given = {"features": x} if features else {}
+        groups = group_rewards(ids, reward)
+        first = torch.tensor([ids.index(name) for name in groups.ids])
+        seen = belief.update(ids, reward, step=step, **given)
+        after = belief.predict(groups.ids, step=step, **({"features": x[first]} if features else {}))
+        if step >= warm:
+            ours.append((after.mean - p[first]).square().mean())
+            plain.append((groups.mean - p[first]).square().mean())
+            inside.append((seen.innovation.abs() <= 1.645 * seen.innovation_variance.sqrt()).double().mean())
+    return tuple(float(torch.stack(v).mean()) for v in (ours, plain, inside))
+
+
+def averaged(*arguments, seeds: int = 3, **options) -> np.ndarray:
+    return np.mean([errors(*arguments[:1], seed, *arguments[1:], **options) for seed in range(seeds)], axis=0)
+
+
+@pytest.mark.parametrize(("sigma", "walk", "least"), [(0.0, 0.1, 1.8), (1.0, 0.1, 5.0), (4.0, 0.1, 12.0)])
+@pytest.mark.parametrize("features", [False, True])
+def test_better_than_the_group_mean_and_calibrated(
+    sigma: float, walk: float, least: float, features: bool
+) -> None:
+    """The 90 % interval of group means covers 0.90 +- 0.05; the error is a fraction of the group mean's."""
+    ours, plain, inside = averaged(RegressionBelief, sigma, walk, features)
+    assert plain / ours > least and abs(inside - 0.9) < 0.05
+
+
+def test_features_predict_prompts_never_visited() -> None:
+    """Values that features explain to 80 %: with them, unseen prompts have less than half the error."""
+    rng, squared = np.random.default_rng(0), []
+    x = rng.normal(size=(200, 10))
+    value = x @ rng.normal(size=10) * math.sqrt(0.8 / 10) + math.sqrt(0.2) * rng.normal(size=200)
+    for features in (False, True):
+        belief = RegressionBelief()
+        for step in range(20):
+            ids = rng.choice(150, size=30, replace=False).repeat(4)
+            reward = torch.from_numpy(value[ids] + rng.normal(size=120))
+            given = {"features": torch.from_numpy(x[ids])} if features else {}
+            belief.update(ids.tolist(), reward, step=step, **given)
+        given = {"features": torch.from_numpy(x[150:])} if features else {}
+        found = belief.predict(list(range(150, 200)), step=20, **given)
+        squared.append(((found.mean.numpy() - value[150:]) ** 2).mean())
+        standard = (found.mean.numpy() - value[150:]) / found.variance.sqrt().numpy()
+        assert np.mean(np.abs(standard) < 1.645) > 0.8  # 50 prompts: 0.9 minus two standard errors
+    assert squared[1] < squared[0] / 2
+
+
+def test_beta_is_calibrated_on_drifting_success_rates() -> None:
+    ours, plain, inside = averaged(BetaBelief, 0.0, 0.2, False)
+    assert plain / ours > 1.5 and abs(inside - 0.9) < 0.05
+
+
+def test_gaussian_with_true_settings_is_calibrated() -> None:
+    """A local level with known Q and R: coverage of the 90 % interval within three standard errors."""
+    rng, belief = np.random.default_rng(0), GaussianBelief(process_noise=0.05, observation_noise=0.5)
+    value, inside = rng.normal(0.5, 0.5, size=200), []
+    for step in range(50):
+        ids = rng.choice(200, size=40, replace=False)
+        reward = torch.from_numpy(value[ids].repeat(3) + math.sqrt(0.5) * rng.normal(size=120))
+        seen = belief.update(ids.repeat(3).tolist(), reward, step=step)
+        inside.append(
+            (seen.innovation.abs() <= 1.6449 * seen.innovation_variance.sqrt()).double().mean().item()
+        )
+        value = value + math.sqrt(0.05) * rng.normal(size=200)
+    assert abs(np.mean(inside) - 0.9) < 3 * math.sqrt(0.09 / 2000)
+
+
+def test_process_noise_is_found() -> None:
+    """Prompts that walk fast get a large Q, prompts that stand still a small one."""
+
+    def found(walk: float) -> float:
+        rng, belief, value = np.random.default_rng(0), RegressionBelief(), np.zeros(64)
+        value = rng.normal(size=64)
+        for step in range(60):
+            reward = value.repeat(4) + rng.normal(size=256)
+            belief.update(np.arange(64).repeat(4).tolist(), torch.from_numpy(reward), step=step)
+            value = value + walk * rng.normal(size=64)
+        return belief.process_noise
+
+    assert found(0.0) < 1e-3
+    assert 0.25 * 0.09 / 2 < found(0.15) < 4 * 0.09 / 2
+
+
+def test_outliers_are_clipped_and_cost_little() -> None:
+    """Five percent of rewards ten times as noisy: still far better than the group mean."""
+    rng, belief, ours, plain = np.random.default_rng(0), RegressionBelief(), [], []
+    value = rng.normal(size=64)
+    for step in range(60):
+        noise = rng.normal(size=256) * np.where(rng.random(256) < 0.05, 10, 1)
+        groups = np.arange(64).repeat(4)
+        reward = value.repeat(4) + noise
+        belief.update(groups.tolist(), torch.from_numpy(reward), step=step)
+        after = belief.predict(list(range(64)), step=step).mean.numpy()
+        if step > 20:
+            ours.append(((after - value) ** 2).mean())
+            plain.append(((reward.reshape(64, 4).mean(1) - value) ** 2).mean())
+    assert belief.reward_noise.robust and np.mean(plain) / np.mean(ours) > 15
+    assert belief.reward_noise.pooled < 2 < np.mean(plain) * 4
+
+
+@pytest.mark.parametrize("singles", [False, True])
+def test_shift_and_scale_of_rewards_do_not_matter(singles: bool) -> None:
+    """Real rewards in other units: the same advantages in those units, within the float32 rows' rounding."""
+    plain, other = RegressionBelief(scale=False), RegressionBelief(scale=False)
+    for step in range(12):
+        ids = list(range(16)) if singles else [i for i in range(8) for _ in range(2)]
+        reward = normal(16, seed=step) + torch.tensor(ids, dtype=DOUBLE)
+        a = plain.advantages(ids, reward, step=step).advantage
+        b = other.advantages(ids, 20 * reward + 3000, step=step).advantage
+        torch.testing.assert_close(20 * a, b, rtol=2e-3, atol=2e-2)
+        plain.update(ids, reward, step=step)
+        other.update(ids, 20 * reward + 3000, step=step)
+
+
+def test_groups_of_one_work_from_the_first_batch_on() -> None:
+    for rewards in (
+        lambda v, rng: v + rng.normal(size=64),
+        lambda v, rng: (rng.random(64) < 1 / (1 + np.exp(-v))) * 1.0,
+    ):
+        rng, belief = np.random.default_rng(0), RegressionBelief()
+        value = 2 * rng.normal(size=64)
+        early, late = [], []
+        for step in range(40):
+            reward = torch.from_numpy(rewards(value, rng))
+            a = belief.advantages(list(range(64)), reward, step=step)
+            (early if step < 2 else late).append((a.advantage * a.scale).square().mean())
+            belief.update(list(range(64)), reward, step=step)
+        assert torch.stack(late[-10:]).mean() < 0.8 * torch.stack(early).mean()
+
+
+def test_a_real_reward_after_binary_ones_changes_the_kind() -> None:
+    belief = RegressionBelief()
+    belief.update(["a", "a", "b", "b"], torch.tensor([1.0, 0.0, 0.0, 0.0]), step=0)
+    assert belief.reward_noise.binary is True
+    belief.update(["a", "a", "b", "b"], torch.tensor([5.0, 0.5, 0.0, 0.0]), step=1)
+    assert belief.reward_noise.binary is False
+    for step in range(2, 6):
+        belief.update(["a", "a", "b", "b"], torch.tensor([5.0, 0.5, 0.0, 0.0]), step=step)
+    assert torch.isfinite(torch.stack(belief.predict(["a", "b", "c"], step=7))).all()
+    assert belief.predict(["a"], step=7).mean > 1.2  # no longer held inside [0, 1]
+
+
+def test_rows_take_at_most_200_bytes() -> None:
+    for belief in (RegressionBelief(), BetaBelief(), GaussianBelief(), SPOBelief()):
+        for step in range(40):
+            ids = range(step * 100, step * 100 + 100)
+            belief.update(list(ids), torch.zeros(100), step=step)
+        assert belief.bytes_per_prompt <= belief.allocated_bytes / 4000 <= 200
+    assert RegressionBelief().bytes_per_prompt == 176
+
+
+def test_odd_inputs_stay_finite() -> None:
+    """Extreme but legal rewards, constants, huge gaps; every number stays finite."""
+    for values in ((0.7,), (1e6, -1e6, 0.0), (1e-6, 2e-6), (0.0, 1.0, 1e9)):
+        belief = RegressionBelief()
+        for step, value in zip((0, 1, 2, 10**9, 10**12), itertools.cycle(values)):
+            reward = torch.tensor([value, value, values[0], values[-1]], dtype=DOUBLE)
+            result = belief.advantages(["a", "a", "b", "b"], reward, step=step)
+            belief.update(["a", "a", "b", "b"], reward, step=step)
+            belief.update(["c", "c"], reward[:2], step=step, part=1)
+            value_now = belief.predictive(["a", "b", "c", "new"], step=step)
+            assert torch.isfinite(torch.stack((*value_now, result.advantage))).all()
+            assert (value_now.variance > 0).all()
