@@ -48,7 +48,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 NUMERIC = {name for row in LAYERS[:9] for name in row}
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "numba", "pandas", "peft", "pyarrow", "ray")
-HEAVY += ("reasoning_gym", "rich", "scipy", "starlette", "transformers", "triton", "trl", "tyro", "uvicorn", "verl")
+HEAVY += (
+    "reasoning_gym",
+    "rich",
+    "scipy",
+    "starlette",
+    "transformers",
+    "triton",
+    "trl",
+    "tyro",
+    "uvicorn",
+    "verl",
+)
 
 
 def modules() -> dict[str, Path]:
