@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
+from kalman_rl.integrations.tracking import Tracking, outcome_metrics
 from kalman_rl.integrations.trl import rows as batches
-from kalman_rl.integrations.trl.tracking import Tracking, outcome_metrics
 from kalman_rl.sampling.rounds import Sampled
 
 Generate = Callable[[list[dict[str, Any]]], dict[str, Any]]
