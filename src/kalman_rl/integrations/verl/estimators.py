@@ -34,7 +34,8 @@ def make_estimator(name: str) -> Estimator:
     """The advantage of method NAME with verl's signature, or the tracked one.
 
     A completion's reward is the sum of its ``token_level_rewards``. Rows without trained tokens (verl's padding,
-    rejected completions) are left out of every baseline. Returns (advantages, returns), both (B, T), 0 outside the mask.
+    rejected completions) are left out of every baseline. Returns (advantages, returns), both (B, T), 0 outside the
+    mask.
 
     Raises: ConfigError for options that do not act on the advantage, and for what verl does not hand over.
     """
@@ -115,8 +116,8 @@ def _extra(method: Method, mask: Tensor, others: Mapping[str, Any]) -> dict[str,
             extra[need] = torch.where(mask, energy, 0.0)
         else:
             raise ConfigError(
-                f"kalman_rl/{method.name}: got no {need}, expected it from verl, which hands sum_pi_squared only to its "
-                "own estimator; take adv_estimator=optimal_token_baseline (the same formula) with "
+                f"kalman_rl/{method.name}: got no {need}, expected it from verl, which hands sum_pi_squared to its own "
+                "estimator only; take adv_estimator=optimal_token_baseline (the same formula) with "
                 f"loss_mode=kalman_rl/{method.name}"
             )
     return extra
