@@ -28,7 +28,7 @@ from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size  # n
 from verl.trainer.ppo.v1 import AgentLoopWorkerTQ, get_trainer_cls  # noqa: E402
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict  # noqa: E402
 
-import kalman_rl.integrations.verl.trainer  # noqa: E402, F401 registers it
+import kalman_rl.integrations.verl.trainer  # noqa: E402 registers it
 
 N, PROMPTS = 4, ("easy", "hard", "mixed")
 
@@ -213,7 +213,9 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     for step in later:
         order = sorted(range(len(step["name"])), key=lambda i: (step["name"][i], step["reward"][i]))
         out.setdefault("resumed", []).append([step["advantage"][i] for i in order])
-        out.setdefault("counts", []).append({p: sum(name == p for name, _ in step["sessions"]) for p in PROMPTS})
+        out.setdefault("counts", []).append(
+            {p: sum(name == p for name, _ in step["sessions"]) for p in PROMPTS}
+        )
 
     first.global_steps, first.actor_rollout_wg.broken = 4, True
     try:
@@ -223,7 +225,11 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     out["after_crash"] = (folder / "global_step_4" / "kalman_rl.safetensors").is_file()
     third = make_trainer(config)
     third._load_checkpoint()
-    out["resumed_at"], out["known"], out["warned"] = third.global_steps, len(third.tracking.belief), list(warned)
+    out["resumed_at"], out["known"], out["warned"] = (
+        third.global_steps,
+        len(third.tracking.belief),
+        list(warned),
+    )
     (folder / "global_step_2" / "kalman_rl.safetensors").unlink()
     fourth = make_trainer(config)
     fourth._load_checkpoint()
@@ -264,18 +270,19 @@ def refusals(folder: Path) -> dict[str, str]:
     return found
 
 
-def start_ray() -> None:
-    """A local Ray. TransferQueue places actors, which takes logical CPUs; every one of them is a process at the start,
-    so that without TransferQueue there is one. The raylet has 30 s to appear: a busy machine may need a second try."""
-    for attempt in (1, 2, 3):
+def start_ray() -> bool:
+    """A local Ray; False where it does not come up. TransferQueue places actors, which takes logical CPUs; every one
+    of them is a process at the start, so that without TransferQueue there is one. The raylet gives its agents 15 s: a
+    busy machine may need a second try, which finds compiled bytecode."""
+    for _ in range(3):
         try:
             cpus = 16 if REAL_QUEUE else 1
             ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-            return
+            return True
         except Exception:
+            traceback.print_exc()
             ray.shutdown()
-            if attempt == 3:
-                raise
+    return False
 
 
 def main(path: Path) -> None:
@@ -290,8 +297,7 @@ def main(path: Path) -> None:
         path.write_text(json.dumps(out), encoding="utf-8")
 
     def in_ray() -> dict[str, Any]:
-        start_ray()
-        return plugin_in_a_worker()
+        return plugin_in_a_worker() if start_ray() else {"ray": "did not start"}
 
     def steps(count: int, multiple: int, *overrides: str) -> list[dict[str, Any]]:
         trainer = make_trainer(composed(folder, *overrides))
@@ -299,6 +305,8 @@ def main(path: Path) -> None:
 
     if REAL_QUEUE:  # it lives in Ray
         attempt("plugin", in_ray)
+        if out["plugin"].get("ray"):
+            return
         tq.init(composed(folder).transfer_queue)
     attempt("steps", lambda: steps(6, 8, "+algorithm.kalman_rl.allocation=predictive"))
     attempt("fixed", lambda: steps(2, 1, "algorithm.adv_estimator=kalman_rl/k_grpo"))

@@ -81,8 +81,9 @@ def read_settings(values: Mapping[str, Any]) -> TrackerSettings:
 
 def make_tracking(estimator: str, settings: TrackerSettings) -> Tracking:
     """An empty belief for ``kalman_rl/ESTIMATOR`` with its books. Raises: ConfigError."""
-    part = Tracked(settings.belief, tuple(settings.belief_options.items()))
-    if estimator != TRACKED:
+    if estimator == TRACKED:
+        part = Tracked(settings.belief, tuple(settings.belief_options.items()))
+    else:
         own: Any = make_method(estimator).advantage
         if settings.belief not in (TrackerSettings.belief, own.belief):
             raise ConfigError(

@@ -153,8 +153,8 @@ def check_trainer(config: Any) -> str:
     if groups is not None and groups.get("enable", False):
         raise ConfigError(
             "algorithm.filter_groups.enable: got true with trainer_mode=kalman_rl, expected false because a belief "
-            "that never sees groups of equal rewards takes hard prompts for easier ones; allocation=predictive spends less "
-            "on such prompts instead"
+            "that never sees groups of equal rewards takes hard prompts for easier ones; "
+            "allocation=predictive spends less on such prompts instead"
         )
     if (
         config.algorithm.use_kl_in_reward
