@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from kalman_rl.balance import Balance
 from kalman_rl.correction import CORRECTIONS
 from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.integrations.trl.tracking import Budget
+from kalman_rl.integrations.tracking import Budget
 from kalman_rl.lookup import make
 from kalman_rl.methods import make_method
 from kalman_rl.objective import Method

@@ -15,9 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
+from kalman_rl.integrations.tracking import Tracking, fixed_groups, outcome_metrics
 from kalman_rl.integrations.trl import rows as batches
-from kalman_rl.integrations.trl.tracking import Tracking, outcome_metrics
-from kalman_rl.sampling.rounds import Sampled
 
 Generate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -93,27 +92,6 @@ def _log(trainer: Any, metrics: dict[str, float], reward: Tensor) -> None:
     metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
     for name, value in metrics.items():
         trainer._metrics["train"][name].append(value)
-
-
-def fixed_groups(tracking: Tracking, names: list[Hashable], reward: Tensor, step: int) -> Sampled:
-    """Groups of TRL's size: advantages from the belief, which then absorbs them."""
-    features = tracking.known_features(names)
-    found = tracking.belief.advantages(names, reward, step=step, features=features)
-    tracking.belief.update(names, reward, step=step, features=features)
-    prompts = list(dict.fromkeys(names))
-    tracking.coverage.visit(prompts, step=step)
-    known = ~reward.isnan()
-    return Sampled(
-        ids=names,
-        reward=reward,
-        advantage=found.advantage,
-        weight=known.double(),
-        round=torch.zeros(len(names), dtype=torch.long),
-        prompts=prompts,
-        tau=torch.tensor([names.count(name) for name in prompts]),
-        stop_reason=["planned"] * len(prompts),
-        price=None,
-    )
 
 
 def prompts_by_id(rows: list[dict[str, Any]]) -> dict[Hashable, dict[str, Any]]:

@@ -165,6 +165,38 @@ class Tracking:
         self.features = dict(zip(state["feature_ids"], state["features"]))
 
 
+def fixed_groups(
+    tracking: Tracking, names: list[Hashable], reward: Tensor, step: int, *, equal: bool = False
+) -> Sampled:
+    """Groups whose sizes were fixed before sampling: advantages from the belief, which then absorbs them.
+
+    A completion's weight is 1 or, with ``equal``, the mean group size over its group's, so that every prompt counts
+    the same; 0 where the reward is missing.
+    """
+    features = tracking.known_features(names)
+    found = tracking.belief.advantages(names, reward, step=step, features=features)
+    tracking.belief.update(names, reward, step=step, features=features)
+    prompts = list(dict.fromkeys(names))
+    tracking.coverage.visit(prompts, step=step)
+    known = ~reward.isnan()
+    place = {name: i for i, name in enumerate(prompts)}
+    row = torch.tensor([place[name] for name in names], dtype=torch.long)
+    size = torch.bincount(row[known], minlength=len(prompts))
+    mean = size.sum().double() / (size > 0).sum().clamp(min=1)
+    weight = mean / size.clamp(min=1)[row] if equal else 1.0
+    return Sampled(
+        ids=names,
+        reward=reward,
+        advantage=found.advantage,
+        weight=torch.where(known, weight, 0.0).double(),
+        round=torch.zeros(len(names), dtype=torch.long),
+        prompts=prompts,
+        tau=torch.bincount(row, minlength=len(prompts)),
+        stop_reason=["planned"] * len(prompts),
+        price=None,
+    )
+
+
 def outcome_metrics(
     sampled: Sampled,
     first: tuple[list[Hashable], Tensor],
