@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.fast import filter_fields as field_loops
+from kalman_rl.fast import filter_gradients as gradient_loops
 from kalman_rl.fast import filter_loops as loops
 from kalman_rl.fast.jit import compiled, usable
 
@@ -42,8 +44,9 @@ class Runs(NamedTuple):
     length: int
 
 
-def means(z: Tensor, mask: Tensor, model: Model, segment: Tensor | None, out: Tensor | None = None) -> Any:
-    """Posterior means (B, T) in the type of z, or None. Not a function autograd knows."""
+def means(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any, out: Tensor | None = None) -> Any:
+    """Posterior means (B, T) in the type of z, or None. ``given``: the parts of a :class:`Model`."""
+    model = Model(*given)
     if not _fits(z, mask, segment, model):
         return None
     z = z.detach().contiguous()
@@ -75,6 +78,90 @@ def means(z: Tensor, mask: Tensor, model: Model, segment: Tensor | None, out: Te
     return out if good else None
 
 
+def gradients(gradient: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> Tensor:
+    """The transpose of :func:`means` for input that it takes: gradient of the observations (B, T)."""
+    model = Model(*given)
+    gradient = gradient.detach().contiguous()
+    runs = find_runs(mask, segment)
+    out = torch.empty_like(gradient)
+    flat, result = gradient.view(-1).numpy(), out.view(-1).numpy()
+    noises = _numbers(model)
+    start = 0
+    if noises is not None and runs.clean:
+        table = gains(*noises, model.initial_variance, runs.length)
+        start = runs.clean
+        compiled(gradient_loops.gradients_by_table)(flat, table, runs.place, runs.order, 0, start, result)
+    arrays = _arrays(model, gradient)
+    if start < runs.count and arrays is not None:
+        scratch = torch.empty(2 * runs.length, dtype=torch.float64).numpy()
+        args = (runs.length, model.initial_variance, runs.place, runs.order, start, runs.count, scratch)
+        compiled(gradient_loops.gradients_in_general)(flat, runs.mask, *arrays, *args, result)
+    return out
+
+
+def fields(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> tuple[Tensor, ...] | None:
+    """Mean, variance, gain, innovation, innovation variance and log-likelihood (B, T), or None."""
+    model = Model(*given)
+    if not _fits(z, mask, segment, model):
+        return None
+    z = z.detach().contiguous()
+    runs = find_runs(mask, segment)
+    out = tuple(torch.empty_like(z) for _ in range(6))
+    flat, results = z.view(-1).numpy(), tuple(field.view(-1).numpy() for field in out)
+    noises = _numbers(model)
+    m0, p0 = model.initial_mean, model.initial_variance
+    good, start = True, 0
+    if noises is not None and runs.clean:
+        table = _table_of_fields(*noises, p0, 1 << (runs.length - 1).bit_length())
+        start = runs.clean
+        kernel = compiled(field_loops.fields_by_table)
+        good = kernel(flat, table, noises[1], m0, p0, runs.place, runs.order, 0, start, *results)
+    if start < runs.count:
+        arrays = _arrays(model, z)
+        if arrays is None:
+            return None
+        args = (runs.length, m0, p0, runs.place, runs.order, start, runs.count, *results)
+        good &= compiled(field_loops.fields_in_general)(flat, runs.mask, *arrays, *args)
+    return out if good else None
+
+
+class Means(torch.autograd.Function):
+    """:func:`means` with a gradient for the observations; ``apply`` returns None where means does."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, mask: Tensor, segment: Tensor | None, *model: Any) -> Any:
+        _remember(ctx, mask, segment, *model)
+        return means(z, mask, segment, *model)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Any) -> Any:
+        return Gradients.apply(gradient[0], *_recall(ctx)), *(None,) * 6
+
+
+class Gradients(torch.autograd.Function):
+    """:func:`gradients`. Both are linear maps, so the gradient of this one is the filter from a mean of 0."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, mask: Tensor, segment: Tensor | None, *model: Any) -> Tensor:
+        _remember(ctx, mask, segment, *model)
+        return gradients(gradient, mask, segment, *model)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Any) -> Any:
+        mask, segment, q, r, _, p0 = _recall(ctx)
+        return Means.apply(gradient[0], mask, segment, q, r, 0.0, p0), *(None,) * 6
+
+
+def _remember(ctx: Any, mask: Tensor, segment: Tensor | None, *model: Any) -> None:
+    ctx.save_for_backward(mask, segment, *(part if isinstance(part, Tensor) else None for part in model))
+    ctx.numbers = [None if isinstance(part, Tensor) else part for part in model]
+
+
+def _recall(ctx: Any) -> tuple[Any, ...]:
+    mask, segment, *model = ctx.saved_tensors
+    return mask, segment, *(n if t is None else t for t, n in zip(model, ctx.numbers))
+
+
 def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
     """Segments, padding and holes of a mask (B, T)."""
     rows, length = mask.shape
@@ -94,6 +181,13 @@ def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
 def gains(q: float, r: float, p0: float, length: int) -> Any:
     """K_t, then 1 - K_t, of a run without holes; remembered for the next call."""
     return _gains(q, r, p0, 1 << (length - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=8)
+def _table_of_fields(q: float, r: float, p0: float, length: int) -> Any:
+    table = torch.empty(6 * length, dtype=torch.float64).numpy()
+    compiled(field_loops.table_of_fields)(q, r, p0, table, length)
+    return table
 
 
 @functools.lru_cache(maxsize=8)

@@ -18,8 +18,14 @@ SWITCH = "KALMAN_RL_NO_NUMBA"
 
 
 def usable(*tensors: Any) -> bool:
-    """True if numba is there and every tensor among the arguments is plain memory of this machine."""
+    """True if numba is there and every tensor among the arguments is plain memory of this machine.
+
+    Not while torch traces a graph or carries derivatives forward: a kernel's memory accesses are invisible
+    to both.
+    """
     if os.environ.get(SWITCH, "0") not in ("", "0") or torch.compiler.is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
         return False
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and not _plain(tensor):
@@ -28,8 +34,10 @@ def usable(*tensors: Any) -> bool:
 
 
 def _plain(tensor: torch.Tensor) -> bool:
-    known = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # a subclass may mean anything
-    return known and tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_neg()
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # a subclass may mean anything
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # by torch.func.vmap, grad, ...
+    return not wrapped and tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_neg()
 
 
 @functools.cache
