@@ -25,13 +25,13 @@ SOURCE = ROOT / "src" / "kalman_rl"
 
 # From the ground up: a module imports from its own row and the rows before it, never from a later one.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "needs", "lookup", "reading"),
+    ("errors", "needs", "lookup", "reading", "fast"),
     ("kalman", "rollouts", "diagnosis", "hadamard", "likelihood"),
     ("belief",),
     ("sampling",),
     ("ratio", "trust", "advantage", "aggregate", "penalty", "selection"),
     ("divergence", "balance", "curvature", "correction", "reward_filter", "tracked"),
-    ("learned_noise", "token_noise", "robust_filter"),
+    ("learned_noise", "token_noise", "robust_filter", "fusion"),
     ("objective",),
     ("methods",),
     ("verify", "cards"),
@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("method_table",),
     ("cli", "__main__"),
 )
-NUMERIC = {name for row in LAYERS[:9] for name in row}
+NUMERIC = {name for row in LAYERS[:9] for name in row} - {"fast"}  # its compilers are optional and lazy
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "numba", "pandas", "peft", "pyarrow", "ray")
 HEAVY += (
     "reasoning_gym",
