@@ -289,7 +289,7 @@ def _trust(logp, advantage, t, marks, kind, limits, share, work, narrow, coeffic
     weight, a = narrow[0], narrow[1]
     _expm1(used, m, scratch, scale, rest)
     for j in range(1, m + 1):
-        weight[j] = scale[j] + scale[j] * rest[j] if used[j] > SMALLEST else 0.0
+        weight[j] = scale[j] + scale[j] * rest[j] if used[j] >= SMALLEST else 0.0
     if len(advantage) == 1:
         for j in range(1, m + 1):
             a[j] = advantage[0] if marks[j] else zero
