@@ -18,6 +18,7 @@ from kalman_rl.aggregate import SequenceSum, Totals, sequence_mean, token_mean, 
 from kalman_rl.correction import Truncated
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.fast import fused as fast
+from kalman_rl.fast import jit
 from kalman_rl.fast.recipe import METRICS
 from kalman_rl.methods import METHODS
 from kalman_rl.objective import Loss, Method, policy_loss
@@ -412,8 +413,7 @@ def test_another_value_in_the_environment_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_without_a_compiler_it_is_composed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fast._module.__wrapped__("fused_numba", "no_such_compiler") is None
-    monkeypatch.setattr(fast, "backend", lambda device: None)
+    monkeypatch.setattr(jit, "_numba", lambda: None)
     loss, _ = draw(14, 3, 9).loss(TABLE["grpo"], True)
     assert loss.metrics["objective/fused"] == 0
 

@@ -1,4 +1,5 @@
-"""Fast paths: the same numbers as the plain definitions, compiled for the CPU (numba) or CUDA (Triton).
+"""Compiled ways of computing what the rest of the package defines in plain torch.
 
-Nothing here is imported before it is used, and without the compilers plain torch does the work.
+Nothing here is needed: where numba or Triton is missing, the torch definition runs instead. Modules of this
+package import compilers inside functions only, so that importing them costs nothing.
 """

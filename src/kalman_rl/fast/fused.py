@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
+from kalman_rl.fast import jit, triton_kernels
 from kalman_rl.fast.recipe import Fused, Recipe
 
 SWITCH = "KALMAN_RL_FUSED"
@@ -33,22 +33,12 @@ def enabled() -> bool:
     return value == "1"
 
 
-@functools.cache
-def _module(name: str, compiler: str) -> ModuleType | None:
-    """A module of this package, or None where its compiler is not installed."""
-    try:
-        importlib.import_module(compiler)
-    except ImportError:
-        return None
-    return importlib.import_module(f"kalman_rl.fast.{name}")
-
-
-def backend(device: torch.device) -> ModuleType | None:
-    """The module with the fused pass for tensors on this device, or None."""
-    if device.type == "cpu":
-        return _module("fused_numba", "numba")
-    if device.type == "cuda":
-        return _module("fused_triton", "triton")
+def backend(*tensors: Tensor) -> ModuleType | None:
+    """The module with the fused pass for these tensors, or None: other devices, no compiler, not plain memory."""
+    if jit.usable(*tensors):
+        return importlib.import_module("kalman_rl.fast.fused_numba")
+    if triton_kernels.usable(*tensors):
+        return importlib.import_module("kalman_rl.fast.fused_triton")
     return None
 
 
@@ -71,11 +61,9 @@ def run(
         segment: (B, T) integers or None.
         totals: trained tokens and non-empty sequences of the optimizer step; None: of this batch.
     """
-    tensors = (logp, old, mask, advantage) if segment is None else (logp, old, mask, advantage, segment)
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device == logp.device for x in tensors)
-    if not plain or logp.dtype not in TYPES or old.dtype != logp.dtype or torch.compiler.is_compiling():
+    if logp.dtype not in TYPES or old.dtype != logp.dtype:
         return None
-    module = backend(logp.device)
+    module = backend(logp, old, mask, advantage, *(() if segment is None else (segment,)))
     if module is None:
         return None
     result: Fused | None = module.run(recipe, logp, old, mask, advantage, segment, totals)

@@ -39,10 +39,18 @@ SHIFT = 6755399441055744.0  # 1.5 * 2^52: added to a number, its last bits becom
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 PRIVATE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # half the time to compile
-public = numba.njit(cache=True, fastmath={"contract", "nsz"}, **OPTIONS)
 exact = numba.njit(fastmath={"contract", "nsz"}, **OPTIONS, **PRIVATE)
 loose = numba.njit(fastmath={"contract", "nsz", "reassoc"}, **OPTIONS, **PRIVATE)
 finite = numba.njit(fastmath={"nnan", "nsz", "reassoc"}, **OPTIONS, **PRIVATE)
+
+
+def public(function):
+    """A kernel that Python calls, its machine code kept on disk where that is possible."""
+    options = {"fastmath": {"contract", "nsz"}, **OPTIONS}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the source's directory nor the user's cache can be written
+        return numba.njit(**options)(function)
 
 
 @public
