@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampling",),
     ("ratio", "trust", "advantage", "aggregate", "penalty", "selection"),
     ("divergence", "balance", "curvature", "correction", "reward_filter", "tracked"),
-    ("learned_noise", "token_noise", "robust_filter"),
+    ("learned_noise", "token_noise", "robust_filter", "fusion"),
     ("objective",),
     ("methods",),
     ("verify", "cards"),
