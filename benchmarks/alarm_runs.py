@@ -34,7 +34,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # meant to fail; where the learning rate rises to the end, stability is lost on the way and not at the start
     "no_ratio_ramp": {"method": "ratio_one", "learning_rate": 3e-4, "warmup_steps": 384},
     "kpo_ramp": {"method": "kpo", "learning_rate": 3e-4, "warmup_steps": 384},
-    "unclipped_ramp": {"method": "grpo", "method_options": UNCLIPPED, "learning_rate": 6e-4, "warmup_steps": 384},
+    "unclipped_ramp": {
+        "method": "grpo",
+        "method_options": UNCLIPPED,
+        "learning_rate": 6e-4,
+        "warmup_steps": 384,
+    },
     "too_fast_ramp": {"method": "grpo", "learning_rate": 3e-3, "warmup_steps": 384},
     "no_ratio_epochs": {"method": "ratio_one", "iterations": 4},  # fails within its first generation batch
     "length_hack": {

@@ -64,8 +64,10 @@ def false_alarm_rate(tail: float, k: int, n: int, rest: int = 0) -> float:
     >>> round(1 / false_alarm_rate(0.5, 2, 2), 9)  # two outsides in a row: 6 observations on average, as with coins
     6.0
     """
-    if not 0 < tail < 1:
-        raise NumericError(f"tail: got {tail}, expected (0, 1)")
+    if not 0 <= tail < 1:
+        raise NumericError(f"tail: got {tail}, expected [0, 1)")
+    if tail < 1e-12:  # the mean time is beyond any run, and beyond the digits of the solution
+        return 0.0
     size = n - 1
     windows = [
         sum(1 << i for i in chosen) for r in range(min(k, n)) for chosen in combinations(range(size), r)

@@ -32,7 +32,7 @@ DRIFT = 0.1
 MOST_PHASES = 64
 CLIP = 3.0
 """Innovations beyond it move level and noise as if they were this many standard deviations."""
-CLIPPED_SECOND_MOMENT = 0.995011
+CLIPPED_SECOND_MOMENT = 0.9950072780344535
 """Mean of min(z, CLIP)^2 of a standard normal z."""
 
 
@@ -169,8 +169,8 @@ class Watch:
         return torch.maximum(variance.sqrt(), floor / total.sqrt())
 
     def _learn(self, used: Tensor, total: Tensor, counts: Tensor) -> None:
-        keep = torch.where(counts, self.options.memory, 1.0)
         new = counts.double()
+        keep = 1.0 - (1.0 - self.options.memory) * new
         self._weight = keep * self._weight + new
         self._squares = keep * self._squares + torch.where(counts, used.square() / total, 0.0)
         self._logs = keep * self._logs + torch.where(counts, total.log(), 0.0)
