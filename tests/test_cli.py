@@ -37,13 +37,15 @@ TRAIN_FLAGS = {
         "--completions-min",
         "--completions-max",
         "--coverage-steps",
-        *("--reward-noise", "--pool-prompts"),
+        *("--reward-noise", "--pool-prompts", "--alarm"),
     ),
 }
 FLAGS = {
     "train": TRAIN_FLAGS,
     "resume": {"--help", "--quiet"},
     "report": {"--help", "--output"},
+    "alarm": {"--help", "--band", "--k", "--n", "--json"},
+    "board": {"--help", "--port", "--host", "--every", "--open"},
     "methods": {"--help", "--cite", "--verify", "--json"},
     "replay": {"--help", "--method", "--options", "--against", "--steps", "--top", "--json"},
 }
@@ -124,7 +126,7 @@ def test_every_field_is_documented_with_its_default(capsys: pytest.CaptureFixtur
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     with_help = capsys.readouterr().out
-    verbs = ["train", "resume", "stress", "demo", "report", "replay", "methods"]
+    verbs = ["train", "resume", "stress", "demo", "report", "alarm", "board", "replay", "methods"]
     assert re.findall(r"• (\w+)", with_help) == verbs
     assert main([]) == 2
     assert capsys.readouterr().out == with_help

@@ -181,11 +181,61 @@ class Replay:
         return show_replay(self.run, self.method, self.options, self.against, self.steps, self.top, self.json)
 
 
-VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Replay, Methods)
+@dataclass(frozen=True)
+class Alarm:
+    """Read recorded runs and print the collapse warnings that would have come: metric, step, tokens, advice."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs, or of a study."""
+    band: float | None = None
+    """Standard deviations beyond which a value is outside. Unset: the default of training."""
+    k: int | None = None
+    """Values outside, on the same side, that make an alarm."""
+    n: int | None = None
+    """Newest values of a metric among which they are counted."""
+    json: Switch = False
+    """Print JSON."""
+
+    def __call__(self) -> int:
+        if not self.runs:
+            raise ConfigError("RUNS: got none, expected the directory of at least one run")
+        from kalman_rl.alarm import Rule, WatchOptions
+        from kalman_rl.alarm.offline import runs_below, show_alarms
+
+        given = {name: getattr(self, name) for name in ("band", "k", "n") if getattr(self, name) is not None}
+        return show_alarms(runs_below(list(self.runs)), Rule(**given), WatchOptions(), self.json)
+
+
+@dataclass(frozen=True)
+class Board:
+    """Serve the report of a run on this machine, live while the run goes on; Ctrl-C ends it.
+
+    The address holds a random token and only this machine can reach it.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Directory of a run, or of a study."""
+    port: int = 0
+    """Port on 127.0.0.1; 0 takes a free one."""
+    host: str = "127.0.0.1"
+    """Loopback address to listen on: 127.0.0.1, localhost or ::1."""
+    every: float = 2.0
+    """Seconds between looks at the run's files."""
+    open: Switch = False
+    """Open the page in the browser."""
+
+    def __call__(self) -> int:
+        from kalman_rl.board import serve
+
+        return serve(self.run, host=self.host, port=self.port, every=self.every, browser=self.open)
+
+
+VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Alarm, Board, Replay, Methods)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage or settings), 130 (Ctrl-C).
+    """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage or settings), 3 (a collapse alarm
+    stopped the run), 130 (Ctrl-C).
 
     Errors are one line on stderr; the environment variable KALMAN_RL_TRACEBACK=1 lets them through.
     """

@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from kalman_rl.advantage import batch_leave_one_out, leave_one_out
+from kalman_rl.alarm.callback import CollapseAlarm
 from kalman_rl.allocator import keep_freed_memory
 from kalman_rl.callbacks import (
     Evaluate,
@@ -35,7 +36,7 @@ from kalman_rl.callbacks import (
 from kalman_rl.config import TrainConfig
 from kalman_rl.errors import ConfigError
 from kalman_rl.evaluation import evaluate
-from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer
+from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
 from kalman_rl.methods import make_method
 from kalman_rl.models import LoadedModel, load_model
 from kalman_rl.objective import Method
@@ -57,7 +58,7 @@ LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 def train(
     config: TrainConfig, run: Run, *, resume: bool = False, cache: Path | None = None, prefix: str = ""
 ) -> int:
-    """Train as configured into ``run``; returns the exit code (0, or 130 after Ctrl-C).
+    """Train as configured into ``run``; returns the exit code (0, 3 if an alarm stopped it, 130 after Ctrl-C).
 
     Converted and warm-started weights are kept in ``cache``, by default ``.cache`` beside the run.
 
@@ -125,6 +126,9 @@ def train(
         stop,
     ):
         trainer.add_callback(callback)
+    alarm = None if config.alarm == "off" else CollapseAlarm(config.alarm, run.path, say=say)
+    for callback in (*([alarm] if alarm else []), *make_sinks(config.report_to, say)):
+        trainer.add_callback(callback)
 
     checkpoint = None
     if resume:
@@ -140,7 +144,8 @@ def train(
     try:
         with stop, _quiet_third_parties():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        status = "interrupted" if stop.requested and trainer.state.global_step < config.steps else "finished"
+        halted = stop.requested or (alarm is not None and alarm.stopped)
+        status = "interrupted" if halted and trainer.state.global_step < config.steps else "finished"
         if status == "finished":
             measure(trainer.state.global_step)
             trainer.save_model(str(run.path / "model"))
@@ -151,7 +156,7 @@ def train(
         run.finish(status, time.monotonic() - start)
     if status == "interrupted":
         say(f"stopped at step {trainer.state.global_step}; continue with: kalman-rl resume {run.path}")
-        return 130
+        return 3 if alarm is not None and alarm.stopped and not stop.requested else 130
     say(f"finished {config.steps} steps in {time.monotonic() - start:.0f} s: {run.path}")
     return 0
 
@@ -204,7 +209,7 @@ def build_trainer(
         save_steps=max(save_every, 1),
         save_total_limit=3,
         logging_steps=config.log_every,
-        report_to=config.report_to,
+        report_to="none",  # trackers come as guarded callbacks
         disable_tqdm=True,
     )
     peft_config = None

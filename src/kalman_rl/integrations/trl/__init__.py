@@ -1,6 +1,14 @@
 """TRL: ``KalmanGRPOTrainer(GRPOTrainer)`` runs any :class:`kalman_rl.objective.Method`."""
 
 from kalman_rl.integrations.trl.config import KalmanGRPOConfig, check_host
+from kalman_rl.integrations.trl.sinks import SafeSink, make_sinks
 from kalman_rl.integrations.trl.trainer import KalmanGRPOTrainer, TokenBatch
 
-__all__ = ["KalmanGRPOConfig", "KalmanGRPOTrainer", "TokenBatch", "check_host"]
+__all__ = [
+    "KalmanGRPOConfig",
+    "KalmanGRPOTrainer",
+    "SafeSink",
+    "TokenBatch",
+    "check_host",
+    "make_sinks",
+]

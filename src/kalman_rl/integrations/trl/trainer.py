@@ -72,7 +72,8 @@ class KalmanGRPOTrainer(GRPOTrainer):
     Args:
         method: a Method or a name of :data:`kalman_rl.methods.METHODS`; default: ``args.method`` with
             ``args.method_options``.
-        observers: callables that receive a :class:`TokenBatch` after every training micro-batch.
+        observers: callables that receive a :class:`TokenBatch` after every training micro-batch, as does the
+            method ``observe`` of a callback that has one.
         Everything else as in GRPOTrainer. ``args.beta > 0`` adds the k3 penalty as in TRL.
 
     Raises:
@@ -183,7 +184,8 @@ class KalmanGRPOTrainer(GRPOTrainer):
         self._record(mode, loss, rollouts, entropy)
         if mode == "train":
             self.learning.observe(logp, rollouts)
-            for observe in self.observers:
+            watching = (call.observe for call in self.callback_handler.callbacks if hasattr(call, "observe"))
+            for observe in (*self.observers, *watching):
                 observe(TokenBatch(self.state.global_step, inputs, rollouts, logp.detach(), loss))
         value = loss.value
         if self.aux_loss_enabled:
