@@ -143,7 +143,9 @@ def _batch(row: dict[str, Any]) -> Batch | None:
             visits[clean(name, 80)] = Visit(step, *values, following[i], mixed[i] == "1")
     levels, inside = row.get("levels"), row.get("inside")
     pairs = zip(levels, inside) if isinstance(levels, list) and isinstance(inside, list) else ()
-    counts = {key: _count(row.get(key)) for key in ("rows", "prompts", "used", "groups", "informative", "judged")}
+    counts = {
+        key: _count(row.get(key)) for key in ("rows", "prompts", "used", "groups", "informative", "judged")
+    }
     shares = {
         level: _count(count) for key, count in pairs if (level := number(key)) is not None and 0 < level < 1
     }

@@ -50,7 +50,9 @@ def on_tokens(run: Path, completions: Sequence[dict[str, list[Any]]]) -> tuple[d
 
 
 def _said(notes: Sequence[str]) -> str:
-    return f"The run's own method was not recomputed ({clean(notes[0].removeprefix('no self-check: '), 200)})."
+    return (
+        f"The run's own method was not recomputed ({clean(notes[0].removeprefix('no self-check: '), 200)})."
+    )
 
 
 def _bounds(method: Method | None) -> dict[str, Any]:
@@ -67,7 +69,9 @@ def _bounds(method: Method | None) -> dict[str, Any]:
 def _joined(completions: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """All completions as one table with sequences numbered anew."""
     names = ("position", "token", "logp_old", "logp_behaviour", "logp", "log_ratio", "filtered_log_ratio")
-    joined: dict[str, list[Any]] = {name: [] for name in (*names, "sequence", "coefficient", "kept", "advantage")}
+    joined: dict[str, list[Any]] = {
+        name: [] for name in (*names, "sequence", "coefficient", "kept", "advantage")
+    }
     for number, columns in enumerate(completions):
         size = len(columns["token"])
         for name, values in joined.items():
@@ -94,7 +98,9 @@ def _deal(field: Field, completions: Sequence[dict[str, list[Any]]], method: Met
 
 
 def _entry(weight: Sequence[Any], coefficient: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
-    marks = "".join("1" if keep else BELOW if w is not None and w < 0 else ABOVE for w, keep in zip(weight, kept))
+    marks = "".join(
+        "1" if keep else BELOW if w is not None and w < 0 else ABOVE for w, keep in zip(weight, kept)
+    )
     return [_short(weight), _short(coefficient), marks]
 
 
@@ -128,7 +134,10 @@ def _believed(own: Method, batch: Batch, completions: Sequence[dict[str, list[An
     start = 0
     for columns in completions:
         end = start + len(columns["token"])
-        columns["deviation"], columns["innovation"] = _listed(deviation[start:end]), _listed(innovation[start:end])
+        columns["deviation"], columns["innovation"] = (
+            _listed(deviation[start:end]),
+            _listed(innovation[start:end]),
+        )
         start = end
 
 

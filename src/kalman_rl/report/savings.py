@@ -67,7 +67,9 @@ def mixed_share(size: float, shape: tuple[float, float]) -> float:
     a, b = shape
 
     def all_alike(x: float) -> float:
-        return math.exp(math.lgamma(x + size) + math.lgamma(a + b) - math.lgamma(x) - math.lgamma(a + b + size))
+        return math.exp(
+            math.lgamma(x + size) + math.lgamma(a + b) - math.lgamma(x) - math.lgamma(a + b + size)
+        )
 
     return max(0.0, 1 - all_alike(a) - all_alike(b))
 

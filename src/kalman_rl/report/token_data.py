@@ -55,9 +55,13 @@ def inspected(runs: Sequence[Run]) -> Inspected:
         return Inspected("No token traces were recorded, so there is no completion to show.")
     shown = traced[:MOST_RUNS]
     completions: list[dict[str, Any]] = []
-    said = [f"Tokens of {counted(len(shown), 'run')} of {len(traced)} with traces."] if len(traced) > len(shown) else []
+    said = (
+        [f"Tokens of {counted(len(shown), 'run')} of {len(traced)} with traces."]
+        if len(traced) > len(shown)
+        else []
+    )
     methods: list[dict[str, Any]] = []
-    for index, (run, files) in enumerate(shown):
+    for run, files in shown:
         room = MOST_TOKENS // len(shown)
         chosen, there = _of_run(files, room, problems)
         if not chosen:
@@ -133,7 +137,9 @@ def _of_run(files: dict[int, Path], room: int, problems: list[str]) -> tuple[lis
             continue
         rows_of = sequences(table)
         there += len(rows_of)
-        left = room * (index + 1) // len(steps) - sum(min(len(columns["token"]), MOST_OF_ONE) for columns in chosen)
+        left = room * (index + 1) // len(steps) - sum(
+            min(len(columns["token"]), MOST_OF_ONE) for columns in chosen
+        )
         for rows in list(_most_moved_first(list(rows_of.values()), table))[:MOST_OF_STEP]:
             size = min(len(rows), MOST_OF_ONE)
             if size <= left or not chosen:

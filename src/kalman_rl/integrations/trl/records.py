@@ -41,11 +41,11 @@ def belief_record(
         texts: what each prompt asks.
         rows: completions that a fixed allocation would have used.
 
-    Returns: counts over the whole batch (``used``, ``groups`` with a completion, ``informative`` ones among
-        them, ``judged`` first rounds and how many of them lay ``inside`` each of LEVELS), and lists over the
-        prompts written down: ``id``, ``n`` completions, ``reward`` their mean, ``mixed`` ("1" if they differ), ``mean`` and ``sd`` of the value
-        as predicted, ``noise`` of one reward (sd), ``after`` and ``after_sd`` the posterior, ``next`` completions
-        if the same prompts came up again (absent where every prompt gets the same).
+    Returns: counts over the whole batch (``used``, ``groups`` with a completion, ``informative`` ones among them,
+        ``judged`` first rounds and how many of them lay ``inside`` each of LEVELS), and lists over the prompts
+        written down: ``id``, ``n`` completions, ``reward`` their mean, ``mixed`` ("1" if they differ), ``mean``
+        and ``sd`` of the value as predicted, ``noise`` of one reward (sd), ``after`` and ``after_sd`` the
+        posterior, ``next`` completions if the same prompts came up again (absent where all get the same).
     """
     names, counts = sampled.prompts, sampled.tau.tolist()
     rewards = _known(sampled.ids, sampled.reward)
