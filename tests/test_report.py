@@ -17,7 +17,15 @@ from kalman_rl.report.data import clean, find_runs, read_run
 from kalman_rl.report.page import SCRIPTS
 from kalman_rl.report.study import arm, split
 from kalman_rl.report.summary import Summary, summarise
-from report_runs import EVERY_METHOD_WORKS, PUBLISHED_FAILS, write_demo, write_run, write_study, write_trace
+from report_runs import (
+    EVERY_METHOD_WORKS,
+    HOSTILE,
+    PUBLISHED_FAILS,
+    write_demo,
+    write_run,
+    write_study,
+    write_trace,
+)
 
 # ---------------------------------------------------------------- what a page may hold
 
@@ -232,51 +240,6 @@ def test_unfinished_and_repeated_runs_stay_out_of_the_averages(tmp_path: Path) -
 
 
 # ---------------------------------------------------------------- broken and hostile input
-
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</script><script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "<svg/onload=alert(1)>",
-    "javascript:alert(1)",
-    '"><img src=x onerror=alert(1)>',
-    "' onmouseover='alert(1)",
-    "</style><script>alert(1)</script>",
-    "</title><script>alert(1)</script>",
-    "<!--",
-    "--><script>alert(1)</script>",
-    "]]><script>",
-    "<![CDATA[<script>]]>",
-    "{{ 7*7 }}",
-    "{% raw %}",
-    "{{ config.__class__ }}",
-    "${7*7}",
-    "<iframe srcdoc='<script>alert(1)</script>'>",
-    "<a href='http://evil'>x</a>",
-    "<meta http-equiv=refresh content=0>",
-    "<base href=//evil>",
-    "<style>*{display:none}</style>",
-    "<link rel=stylesheet href=//e>",
-    "&lt;script&gt;",
-    "&#60;script&#62;",
-    "\x00<b\x00>",
-    "\x1b[31mred\x1b[0m",
-    "\u202egnp.exe",
-    "\u2066\u2069\u200b\ufeff",
-    "\ud800",
-    "\u2028\u2029",
-    "<" * 2000,
-    "A" * 1_000_000,
-    "<plaintext>",
-    "<textarea>",
-    "<details open ontoggle=alert(1)>",
-    "<math><mtext></math>",
-    "%3Cscript%3E",
-    "data:text/html,<script>",
-    "\ufffe\U000e0041",
-    "a\r\nSet-Cookie: x",
-    "{0.__class__}{}",
-]
 
 
 def test_hostile_text_is_only_ever_text(tmp_path: Path) -> None:
