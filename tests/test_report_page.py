@@ -200,6 +200,19 @@ def test_keyboard_alone_is_enough(opened: Opened) -> None:
     assert last.get_attribute("aria-selected") == "true" and focused() == int(last.get_attribute("data-item"))
 
 
+def test_what_was_open_can_be_opened_again(opened: Opened) -> None:
+    page = opened.page
+    page.locator("#completions li").nth(4).click()
+    page.locator("#tokens span").nth(6).click()
+    chosen = page.locator("#chosen").input_value()
+    page.reload()
+    set_it = "(field, value) => { field.value = value; field.dispatchEvent(new Event('change')); }"
+    for value, token in ((chosen, 7), ('["no such run", 1, "0", 2]', 7), ("{", 7)):
+        page.locator("#chosen").evaluate(set_it, value)
+        assert f"token {token} of 15" in page.locator("#token").inner_text()
+        assert page.locator("#completions li").nth(4).get_attribute("aria-selected") == "true"
+
+
 def test_light_and_dark(opened: Opened) -> None:
     page = opened.page
 

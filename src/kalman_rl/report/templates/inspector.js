@@ -229,6 +229,21 @@
     showText();
     showToken(i);
     strips();
+    remember();
+  }
+
+  // What is open, for a viewer that loads a newer page and sets its fields as they were.
+  const nameOf = (c) => [data.runs[c.run].run, c.step, c.sequence];
+  function remember() {
+    K.byId("chosen").value = JSON.stringify([...nameOf(current()), state.token]);
+  }
+  function recall() {
+    try {
+      const [run, step, sequence, token] = JSON.parse(K.byId("chosen").value);
+      const same = (c) => nameOf(c).every((part, k) => part === [run, step, sequence][k]);
+      const n = data.completions.findIndex(same);
+      if (n >= 0 && token in data.completions[n].token) open(n, token);
+    } catch { /* not written by this page */ }
   }
 
   function pick(i) {
@@ -238,6 +253,7 @@
       nodes[old].setAttribute("aria-selected", on);
     }
     state.token = i;
+    remember();
     peek(i);
   }
 
@@ -296,6 +312,7 @@
     item.focus();
   }, true);
   K.byId("tokens").addEventListener("mouseleave", () => peek(state.token));
+  K.byId("chosen").addEventListener("change", recall);
   let width = 0;
   new ResizeObserver(() => {
     const now = K.byId("strips").clientWidth;

@@ -10,12 +10,17 @@ const KStrips = (() => {
     const width = Math.max(320, holder.clientWidth);
     const step = (width - LEFT - RIGHT) / count;
     place = (i) => LEFT + step * (i + 0.5);
-    ratio(frame(holder, width, 150, "log-ratio: observed (dots), filtered (line)" + (tokens.deviation ? ", posterior ± 2 sd (band)" : ""), "Observed log-ratio as dots, the posterior as a line with its band"), tokens);
+    ratio(frame(holder, width, 150, title(width, tokens.deviation), "Observed log-ratio as dots, the posterior as a line with its band"), tokens);
     coefficient(frame(holder, width, 92, tokens.kept.includes(false) ? "coefficient (grey: clipped)" : "coefficient", "What each token's gradient is multiplied by"), tokens, step);
     if (tokens.gain) gain(frame(holder, width, 74, "gain", "The filter's gain"), tokens);
     methods(frame(holder, width, 18 * tokens.rows.length + TOP + 6, "coefficient under each method (grey: clipped)", "Coefficient under each method"), tokens, step);
     holder.onmousemove = (event) => { const i = index(holder, event); if (i !== null) onHover(i); };
     holder.onclick = (event) => { const i = index(holder, event); if (i !== null) onPick(i); };
+  }
+
+  function title(width, band) {
+    if (width < 430) return "log-ratio, filtered" + (band ? ", posterior ± 2 sd" : "");
+    return "log-ratio: observed (dots), filtered (line)" + (band ? ", posterior ± 2 sd (band)" : "");
   }
 
   function index(holder, event) {
