@@ -138,9 +138,9 @@ def _batch(row: dict[str, Any]) -> Batch | None:
     mixed = str(row.get("mixed", "")).ljust(len(names), "0")
     visits = {}
     for i, name in enumerate(names):
-        values = [columns[key][i] for key in LISTS]
-        if all(map(math.isfinite, (values[0], *values[2:]))):
-            visits[clean(name, 80)] = Visit(step, *values, following[i], mixed[i] == "1")
+        values = {key: columns[key][i] for key in LISTS}
+        if all(math.isfinite(value) for key, value in values.items() if key != "reward"):
+            visits[clean(name, 80)] = Visit(step=step, **values, next=following[i], mixed=mixed[i] == "1")
     levels, inside = row.get("levels"), row.get("inside")
     pairs = zip(levels, inside) if isinstance(levels, list) and isinstance(inside, list) else ()
     counts = {

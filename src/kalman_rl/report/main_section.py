@@ -175,8 +175,7 @@ def _small(metric: Metric, groups: Sequence[Group], palette: dict[str, int]) -> 
     single = len(groups) == 1
     for group in groups:
         for index, panel in enumerate(metric.panels):
-            many = [_panel(run, metric, panel) for run in group.runs]
-            many = [pair for pair in many if pair]
+            many = [pair for run in group.runs if (pair := _panel(run, metric, panel))]
             if not many:
                 continue
             name = panel.name if single else group.name if index == 0 else f"{group.name}, {panel.name}"
