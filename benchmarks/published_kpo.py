@@ -65,7 +65,8 @@ def loss(
             "clipped": ((two > one).float() * weight).sum() / tokens,
             "ratio_mean": (rho * weight).sum() / tokens,
             "raw_variance": (z.square() * weight).sum() / tokens - ((z * weight).sum() / tokens).square(),
-            "filtered_variance": (x.square() * weight).sum() / tokens - ((x * weight).sum() / tokens).square(),
+            "filtered_variance": (x.square() * weight).sum() / tokens
+            - ((x * weight).sum() / tokens).square(),
         }
     return per_row.mean(), metrics
 

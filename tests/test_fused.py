@@ -71,7 +71,9 @@ class Case:
 
     def loss(self, method: Method, fused: bool | None) -> tuple[Loss, Tensor]:
         logp = self.logp.clone().requires_grad_()
-        loss = policy_loss(method, self.rollouts, logp, advantage=self.advantage, totals=self.totals, fused=fused)
+        loss = policy_loss(
+            method, self.rollouts, logp, advantage=self.advantage, totals=self.totals, fused=fused
+        )
         loss.value.backward()
         assert logp.grad is not None
         return loss, logp.grad
@@ -178,7 +180,9 @@ def test_equal_across_chunks(transform, length: int) -> None:
         compare(method, draw(length, 5, length, packed=packed))
     whole = draw(length + 1, 3, length)
     rollouts = Rollouts(whole.logp.nan_to_num(0, 0, 0) - 0.1, torch.ones(3, length, dtype=torch.bool))
-    compare(method, Case(rollouts, rollouts.logp_old + 0.1 * torch.randn(3, length).double(), whole.advantage))
+    compare(
+        method, Case(rollouts, rollouts.logp_old + 0.1 * torch.randn(3, length).double(), whole.advantage)
+    )
 
 
 @every
@@ -199,7 +203,9 @@ def test_on_and_off_are_equal_for_every_method(name: str, seed: int, shape: tupl
     assert known == (method.name not in COMPOSED and method.correction is None)
     tolerance = {"rtol": 1e-11, "atol": 1e-14} if known else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(gradient, expected, **tolerance)
-    torch.testing.assert_close(a.value, b.value, **(tolerance if not known else {"rtol": 1e-11, "atol": 1e-13}))
+    torch.testing.assert_close(
+        a.value, b.value, **(tolerance if not known else {"rtol": 1e-11, "atol": 1e-13})
+    )
     assert torch.equal(a.tokens.kept, b.tokens.kept)
     assert {k: v.item() for k, v in a.metrics.items()} == pytest.approx(
         {k: v.item() for k, v in b.metrics.items()}, rel=2e-5 if known else 0, abs=1e-6 if known else 0
@@ -248,7 +254,9 @@ def test_small_movements_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize("record", golden.records()["policy_losses"], ids=lambda r: r["method"])
-def test_golden_records_through_the_fused_path(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_records_through_the_fused_path(
+    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[bool] = []
 
     def note(*args: Any, **options: Any) -> Loss:
@@ -337,7 +345,10 @@ def test_gradient_is_scaled_by_what_comes_after() -> None:
 def test_second_derivatives_are_those_of_constants(fused: bool) -> None:
     """Weights are constants, so the gradient moves with what multiplies the loss and not with logp."""
     case = draw(9, 4, 20)
-    logp, scale = case.logp.clone().requires_grad_(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    logp, scale = (
+        case.logp.clone().requires_grad_(),
+        torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
+    )
     loss = policy_loss(TABLE["kpo"], case.rollouts, logp, advantage=case.advantage, fused=fused)
     (gradient,) = torch.autograd.grad(scale * loss.value, logp, create_graph=True)
     by_scale, by_logp = torch.autograd.grad(gradient.sum(), (scale, logp), allow_unused=True)
@@ -384,7 +395,8 @@ class OtherSum(SequenceSum):
 def test_parts_that_only_look_alike_are_composed(change: dict[str, Any]) -> None:
     method, batch = dataclasses.replace(TABLE["grpo"], **change), make_batch(1)
     results = [
-        policy_loss(method, batch.rollouts(), Current(batch.logp), fused=fused).value for fused in (True, False)
+        policy_loss(method, batch.rollouts(), Current(batch.logp), fused=fused).value
+        for fused in (True, False)
     ]
     loss = policy_loss(method, batch.rollouts(), Current(batch.logp), fused=True)
     assert loss.metrics["objective/fused"] == 0 and results[0] == results[1]
@@ -428,7 +440,9 @@ def test_bad_numbers_have_the_same_errors(name: str, bad: float) -> None:
         values[field][row, token] = bad
         where = rf"^{field}: got {bad} at row {row}, token {token} \(1 such tokens\), expected finite {text}"
         with pytest.raises(NumericError, match=where):
-            policy_loss(TABLE[name], batch.rollouts(), values["logp"], advantage=values["advantage"], fused=True)
+            policy_loss(
+                TABLE[name], batch.rollouts(), values["logp"], advantage=values["advantage"], fused=True
+            )
 
 
 def test_bad_shapes_have_the_same_errors() -> None:

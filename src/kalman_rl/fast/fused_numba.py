@@ -103,7 +103,11 @@ def fused(
             if n > 0:
                 counts[COUNT] += n
                 share = logp.dtype.type(whole if kinds[2] == 1 else whole / n)
-                mean = _mean(logp[i], old[i], mask[i], first, last, n) if kinds[0] == SEQUENCE else logp.dtype.type(0)
+                mean = (
+                    _mean(logp[i], old[i], mask[i], first, last, n)
+                    if kinds[0] == SEQUENCE
+                    else logp.dtype.type(0)
+                )
                 state, variance = 0.0, filter_[1]
                 marks[0], signs[0, 0], signs[1, 0], missed = 0, 0, 0, 0
                 for t in range(first, last, CHUNK):
@@ -113,7 +117,9 @@ def fused(
                     if kinds[0] == FILTERED:
                         if n == last - first:
                             k = t - first
-                            state = _filter_whole(work[0], work[1], gains[k:], keeps[k:], passes[k:], state, m)
+                            state = _filter_whole(
+                                work[0], work[1], gains[k:], keeps[k:], passes[k:], state, m
+                            )
                             _narrow(gains[k:], gain[i, t : t + m])
                         else:
                             state, variance, missed = _filter_holes(

@@ -7,7 +7,7 @@ and nothing is broadcast.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,6 +87,8 @@ class Tracking:
     Args:
         belief: read and updated.
         budget: how completions are divided.
+        observers: receive a :func:`~kalman_rl.integrations.trl.records.belief_record` after every batch.
+        written: prompts whose text the observers have seen.
     """
 
     belief: Belief
@@ -95,6 +97,8 @@ class Tracking:
     coverage: Coverage = field(init=False)
     skipped: set[Hashable] = field(default_factory=set)
     features: dict[Hashable, Tensor] = field(default_factory=dict)
+    observers: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+    written: set[Hashable] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.coverage = Coverage(self.budget.coverage)
@@ -110,6 +114,14 @@ class Tracking:
 
     def plan(self, ids: Sequence[Hashable], *, step: int, rows: int) -> RoundPlan:
         """Who is sampled how often in this batch."""
+        return self._plan(ids, step, rows, in_rounds=self.budget.allocation == "rounds")
+
+    def expected_counts(self, ids: Sequence[Hashable], *, step: int, rows: int) -> dict[Hashable, int]:
+        """Completions each prompt would get from what is believed now, all at once; changes nothing."""
+        request = self._plan(ids, step, rows, in_rounds=False).next_round()
+        return dict.fromkeys(ids, 0) | dict(request or [])
+
+    def _plan(self, ids: Sequence[Hashable], step: int, rows: int, *, in_rounds: bool) -> RoundPlan:
         budget = self.budget
         total = budget.total(len(ids), rows)
         return RoundPlan(
@@ -118,11 +130,11 @@ class Tracking:
             step=step,
             total=total,
             rounds=budget.rounds,
-            max_rounds=budget.max_rounds if budget.allocation == "rounds" else None,
+            max_rounds=budget.max_rounds if in_rounds else None,
             n_min=budget.low,
             n_max=max(budget.high, -(-total // len(ids))),
             objective=budget.objective,
-            weighting="tau" if budget.allocation == "rounds" else "equal",
+            weighting="tau" if in_rounds else "equal",
             features=self.known_features(ids),
             reward=budget.rewards,
             noise_variance=budget.noise_variance,

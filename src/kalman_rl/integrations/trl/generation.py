@@ -17,6 +17,7 @@ from torch import Tensor
 from kalman_rl.errors import ConfigError
 from kalman_rl.integrations.tracking import Tracking, fixed_groups, outcome_metrics
 from kalman_rl.integrations.trl import rows as batches
+from kalman_rl.integrations.trl.records import belief_record
 
 Generate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -71,6 +72,13 @@ def tracked_generation(
 
     metrics = outcome_metrics(sampled, (told[0], rewards[0]), predicted, tracking, len(everyone))
     tracking.note(sampled)
+    if tracking.observers and accelerator.is_main_process:
+        texts = {name: str(row["prompt"]) for name, row in by_id.items()}
+        record = belief_record(
+            tracking, sampled, (told[0], rewards[0]), predicted, texts, step=step, rows=len(everyone)
+        )
+        for observe in tracking.observers:
+            observe(record)
     _log(trainer, metrics, sampled.reward)
     device = accelerator.device
     whole = batches.join(parts, padding)
