@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("replay", "replay_text"),
     ("stress",),
     ("demo",),
-    ("method_table",),
+    ("method_table", "doctor"),
     ("cli", "__main__"),
 )
 NUMERIC = {name for row in LAYERS[:9] for name in row}
