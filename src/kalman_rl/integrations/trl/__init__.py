@@ -1,6 +1,7 @@
 """TRL: ``KalmanGRPOTrainer(GRPOTrainer)`` runs any :class:`kalman_rl.objective.Method`."""
 
 from kalman_rl.integrations.trl.config import KalmanGRPOConfig, check_host
+from kalman_rl.integrations.trl.ranks import last_good_checkpoint
 from kalman_rl.integrations.trl.trainer import KalmanGRPOTrainer, TokenBatch
 
-__all__ = ["KalmanGRPOConfig", "KalmanGRPOTrainer", "TokenBatch", "check_host"]
+__all__ = ["KalmanGRPOConfig", "KalmanGRPOTrainer", "TokenBatch", "check_host", "last_good_checkpoint"]

@@ -6,6 +6,7 @@ Tensors are stored as they are; the rest (numbers, texts, lists, prompt ids) as 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ FORMAT = 1
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Write a nested dictionary of tensors, numbers, texts and lists into a checkpoint folder."""
+    """Write a nested dictionary of tensors, numbers, texts and lists into a checkpoint folder, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     plain = _without_tensors(state, "", tensors)
     header = {"kalman_rl": json.dumps({"format": FORMAT, "state": plain})}
-    save_file(tensors, str(Path(folder) / STATE_FILE), metadata=header)
+    temporary = Path(folder) / f".tmp-{STATE_FILE}"
+    save_file(tensors, str(temporary), metadata=header)
+    os.replace(temporary, Path(folder) / STATE_FILE)
 
 
 def load_state(folder: str | Path) -> dict[str, Any] | None:
