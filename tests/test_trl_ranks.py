@@ -18,12 +18,14 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("trl")
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from kalman_rl.errors import RewardError, RunError
 from kalman_rl.integrations.trl import last_good_checkpoint
 from kalman_rl.integrations.trl.ranks import lost_process
-from kalman_rl.integrations.trl.state import STATE_FILE, load_state
+from kalman_rl.integrations.trl.state import STATE_FILE, load_state, save_state
 from test_trl import model_path
 from test_trl_beliefs import flat, trained
 
@@ -194,3 +196,36 @@ def test_only_lost_processes_are_renamed() -> None:
     assert lost_process(
         RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:1] Timed out waiting 4000ms")
     )
+
+
+# ---- the file of our state
+
+
+def test_state_of_either_format_comes_back(tmp_path: Path) -> None:
+    state = {
+        "method": "kpo",
+        "learning": {},
+        "tracking": {"ids": ["a", 7, ("b", 1)], "mean": torch.arange(3.0)},
+    }
+    save_state(tmp_path, state)
+    found = load_state(tmp_path)
+    assert found is not None and found["tracking"]["ids"] == ["a", 7, ("b", 1)]
+    assert torch.equal(found["tracking"]["mean"], state["tracking"]["mean"])
+    plain = {"dict": [["method", "kpo"], ["x", {"tensor": "/x"}]]}  # as version 0.1.0 wrote it
+    header = {"kalman_rl": json.dumps({"format": 1, "state": plain})}
+    save_file({"/x": torch.ones(2)}, str(tmp_path / STATE_FILE), metadata=header)
+    old = load_state(tmp_path)
+    assert old is not None and old["method"] == "kpo" and torch.equal(old["x"], torch.ones(2))
+    for wrong, words in (({"format": 3}, "got format 3"), ({"format": 2}, "cannot be read")):
+        save_file(
+            {"/x": torch.ones(2)}, str(tmp_path / STATE_FILE), metadata={"kalman_rl": json.dumps(wrong)}
+        )
+        with pytest.raises(RunError, match=words):
+            load_state(tmp_path)
+
+
+def test_state_of_millions_of_prompts_fits(tmp_path: Path) -> None:
+    """More prompt ids than the 100 MB of a safetensors header hold: few long ones stand in for many short ones."""
+    save_state(tmp_path, {"ids": [f"{i}-" + "x" * 1_000_000 for i in range(101)]})
+    found = load_state(tmp_path)
+    assert found is not None and len(found["ids"]) == 101 and found["ids"][100].startswith("100-x")

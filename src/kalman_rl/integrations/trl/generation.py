@@ -80,7 +80,8 @@ def tracked_generation(
     whole["prompt_id"] = sampled.ids
     whole["prompt"] = [by_id[name]["prompt"] for name in sampled.ids]
     whole = batches.fill(whole, len(everyone))
-    mine = torch.arange(len(inputs)) + accelerator.process_index * len(inputs)
+    # Every rank takes each n-th row, so that what a budget leaves empty is spread over ranks like the rest.
+    mine = torch.arange(len(inputs)) * accelerator.num_processes + accelerator.process_index
     trained = (whole["completion_mask"] * whole.get("tool_mask", 1)).sum()
     return batches.take(whole, mine) | {"num_items_in_batch": trained}
 
