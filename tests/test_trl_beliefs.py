@@ -200,13 +200,12 @@ def test_two_ranks_hold_one_belief(model_path: str, tmp_path: Path) -> None:
     import test_trl_beliefs as b
     saving = dict(rounds=[1, 2], max_rounds=4, budget=3.3, prompt_features=True)
     for name, options in (
-        ("fixed", dict(prompt_features=True)),
+        ("fixed", dict(prompt_features=True, num_generations=16)),
         ("predictive", dict(allocation="predictive", budget=3.3)),
         ("rounds", dict(allocation="rounds", **saving)),
     ):
-        trainer, seen, history = b.trained(
-            out / name, model_path, per_device_train_batch_size=4, num_generations=8, max_steps=4, **options
-        )
+        sizes = dict(per_device_train_batch_size=4, num_generations=8, max_steps=4)
+        trainer, seen, history = b.trained(out / name, model_path, **(sizes | options))
         results[name] = {
             "state": b.flat(trainer.tracking.state_dict()),
             "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()),

@@ -1,9 +1,8 @@
 """The checks, run in a process of their own: a library that crashes or hangs takes the probe with it, not the doctor.
 
-``python -m kalman_rl.doctor.probe PLAN SKIP BROKEN``: the plan's texts, checks not to run, libraries that do not
-import, all JSON. Every
-line of output is JSON: a check that begins (with its limit in seconds, and the libraries that do not import so
-far), a finding, or the end.
+``python -m kalman_rl.doctor.probe PLAN SKIP BROKEN``: the plan's texts, checks not to run, and libraries that do not
+import, all as JSON. Every line of output is JSON: a check that begins (with its limit in seconds, and the libraries
+that do not import so far), a finding, or the end.
 """
 
 from __future__ import annotations

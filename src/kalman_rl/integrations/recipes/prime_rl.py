@@ -32,7 +32,7 @@ def loss(inputs: Any, method: str = "kpo_diffuse", **options: Any) -> Any:
 
     Raises: ConfigError for methods that need more, NumericError for a negative token weight.
     """
-    from prime_rl.trainer.rl.loss import LossOutputs  # type: ignore[import-not-found]
+    from prime_rl.trainer.rl.loss import LossOutputs
 
     chosen = summed(named("prime-rl", method, tuple(sorted(options.items()))), token_mean)
     advantage, weight = inputs.advantages, inputs.loss_weights

@@ -56,7 +56,7 @@ def register(method: str | Method, name: str | None = None, **options: Any) -> s
 
     Returns: the name to set as ``trainer.algorithm.policy_loss_type``, by default ``kalman_rl/METHOD``.
     """
-    from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry  # type: ignore[import-not-found]
+    from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
 
     name = name or f"kalman_rl/{method if isinstance(method, str) else method.name}"
     PolicyLossRegistry.register(name, loss_for(method, **options))

@@ -35,7 +35,7 @@ def loss(args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Any) -> tupl
     Raises: ConfigError for methods that need more, for context parallelism (a filter needs whole completions), and for
         terms of slime's own policy loss, which would be left out silently.
     """
-    from slime.backends.megatron_utils import loss as host  # type: ignore[import-not-found]
+    from slime.backends.megatron_utils import loss as host
 
     used = [name for name in _OTHERS if getattr(args, name, None)]
     if getattr(args, "context_parallel_size", 1) > 1:
