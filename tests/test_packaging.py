@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("replay_text",),
     ("stress",),
     ("demo",),
-    ("method_table",),
+    ("method_table", "doctor"),
     ("cli", "__main__"),
 )
 NUMERIC = {name for row in LAYERS[:10] for name in row} - {"fast"}  # fast compiles with numba and Triton

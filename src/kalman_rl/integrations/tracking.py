@@ -168,7 +168,8 @@ class Tracking:
         """Continue from a checkpoint. Raises: RunError if there is none, ConfigError if it does not fit."""
         if state is None:
             raise RunError(
-                "checkpoint: got no beliefs about prompts, expected those of the run; it was saved without a belief"
+                "checkpoint: got no beliefs about prompts, expected those of the run; it was saved without a belief, "
+                "or the save was cut short (last_good_checkpoint finds the one before)"
             )
         self.belief.load_state_dict(state["belief"])
         self.coverage.load_state_dict(state["coverage"])
