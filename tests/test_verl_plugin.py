@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,7 @@ from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.integrations.verl import KalmanPolicyLossConfig, plugin, register, registered
 from kalman_rl.integrations.verl.choice import LEARNED, choose
 from kalman_rl.integrations.verl.estimators import TRACKED
-from kalman_rl.integrations.verl.losses import _say_mode
+from kalman_rl.integrations.verl.losses import _say_mode, choice_for
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objective import estimate_advantage, policy_loss, settled, step_statistics
 from kalman_rl.rollouts import Rollouts
@@ -426,6 +429,41 @@ def test_bad_settings_stop_before_the_run(override: str, message: str) -> None:
     with composed(f"{P}.loss_mode=kalman_rl/kpo", TARGET, override) as config:
         with pytest.raises((InstantiationException, ConfigError), match=message):
             validate_config(config, use_reference_policy=False, use_critic=False)
+
+
+def documented() -> list[list[str]]:
+    """Overrides of every command line of verl in the documentation."""
+    text = (Path(__file__).parent.parent / "docs" / "verl.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line)[3:] for line in lines if line.startswith("python -m verl.trainer.main_ppo")]
+
+
+@pytest.mark.parametrize("overrides", documented(), ids=["one line", "options", "bypass", "trainer"])
+def test_documented_commands(overrides: list[str]) -> None:
+    """Hydra reads them and verl's own check passes, which builds our settings and so the method."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides)
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    made = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    name = made.policy_loss.loss_mode.removeprefix("kalman_rl/")
+    assert choice_for(name, made).method.name == name
+    assert config.algorithm.adv_estimator in core_algos.ADV_ESTIMATOR_REGISTRY
+
+
+def test_bypass_mode_makes_the_old_policy_the_sampler() -> None:
+    switch = f"+{P}.old_is_sampler=${{algorithm.rollout_correction.bypass_mode}}"
+    mode = "algorithm.rollout_correction.bypass_mode"
+    for on in (True, False):
+        with composed(
+            f"{P}.loss_mode=kalman_rl/dppo_kl", TARGET, switch, f"{mode}={str(on).lower()}"
+        ) as config:
+            if on:
+                made = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+                assert made.policy_loss.choice().old_is_sampler
+            else:
+                with pytest.raises(InstantiationException, match="old_is_sampler=true"):
+                    omega_conf_to_dataclass(config.actor_rollout_ref.actor)
 
 
 def test_the_forks_names() -> None:

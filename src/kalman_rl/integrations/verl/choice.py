@@ -64,11 +64,11 @@ def choose(
     """
     if aggregation not in AGGREGATIONS:
         raise ConfigError(f"aggregation: got {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}")
-    options = translated(name, options)
-    method = make_method(name, **options)
+    known: dict[str, Any] = translated(name, options)
+    method = make_method(name, **known)
     _check_needs(name, method, old_is_sampler)
-    _check_learned(name, method, options)
-    _check_effect(name, method, options, aggregation)
+    _check_learned(name, method, known)
+    _check_effect(name, known, aggregation)
     return Choice(method, aggregation, old_is_sampler)
 
 
@@ -109,7 +109,7 @@ def parts_moved(name: str, option: str, value: Any) -> set[str]:
     return {part for part in parts if getattr(plain, part) != getattr(moved, part)}
 
 
-def _check_effect(name: str, method: Method, options: Mapping[str, Any], aggregation: str) -> None:
+def _check_effect(name: str, options: Mapping[str, Any], aggregation: str) -> None:
     """Refuse options that the loss would silently ignore."""
     for option, value in options.items():
         moved = parts_moved(name, option, value)

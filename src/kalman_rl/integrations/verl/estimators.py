@@ -71,27 +71,28 @@ def remembers(name: str) -> bool:
 
 def options_in(config: Any) -> dict[str, Any]:
     """What stands under ``algorithm.kalman_rl``, as plain Python."""
-    found = config.get("kalman_rl") if config is not None else None
+    found: Any = config.get("kalman_rl") if config is not None else None
     if found is None:
         return {}
-    if not isinstance(found, dict):  # OmegaConf's
+    if not isinstance(found, dict):
         from omegaconf import OmegaConf
 
         found = OmegaConf.to_container(found, resolve=True)
-    return dict(found)
+    options: dict[str, Any] = dict(found)
+    return options
 
 
 def method_for(name: str, options: Mapping[str, Any]) -> Method:
     """The method with its options, all of which must act on the advantage. Raises: ConfigError."""
-    options = translated(name, options)
-    for option, value in options.items():
+    known: dict[str, Any] = translated(name, options)
+    for option, value in known.items():
         moved = parts_moved(name, option, value)
         if moved and "advantage" not in moved:
             raise ConfigError(
                 f"algorithm.kalman_rl.{option}: got {value!r} for adv_estimator=kalman_rl/{name}, expected an option "
                 "of the advantage; options of the loss belong to actor_rollout_ref.actor.policy_loss.options"
             )
-    return make_method(name, **options)
+    return make_method(name, **known)
 
 
 def _groups(index: Any, name: str) -> Tensor:
