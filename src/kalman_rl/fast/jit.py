@@ -50,13 +50,15 @@ def _numba() -> Any | None:
 
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], reorder: bool = False) -> Callable[..., Any]:
     """The kernel in machine code: releases the interpreter's lock, starts no threads.
 
-    Fused multiply-adds are allowed, and treating -0 as 0; NaN and infinity keep their meaning.
+    Fused multiply-adds are allowed, and treating -0 as 0; NaN and infinity keep their meaning. ``reorder``
+    lets sums be taken in another order, as every matrix product does.
     """
     numba: Any = _numba()
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
+    freedoms = {"contract", "nsz", "arcp"} | ({"reassoc"} if reorder else set())
+    options = {"nogil": True, "error_model": "numpy", "fastmath": freedoms}
     try:
         kernel: Callable[..., Any] = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the source's directory nor the user's cache can be written
