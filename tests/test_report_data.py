@@ -266,6 +266,19 @@ def test_long_and_many_completions_are_sampled(tmp_path: Path) -> None:
     assert "out of 30 traced steps" in shown.said[-1] and "cut at 1200 tokens" in shown.said[-1]
 
 
+def test_no_completion_is_shown_twice(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {}, updates=4)
+    for step in range(1, 6):
+        write_trace(run, ["a", "b"], step=step, scale=0.0 if step in (1, 5) else 0.2)
+    shown = inspected([read_run(run)])
+    assert sorted((c["step"], c["sequence"]) for c in shown.completions) == [
+        (step, sequence) for step in (2, 3, 4) for sequence in "01"
+    ]
+    for step in (2, 3, 4):
+        write_trace(run, ["a", "b"], step=step, scale=0.0)
+    assert len(inspected([read_run(run)]).completions) == 10  # nothing moved: better than nothing
+
+
 def test_gradient_by_position(traced: Path) -> None:
     groups = pooled([read_run(traced)])
     figure = position_figure(groups, {groups[0].name: 0})
