@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from kalman_rl import report
 from kalman_rl.belief import make_belief
 from kalman_rl.errors import RunError
 from kalman_rl.integrations.tracking import Budget, Tracking
@@ -264,6 +266,19 @@ def test_long_and_many_completions_are_sampled(tmp_path: Path) -> None:
     assert "out of 30 traced steps" in shown.said[-1] and "cut at 1200 tokens" in shown.said[-1]
 
 
+def test_no_completion_is_shown_twice(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {}, updates=4)
+    for step in range(1, 6):
+        write_trace(run, ["a", "b"], step=step, scale=0.0 if step in (1, 5) else 0.2)
+    shown = inspected([read_run(run)])
+    assert sorted((c["step"], c["sequence"]) for c in shown.completions) == [
+        (step, sequence) for step in (2, 3, 4) for sequence in "01"
+    ]
+    for step in (2, 3, 4):
+        write_trace(run, ["a", "b"], step=step, scale=0.0)
+    assert len(inspected([read_run(run)]).completions) == 10  # nothing moved: better than nothing
+
+
 def test_gradient_by_position(traced: Path) -> None:
     groups = pooled([read_run(traced)])
     figure = position_figure(groups, {groups[0].name: 0})
@@ -289,3 +304,28 @@ def test_a_run_that_is_still_going_on(tmp_path: Path) -> None:
     assert "connect-src 'self'" in second and "window.x = 1;" in second and "could not be read" in second
     with pytest.raises(RunError):
         page([tmp_path / "none"])
+
+
+# ---------------------------------------------------------------- colours
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``#rrggbb`` (WCAG 2.2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("sheet", ["page.css", "dark.css"])
+def test_text_can_be_read_on_every_colour(sheet: str) -> None:
+    text = (Path(report.__file__).parent / "templates" / sheet).read_text()
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", text))
+    pairs = [(fore, back) for fore in ("ink", "muted", "warn", "good") for back in ("paper", "panel")]
+    pairs += [("ink", f"{side}{level}") for side in "np" for level in (1, 2)]
+    pairs += [("strong", f"{side}{level}") for side in "np" for level in (3, 4, 5)]
+    for fore, back in pairs:
+        light, dark = sorted((luminance(colours[fore]), luminance(colours[back])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (fore, back)
+    for level in range(1, 6):  # blue and orange alone: apart for every kind of colour vision
+        blue, orange = colours[f"n{level}"], colours[f"p{level}"]
+        assert int(blue[5:], 16) > int(blue[1:3], 16) and int(orange[5:], 16) < int(orange[1:3], 16)

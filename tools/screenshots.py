@@ -85,20 +85,20 @@ def photograph(page_of: dict[str, Path]) -> list[Path]:
         page.locator("label[for=mode-raw]").click()
         page.locator("#tokens").hover()
         page.mouse.move(2, 2)
-        inspector = clip(page, "#tokens-section h2", "#strips")
+        inspector = clip(page, "#tokens-section h2", "#strips", MARGIN)
         page.screenshot(path=docs / "report_inspector.png", clip=inspector, full_page=True)
         page.goto(page_of["beliefs"].as_uri())
-        beliefs = clip(page, "#beliefs h2", "table.prompts tr:nth-child(6)")
+        beliefs = clip(page, "#beliefs h2", "table.prompts tbody tr:nth-child(6)", 0)
         page.screenshot(path=docs / "report_beliefs.png", clip=beliefs, full_page=True)
         browser.close()
     return [docs / "report_inspector.png", docs / "report_beliefs.png"]
 
 
-def clip(page: Any, first: str, last: str) -> dict[str, float]:
-    """The strip of the page from one element to the end of another."""
+def clip(page: Any, first: str, last: str, below: float) -> dict[str, float]:
+    """The strip of the page from one element to ``below`` px under the end of another."""
     top = page.locator(first).bounding_box()["y"] + page.evaluate("scrollY") - MARGIN
     box = page.locator(last).last.bounding_box()
-    bottom = box["y"] + box["height"] + page.evaluate("scrollY") + MARGIN
+    bottom = box["y"] + box["height"] + page.evaluate("scrollY") + below
     return {"x": 32 - MARGIN, "y": top, "width": 1200 - 2 * (32 - MARGIN), "height": bottom - top}
 
 

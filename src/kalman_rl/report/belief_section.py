@@ -126,7 +126,8 @@ def _calibration(beliefs: Beliefs) -> Figure | str:
     said = f"{inside[0.9] / judged:.0%} of" if 0.9 in inside else "Of"
     note = (
         f"Predicted intervals against what came: {said} {judged:,.0f} first rounds had their mean inside the 90% "
-        "interval. Above the dashed line, intervals are too wide; below, too narrow."
+        "interval. Above the dashed line, intervals are too wide; below, too narrow. A mean of few completions takes "
+        "few values, so the narrow intervals are judged roughly."
     )
     lines = [
         Line("ideal", ideal, 7, dashed=True),

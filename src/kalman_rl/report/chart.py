@@ -80,7 +80,7 @@ def lines_chart(
     named = [line.name for line in drawn if line.points]
     named = named if labels and len(named) * LABEL_GAP < bottom - top + LABEL_GAP else []
     room = min(max((len(name) for name in named), default=0), names) * LETTER
-    right = width - (room + 20 if named else 10)
+    right = width - (1.1 * room + 20 if named else 10)
     x = step_axis([step for step, _ in every], left, right, max(3, int((right - left) // 48)))
     parts = [_frame(x, y, left, right, bottom, y_label, x_label)]
     if reference:

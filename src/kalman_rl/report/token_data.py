@@ -130,11 +130,13 @@ def _of_run(files: dict[int, Path], room: int, problems: list[str]) -> tuple[lis
     """Chosen completions, each a table of its own, and how many there were in the files that were read."""
     chosen: list[Table] = []
     there = 0
+    used: set[int] = set()
     steps = spread_out(list(files), MOST_STEPS)
     for index, step in enumerate(steps):
-        table = _moved(files, step, problems)
+        table = _moved(files, step, used, problems)
         if table is None:
             continue
+        used.add(table["step"][0])
         rows_of = sequences(table)
         there += len(rows_of)
         left = room * (index + 1) // len(steps) - sum(
@@ -145,19 +147,22 @@ def _of_run(files: dict[int, Path], room: int, problems: list[str]) -> tuple[lis
             if size <= left or not chosen:
                 chosen.append({name: [values[row] for row in rows] for name, values in table.items()})
                 left -= size
-    return chosen, there
+    return [columns for columns in chosen if not columns["still"][0]] or chosen, there
 
 
-def _moved(files: dict[int, Path], step: int, problems: list[str]) -> Table | None:
-    """The trace of a step, or of one just before it at which some log-ratio is not zero."""
+def _moved(files: dict[int, Path], step: int, used: set[int], problems: list[str]) -> Table | None:
+    """The trace of a step, or of one just before it at which some log-ratio is not zero; none of the used ones."""
     steps = list(files)
     place = steps.index(step)
     still = None
     for near in reversed(steps[max(0, place - MOST_TRIES + 1) : place + 1]):
+        if near in used:
+            continue
         table = read_trace(files[near], ("sequence", *TEXTS, *NUMBERS), problems)
         if table:
-            table["step"] = [near] * len(table["token"])
-            if any(number_of(value) not in (0.0,) for value in table["log_ratio"] if value is not None):
+            moved = any(value != 0 for value in table["log_ratio"] if value is not None)
+            table |= {"step": [near] * len(table["token"]), "still": [not moved] * len(table["token"])}
+            if moved:
                 return table
             still = still or table
     return still

@@ -197,9 +197,10 @@
       const cell = K.put(row, "td", "context");
       const button = K.put(cell, "button", "jump");
       button.type = "button";
-      K.put(button, "span", "muted", c.token.slice(Math.max(0, i - 6), i).join("").slice(-24));
-      K.put(button, "b", shade(raw(c, i), scales[n]), c.token[i] || "∅");
-      K.put(button, "span", "muted", c.token.slice(i + 1, i + 7).join("").slice(0, 24));
+      const line = (tokens) => tokens.join("").replace(/\s/g, (char) => (char === " " ? char : "↵"));
+      K.put(button, "span", "muted", line(c.token.slice(Math.max(0, i - 6), i)).slice(-24));
+      K.put(button, "b", shade(raw(c, i), scales[n]), line([c.token[i]]) || "∅");
+      K.put(button, "span", "muted", line(c.token.slice(i + 1, i + 7)).slice(0, 24));
       button.addEventListener("click", () => { open(n, i); focusToken(i); });
       K.put(row, "td", "num", String(c.step));
       K.put(row, "td", "num", K.short(raw(c, i), true));

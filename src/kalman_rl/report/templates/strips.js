@@ -14,6 +14,7 @@ const KStrips = (() => {
     coefficient(frame(holder, width, 92, tokens.kept.includes(false) ? "coefficient (grey: clipped)" : "coefficient", "What each token's gradient is multiplied by"), tokens, step);
     if (tokens.gain) gain(frame(holder, width, 74, "gain", "The filter's gain"), tokens);
     methods(frame(holder, width, 18 * tokens.rows.length + TOP + 6, "coefficient under each method (grey: clipped)", "Coefficient under each method"), tokens, step);
+    for (const cursor of cursors) cursor.parentNode.append(cursor);  // in front of what was drawn
     holder.onmousemove = (event) => { const i = index(holder, event); if (i !== null) onHover(i); };
     holder.onclick = (event) => { const i = index(holder, event); if (i !== null) onPick(i); };
   }
