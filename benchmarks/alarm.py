@@ -16,6 +16,7 @@ Decided before looking at any alarm:
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.alarm_runs import SETTINGS
+from benchmarks.alarm_report import picture, report
+from benchmarks.alarm_runs import ROOT, SETTINGS
 from kalman_rl.alarm import WATCHED, Judge, Rule, Surprise, Watch, WatchOptions
 from kalman_rl.alarm.offline import period_of
 from kalman_rl.errors import RunError
@@ -181,11 +183,10 @@ def candidates(chosen_on: list[Recorded]) -> dict[str, list[tuple[dict[str, Any]
     counts = [(2, 3), (3, 4), (3, 6), (4, 6), (4, 8), (5, 8), (6, 8), (6, 12), (8, 12)]
 
     def ours() -> Iterator[tuple[dict[str, Any], Detector]]:
-        for stiffest, memory, band, (k, n) in product(
-            (1e-3, 1e-2, 1e-1), (0.98, 0.995), (1.5, 2.0, 2.5, 3.0, 4.0), counts
-        ):
-            options, rule = WatchOptions(stiffest, memory), Rule(band, k, n, REST)
-            given = {"stiffest": stiffest, "memory": memory, "band": band, "k": k, "n": n}
+        filters = product((1e-3, 1e-2), (12, 24))
+        for (stiffest, warm_up), band, (k, n) in product(filters, (1.5, 2.0, 2.5, 3.0, 4.0), counts):
+            options, rule = WatchOptions(stiffest, warm_up=warm_up), Rule(band, k, n, REST)
+            given = {"stiffest": stiffest, "warm_up": warm_up, "band": band, "k": k, "n": n}
             yield given, lambda run, options=options, rule=rule: filtered(run, options, rule)
 
     def moving() -> Iterator[tuple[dict[str, Any], Detector]]:
@@ -270,29 +271,37 @@ def choose(runs: list[Recorded]) -> dict[str, tuple[dict[str, Any], Detector, di
     return best
 
 
-def share(result: dict[str, Any]) -> str:
-    """Warned of collapsed, with the Wilson interval."""
-    hits, count = result["warned"], result["collapsed_runs"]
-    if not count:
-        return "no collapse"
-    interval = stats.binomtest(hits, count).proportion_ci(method="wilson")
-    return f"{hits} of {count} ({100 * interval.low:.0f} to {100 * interval.high:.0f} %)"
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT)
+    runs = load(parser.parse_args().root)
+    first, rest = [run for run in runs if run.seed == 0], [run for run in runs if run.seed > 0]
+    if not first or not rest:
+        print("no runs yet: python -m benchmarks.alarm_runs")
+        return 1
+    results = {
+        name: {"settings": given, "chosen_on": chosen, "reported": score(rest, detect)}
+        for name, (given, detect, chosen) in choose(first).items()
+    }
+    RESULTS.mkdir(exist_ok=True)
+    groups = {
+        run.name: {"group": run.group, "collapse": run.collapse, "accuracy": run.accuracy} for run in runs
+    }
+    whole = {
+        "lasts": LASTS,
+        "horizon": HORIZON,
+        "most_false": MOST_FALSE,
+        "runs": groups,
+        "detectors": results,
+    }
+    (RESULTS / "alarm.json").write_text(json.dumps(whole, indent=1) + "\n")
+    text = report(runs, results, __doc__ or "")
+    (RESULTS / "alarm.md").write_text(text)
+    picture(rest, results, RESULTS / "alarm.png")
+    print(text)
+    return 0
 
 
-def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """One line per detector."""
-    lines = [
-        "| detector | settings, chosen on seed 0 | false alarms per 1000 steps (95 %) | warned of a collapse (95 %) | "
-        "median lead, steps | leads | late or missed |",
-        "|" + "---|" * 7,
-    ]
-    for name, entry in results.items():
-        told, held = entry["reported"], ", ".join(f"{k}={v:g}" for k, v in entry["settings"].items())
-        missed = told["collapsed_runs"] - told["warned"] - len(told["late"])
-        lead = "none" if told["median_lead"] is None else f"{told['median_lead']:g}"
-        lines.append(
-            f"| {name} | {held} | {told['per_1000']:.2f} ({told['per_1000_low']:.2f} to {told['per_1000_high']:.2f}) | "
-            f"{share(told)} | {lead} | {', '.join(map(str, sorted(told['leads']))) or 'none'} | "
-            f"{len(told['late'])} late, {missed} missed |"
-        )
-    return lines
+if __name__ == "__main__":
+    raise SystemExit(main())
