@@ -27,6 +27,7 @@ from kalman_rl.verify import golden
 from oracles import CASES, TABLE, make_batch
 
 pytest.importorskip("numba")
+pytestmark = pytest.mark.timeout(600)  # the first test of a type compiles, 8 s of CPU time; then it is on disk
 INF = math.inf
 COMPOSED = {
     "minpro", "minpro_clipped", "kpo_noise", "kpo_robust", "gmpo", "sapo", "dppo_tv", "dppo_kl", "dppo_topk_tv",
