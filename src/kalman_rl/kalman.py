@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.fast import filter_numba
+from kalman_rl.fast import filter_numba, triton_kernels
 
 Noise = Tensor | float  # a variance: one number, or one per token
 
@@ -195,8 +195,12 @@ def causal_mean(
     """
     noises = process_noise, observation_noise
     if not _wants_gradient(*noises):
-        run = filter_numba.Means.apply if _wants_gradient(observation) else filter_numba.means
-        mean = run(_at_least_single(observation), mask, segment, *noises, initial_mean, initial_variance)
+        moving = _wants_gradient(observation)
+        run = filter_numba.Means.apply if moving else filter_numba.means
+        given = _at_least_single(observation), mask, segment, *noises, initial_mean, initial_variance
+        mean = run(*given)
+        if mean is None:
+            mean = triton_kernels.means(*given, gradient=moving)
         if mean is not None:
             return mean
     return causal_filter(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 1024
 WARPS = 4
 LARGEST = 1e18  # of q and P0 in units of R; beyond, the gain is 1 to the last digit, as it is here
+LONG = 4096  # tokens
 ROWS = 264  # two rows for every multiprocessor of a large GPU; fewer are split along T
 START, FIRST = 1, 2  # flags of a token: first of its segment, first observed one of its segment
 
@@ -154,7 +156,7 @@ def carry_variance(products, constants, variance, CHUNKS):
 
 @triton.jit
 def means_kernel(
-    z, mask, starts, constants, table, variance, mean, maps, out, gains, T, CHUNK, TABLE,
+    z, mask, starts, constants, table, variance, mean, maps, out, gains, bad, T, CHUNK, TABLE,
     HOLES: tl.constexpr, FLAGS: tl.constexpr, SPLIT: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Means of a row or chunk. SPLIT 0: the whole row. 1: only the affine map of the chunk, to ``maps``.
@@ -162,7 +164,7 @@ def means_kernel(
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = row * tl.num_programs(1) + chunk
     q, k0, m0 = tl.load(constants), tl.load(constants + 1), tl.load(constants + 2)
-    p, x, share = k0, m0, 0.0 * m0 + 1.0
+    p, x, share, wrong = k0, m0, 0.0 * m0 + 1.0, 0
     if HOLES and SPLIT > 0:
         p = tl.load(variance + at)
     if SPLIT == 1:
@@ -176,6 +178,7 @@ def means_kernel(
             mask, starts, table, t, t < end, row, T, TABLE, p, q, k0, HOLES, FLAGS, BLOCK
         )
         value = tl.load(z + row * T + t, mask=observed, other=0.0).to(k0.dtype)
+        wrong += tl.sum((observed & ~(tl.abs(value) < float("inf"))).to(tl.int32))
         a, b = mean_maps(value, observed, begins, opens, gain, keep, k0, m0)
         means = a * x + b
         x = last_of(means, BLOCK)
@@ -188,6 +191,8 @@ def means_kernel(
     if SPLIT == 1:
         tl.store(maps + at * 2, share)
         tl.store(maps + at * 2 + 1, x)
+    else:
+        tl.store(bad + at, wrong)
 
 
 @triton.jit
@@ -248,7 +253,8 @@ def adjoint_kernel(
 
 
 def means(z: Tensor, mask: Tensor, segment: Tensor | None, *model: Any) -> Tensor | None:
-    """Posterior means (B, T) in the type of z, or None for noises that differ from token to token.
+    """Posterior means (B, T) in the type of z. None, for the caller to compute in torch or to say what is
+    wrong: noises that differ from token to token, values out of range, observed numbers that are not finite.
 
     ``model``: process noise, observation noise, mean and variance of the prior. Numbers are computed in the
     type of z, at least float32.
@@ -257,8 +263,8 @@ def means(z: Tensor, mask: Tensor, segment: Tensor | None, *model: Any) -> Tenso
     if plan is None:
         return None
     out = torch.empty_like(z, memory_format=torch.contiguous_format)
-    _forward(plan, z.detach().contiguous(), out, plan.constants)  # the last argument is not written
-    return out
+    fine = _forward(plan, z.detach().contiguous(), out, plan.constants)  # the last argument is not written
+    return out if fine else None
 
 
 class Means(torch.autograd.Function):
@@ -271,7 +277,8 @@ class Means(torch.autograd.Function):
             return None
         out = torch.empty_like(z, memory_format=torch.contiguous_format)
         gains = torch.empty_like(out, dtype=plan.constants.dtype) if plan.holes else plan.constants
-        _forward(plan, z.detach().contiguous(), out, gains, store=plan.holes)
+        if not _forward(plan, z.detach().contiguous(), out, gains, store=plan.holes):
+            return None
         ctx.plan = plan
         ctx.save_for_backward(gains)
         return out
@@ -300,7 +307,12 @@ def _plan(z: Tensor, mask: Tensor, segment: Tensor | None, q: Any, r: Any, m0: f
     numbers = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (q, r)]
     if any(isinstance(x, Tensor) for x in numbers) or not triton_kernels.usable(z, mask, segment):
         return None
+    q, r = map(float, numbers)
+    if not (q >= 0 and 0 < r < math.inf and p0 >= 0 and math.isfinite(m0)):
+        return None
     if z.dim() != 2 or z.dtype not in TYPES or mask.dtype != torch.bool or z.shape != mask.shape or not z.numel():
+        return None
+    if segment is not None and (segment.shape != z.shape or segment.is_floating_point()):
         return None
     rows, length = z.shape
     bytes_ = mask.contiguous().view(torch.uint8)
@@ -310,9 +322,9 @@ def _plan(z: Tensor, mask: Tensor, segment: Tensor | None, q: Any, r: Any, m0: f
     else:
         starts, holes = flags_of(mask, segment), True
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    constants, table = numbers_of(*map(float, numbers), float(m0), float(p0), length, dtype, z.device)
+    constants, table = numbers_of(q, r, float(m0), float(p0), length, dtype, z.device)
     chunks = 1
-    if rows < ROWS and length > 4 * BLOCK:
+    if rows < ROWS and length > LONG:
         chunks = min(triton.cdiv(ROWS, rows), triton.cdiv(length, 2 * BLOCK))
     chunk = triton.cdiv(triton.cdiv(length, chunks), BLOCK) * BLOCK
     return Plan(bytes_, starts, constants, table, holes, segment is not None, triton.cdiv(length, chunk), chunk)
@@ -356,16 +368,18 @@ def on(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _forward(plan: Plan, z: Tensor, out: Tensor, gains: Tensor, store: bool = False) -> None:
+def _forward(plan: Plan, z: Tensor, out: Tensor, gains: Tensor, store: bool = False) -> bool:
+    """Fill ``out``; False if an observed number is not finite."""
     rows, length = z.shape
     grid, kinds = (rows, plan.chunks), {"HOLES": plan.holes, "FLAGS": plan.flags, "BLOCK": BLOCK, "num_warps": WARPS}
     new = functools.partial(torch.empty, dtype=plan.constants.dtype, device=z.device)
     variance = mean = maps = plan.constants
+    bad = torch.empty(grid, dtype=torch.int32, device=z.device)
     sizes = (length, plan.chunk, plan.table.shape[1])
 
     def run(split: int) -> None:
         means_kernel[grid](
-            z, plan.mask, plan.starts, plan.constants, plan.table, variance, mean, maps, out, gains, *sizes,
+            z, plan.mask, plan.starts, plan.constants, plan.table, variance, mean, maps, out, gains, bad, *sizes,
             SPLIT=split, STORE=store and split != 1, **kinds,
         )  # fmt: skip
 
@@ -380,6 +394,7 @@ def _forward(plan: Plan, z: Tensor, out: Tensor, gains: Tensor, store: bool = Fa
             run(1)
             carry_affine[(rows,)](maps, plan.constants[2:], mean, plan.chunks, REVERSE=False, num_warps=1)
         run(2 if plan.chunks > 1 else 0)
+    return not bool(bad.any())
 
 
 def _adjoint(plan: Plan, gradient: Tensor, gains: Tensor) -> Tensor:

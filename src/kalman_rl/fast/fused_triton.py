@@ -208,7 +208,7 @@ def run(
             HOLES=filtered and bool((last - first > count).any()), BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     metrics, value = _metrics(statistics.double())
-    if not bool(value.isfinite()):
+    if not bool(torch.stack((value, metrics[-1].double())).isfinite().all()):  # the KL sees every log-ratio
         return None
     return Fused(value.to(dtype), gradient, log_ratio, log_weight, gain, coefficient, kept.view(torch.bool), metrics)
 
