@@ -151,18 +151,19 @@ def causal_filter(
     """
     model = process_noise, observation_noise, initial_mean, initial_variance
     moving = _wants_gradient(observation)
-    compiled = None
+    fields = mean = None
     if not _wants_gradient(process_noise, observation_noise):
         values = observation.double() if moving else _at_least_single(observation)
-        compiled = filter_numba.fields(values, mask, segment, *model)
-    if compiled is not None and not moving:
-        return Filtered(Gaussian(*compiled[:2]), Info(*compiled[2:]))
+        fields = filter_numba.fields(values, mask, segment, *model)
+        mean = filter_numba.differentiable_means(values, mask, segment, *model) if moving else None
+    if fields is not None and not moving:
+        return Filtered(Gaussian(*fields[:2]), Info(*fields[2:]))
     tokens = _prepare(observation, mask, process_noise, observation_noise, segment)
     prior = _prior(observation, initial_mean, initial_variance)
-    if compiled is not None:  # everything else follows from the means, through which the gradient flows
-        mean = filter_numba.Means.apply(values, mask, segment, *model)
-        states = _shift(mean, tokens.restart, prior.mean), _shift(compiled[1], tokens.restart, prior.variance)
-        return _returned(*_step(Gaussian(*states), tokens), observation.dtype)
+    if fields is not None and mean is not None:  # the gradient flows through the means alone
+        states = zip((mean, fields[1]), prior, strict=True)
+        before = Gaussian(*(_shift(after, tokens.restart, start) for after, start in states))
+        return _returned(*_step(before, tokens), observation.dtype)
     constant = all(torch.as_tensor(noise).numel() == 1 for noise in (process_noise, observation_noise))
     if constant and not tokens.hole.any():  # then the variance depends on the count of observed tokens only
         row = observation.new_zeros(1, observation.shape[1])
@@ -187,7 +188,9 @@ def causal_mean(
     """``causal_filter(...).state.mean`` alone (B, T): same arguments, same numbers, a sixth of the memory.
 
     For CPU tensors with numba installed it is one pass at about the speed of ``torch.cumsum``, and the
-    gradient for the observation another; see ``docs/speed.md``. Raises as :func:`causal_filter`.
+    gradient for the observation another; see ``docs/speed.md``. For CUDA tensors with Triton installed it is
+    a kernel that computes in the type of the observation, at least float32, and whose gradient has none of
+    its own; see ``docs/kernels.md``. Raises as :func:`causal_filter`.
 
     >>> z = torch.tensor([[4.0, 0.0, 8.0]])
     >>> causal_mean(z, z > 0, process_noise=1.0, observation_noise=1.0, initial_variance=1.0)
@@ -196,7 +199,7 @@ def causal_mean(
     noises = process_noise, observation_noise
     if not _wants_gradient(*noises):
         moving = _wants_gradient(observation)
-        run = filter_numba.Means.apply if moving else filter_numba.means
+        run = filter_numba.differentiable_means if moving else filter_numba.means
         given = _at_least_single(observation), mask, segment, *noises, initial_mean, initial_variance
         mean = run(*given)
         if mean is None:

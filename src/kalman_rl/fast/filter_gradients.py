@@ -28,14 +28,21 @@ def gradients_by_table(
         for lane in range(min(4, stop - g)):
             i = i0 if lane == 0 else i1 if lane == 1 else i2 if lane == 2 else i3
             behind = gradient[runs[i + 3] : runs[i + 1]]
-            c = 0.0
-            for t in range(len(behind)):
-                c += behind[t]
+            b0 = b1 = b2 = b3 = 0.0
+            for t in range(len(behind) // 4):
+                b0 += behind[4 * t]
+                b1 += behind[4 * t + 1]
+                b2 += behind[4 * t + 2]
+                b3 += behind[4 * t + 3]
+            for t in range(len(behind) // 4 * 4, len(behind)):
+                b0 += behind[t]
+            c = (b0 + b1) + (b2 + b3)
             rest = runs[i + 2] + steps
             gl, ol = gradient[rest : runs[i + 3]], out[rest : runs[i + 3]]
             kl, al = gain[steps : steps + len(gl)], keep[steps : steps + len(gl)]
-            for u in range(len(gl)):
-                t = len(gl) - 1 - u
+            t = len(gl)
+            while t > 0:
+                t -= 1
                 c += gl[t]
                 ol[t] = kl[t] * c
                 c *= al[t]
@@ -48,21 +55,19 @@ def gradients_by_table(
         c1 = c1 if full > 1 else c0
         c2 = c2 if full > 2 else c1
         c3 = c3 if full > 3 else c2
-        for u in range(steps):
-            t = steps - 1 - u
-            k, a = gain[t], keep[t]
-            c0 += g0[t]
-            c1 += g1[t]
-            c2 += g2[t]
-            c3 += g3[t]
+        t, a = steps, 1.0
+        while t > 0:
+            t -= 1
+            k = gain[t]
+            c0 = a * c0 + g0[t]
+            c1 = a * c1 + g1[t]
+            c2 = a * c2 + g2[t]
+            c3 = a * c3 + g3[t]
+            a = keep[t]
             o0[t] = k * c0
             o1[t] = k * c1
             o2[t] = k * c2
             o3[t] = k * c3
-            c0 *= a
-            c1 *= a
-            c2 *= a
-            c3 *= a
 
 
 def gradients_in_general(
@@ -101,8 +106,9 @@ def gradients_in_general(
         behind, c = gradient[runs[i + 3] : runs[i + 1]], 0.0
         for t in range(len(behind)):
             c += behind[t]
-        for u in range(len(gl)):
-            t = len(gl) - 1 - u
+        t = len(gl)
+        while t > 0:
+            t -= 1
             c += gl[t]
             ol[t] = gain[t] * c
             c *= keep[t]

@@ -17,6 +17,7 @@ from kalman_rl.fast import filter_fields as field_loops
 from kalman_rl.fast import filter_gradients as gradient_loops
 from kalman_rl.fast import filter_loops as loops
 from kalman_rl.fast.jit import compiled, usable
+from kalman_rl.fast.memory import empty_like
 
 Noise = Tensor | float
 RATIO_LIMIT = 100.0  # of Q / R in means_with_holes
@@ -40,19 +41,24 @@ class Runs(NamedTuple):
     place: Any  # five numbers a run
     order: Any
     clean: int  # runs without holes, first in order
-    count: int
+    total: int
     length: int
 
 
-def means(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any, out: Tensor | None = None) -> Any:
+def means(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> Tensor | None:
     """Posterior means (B, T) in the type of z, or None. ``given``: the parts of a :class:`Model`."""
-    model = Model(*given)
+    return _means(z, mask, segment, Model(*given))[0]
+
+
+def _means(
+    z: Tensor, mask: Tensor, segment: Tensor | None, model: Model, out: Tensor | None = None
+) -> tuple[Tensor | None, Runs | None]:
     if not _fits(z, mask, segment, model):
-        return None
+        return None, None
     z = z.detach().contiguous()
     runs = find_runs(mask, segment)
-    out = torch.empty_like(z) if out is None else out
-    flat, result = z.view(-1).numpy(), out.view(-1).numpy()
+    out = empty_like(z) if out is None else out
+    flat, result = z.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance
     good = True
@@ -64,37 +70,40 @@ def means(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any, out: Ten
             args = (runs.place, runs.order, 0, runs.clean, result)
             good = compiled(loops.means_by_table)(flat, table, m0, *args)
         start = runs.clean
-        if start < runs.count and q / r <= RATIO_LIMIT:
-            args = (runs.place, runs.order, start, runs.count, result)
+        if start < runs.total and q / r <= RATIO_LIMIT:
             kernel = compiled(loops.means_with_holes)
+            args = (runs.place, runs.order, start, runs.total, result)
             good &= kernel(flat, runs.mask, q / r, p0 / r, m0, *args)
-            start = runs.count
-    if start < runs.count:
+            start = runs.total
+    if start < runs.total:
         arrays = _arrays(model, z)
         if arrays is None:
-            return None
-        args = (runs.length, m0, p0, runs.place, runs.order, start, runs.count, result)
-        good &= compiled(loops.means_in_general)(flat, runs.mask, *arrays, *args)
-    return out if good else None
+            return None, None
+        kernel = compiled(loops.means_in_general)
+        place = (runs.place, runs.order, start, runs.total, result)
+        good &= kernel(flat, runs.mask, *arrays, runs.length, m0, p0, *place)
+    return (out, runs) if good else (None, None)
 
 
-def gradients(gradient: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> Tensor:
+def gradients(
+    gradient: Tensor, mask: Tensor, segment: Tensor | None, *given: Any, runs: Runs | None = None
+) -> Tensor:
     """The transpose of :func:`means` for input that it takes: gradient of the observations (B, T)."""
     model = Model(*given)
     gradient = gradient.detach().contiguous()
-    runs = find_runs(mask, segment)
-    out = torch.empty_like(gradient)
-    flat, result = gradient.view(-1).numpy(), out.view(-1).numpy()
+    runs = runs or find_runs(mask, segment)
+    out = empty_like(gradient)
+    flat, result = gradient.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     start = 0
     if noises is not None and runs.clean:
         table = gains(*noises, model.initial_variance, runs.length)
         start = runs.clean
         compiled(gradient_loops.gradients_by_table)(flat, table, runs.place, runs.order, 0, start, result)
-    arrays = _arrays(model, gradient)
-    if start < runs.count and arrays is not None:
+    arrays = _arrays(model, gradient) if start < runs.total else None
+    if arrays is not None:
         scratch = torch.empty(2 * runs.length, dtype=torch.float64).numpy()
-        args = (runs.length, model.initial_variance, runs.place, runs.order, start, runs.count, scratch)
+        args = (runs.length, model.initial_variance, runs.place, runs.order, start, runs.total, scratch)
         compiled(gradient_loops.gradients_in_general)(flat, runs.mask, *arrays, *args, result)
     return out
 
@@ -106,8 +115,8 @@ def fields(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> tupl
         return None
     z = z.detach().contiguous()
     runs = find_runs(mask, segment)
-    out = tuple(torch.empty_like(z) for _ in range(6))
-    flat, results = z.view(-1).numpy(), tuple(field.view(-1).numpy() for field in out)
+    out = tuple(empty_like(z) for _ in range(6))
+    flat, results = z.numpy().reshape(-1), tuple(field.numpy().reshape(-1) for field in out)
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance
     good, start = True, 0
@@ -116,13 +125,21 @@ def fields(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> tupl
         start = runs.clean
         kernel = compiled(field_loops.fields_by_table)
         good = kernel(flat, table, noises[1], m0, p0, runs.place, runs.order, 0, start, *results)
-    if start < runs.count:
+    if start < runs.total:
         arrays = _arrays(model, z)
         if arrays is None:
             return None
-        args = (runs.length, m0, p0, runs.place, runs.order, start, runs.count, *results)
+        args = (runs.length, m0, p0, runs.place, runs.order, start, runs.total, *results)
         good &= compiled(field_loops.fields_in_general)(flat, runs.mask, *arrays, *args)
     return out if good else None
+
+
+def differentiable_means(*arguments: Any) -> Tensor | None:
+    """:func:`means`, with a gradient for the observations."""
+    if not usable(*arguments[:2]):
+        return None
+    out: Tensor | None = Means.apply(*arguments)
+    return out
 
 
 class Means(torch.autograd.Function):
@@ -131,11 +148,14 @@ class Means(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, mask: Tensor, segment: Tensor | None, *model: Any) -> Any:
         _remember(ctx, mask, segment, *model)
-        return means(z, mask, segment, *model)
+        out, ctx.runs = _means(z, mask, segment, Model(*model))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradient: Any) -> Any:
-        return Gradients.apply(gradient[0], *_recall(ctx)), *(None,) * 6
+        if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
+            return Gradients.apply(gradient[0], *_recall(ctx)), *(None,) * 6
+        return gradients(gradient[0], *_recall(ctx), runs=ctx.runs), *(None,) * 6
 
 
 class Gradients(torch.autograd.Function):
@@ -165,17 +185,20 @@ def _recall(ctx: Any) -> tuple[Any, ...]:
 def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
     """Segments, padding and holes of a mask (B, T)."""
     rows, length = mask.shape
-    most = rows
-    if segment is None:
-        marks = torch.empty(0, dtype=torch.int64)
-    else:
-        marks = segment.detach().to(torch.int64).contiguous().view(-1)
+    marks, most = _no_marks(), rows
+    if segment is not None:
+        marks = segment.detach().to(torch.int64).contiguous().numpy().reshape(-1)
         most += int((segment[:, 1:] != segment[:, :-1]).sum())
-    place = torch.empty(5 * most, dtype=torch.int64).numpy()
-    order = torch.empty(most + 2 * loops.BUCKETS + 2, dtype=torch.int64).numpy()
-    flat = mask.contiguous().view(torch.uint8).view(-1).numpy()
-    clean = compiled(loops.find_runs)(flat, marks.numpy(), rows, length, place, order)
+    work = torch.empty(6 * most + 2 * loops.BUCKETS + 2, dtype=torch.int64).numpy()
+    place, order = work[: 5 * most], work[5 * most :]
+    flat = mask.contiguous().numpy().reshape(-1).view("uint8")
+    clean = compiled(loops.find_runs)(flat, marks, rows, length, place, order)
     return Runs(flat, place, order, clean, int(order[-1]), length)
+
+
+@functools.cache
+def _no_marks() -> Any:
+    return torch.empty(0, dtype=torch.int64).numpy()
 
 
 def gains(q: float, r: float, p0: float, length: int) -> Any:
@@ -233,7 +256,9 @@ def _arrays(model: Model, z: Tensor) -> tuple[Any, Any, tuple[int, int, int, int
     """Q and R flat, float64, with their strides along rows and tokens; None if one is out of range."""
     flat, strides = [], []
     for noise in (model.process_noise, model.observation_noise):
-        tensor = torch.as_tensor(noise, dtype=torch.float64).detach()
+        if not isinstance(noise, Tensor):
+            noise = torch.full((1, 1), noise, dtype=torch.float64)
+        tensor = noise.detach().to(torch.float64)
         if tensor.dim() > 2 or any(n not in (1, m) for n, m in zip(tensor.shape[::-1], z.shape[::-1])):
             return None
         tensor = tensor.reshape((1,) * (2 - tensor.dim()) + tensor.shape).contiguous()
