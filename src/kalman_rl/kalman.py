@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.fast import filter_numba
+from kalman_rl.fast import filter_numba, triton_kernels
 
 Noise = Tensor | float  # a variance: one number, or one per token
 
@@ -188,7 +188,9 @@ def causal_mean(
     """``causal_filter(...).state.mean`` alone (B, T): same arguments, same numbers, a sixth of the memory.
 
     For CPU tensors with numba installed it is one pass at about the speed of ``torch.cumsum``, and the
-    gradient for the observation another; see ``docs/speed.md``. Raises as :func:`causal_filter`.
+    gradient for the observation another; see ``docs/speed.md``. For CUDA tensors with Triton installed it is
+    a kernel that computes in the type of the observation, at least float32, and whose gradient has none of
+    its own; see ``docs/kernels.md``. Raises as :func:`causal_filter`.
 
     >>> z = torch.tensor([[4.0, 0.0, 8.0]])
     >>> causal_mean(z, z > 0, process_noise=1.0, observation_noise=1.0, initial_variance=1.0)
@@ -198,7 +200,10 @@ def causal_mean(
     if not _wants_gradient(*noises):
         moving = _wants_gradient(observation)
         run = filter_numba.differentiable_means if moving else filter_numba.means
-        mean = run(_at_least_single(observation), mask, segment, *noises, initial_mean, initial_variance)
+        given = _at_least_single(observation), mask, segment, *noises, initial_mean, initial_variance
+        mean = run(*given)
+        if mean is None:
+            mean = triton_kernels.means(*given, gradient=moving)
         if mean is not None:
             return mean
     return causal_filter(

@@ -31,7 +31,7 @@ CHUNK = 512
 BLOCK = CHUNK // 4
 NOTHING = np.empty((0, 0), np.int64)
 COUNT, KEPT, LOW, CAPPED, PAIRS, RAW_SWITCH, USED_SWITCH = range(7)
-SURROGATE, WEIGHT, SQUARES, KL, RAW, RAW_SQUARES, USED, USED_SQUARES = range(8)
+SURROGATE, WEIGHT, SQUARES, KL, RAW, RAW_SQUARES, USED, USED_SQUARES, LARGEST, RAW_AROUND, USED_AROUND = range(11)
 LIMIT = 20.0  # kalman_rl.trust.LOG_WEIGHT_CAP
 SMALLEST = -708.0  # below, exp is 0 to every digit that a loss can show
 LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -71,22 +71,21 @@ def totals(mask, segment):
 @public
 def fused(
     logp, old, mask, advantage, segment, kinds, limits, filter_, whole, log_ratio, log_weight, gain,
-    coefficient, kept, gradient, counts, sums, extremes,
+    coefficient, kept, gradient, counts, sums, work, bits, narrow, marks, signs, table,
 ):  # fmt: skip
     """Fill the outputs; False if a number at a trained token is not finite.
 
     ``kinds``: ratio, trust, 1 if every sequence has the weight ``whole`` and 0 if it shares it among its
     tokens. ``limits``: low, high, dual (inf for none), in the type of ``logp``. ``filter_``: Q / R, P0 / R.
-    ``advantage``: (B, T) or (B, 1). ``segment``: (B, T) or empty. ``gain`` is empty without a filter.
+    ``advantage``: (B, T) or (B, 1). ``segment``: (B, T) or empty. ``gain`` is empty without a filter. The
+    last six are scratch: ``bits`` shows ``work`` as integers, ``table`` is (3, T) for a filter.
     """
-    n_rows, length = mask.shape
-    work, narrow = np.empty((6, CHUNK + 1)), np.empty((2, CHUNK + 1), logp.dtype)
-    marks, signs = np.empty(CHUNK + 1, np.uint8), np.empty((2, CHUNK + 1), np.int8)
-    references = np.full(2, math.nan)
-    gains, keeps, passes = _gain_table(filter_, length if kinds[0] == FILTERED else 0)
-    counts[:], sums[:], extremes[:] = 0, 0.0, 0.0
+    kind, length = kinds[0], mask.shape[1]
+    gains, keeps, passes = table[0], table[1], table[2]
+    if kind == FILTERED:
+        _gain_table(filter_, gains, keeps, passes)
     fine = True
-    for i in range(n_rows):
+    for i in range(mask.shape[0]):
         start = 0
         while start < length:
             stop = _span_end(segment, i, start, length)
@@ -98,37 +97,36 @@ def fused(
                     first += 1
                 while not mask[i, last - 1]:
                     last -= 1
-            _blank(start, first, log_ratio[i], log_weight[i], gain, i, coefficient[i], kept[i], gradient[i])
-            _blank(last, stop, log_ratio[i], log_weight[i], gain, i, coefficient[i], kept[i], gradient[i])
+            for t in range(start, stop):
+                if t == first:
+                    break
+                _blank(i, t, log_ratio, log_weight, gain, coefficient, kept, gradient)
+            for t in range(last, stop):
+                _blank(i, t, log_ratio, log_weight, gain, coefficient, kept, gradient)
             if n > 0:
                 counts[COUNT] += n
                 share = logp.dtype.type(whole if kinds[2] == 1 else whole / n)
-                mean = (
-                    _mean(logp[i], old[i], mask[i], first, last, n)
-                    if kinds[0] == SEQUENCE
-                    else logp.dtype.type(0)
-                )
-                state, variance = 0.0, filter_[1]
-                marks[0], signs[0, 0], signs[1, 0], missed = 0, 0, 0, 0
+                mean = logp.dtype.type(0)
+                if kind == SEQUENCE:
+                    mean = _mean(logp[i], old[i], mask[i], first, last, n)
+                state, variance, missed = 0.0, filter_[1], 0
+                marks[0], signs[0, 0], signs[1, 0] = 0, 0, 0
                 for t in range(first, last, CHUNK):
                     m = min(CHUNK, last - t)
-                    fine &= _observe(logp[i, t : t + m], old[i, t : t + m], mask[i, t : t + m], log_ratio[i, t : t + m],
-                                     work[0], marks)  # fmt: skip
-                    if kinds[0] == FILTERED:
+                    now, used, keep = logp[i, t : t + m], log_weight[i, t : t + m], kept[i, t : t + m]
+                    fine &= _observe(now, old[i, t : t + m], mask[i, t : t + m], log_ratio[i, t : t + m], work[0], marks)
+                    if kind == FILTERED:
                         if n == last - first:
                             k = t - first
-                            state = _filter_whole(
-                                work[0], work[1], gains[k:], keeps[k:], passes[k:], state, m
-                            )
+                            state = _filter_whole(work[0], work[1], gains[k:], keeps[k:], passes[k:], state, m)
                             _narrow(gains[k:], gain[i, t : t + m])
                         else:
                             state, variance, missed = _filter_holes(
                                 work[0], work[1], marks, gain[i, t : t + m], filter_[0], state, variance, missed)  # fmt: skip
-                    _use(kinds[0], work[0], work[1], marks, mean, log_weight[i, t : t + m])
-                    _trust(logp[i, t : t + m], advantage[i], t, marks, kinds[1], limits, share, work, narrow,
-                           coefficient[i, t : t + m], kept[i, t : t + m], gradient[i, t : t + m])  # fmt: skip
-                    fine &= _tally(m, kinds[0], marks, signs, work, narrow, kept[i, t : t + m], share, references, counts,
-                                   sums, extremes)  # fmt: skip
+                    _use(kind, work[0], work[1], marks, mean, used)
+                    _trust(now, advantage[i], t, marks, kinds[1], limits, share, work, bits, narrow,
+                           coefficient[i, t : t + m], keep, gradient[i, t : t + m])  # fmt: skip
+                    fine &= _tally(m, kind, marks, signs, work, bits, narrow, keep, share, counts, sums)
                     marks[0] = marks[m]
             start = stop
     return fine
@@ -161,29 +159,24 @@ def _mean(logp, old, mask, first, last, n):
 
 
 @exact
-def _gain_table(filter_, length):
+def _gain_table(filter_, gains, keeps, passes):
     """K_t, 1 - K_t and the product of the latter over a block, of a sequence without holes, R = 1."""
-    gains, keeps, passes = np.empty(length), np.empty(length), np.empty(length)
     p, share = filter_[1], 1.0
-    for t in range(length):
+    for t in range(len(gains)):
         p += filter_[0]
         gains[t], keeps[t] = (1.0, 0.0) if p == math.inf else (p / (p + 1.0), 1.0 / (p + 1.0))
         p = gains[t]
         share = keeps[t] * (1.0 if t % BLOCK == 0 else share)
         passes[t] = share
-    return gains, keeps, passes
 
 
 @exact
-def _blank(start, stop, log_ratio, log_weight, gain, i, coefficient, kept, gradient):
-    """Zeros from ``start`` to ``stop``: padding."""
-    log_ratio[start:stop] = 0
-    log_weight[start:stop] = 0
+def _blank(i, t, log_ratio, log_weight, gain, coefficient, kept, gradient):
+    """Padding."""
+    log_ratio[i, t] = log_weight[i, t] = coefficient[i, t] = gradient[i, t] = 0
+    kept[i, t] = False
     if gain.size > 0:
-        gain[i, start:stop] = 0
-    coefficient[start:stop] = 0
-    kept[start:stop] = False
-    gradient[start:stop] = 0
+        gain[i, t] = 0
 
 
 @exact
@@ -266,12 +259,11 @@ def _use(kind, observed, used, marks, mean, log_weight):
 
 
 @exact
-def _expm1(x, m, scratch, scale, rest):
+def _expm1(x, m, scratch, bits, scale, exponent, rest):
     """``exp(min(x, 20)) = scale (1 + rest)``, places 1..m; scale is a power of 2, rest = expm1(r) is small.
 
     r is what is left of x after the nearest multiple of log 2, |r| < 0.35, and rest its Taylor polynomial.
     """
-    bits, exponent = scratch.view(np.int64), scale.view(np.int64)
     for j in range(1, m + 1):
         scratch[j] = min(max(x[j], SMALLEST), LIMIT) * LOG2E + SHIFT
     for j in range(1, m + 1):
@@ -295,13 +287,13 @@ def _expm1(x, m, scratch, scale, rest):
 
 
 @exact
-def _trust(logp, advantage, t, marks, kind, limits, share, work, narrow, coefficient, kept, gradient):
+def _trust(logp, advantage, t, marks, kind, limits, share, work, bits, narrow, coefficient, kept, gradient):
     """Weights (narrow[0]), advantages (narrow[1]), surrogate (work[5]), coefficient, kept and gradient."""
     m, zero = len(coefficient), logp.dtype.type(0)
     low, high, dual = limits[0], limits[1], limits[2]
     used, scratch, scale, rest, surrogate = work[1], work[2], work[3], work[4], work[5]
     weight, a = narrow[0], narrow[1]
-    _expm1(used, m, scratch, scale, rest)
+    _expm1(used, m, scratch, bits[2], scale, bits[3], rest)
     for j in range(1, m + 1):
         weight[j] = scale[j] + scale[j] * rest[j] if used[j] >= SMALLEST else 0.0
     if len(advantage) == 1:
@@ -336,7 +328,7 @@ def _trust(logp, advantage, t, marks, kind, limits, share, work, narrow, coeffic
 
 
 @exact
-def _tally(m, kind, marks, signs, work, narrow, kept, share, references, counts, sums, extremes):
+def _tally(m, kind, marks, signs, work, bits, narrow, kept, share, counts, sums):
     """Add the chunk to the counts and sums behind the metrics; False if an advantage is not finite."""
     observed, used, weight = work[0], work[1], narrow[0]
     n_kept, low, capped, pairs = 0, 0, 0, 0
@@ -361,18 +353,18 @@ def _tally(m, kind, marks, signs, work, narrow, kept, share, references, counts,
     sums[SQUARES] += squares
     sums[SURROGATE] += share * surrogate
     if kind != TOKEN:
-        _expm1(observed, m, work[2], work[3], work[4])
+        _expm1(observed, m, work[2], bits[2], work[3], bits[3], work[4])
     _kl(observed, work[3], work[4], m, work[2])
     sums[KL] += _moments(work[2], m)[0]
-    extremes[0] = max(extremes[0], _largest(observed, m))
-    if math.isnan(references[0]):  # sums around the first trained token's value do not cancel
-        references[0], references[1] = observed[1], used[1]
-    _centre(observed, marks, references[0], m, work[2])
+    sums[LARGEST] = max(sums[LARGEST], _largest(observed, m))
+    if math.isnan(sums[RAW_AROUND]):  # sums around the first trained token's value do not cancel
+        sums[RAW_AROUND], sums[USED_AROUND] = observed[1], used[1]
+    _centre(observed, marks, sums[RAW_AROUND], m, work[2])
     raw, raw_squares = _moments(work[2], m)
     sums[RAW] += raw
     sums[RAW_SQUARES] += raw_squares
     if kind != TOKEN:
-        _centre(used, marks, references[1], m, work[2])
+        _centre(used, marks, sums[USED_AROUND], m, work[2])
         raw, raw_squares = _moments(work[2], m)
     sums[USED] += raw
     sums[USED_SQUARES] += raw_squares
@@ -451,7 +443,8 @@ def run(recipe, logp, old, mask, advantage, segment, step):
     outputs = [torch.empty(shape, dtype=dtype) for _ in range(4)]
     kept = torch.empty(shape, dtype=torch.bool)
     gain = torch.empty(shape if recipe.ratio == FILTERED else (0, 0), dtype=dtype)
-    counts, sums, extremes = np.empty(7, np.int64), np.empty(8), np.empty(1)
+    counts, sums, work = np.zeros(7, np.int64), np.zeros(11), np.empty((6, CHUNK + 1))
+    sums[RAW_AROUND] = math.nan
     arrays = [x.numpy() for x in (logp, old, mask, advantage.contiguous())]
     kinds = np.array([recipe.ratio, recipe.trust, recipe.aggregate != SEQUENCE_MEAN])
     limits = np.array([recipe.low, recipe.high, recipe.dual], arrays[0].dtype)
@@ -459,7 +452,9 @@ def run(recipe, logp, old, mask, advantage, segment, step):
     fine = fused(
         *arrays, segment, kinds, limits, np.array([recipe.process, recipe.start]), whole,
         log_ratio.numpy(), log_weight.numpy(), gain.numpy(), coefficient.numpy(), kept.numpy(), gradient.numpy(),
-        counts, sums, extremes,
+        counts, sums, work, work.view(np.int64), np.empty((2, CHUNK + 1), arrays[0].dtype),
+        np.empty(CHUNK + 1, np.uint8), np.empty((2, CHUNK + 1), np.int8),
+        np.empty((3, shape[1] if recipe.ratio == FILTERED else 1)),
     )  # fmt: skip
     if not fine:
         return None
@@ -471,11 +466,11 @@ def run(recipe, logp, old, mask, advantage, segment, step):
         gain if recipe.ratio == FILTERED else None,
         coefficient,
         kept,
-        torch.from_numpy(metrics(counts, sums, extremes)),
+        torch.from_numpy(metrics(counts, sums)),
     )
 
 
-def metrics(counts, sums, extremes):
+def metrics(counts, sums):
     """The numbers of ``METRICS`` from the sums over tokens."""
     n, pairs = max(counts[COUNT], 1), max(counts[PAIRS], 1)
     size = n * sums[SQUARES]
@@ -483,11 +478,11 @@ def metrics(counts, sums, extremes):
         max(sums[RAW_SQUARES] / n - (sums[RAW] / n) ** 2, 0.0),
         max(sums[USED_SQUARES] / n - (sums[USED] / n) ** 2, 0.0),
         sums[WEIGHT] ** 2 / size if size > 0 else 1.0,
-        extremes[0],
+        sums[LARGEST],
         counts[CAPPED] / n,
         counts[RAW_SWITCH] / pairs,
         counts[USED_SWITCH] / pairs,
-        extremes[0] == 0,
+        sums[LARGEST] == 0,
         counts[KEPT] / n,
         counts[LOW] / n,
         (counts[COUNT] - counts[KEPT] - counts[LOW]) / n,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from typing import Any
 
@@ -39,3 +40,11 @@ def _triton() -> bool:
     except Exception:  # not installed, or without a driver for this machine
         return False
     return True
+
+
+def means(*arguments: Any, gradient: bool = False) -> Any:
+    """:func:`kalman_rl.fast.filter_triton.means`, differentiable if ``gradient``; None where Triton cannot."""
+    if not usable(*arguments):
+        return None
+    module = importlib.import_module("kalman_rl.fast.filter_triton")
+    return module.Means.apply(*arguments) if gradient else module.means(*arguments)
