@@ -29,7 +29,9 @@ from oracles import CASES, TABLE, make_batch
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # then the Triton kernels are compared with the same cases
     pytest.importorskip("numba")
-pytestmark = pytest.mark.timeout(600)  # the first test of a type compiles, 8 s of CPU time; then it is on disk
+pytestmark = pytest.mark.timeout(
+    600
+)  # the first test of a type compiles, 8 s of CPU time; then it is on disk
 INF = math.inf
 COMPOSED = {
     "minpro", "minpro_clipped", "kpo_noise", "kpo_robust", "gmpo", "sapo", "dppo_tv", "dppo_kl", "dppo_topk_tv",
@@ -136,7 +138,9 @@ def compare(method: Method, case: Case, expect: bool | None = True, state: float
     moved = fused.tokens.kept != composed.tokens.kept
     assert not (moved & ~edge).any()
     largest = max(1.0, composed.metrics["ratio/max_abs_log_ratio"].item())  # means of these cancel to 0
-    tolerance = {"rtol": 2e-6, "atol": 1e-10 + 2 * state} if single else {"rtol": 1e-11, "atol": 1e-15 * largest}
+    tolerance = (
+        {"rtol": 2e-6, "atol": 1e-10 + 2 * state} if single else {"rtol": 1e-11, "atol": 1e-15 * largest}
+    )
     close = lambda a, b: torch.testing.assert_close(a, b, **tolerance)  # noqa: E731
     close(torch.where(moved, 0, gradient), torch.where(moved, 0, expected))
     for name, a, b in zip(fused.tokens._fields, fused.tokens, composed.tokens):
@@ -146,7 +150,9 @@ def compare(method: Method, case: Case, expect: bool | None = True, state: float
         assert a is None or not a.requires_grad
     assert set(fused.metrics) == set(composed.metrics)
     size = (composed.tokens.coefficient * torch.nan_to_num(case.logp, 0, 0, 0).abs()).abs().sum().item() + 1.0
-    torch.testing.assert_close(fused.value, composed.value, rtol=0, atol=(2e-6 + state if single else 1e-12) * size)
+    torch.testing.assert_close(
+        fused.value, composed.value, rtol=0, atol=(2e-6 + state if single else 1e-12) * size
+    )
     if moved.any():
         return
     for name in METRICS:

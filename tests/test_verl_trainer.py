@@ -19,6 +19,7 @@ import pytest
 import torch
 
 pytest.importorskip("verl", exc_type=ImportError)
+pytest.importorskip("transfer_queue", exc_type=ImportError)
 from kalman_rl.belief import make_belief
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.integrations.state import STATE_FILE

@@ -1,6 +1,6 @@
 """Compile the kernels for compute capability 9.0 and print their registers and spills; exit 3 if not possible.
 
-    python tests/triton_compiled.py
+python tests/triton_compiled.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run by test_verl_trainer.py in a process of its own: our trainer inside verl's, with only the model left out.
 
-Real: verl's configuration, trainer, agent-loop worker, replay buffer and padding; Ray with one worker; TransferQueue
-where it is installed, else the stand-in. Writes what happened as JSON to the path given.
+Real: verl's configuration, trainer, agent-loop worker, replay buffer and padding; Ray; TransferQueue. Writes what
+happened as JSON to the path given.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import transfer_queue_stand_in
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from hydra import compose, initialize_config_module
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+from verl.trainer.ppo.v1 import AgentLoopWorkerTQ, get_trainer_cls
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-REAL_QUEUE = transfer_queue_stand_in.install()
-
-import numpy as np  # noqa: E402
-import ray  # noqa: E402
-import torch  # noqa: E402
-import transfer_queue as tq  # noqa: E402
-from hydra import compose, initialize_config_module  # noqa: E402
-from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size  # noqa: E402
-from verl.trainer.ppo.v1 import AgentLoopWorkerTQ, get_trainer_cls  # noqa: E402
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict  # noqa: E402
-
-import kalman_rl.integrations.verl.trainer  # noqa: E402 registers it
+import kalman_rl.integrations.verl.trainer  # registers it
 
 N, PROMPTS = 4, ("easy", "hard", "mixed")
 
@@ -271,13 +267,11 @@ def refusals(folder: Path) -> dict[str, str]:
 
 
 def start_ray() -> bool:
-    """A local Ray; False where it does not come up. TransferQueue places actors, which takes logical CPUs; every one
-    of them is a process at the start, so that without TransferQueue there is one. The raylet gives its agents 15 s: a
-    busy machine may need a second try, which finds compiled bytecode."""
+    """A local Ray; False where it does not come up. TransferQueue places actors, which takes logical CPUs. The raylet
+    gives its agents 15 s: a busy machine may need a second try, which finds compiled bytecode."""
     for _ in range(3):
         try:
-            cpus = 16 if REAL_QUEUE else 1
-            ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+            ray.init(num_cpus=16, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
             return True
         except Exception:
             traceback.print_exc()
@@ -287,7 +281,7 @@ def start_ray() -> bool:
 
 def main(path: Path) -> None:
     folder = path.parent
-    out: dict[str, Any] = {"real_queue": REAL_QUEUE}
+    out: dict[str, Any] = {}
 
     def attempt(name: str, do: Any) -> None:
         try:
@@ -303,19 +297,15 @@ def main(path: Path) -> None:
         trainer = make_trainer(composed(folder, *overrides))
         return [one_step(trainer, multiple) for _ in range(count)]
 
-    if REAL_QUEUE:  # it lives in Ray
-        attempt("plugin", in_ray)
-        if out["plugin"].get("ray"):
-            return
-        tq.init(composed(folder).transfer_queue)
+    attempt("plugin", in_ray)
+    if out["plugin"].get("ray"):  # the queue lives in it
+        return
+    tq.init(composed(folder).transfer_queue)
     attempt("steps", lambda: steps(6, 8, "+algorithm.kalman_rl.allocation=predictive"))
     attempt("fixed", lambda: steps(2, 1, "algorithm.adv_estimator=kalman_rl/k_grpo"))
     attempt("checkpoints", lambda: checkpoints(folder / "run"))
     attempt("refusals", lambda: refusals(folder))
-    if REAL_QUEUE:
-        tq.close()
-    else:
-        attempt("plugin", in_ray)
+    tq.close()
     ray.shutdown()
 
 

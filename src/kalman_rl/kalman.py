@@ -194,7 +194,7 @@ def causal_mean(
 
     >>> z = torch.tensor([[4.0, 0.0, 8.0]])
     >>> causal_mean(z, z > 0, process_noise=1.0, observation_noise=1.0, initial_variance=1.0)
-    tensor([[2.6667, 2.6667, 6.6667]])
+    tensor([[2.6667, 2.6667, 6.5455]])
     """
     noises = process_noise, observation_noise
     if not _wants_gradient(*noises):
