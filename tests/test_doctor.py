@@ -266,9 +266,9 @@ def test_verl_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         ("raises", "return [1 / len(c) for c in completions]", "problem", "ZeroDivisionError"),
         (
             "slow",
-            "time.sleep(3.3); return [1.0 * bool(c) for c in completions]",
+            "time.sleep(0.3); return [1.0 * bool(c) for c in completions]",
             "warning",
-            "1.1 s per reward",
+            "0.1 s per reward",
         ),
     ],
 )

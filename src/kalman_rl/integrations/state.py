@@ -1,7 +1,7 @@
 """What a checkpoint of the trainer holds beyond TRL's: one safetensors file, no code on loading.
 
 Tensors are stored as they are; the rest (numbers, texts, lists, prompt ids) as JSON in a tensor of bytes. Not in
-the file's header, where format 1 had it: safetensors allows 100 MB there, which some four million prompts fill.
+the file's header, where format 1 had it: safetensors allows 100 MB there, which a few million prompts fill.
 """
 
 from __future__ import annotations
