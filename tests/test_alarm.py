@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 from statsmodels.tsa.statespace.structural import UnobservedComponents
 
 from kalman_rl.alarm import WATCHED, Judge, Metric, Rule, Surprise, Watch, WatchOptions, false_alarm_rate
@@ -52,6 +52,7 @@ def test_forecasts_are_those_of_statsmodels(
     values[0] = 0.5
     told = seen(values, Watch(metrics=(PLAIN,), options=WatchOptions(stiffest=10.0)))
     model = UnobservedComponents(values, "llevel", use_exact_diffuse=True)
+    model.tolerance = 0.0  # no shortcut to the steady state
     fitted = model.filter([1.0, ratio])
     forecast, spread = fitted.forecasts[0], fitted.forecasts_error_cov[0, 0]
     count = 0
@@ -72,10 +73,9 @@ def test_forecasts_are_those_of_statsmodels(
 
 
 def test_clipped_second_moment() -> None:
-    value, _ = __import__("scipy.integrate").integrate.quad(
-        lambda z: min(abs(z), watch_module.CLIP) ** 2 * stats.norm.pdf(z), -12, 12, points=[-3, 3]
-    )
-    assert value == pytest.approx(watch_module.CLIPPED_SECOND_MOMENT, abs=1e-6)
+    inside = integrate.quad(lambda z: z**2 * stats.norm.pdf(z), -watch_module.CLIP, watch_module.CLIP)[0]
+    value = inside + watch_module.CLIP**2 * 2 * stats.norm.sf(watch_module.CLIP)
+    assert value == pytest.approx(watch_module.CLIPPED_SECOND_MOMENT, abs=1e-12)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.1])
@@ -83,7 +83,7 @@ def test_innovations_are_standard_when_the_model_holds(ratio: float) -> None:
     rng = np.random.default_rng(1)
     many = tuple(dataclasses.replace(PLAIN, name=f"m{i}", key=f"m{i}") for i in range(40))
     noise = rng.normal(size=(400, 40)) + np.cumsum(math.sqrt(ratio) * rng.normal(size=(400, 40)), axis=0)
-    watch = Watch(metrics=many)
+    watch = Watch(metrics=many, options=WatchOptions(stiffest=0.1))
     z = [
         [surprise.z for surprise in watch.see(t + 1, {f"m{i}": 7 * noise[t, i] for i in range(40)})]
         for t in range(400)
@@ -151,7 +151,7 @@ def test_a_state_of_something_else_is_refused() -> None:
     state = Watch(4, metrics=(PLAIN,)).state_dict()
     assert not Watch(8, metrics=(PLAIN,)).load_state_dict(state)
     assert not Watch(4).load_state_dict(state)
-    assert not Watch(4, metrics=(PLAIN,), options=WatchOptions(stiffest=1e-3)).load_state_dict(state)
+    assert not Watch(4, metrics=(PLAIN,), options=WatchOptions(stiffest=1.0)).load_state_dict(state)
 
 
 @given(st.floats(1e-9, 1e9), st.floats(0, 1))
@@ -172,7 +172,7 @@ def test_an_update_without_log_ratios_is_missing() -> None:
 def test_a_constant_metric_can_still_move() -> None:
     metric = dataclasses.replace(PLAIN, least=0.5)
     told = seen(np.r_[np.ones(40), 1.1, 3.0], Watch(metrics=(metric,)))
-    assert all(s.z == 0 for s in told[24:40] if s)
+    assert all(abs(s.z) < 1e-9 for s in told[24:40] if s)
     assert told[40] is not None and 0 < told[40].z < 1 and told[41] is not None and told[41].z > 2
 
 
@@ -219,7 +219,7 @@ def test_false_alarms_of_filter_and_rule_on_white_noise() -> None:
 @pytest.mark.parametrize("side", [-1, 1])
 def test_a_lasting_shift_is_found_on_its_side_only(side: int) -> None:
     rng = np.random.default_rng(5)
-    values = rng.normal(size=120) + np.r_[np.zeros(80), np.full(40, 4.0 * side)]
+    values = rng.normal(size=120) + np.r_[np.zeros(80), np.full(40, 7.0 * side)]
     for metric in (PLAIN, ONE_SIDED):
         watch, judge = Watch(metrics=(metric,)), Judge()
         alarms = [a for t, v in enumerate(values) for a in judge.judge(t + 1, watch.see(t + 1, {"x": v}))]
