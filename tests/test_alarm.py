@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from statsmodels.tsa.statespace.structural import UnobservedComponents
 
-from kalman_rl.alarm import WATCHED, Judge, Metric, Rule, Surprise, Watch, WatchOptions, false_alarm_rate
+from kalman_rl.alarm import (
+    WATCHED,
+    Fall,
+    Judge,
+    Metric,
+    Rule,
+    Surprise,
+    Watch,
+    WatchOptions,
+    false_alarm_rate,
+)
 from kalman_rl.alarm import watch as watch_module
 from kalman_rl.alarm.journal import FILE, append_alarm, keep_alarms, read_alarms
 from kalman_rl.alarm.offline import alarms_of, period_of, runs_below, show_alarms
@@ -227,6 +237,40 @@ def test_a_lasting_shift_is_found_on_its_side_only(side: int) -> None:
         assert [alarm.direction for alarm in alarms[:1]] == expected
         if alarms:
             assert 80 < alarms[0].step <= 80 + judge.rule.n and alarms[0].advice == metric.advice(side)
+
+
+FALLEN = [*np.linspace(0.2, 0.5, 30), *[0.02] * 12, *[0.5] * 20, *[0.01] * 12]
+
+
+def falls(rewards: Any, fall: Fall) -> list[int]:
+    return [alarm.step for t, r in enumerate(rewards) for alarm in fall.see(t + 1, {"reward": r})]
+
+
+def test_a_fallen_reward_is_told_once_until_it_is_back() -> None:
+    noise = 0.02 * np.random.default_rng(7).normal(size=len(FALLEN))
+    first, second = falls(FALLEN + noise, Fall())
+    assert 30 < first <= 36 and 62 < second <= 68
+    for never in (-np.array(FALLEN), np.zeros(80), 0.5 + 0.1 * np.random.default_rng(8).normal(size=400)):
+        assert falls(never, Fall()) == []
+
+
+def test_a_missing_reward_changes_nothing() -> None:
+    fall, other = Fall(), Fall()
+    assert falls([r for reward in FALLEN for r in (reward, math.nan)], fall) != []
+    falls(FALLEN, other)
+    assert fall.state_dict() == other.state_dict() != Fall().state_dict()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 73))
+def test_a_saved_fall_goes_on(cut: int) -> None:
+    whole, cut_short, other = Fall(), Fall(), Fall()
+    falls(FALLEN[:cut], cut_short)
+    other.load_state_dict(json.loads(json.dumps(cut_short.state_dict(), allow_nan=False)))
+    assert [step for step in falls(FALLEN, whole) if step > cut] == [
+        step + cut for step in falls(FALLEN[cut:], other)
+    ]
+    assert other.state_dict() == whole.state_dict()
 
 
 def test_bad_settings() -> None:
