@@ -31,7 +31,7 @@ from scipy import stats
 
 from benchmarks.alarm_report import picture, report
 from benchmarks.alarm_runs import ROOT, SETTINGS
-from kalman_rl.alarm import WATCHED, Judge, Rule, Surprise, Watch, WatchOptions
+from kalman_rl.alarm import WATCHED, Fall, Judge, Rule, Surprise, Watch, WatchOptions
 from kalman_rl.alarm.offline import period_of
 from kalman_rl.errors import RunError
 from kalman_rl.runs import read_manifest, read_metrics
@@ -179,6 +179,12 @@ def extremes(runs: list[Recorded]) -> dict[tuple[str, int], float]:
     return limits
 
 
+def fallen(run: Recorded) -> list[Event]:
+    """The reward's filtered level below half of its best."""
+    fall = Fall()
+    return [(a.step, a.metric) for row in run.rows for a in fall.see(row["step"], row)]
+
+
 Detector = Callable[[Recorded], list[Event]]
 
 
@@ -200,7 +206,12 @@ def candidates(chosen_on: list[Recorded]) -> dict[str, list[tuple[dict[str, Any]
 
     limits = extremes([run for run in chosen_on if run.group == "held"])
     still = [({"factor": f}, lambda run, f=f: fixed(run, limits, f)) for f in (0.0, 0.1, 0.25, 0.5, 1.0)]
-    return {"filter": list(ours()), "moving z-score": list(moving()), "fixed thresholds": still}
+    return {
+        "filter": list(ours()),
+        "fallen reward": [({}, fallen)],
+        "moving z-score": list(moving()),
+        "fixed thresholds": still,
+    }
 
 
 # ---------------------------------------------------------------- scores

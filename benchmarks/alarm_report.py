@@ -24,17 +24,16 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     """One line per detector."""
     lines = [
         "| detector | settings, chosen on seeds 0 and 1 | false alarms per 1000 steps (95 %) | "
-        "warned of a collapse (95 %) | median lead, steps | leads | late or missed |",
+        "warned of a collapse (95 %) | leads, steps | late by, steps | missed |",
         "|" + "---|" * 7,
     ]
     for name, entry in results.items():
-        told, held = entry["reported"], ", ".join(f"{k}={v:g}" for k, v in entry["settings"].items())
+        told, chosen = entry["reported"], ", ".join(f"{k}={v:g}" for k, v in entry["settings"].items())
+        rate = f"{told['per_1000']:.2f} ({told['per_1000_low']:.2f} to {told['per_1000_high']:.2f})"
         missed = told["collapsed_runs"] - told["warned"] - len(told["late"])
-        lead = "none" if told["median_lead"] is None else f"{told['median_lead']:g}"
         lines.append(
-            f"| {name} | {held} | {told['per_1000']:.2f} ({told['per_1000_low']:.2f} to {told['per_1000_high']:.2f}) | "
-            f"{share(told)} | {lead} | {', '.join(map(str, sorted(told['leads']))) or 'none'} | "
-            f"{len(told['late'])} late, {missed} missed |"
+            f"| {name} | {chosen or 'none'} | {rate} | "
+            f"{share(told)} | {_listed(told['leads'])} | {_listed(told['late'])} | {missed} |"
         )
     return lines
 
@@ -51,7 +50,7 @@ def picture(runs: list[Recorded], results: dict[str, dict[str, Any]], path: Path
     figure, axes = plt.subplots(
         -(-len(failed) // columns), columns, figsize=(11, 2.3 * -(-len(failed) // columns)), squeeze=False
     )
-    marks = dict(zip(results, (("C0", "-"), ("C1", "--"), ("C2", ":"))))
+    marks = dict(zip(results, (("C0", "-"), ("C3", "-."), ("C1", "--"), ("C2", ":"))))
     for axis, run in zip(axes.flat, failed):
         axis.plot(*zip(*run.accuracy), color="0.3", lw=1.2)
         axis.axvspan(run.collapse, run.steps, color="0.9", lw=0)
@@ -70,7 +69,7 @@ def picture(runs: list[Recorded], results: dict[str, dict[str, Any]], path: Path
     handles = [plt.Line2D([], [], color=colour, ls=line, lw=1.8) for colour, line in marks.values()]
     handles.append(plt.Rectangle((0, 0), 1, 1, color="0.9"))
     figure.legend(
-        handles, [*(f"first alarm: {name}" for name in marks), "collapsed"], ncol=4, loc="upper center"
+        handles, [*(f"first alarm: {name}" for name in marks), "collapsed"], ncol=5, loc="upper center"
     )
     figure.tight_layout(rect=(0, 0, 1, 0.97 if len(failed) > 6 else 0.93))
     figure.savefig(path, dpi=110)
@@ -112,6 +111,10 @@ def report(runs: list[Recorded], results: dict[str, dict[str, Any]], method: str
         ]
         lines.append(f"| {run} | {cells[0]['collapse']} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, sorted(numbers))) or "none"
 
 
 def _when(cell: dict[str, Any]) -> str:

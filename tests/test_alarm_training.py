@@ -109,7 +109,7 @@ def test_a_resumed_run_raises_the_alarms_of_the_uninterrupted_one(
     model_path: str, tmp_path: Path, eager: None
 ) -> None:
     path = tmp_path / "run"
-    config, code = start(model_path, path, quiet=True)
+    config, code = start(model_path, path, alarm="warn", quiet=True)
     assert code == 0
     whole = (path / FILE).read_text()
     assert {alarm.step for alarm in read_alarms(path)} >= {5, 9}
@@ -121,7 +121,7 @@ def test_a_resumed_run_raises_the_alarms_of_the_uninterrupted_one(
 
 
 def test_off_leaves_nothing(model_path: str, tmp_path: Path, eager: None) -> None:
-    _, code = start(model_path, tmp_path / "run", alarm="off", steps=6, save_every=0, quiet=True)
+    _, code = start(model_path, tmp_path / "run", steps=6, save_every=0, quiet=True)
     assert code == 0 and not (tmp_path / "run" / FILE).exists()
 
 
@@ -192,7 +192,7 @@ def test_a_failing_tracker_is_said_once_and_dropped(
     monkeypatch.setattr(Raising, "where", where)
     monkeypatch.setattr(Raising, "calls", 0)
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Raising)
-    _, code = start(model_path, tmp_path / "run", report_to="wandb", steps=4, save_every=0, alarm="off")
+    _, code = start(model_path, tmp_path / "run", report_to="wandb", steps=4, save_every=0)
     assert code == 0 and read_manifest(tmp_path / "run")["status"] == "finished"
     assert len([row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]) == 4
     assert Raising.calls == (where != "__init__")

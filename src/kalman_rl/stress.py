@@ -83,7 +83,6 @@ def plan(config: StressConfig) -> list[TrainConfig]:
                         threads=1,
                         log_every=max(config.steps // 96, 1),
                         quiet=config.quiet,
-                        alarm="off",  # the study is about what happens, not about warnings
                         **CONDITIONS[condition],
                     )
                 )

@@ -1,5 +1,6 @@
 """Early warning of collapse: the library's own filter on the metrics of a run."""
 
+from kalman_rl.alarm.fall import Fall
 from kalman_rl.alarm.metrics import WATCHED, Metric
 from kalman_rl.alarm.rule import Alarm, Judge, Rule, Token, false_alarm_rate
 from kalman_rl.alarm.watch import Surprise, Watch, WatchOptions
@@ -7,6 +8,7 @@ from kalman_rl.alarm.watch import Surprise, Watch, WatchOptions
 __all__ = [
     "WATCHED",
     "Alarm",
+    "Fall",
     "Judge",
     "Metric",
     "Rule",

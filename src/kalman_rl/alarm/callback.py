@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from kalman_rl.alarm.fall import Fall
 from kalman_rl.alarm.journal import append_alarm, keep_alarms
 from kalman_rl.alarm.rule import SHOWN_TOKENS, Alarm, Judge, Rule, Token
 from kalman_rl.alarm.watch import Watch, WatchOptions
@@ -58,7 +59,7 @@ class CollapseAlarm(TrainerCallback, ExportableState):
         self.stopped = False
         self.saved: dict[str, Any] | None = None  # set by transformers where it restores callbacks itself
         self._say = say or (lambda text: logger.warning("%s", text))
-        self._watch, self._judge = Watch(options=self.options), Judge(self.rule)
+        self._watch, self._judge, self._fall = Watch(options=self.options), Judge(self.rule), Fall()
         self._pending, self._broken, self._cycle = False, False, 1
         self._tokens: list[tuple[int, int, str, float]] = []
         self._tokens_step = -1
@@ -68,7 +69,7 @@ class CollapseAlarm(TrainerCallback, ExportableState):
         saved = {
             "watch": self._watch.state_dict(),
             "judge": self._judge.state_dict(),
-            "pending": self._pending,
+            "fall": self._fall.state_dict(),
         }
         return {
             "args": {
@@ -98,6 +99,7 @@ class CollapseAlarm(TrainerCallback, ExportableState):
     ) -> None:
         self._cycle = _cycle(args)
         self._watch, self._judge = Watch(self._cycle, options=self.options), Judge(self.rule)
+        self._fall = Fall()
         self._pending, self.stopped = False, False
         if self.folder is None:
             self.folder = Path(args.output_dir)
@@ -122,7 +124,8 @@ class CollapseAlarm(TrainerCallback, ExportableState):
         if self._broken or not logs or "loss" not in logs or "train_runtime" in logs:
             return
         with _Guard(self):
-            found = self._judge.judge(state.global_step, self._watch.see(state.global_step, logs))
+            step = state.global_step
+            found = self._judge.judge(step, self._watch.see(step, logs)) + self._fall.see(step, logs)
             if found:
                 tokens = self._named(kwargs.get("processing_class"))
                 found = [dataclasses.replace(alarm, tokens=tokens) for alarm in found]
@@ -156,6 +159,7 @@ class CollapseAlarm(TrainerCallback, ExportableState):
             logger.warning("alarm: the checkpoint has no state that fits, so the filters start anew")
             return
         self._judge.load_state_dict(saved["judge"])
+        self._fall.load_state_dict(saved["fall"])
 
     def _named(self, tokenizer: Any) -> tuple[Token, ...]:
         named = []

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from kalman_rl.alarm.fall import Fall
 from kalman_rl.alarm.rule import SHOWN_TOKENS, Alarm, Judge, Rule, Token
 from kalman_rl.alarm.watch import Watch, WatchOptions
 from kalman_rl.config import TrainConfig, build, load_toml
@@ -31,11 +32,11 @@ def alarms_of(run: Path, *, rule: Rule | None = None, options: WatchOptions | No
     """
     run = Path(run)
     read_manifest(run)
-    watch, judge = Watch(period_of(run), options=options), Judge(rule)
+    watch, judge, fall = Watch(period_of(run), options=options), Judge(rule), Fall()
     found: list[Alarm] = []
     for row in read_metrics(run):
         if row["kind"] == "train":
-            found += judge.judge(row["step"], watch.see(row["step"], row))
+            found += judge.judge(row["step"], watch.see(row["step"], row)) + fall.see(row["step"], row)
     return [replace(alarm, tokens=traced_tokens(run, alarm.step)) for alarm in found]
 
 

@@ -32,9 +32,9 @@ class Rule:
     Raises: ConfigError, NumericError for a value outside its range.
     """
 
-    band: float = 2.0
-    k: int = 4
-    n: int = 8
+    band: float = 4.0
+    k: int = 2
+    n: int = 3
     rest: int = 16
 
     def __post_init__(self) -> None:

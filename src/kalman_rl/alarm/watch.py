@@ -47,7 +47,7 @@ class WatchOptions:
         warm_up: observations of a metric before it can say anything.
     """
 
-    stiffest: float = 1e-1
+    stiffest: float = 1e-3
     memory: float = 0.98
     warm_up: int = 24
 
@@ -109,6 +109,7 @@ class Watch:
         values = [metric.read(row) for metric in self.metrics]
         observed = [value is not None for value in values]
         if not any(observed):
+            self._level = predict(self._level, self._ratios)
             return []
         seen = torch.tensor(observed)[:, None]
         y = torch.tensor([0.0 if value is None else value for value in values], dtype=torch.float64)[:, None]
