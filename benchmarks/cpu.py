@@ -90,7 +90,7 @@ def filters(rows: int, length: int, **how: Any) -> list[Row]:
         Promise("filter, 30 % holes", "torch.cumsum", 2.0),
         Promise("filter, forward + backward", "torch.cumsum, forward + backward", 0.9),
         Promise("filter, padding mask", "published KPO filter", 5.0, smaller=False),
-        Promise("filter, forward + backward", "published KPO, forward + backward", 4.0, smaller=False),
+        Promise("filter, forward + backward", "published KPO, forward + backward", smaller=False),
         Promise("filter, 30 % holes", "published KPO filter", smaller=False),
         Promise("filter, padding mask", "preallocated copy"),
         Promise("filter, padding mask", "clone"),
