@@ -131,9 +131,12 @@ class KalmanPreferenceTracker:
 
     def _update_compiled(self, phi: Tensor, y: Tensor, mask: Tensor | None) -> Absorbed | None:
         """:meth:`update` one reward after another; None where the input has to be looked at first."""
-        if not (phi.dim() == 2 and y.dim() == 1 and len(phi) == len(y) > 0 and jit.usable(phi, y, mask)):
+        shape, count = phi.shape, y.shape
+        if not (len(shape) == 2 and len(count) == 1 and shape[0] == count[0] > 0):
             return None
-        width = phi.shape[1]
+        if not jit.usable(phi, y, mask):
+            return None
+        width = shape[1]
         known = self._width == width or (self._width is None and width == self.dim)
         if not (known and phi.is_floating_point() and y.is_floating_point()):
             return None
@@ -142,8 +145,10 @@ class KalmanPreferenceTracker:
         belief = self._absorber
         if belief is None or belief.mean is not self.mean or belief.root is not self.root:
             belief = Absorber(self.mean, self.root)
-        x = self._shaped(phi.detach().to(self.dtype))
-        done = belief(x, y.detach().to(self.dtype), mask, self.R_val, self.noise / self.R_val)
+        x, y = (part.detach() if part.requires_grad else part for part in (phi, y))
+        if x.dtype != self.dtype or y.dtype != self.dtype:
+            x, y = x.to(self.dtype), y.to(self.dtype)
+        done = belief(self._shaped(x), y, mask, self.R_val, self.noise / self.R_val)
         if done is None:
             return None
         innovation, variance, surprise, used = done
@@ -151,7 +156,7 @@ class KalmanPreferenceTracker:
         self._absorber, self.mean, self.root = belief, belief.mean, belief.root
         self._surprise += surprise
         self._seen += used
-        return Absorbed(innovation, variance, torch.tensor(self.noise, dtype=torch.float64))
+        return Absorbed(innovation, variance, torch.scalar_tensor(self.noise, dtype=torch.float64))
 
     # ---- what is believed
 

@@ -56,8 +56,8 @@ def _means(
     if not _fits(z, mask, segment, model):
         return None, None
     z = z.detach().contiguous()
+    out = empty_like(z) if out is None else out  # before small blocks could take a piece of its place
     runs = find_runs(mask, segment)
-    out = empty_like(z) if out is None else out
     flat, result = z.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance
@@ -91,8 +91,8 @@ def gradients(
     """The transpose of :func:`means` for input that it takes: gradient of the observations (B, T)."""
     model = Model(*given)
     gradient = gradient.detach().contiguous()
-    runs = runs or find_runs(mask, segment)
     out = empty_like(gradient)
+    runs = runs or find_runs(mask, segment)
     flat, result = gradient.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     start = 0
@@ -114,8 +114,8 @@ def fields(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> tupl
     if not _fits(z, mask, segment, model):
         return None
     z = z.detach().contiguous()
-    runs = find_runs(mask, segment)
     out = tuple(empty_like(z) for _ in range(6))
+    runs = find_runs(mask, segment)
     flat, results = z.numpy().reshape(-1), tuple(field.numpy().reshape(-1) for field in out)
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance

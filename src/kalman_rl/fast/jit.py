@@ -34,10 +34,13 @@ def usable(*tensors: Any) -> bool:
 
 
 def _plain(tensor: torch.Tensor) -> bool:
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # a subclass may mean anything
-        return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # by torch.func.vmap, grad, ...
-    return not wrapped and tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_neg()
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)  # a subclass may mean anything
+        and tensor.is_cpu
+        and tensor.layout == torch.strided
+        and not tensor.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # by torch.func.vmap, grad, ...
+    )
 
 
 @functools.cache

@@ -109,8 +109,8 @@ def _absorb(
         for u in range(dim):
             j = dim - 1 - u
             above = below + phi[j] * phi[j]
-            factor[j] = math.sqrt(below / above)
-            share[j] = phi[j] / math.sqrt(below * above)
+            inverse = 1.0 / math.sqrt(below * above)
+            factor[j], share[j] = below * inverse, phi[j] * inverse
             below = above
         total[:] = 0.0
         for u in range(dim):
