@@ -322,7 +322,7 @@ def _plan(z: Tensor, mask: Tensor, segment: Tensor | None, q: Any, r: Any, m0: f
     else:
         starts, holes = flags_of(mask, segment), True
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    constants, table = numbers_of(q, r, float(m0), float(p0), length, dtype, z.device)
+    constants, table = numbers_of(q, r, float(m0), float(p0), table_size(length), dtype, z.device)
     chunks = 1
     if rows < ROWS and length > LONG:
         chunks = min(triton.cdiv(ROWS, rows), triton.cdiv(length, 2 * BLOCK))
@@ -346,6 +346,11 @@ def flags_of(mask: Tensor, segment: Tensor) -> Tensor:
     seen = mask.cumsum(1) - mask.long()
     first = mask & (seen == torch.where(start, seen, 0).cummax(1).values)
     return (START * start + FIRST * first).to(torch.uint8).contiguous()
+
+
+def table_size(length: int) -> int:
+    """A table for rows of this length and somewhat longer ones, so that few are made."""
+    return 1 << (length - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=16)

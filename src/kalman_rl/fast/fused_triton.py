@@ -24,6 +24,7 @@ from kalman_rl.fast.filter_triton import (
     numbers_of,
     on,
     spans,
+    table_size,
 )
 from kalman_rl.fast.recipe import Fused, Recipe
 
@@ -192,7 +193,7 @@ def run(
     whole = _whole(recipe, count, step).to(dtype)
     filtered = recipe.ratio == kinds.FILTERED
     numbers = (recipe.process, 1.0, 0.0, recipe.start) if filtered else (0.0, 1.0, 0.0, 0.0)
-    constants, table = numbers_of(*numbers, length if filtered else 1, dtype, logp.device)
+    constants, table = numbers_of(*numbers, table_size(length if filtered else 1), dtype, logp.device)
     limits = torch.tensor([recipe.low, recipe.high, recipe.dual], dtype=dtype, device=logp.device)
     log_ratio, coefficient, gradient = (torch.empty_like(logp) for _ in range(3))
     log_weight = log_ratio if recipe.ratio == kinds.TOKEN else torch.empty_like(logp)
