@@ -23,8 +23,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.fused import check, ours, published
 from benchmarks.fused import batch as loss_batch
+from benchmarks.fused import check, ours, published
 from benchmarks.interleaved import Promise, Row, as_json, missed, table
 from benchmarks.recursion import batch, reference
 from kalman_rl.fast import triton_kernels
@@ -149,7 +149,9 @@ def losses(rows: int, length: int, holes: bool, rounds: int) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     if not torch.cuda.is_available():

@@ -48,7 +48,9 @@ def test_machine_code_neither_spills_nor_grows(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-4000:]
     found = {
         name: (int(registers), int(spilled))
-        for name, registers, spilled in re.findall(r"^(.+): (\d+) registers, (\d+) bytes spilled", run.stdout, re.M)
+        for name, registers, spilled in re.findall(
+            r"^(.+): (\d+) registers, (\d+) bytes spilled", run.stdout, re.M
+        )
     }
     assert set(found) == set(LIMITS)
     for name, (registers, spilled) in found.items():
