@@ -44,7 +44,9 @@ def batch(
     return Rollouts(old, mask), logp, advantage
 
 
-def ours(method: Method, rollouts: Rollouts, logp: Tensor, advantage: Tensor, fused: bool) -> Callable[[], Tensor]:
+def ours(
+    method: Method, rollouts: Rollouts, logp: Tensor, advantage: Tensor, fused: bool
+) -> Callable[[], Tensor]:
     def call() -> Tensor:
         leaf = logp.detach().requires_grad_()
         loss = policy_loss(method, rollouts, leaf, advantage=advantage, fused=fused)
@@ -53,7 +55,9 @@ def ours(method: Method, rollouts: Rollouts, logp: Tensor, advantage: Tensor, fu
 
     taken = policy_loss(method, rollouts, logp, advantage=advantage, fused=fused).metrics["objective/fused"]
     if bool(taken) != fused:
-        raise SystemExit(f"{method.name}: got the composed path, expected the fused one; is a compiler missing?")
+        raise SystemExit(
+            f"{method.name}: got the composed path, expected the fused one; is a compiler missing?"
+        )
     return call
 
 
@@ -100,7 +104,9 @@ def measure(rows: int, length: int, holes: bool, how: dict[str, Any]) -> list[Ro
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="the small shape, two rounds, nothing written")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)

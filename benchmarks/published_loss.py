@@ -20,8 +20,11 @@ class Settings(NamedTuple):
     high: float = 4e-4
 
 
+PUBLISHED = Settings()
+
+
 def kpo_loss(
-    logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, settings: Settings = Settings()
+    logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, settings: Settings = PUBLISHED
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean over sequences of means over tokens of ``max(-A rho, -A clip(rho, 1 - low, 1 + high))`` with
     ``rho = exp(min(10, logp - sg(logp) + sg(x)))``, and the numbers that are logged with it.

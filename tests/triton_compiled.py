@@ -16,15 +16,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kalman_rl.fast import filter_triton as filters
+from kalman_rl.fast import filter_kernels as filters
 from kalman_rl.fast import fused_triton as fused
 from kalman_rl.fast import recipe
+from kalman_rl.fast.filter_triton import BLOCK, WARPS
 
 FLOATS = ("z", "logp", "old", "advantage", "constants", "table", "limits", "whole", "variance", "mean", "maps", "g",
           "out", "gains", "carried", "log_ratio", "log_weight", "coefficient", "gradient", "statistics")  # fmt: skip
 INTEGERS = ("first", "count", "starts", "bad")
-ROW = {"SPLIT": 0, "FLAGS": False, "BLOCK": filters.BLOCK}
-LOSS = {"TRUST": recipe.CLIP, "SHARED": True, "BLOCK": filters.BLOCK}
+ROW = {"SPLIT": 0, "FLAGS": False, "BLOCK": BLOCK}
+LOSS = {"TRUST": recipe.CLIP, "SHARED": True, "BLOCK": BLOCK}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "means, table": (filters.means_kernel, ROW | {"HOLES": False, "STORE": False}),
     "means, holes": (filters.means_kernel, ROW | {"HOLES": True, "STORE": True}),
@@ -45,7 +46,7 @@ def compiled(kernel: Any, constants: dict[str, Any]) -> bytes:
         signature[name] = "constexpr" if name in constants else "i32" if name.isupper() else pointer
     multiples = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if name not in constants}
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, multiples)
-    options = {"num_warps": filters.WARPS}
+    options = {"num_warps": WARPS}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
 
 

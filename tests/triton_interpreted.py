@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_cases import AGGREGATES, RATIOS, TRUSTS, compare, composition, draw
 from kalman_rl import trust
 from kalman_rl.aggregate import Totals
 from kalman_rl.errors import NumericError
@@ -20,7 +21,6 @@ from kalman_rl.fast import filter_triton, fused_triton, jit, triton_kernels
 from kalman_rl.kalman import causal_filter_loop, causal_mean
 from kalman_rl.methods import make_method
 from kalman_rl.objective import policy_loss
-from test_fused import AGGREGATES, RATIOS, TRUSTS, compare, composition, draw
 
 assert os.environ["TRITON_INTERPRET"] == "1" and not jit.usable()
 INF = math.inf

@@ -33,7 +33,7 @@ def recipe_of(transform: Part, region: Part, reduce: Part) -> Recipe | None:
     return Recipe(**numbers)
 
 
-def _ratio(part: Part) -> dict[str, float] | None:
+def _ratio(part: Part) -> dict[str, Any] | None:
     if type(part) is AutoFiltered:
         part = part.start
     if type(part) is ratio.KalmanFiltered:
@@ -44,7 +44,7 @@ def _ratio(part: Part) -> dict[str, float] | None:
     return next(({"ratio": kind} for known, kind in kinds if part is known), None)
 
 
-def _trust(part: Part) -> dict[str, float] | None:
+def _trust(part: Part) -> dict[str, Any] | None:
     if type(part) is trust.Clip:
         dual = math.inf if part.dual is None else part.dual
         return {"trust": recipe.CLIP, "low": 1 - part.low, "high": 1 + part.high, "dual": dual}
@@ -55,7 +55,7 @@ def _trust(part: Part) -> dict[str, float] | None:
     return {"trust": recipe.LOG_LIKELIHOOD} if part is trust.log_likelihood else None
 
 
-def _aggregate(part: Part) -> dict[str, float] | None:
+def _aggregate(part: Part) -> dict[str, Any] | None:
     if type(part) is aggregate.SequenceSum:
         return {"aggregate": recipe.SEQUENCE_SUM, "length": part.length}
     if part is aggregate.token_mean:

@@ -1,6 +1,6 @@
 """Loss, gradient and metrics of a fused method for CUDA tensors, in Triton.
 
-One program takes one row block by block: log-ratio, filter (see ``filter_triton``), exp, trust region,
+One program takes one row block by block: log-ratio, filter (see ``filter_kernels``), exp, trust region,
 gradient, and the row's sums behind the metrics, which plain torch adds up in float64. Sums are per row and
 then over rows in a fixed order, so that a result repeats to the bit. Importing this module imports Triton.
 """
@@ -15,21 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kalman_rl.fast import recipe as kinds
-from kalman_rl.fast.filter_triton import (
-    BLOCK,
-    WARPS,
-    block_gains,
-    last_of,
-    mean_maps,
-    numbers_of,
-    on,
-    spans,
-)
+from kalman_rl.fast.filter_kernels import block_gains, last_of, mean_maps
+from kalman_rl.fast.filter_triton import BLOCK, WARPS, numbers_of, on, spans, table_size
 from kalman_rl.fast.recipe import Fused, Recipe
 
 ONE, TOKEN = tl.constexpr(kinds.ONE), tl.constexpr(kinds.TOKEN)
 SEQUENCE, FILTERED = tl.constexpr(kinds.SEQUENCE), tl.constexpr(kinds.FILTERED)
-CLIP, CAP, LOG_LIKELIHOOD = tl.constexpr(kinds.CLIP), tl.constexpr(kinds.CAP), tl.constexpr(kinds.LOG_LIKELIHOOD)
+CLIP, CAP, LOG_LIKELIHOOD = (
+    tl.constexpr(kinds.CLIP),
+    tl.constexpr(kinds.CAP),
+    tl.constexpr(kinds.LOG_LIKELIHOOD),
+)
 LIMIT = tl.constexpr(20.0)  # kalman_rl.trust.LOG_WEIGHT_CAP
 STATISTICS = 16
 (COUNT, KEPT, LOW, CAPPED, PAIRS, RAW_SWITCH, USED_SWITCH, SURROGATE, WEIGHT, SQUARES, KL, LARGEST, RAW, RAW_SPREAD,
@@ -124,7 +120,7 @@ def fused_kernel(
             surrogate = tl.where(a < 0, tl.minimum(surrogate, -a * dual), surrogate)
         if TRUST == CAP:
             weight = tl.minimum(tl.maximum(weight, low), high)
-        if (TRUST == CAP) or (TRUST == LOG_LIKELIHOOD):
+        if (TRUST == CAP) | (TRUST == LOG_LIKELIHOOD):
             surrogate = -a * weight * now
         c = tl.where(keeps, weight, 0.0)
         tl.store(log_ratio + at, ratio, mask=inside)
@@ -175,7 +171,13 @@ def fused_kernel(
 
 
 def run(
-    recipe: Recipe, logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, segment: Tensor | None, step: Any
+    recipe: Recipe,
+    logp: Tensor,
+    old: Tensor,
+    mask: Tensor,
+    advantage: Tensor,
+    segment: Tensor | None,
+    step: Any,
 ) -> Fused | None:
     """:func:`kalman_rl.fast.fused.run` for CUDA tensors. Packed rows are not taken."""
     if segment is not None or not mask.numel():
@@ -192,7 +194,7 @@ def run(
     whole = _whole(recipe, count, step).to(dtype)
     filtered = recipe.ratio == kinds.FILTERED
     numbers = (recipe.process, 1.0, 0.0, recipe.start) if filtered else (0.0, 1.0, 0.0, 0.0)
-    constants, table = numbers_of(*numbers, length if filtered else 1, dtype, logp.device)
+    constants, table = numbers_of(*numbers, table_size(length if filtered else 1), dtype, logp.device)
     limits = torch.tensor([recipe.low, recipe.high, recipe.dual], dtype=dtype, device=logp.device)
     log_ratio, coefficient, gradient = (torch.empty_like(logp) for _ in range(3))
     log_weight = log_ratio if recipe.ratio == kinds.TOKEN else torch.empty_like(logp)
@@ -210,7 +212,9 @@ def run(
     metrics, value = _metrics(statistics.double())
     if not bool(torch.stack((value, metrics[-1].double())).isfinite().all()):  # the KL sees every log-ratio
         return None
-    return Fused(value.to(dtype), gradient, log_ratio, log_weight, gain, coefficient, kept.view(torch.bool), metrics)
+    return Fused(
+        value.to(dtype), gradient, log_ratio, log_weight, gain, coefficient, kept.view(torch.bool), metrics
+    )
 
 
 def _whole(recipe: Recipe, count: Tensor, step: tuple[float, float] | None) -> Tensor:
