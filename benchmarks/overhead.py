@@ -63,11 +63,11 @@ def one(kind: str, name: str, cache: Path) -> dict[str, Any]:
 
     from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, trainer
     from kalman_rl.models import load_model
-    from kalman_rl.tasks import make_task
+    from kalman_rl.tasks import guard_reward, load_task
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    task = make_task("products" if name != "tiny" else "sorting")
+    task = load_task("products" if name != "tiny" else "sort12")
     loaded = load_model(name, cache=cache, task=task, dtype="float32", progress=lambda text: None)
     marks: list[tuple[float, float]] = []
     watch = Stopwatch()
@@ -103,7 +103,7 @@ def one(kind: str, name: str, cache: Path) -> dict[str, Any]:
     extra = {"method": "kpo_diffuse"} if kind == "ours" else {}
     runner = host(
         model=loaded.model,
-        reward_funcs=task.reward,
+        reward_funcs=guard_reward(task.reward),
         args=config(**settings),
         train_dataset=Dataset.from_list(task.train[:64]),
         processing_class=loaded.tokenizer,
