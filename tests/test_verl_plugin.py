@@ -139,7 +139,9 @@ def test_equals_our_loss(name: str, mode: str) -> None:
     torch.testing.assert_close(gradient, logp.grad, rtol=2e-8, atol=1e-12)
     torch.testing.assert_close(value, expected.value.detach(), rtol=1e-7, atol=1e-12)
     assert gradient.abs().max() > 0
-    for key in set(expected.metrics) & set(metrics) - {"objective/fused"}:  # verl's weights take the parts one by one
+    for key in set(expected.metrics) & set(metrics) - {
+        "objective/fused"
+    }:  # verl's weights take the parts one by one
         assert metrics[key] == pytest.approx(expected.metrics[key].item(), rel=1e-6, abs=1e-9), key
     assert {"ratio/noop", "trust/kept", "policy/kl_old"} <= set(metrics)
 
