@@ -136,6 +136,11 @@ def policy_loss(
     tensor([[-0.2500, -0.2500],
             [ 0.2500,  0.2500]])
     """
+    logp = logp if isinstance(logp, Current) else Current(logp)
+    if (
+        logp.logp.dtype != torch.float64
+    ):  # once, so that the gradients of all terms are added before narrowing
+        logp = logp._replace(logp=logp.logp.float())
     if advantage is None:
         advantage = estimate_advantage(method, rollouts)
     loss = None
@@ -145,7 +150,7 @@ def policy_loss(
         loss = _composed(method, rollouts, logp, advantage, totals)
     if method.penalty is None:
         return loss
-    clean = masked_logp("logp", logp.logp if isinstance(logp, Current) else logp, rollouts.mask)
+    clean = masked_logp("logp", logp.logp, rollouts.mask)
     weights = method.aggregate(rollouts, totals or totals_of(rollouts)).to(clean.dtype)
     penalty = (weights * torch.where(rollouts.mask, method.penalty(clean, rollouts), 0.0)).sum()
     return loss._replace(
@@ -154,11 +159,11 @@ def policy_loss(
 
 
 def _composed(
-    method: Method, rollouts: Rollouts, logp: Tensor | Current, advantage: Tensor, totals: Totals | None
+    method: Method, rollouts: Rollouts, current: Current, advantage: Tensor, totals: Totals | None
 ) -> Loss:
     """The definition, without the penalty: part after part, each a pass over the tokens."""
     mask = rollouts.mask
-    logp, current, advantage = _prepared(method, rollouts, logp, advantage)
+    logp, current, advantage = _prepared(method, rollouts, current, advantage)
     weights = method.aggregate(rollouts, totals or totals_of(rollouts)).to(logp.dtype)
 
     ratio = method.ratio(current.logp, rollouts)
@@ -183,14 +188,13 @@ def _composed(
 
 
 def _fused(
-    method: Method, rollouts: Rollouts, logp: Tensor | Current, advantage: Tensor, totals: Totals | None
+    method: Method, rollouts: Rollouts, current: Current, advantage: Tensor, totals: Totals | None
 ) -> Loss | None:
     """The same numbers from one pass, or None where the method, the types or a bad number do not allow it."""
-    logp, mask = logp.logp if isinstance(logp, Current) else logp, rollouts.mask
+    logp, mask = current.logp, rollouts.mask
     recipe = recipe_of(method.ratio, method.trust, method.aggregate) if method.correction is None else None
     if recipe is None or logp.shape != mask.shape or advantage.shape not in (mask.shape[:1], mask.shape):
         return None
-    logp = logp if logp.dtype == torch.float64 else logp.float()
     result = run_fused(recipe, logp, rollouts.logp_old, mask, advantage, rollouts.segment, totals)
     if result is None:
         return None
