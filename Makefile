@@ -6,9 +6,11 @@ TORCH ?= torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+BENCH = OMP_NUM_THREADS=1 PYTHONPATH=. $(PY)
 LOG := $(VENV)/install.log
 PIP = pip() { $(PY) -m pip --disable-pip-version-check --no-input "$$@" --progress-bar off >>$(LOG) 2>&1 || { \
 	tail -n 20 $(LOG) >&2; echo "install: failed; the whole story is in $(LOG)" >&2; exit 1; }; }; pip
@@ -20,12 +22,12 @@ WARM := import datasets, gguf, jinja2, peft, pyarrow.parquet, reasoning_gym, ric
 	from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; from trl import GRPOTrainer; import kalman_rl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format readme clean
+.PHONY: help install demo test check format bench bench-gpu readme clean
 # Compiled bytecode of the libraries saves ten seconds in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## create .venv with the tested versions (about two minutes; instant when nothing changed)
 
@@ -63,6 +65,12 @@ check: install ## environment, format, lint, types
 format: install ## rewrite the sources in the house format
 	@$(PY) -m ruff check --fix --exit-zero --quiet .
 	@$(PY) -m ruff format .
+
+bench: install ## speed on one CPU thread, as ratios to peers; writes benchmarks/results (five minutes)
+	@$(BENCH) -m benchmarks.cpu $(BENCH_ARGS)
+
+bench-gpu: install ## the same on a CUDA device
+	@$(BENCH) -m benchmarks.gpu $(BENCH_ARGS)
 
 readme: install ## write the table of methods into README.md and the cards into docs/methods.md
 	@$(PY) tools/readme.py >/dev/null

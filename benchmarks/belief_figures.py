@@ -65,9 +65,10 @@ def _error(results: Row, plt: Any) -> Any:
                 place = i + (k - 0.5) * 0.38
                 axis.bar(place, mean, 0.36, color=colour, label=name if i == 0 else None)
                 axis.errorbar(place, mean, half or 0, color=DARK, lw=1, capsize=2)
-                axis.text(
-                    place, (mean + (half or 0)) * 1.1, f"{mean:.1f}", ha="center", va="bottom", fontsize=9
-                )
+                inside = key == "gain"  # above that bar lies the ceiling
+                high = (mean - (half or 0)) / 1.1 if inside else (mean + (half or 0)) * 1.1
+                side, ink = ("top", "white") if inside else ("bottom", DARK)
+                axis.text(place, high, f"{mean:.1f}", ha="center", va=side, fontsize=9, color=ink)
         for i, (task, _) in enumerate(cells):
             top = task["rows"]["ceiling"]["gain"][0]
             axis.plot(
@@ -119,7 +120,8 @@ def _compute(results: Row, plt: Any) -> Any:
             axis.text(value[0] + (value[1] or 0) + 0.03, i, f"{value[0]:.2f}", va="center", fontsize=9)
         axis.set_yticks(range(len(order)), [_label(n, key) for n in order])
         axis.axvline(1, color=DARK, lw=0.8)
-        axis.set_xlim(0, 2.9)
+        axis.set_xlim(0, 3.2)
+        axis.set_ylim(-0.7, len(order) - 0.3)
         axis.set_title(title)
         axis.set_xlabel("completions of groups of 8 / completions needed")
     figure.suptitle(
@@ -176,7 +178,7 @@ def _robustness(results: Row, plt: Any) -> Any:
     axis.set_yticks([0.1, 0.3, 1, 3, 10, 30], ["0.1", "0.3", "1", "3", "10", "30"])
     axis.set_xticks(range(len(worlds)), [t["cell"]["label"].replace(", ", ",\n") for t in worlds])
     axis.set_ylabel("group mean's squared error / method's")
-    axis.set_ylim(0.08, 60)
+    axis.set_ylim(0.08, 90)
     axis.set_title("Below 1 a filter is worse than no filter (groups of 8)")
     axis.legend(loc="upper left", fontsize=9, ncols=3)
     figure.tight_layout()

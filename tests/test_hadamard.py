@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.fast import jit
 from kalman_rl.hadamard import SRHT, hadamard_transform
 
 SIZES = [2**k for k in range(13)]
@@ -90,6 +91,43 @@ def test_equals_its_definition() -> None:
     expected = math.sqrt(16 / 5) * (padded @ matrix(16) / 4)[:, project.rows]
     torch.testing.assert_close(project(x), expected)
     assert len(project.rows.unique()) == 5
+
+
+@pytest.mark.parametrize("numba", ["", "1"])
+@pytest.mark.parametrize("kept", [1, 3, 30, 64, 300])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 8, 15, 16, 32, 100, 600])
+def test_every_way_of_computing_it_agrees(monkeypatch, width: int, kept: int, numba: str) -> None:
+    """Compiled, as one matrix, by torch's passes (with gradient); few and many vectors; float32."""
+    kept = min(kept, 1 << max(width - 1, 0).bit_length())
+    monkeypatch.setenv(jit.SWITCH, numba)
+    project = SRHT(width, kept, seed=5)
+    x = normal(20, 3, width)
+    padded = torch.nn.functional.pad(x * project.signs, (0, project.padded - width))
+    exact = (padded @ matrix(project.padded))[..., project.rows] / math.sqrt(kept)
+    for rows in (slice(0, 20), slice(0, 1)):
+        got = project(x[rows])
+        assert got.dtype == x.dtype and got.shape == (*x[rows].shape[:-1], kept) == (len(got), 3, kept)
+        torch.testing.assert_close(got, exact[rows], rtol=1e-11, atol=1e-11)
+        single = project(x[rows].float())
+        torch.testing.assert_close(single, exact[rows].float(), rtol=1e-5, atol=2e-5)
+        leaf = x[rows].clone().requires_grad_()
+        torch.testing.assert_close(project(leaf), got, rtol=1e-11, atol=1e-11)
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(project(strided), project(x), rtol=0, atol=1e-12)
+    assert project(x[:0]).shape == (0, 3, kept)
+
+
+def test_the_matrix_follows_a_loaded_state() -> None:
+    one, other, x = SRHT(100, 8, seed=1), SRHT(100, 8, seed=2), normal(32, 100)
+    other(x)  # remembers its matrix
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other(x), one(x)) and set(one.state_dict()) == {
+        "format",
+        "dimension_in",
+        "dimension_out",
+        "signs",
+        "rows",
+    }
 
 
 def test_squared_length_is_kept_on_average() -> None:

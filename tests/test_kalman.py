@@ -16,10 +16,20 @@ from statsmodels.tsa.statespace.kalman_filter import KalmanFilter
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.fast import jit
 from kalman_rl.kalman import Filtered, Gaussian, Info, causal_filter, causal_filter_loop, predict, update
 
 INF = math.inf
-FILTERS = [causal_filter, causal_filter_loop]
+
+
+def scan(*args: Any, **options: Any) -> Filtered:
+    """The filter without compiled kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(jit.SWITCH, "1")
+        return causal_filter(*args, **options)
+
+
+FILTERS = [causal_filter, scan, causal_filter_loop]
 FIELDS = ["mean", "variance", "gain", "innovation", "innovation_variance", "log_likelihood"]
 
 
@@ -133,7 +143,7 @@ def test_random_cases_match_the_plain_reference(run, seed):
 @pytest.mark.parametrize("seed", range(24))
 def test_scan_matches_loop(seed):
     z, mask, options = random_case(100 + seed, rows=4, length=65)
-    assert_same(causal_filter(z, mask, **options), causal_filter_loop(z, mask, **options))
+    assert_same(scan(z, mask, **options), causal_filter_loop(z, mask, **options))
 
 
 @given(seeds)
@@ -193,7 +203,7 @@ def test_float32_accuracy_at_every_ratio_and_length(p0, length):
     expected = scalar_means(z.double().numpy(), mask.numpy(), np.array(RATIOS), p0)
     for q, means in zip(RATIOS, expected, strict=True):
         for rows in ([0], [0, 1]):  # without holes: one row of variances serves all; with: the full scan
-            out = filtered(z[rows], mask[rows], q, 1.0, p0)
+            out = filtered(z[rows], mask[rows], q, 1.0, p0, scan)
             assert all(f.dtype == torch.float32 for f in fields(out).values())
             error = (out.state.mean.double() - torch.from_numpy(means[rows])).abs().max().item()
             assert error <= 2e-6, (q, rows, error)

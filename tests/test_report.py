@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.report import write_figure, write_report
 from kalman_rl.report.data import clean, find_runs, read_run
+from kalman_rl.report.page import SCRIPTS
 from kalman_rl.report.study import arm, split
 from kalman_rl.report.summary import Summary, summarise
-from report_runs import EVERY_METHOD_WORKS, PUBLISHED_FAILS, write_demo, write_run, write_study, write_trace
+from report_runs import (
+    EVERY_METHOD_WORKS,
+    HOSTILE,
+    PUBLISHED_FAILS,
+    write_demo,
+    write_run,
+    write_study,
+    write_trace,
+)
 
 # ---------------------------------------------------------------- what a page may hold
 
@@ -24,12 +33,14 @@ TAGS = set(
     """
     html head meta title style body main header section p h1 h2 h3 b dl dt dd div figure figcaption span
     ul li table thead tbody tr th td small i details summary pre footer svg g path circle text
+    script button nav a fieldset legend input label select
     """.split()
 )
 ATTRIBUTES = set(
     """
     lang charset name content http-equiv class title colspan role aria-label aria-hidden viewbox d x y
     cx cy r stroke-dasharray open
+    id type hidden href for value checked aria-orientation aria-live data-sortable data-sort data-value data-rank
     """.split()
 )
 
@@ -41,7 +52,8 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.tags: set[str] = set()
         self.attributes: set[str] = set()
-        self.hints: list[str] = []
+        self.links: set[str] = set()
+        self.data: list[str] = []
         self.open: list[str] = []
         self.pieces: list[str] = []
         self.feed(text)
@@ -54,8 +66,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
-        self.hints += [value or "" for name, value in attrs if name == "title"]
-        if tag != "meta":
+        self.links |= {value or "" for name, value in attrs if name == "href"}
+        if tag not in ("meta", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -67,7 +79,9 @@ class Page(HTMLParser):
         self.open.pop()
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.data.append(data)
+        elif not self.open or self.open[-1] != "style":
             self.pieces.append(data)
 
 
@@ -94,20 +108,26 @@ def test_the_page_is_one_closed_file(demo: Path) -> None:
     assert not page.open
     assert page.tags <= TAGS, page.tags - TAGS
     assert page.attributes <= ATTRIBUTES, page.attributes - ATTRIBUTES
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link|javascript:", text)
+    assert not re.search(
+        r"https?:(?!//www\.w3\.org/2000/svg)|url\(|@import|<link|javascript:|innerHTML", text
+    )
+    assert page.links and all(link.startswith("#") for link in page.links)
+    assert text.count("</script>") == len(SCRIPTS) + 1
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
-    assert policy and policy[1].startswith(
-        "default-src &#39;none&#39;; style-src &#39;unsafe-inline&#39;; img-src data:"
+    assert policy and re.fullmatch(
+        r"default-src 'none'; script-src( 'sha256-[\w+/=]{44}'){3}; style-src 'sha256-[\w+/=]{44}'; "
+        "base-uri 'none'; form-action 'none'",
+        policy[1],
     )
     assert text.index("Content-Security-Policy") < text.index("<style>")
     assert "prefers-color-scheme: dark" in text
-    assert "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S).lower()
+    assert "nan" not in re.sub(r"<(style|script)\b.*?</\1>", "", text, flags=re.S).lower()
     for words in (
         "Held-out accuracy", "Effective sample size", "Variance of the filtered log-ratio", "clipped",
         "Where each method ends", "condition B", "trainer.learning_rate", "2.13.0", "0123abc",
     ):  # fmt: skip
         assert words in page.text
-    assert text.count('<svg class="chart"') == 2 + 6 + 3 * 5
+    assert text.count('<svg class="chart"') == 2 + (3 + 4 + 1 + 1) + 3 * 5
 
 
 def test_the_same_runs_give_the_same_page(demo: Path, tmp_path: Path) -> None:
@@ -221,51 +241,6 @@ def test_unfinished_and_repeated_runs_stay_out_of_the_averages(tmp_path: Path) -
 
 # ---------------------------------------------------------------- broken and hostile input
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</script><script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "<svg/onload=alert(1)>",
-    "javascript:alert(1)",
-    '"><img src=x onerror=alert(1)>',
-    "' onmouseover='alert(1)",
-    "</style><script>alert(1)</script>",
-    "</title><script>alert(1)</script>",
-    "<!--",
-    "--><script>alert(1)</script>",
-    "]]><script>",
-    "<![CDATA[<script>]]>",
-    "{{ 7*7 }}",
-    "{% raw %}",
-    "{{ config.__class__ }}",
-    "${7*7}",
-    "<iframe srcdoc='<script>alert(1)</script>'>",
-    "<a href='http://evil'>x</a>",
-    "<meta http-equiv=refresh content=0>",
-    "<base href=//evil>",
-    "<style>*{display:none}</style>",
-    "<link rel=stylesheet href=//e>",
-    "&lt;script&gt;",
-    "&#60;script&#62;",
-    "\x00<b\x00>",
-    "\x1b[31mred\x1b[0m",
-    "\u202egnp.exe",
-    "\u2066\u2069\u200b\ufeff",
-    "\ud800",
-    "\u2028\u2029",
-    "<" * 2000,
-    "A" * 1_000_000,
-    "<plaintext>",
-    "<textarea>",
-    "<details open ontoggle=alert(1)>",
-    "<math><mtext></math>",
-    "%3Cscript%3E",
-    "data:text/html,<script>",
-    "\ufffe\U000e0041",
-    "a\r\nSet-Cookie: x",
-    "{0.__class__}{}",
-]
-
 
 def test_hostile_text_is_only_ever_text(tmp_path: Path) -> None:
     for index, text in enumerate(HOSTILE):
@@ -287,12 +262,10 @@ def test_hostile_text_is_only_ever_text(tmp_path: Path) -> None:
     assert not page.open
     assert page.tags <= TAGS, page.tags - TAGS
     assert page.attributes <= ATTRIBUTES, page.attributes - ATTRIBUTES
-    assert (
-        "Of 21 runs, <script>alert(1)</script>, " in page.text
-        and "{{ 7*7 }}" in page.text
-        and "49" not in page.hints
-    )
-    assert any(hint.startswith("<script>alert(1)</script"[:24]) for hint in page.hints)
+    assert "Of 21 runs, <script>alert(1)</script>, " in page.text and "{{ 7*7 }}" in page.text
+    carried = json.loads(page.data[0])
+    shown = {token for completion in carried["completions"] for token in completion["token"]}
+    assert {"<script>alert(1)</script>", "{{ 7*7 }}", "\\u{202e}gnp.exe"} <= shown
     assert not re.search(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]", text
     )

@@ -223,6 +223,22 @@ def test_own_rows_in_jsonl(model_path: str, tmp_path: Path) -> None:
     assert 0 <= last["eval/sampled_accuracy"] <= 1 and last["eval/count"] > 0
 
 
+def test_a_tracked_run_writes_its_beliefs_down(model_path: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    changes = {"advantage": "tracked", "allocation": "rounds", "completions_max": 8, "task": "sort12"}
+    _, code = start(model_path, path, **changes)
+    assert code == 0
+    rows = [json.loads(line) for line in (path / "beliefs.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2] and all(row["used"] == 16 == row["rows"] for row in rows)
+    logged = [row["budget/used"] for row in read_metrics(path) if "budget/used" in row]
+    assert logged == [16.0, 16.0]
+    asked = {text for row in rows for text in row["texts"].values()}
+    assert len(asked) == len({name for row in rows for name in row["id"]}) and all(
+        len(text) > 5 for text in asked
+    )
+    assert all(len(row["next"]) == len(row["id"]) == 4 and sum(row["next"]) == 16 for row in rows)
+
+
 def test_too_few_rows_for_a_generation_batch(model_path: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"prompts_per_generation: got 64.*32 training rows"):
         start(model_path, tmp_path / "run", prompts_per_generation=64)

@@ -412,7 +412,7 @@ def two_ranks(body: str, model_path: str, tmp_path: Path) -> list[dict[str, Any]
 def test_two_processes_equal_trl(model_path: str, tmp_path: Path) -> None:
     """Two gloo ranks with every group split over both: same losses as TRL's trainer on both ranks."""
     body = """
-    kwargs = dict(per_device_train_batch_size=4, num_generations=8, max_steps=2)
+    kwargs = dict(per_device_train_batch_size=4, num_generations=16, max_steps=2)
     for name, cls, config in (
         ("ours", t.KalmanGRPOTrainer, t.KalmanGRPOConfig(**t.settings(out / "a", method="grpo", **kwargs))),
         ("trl", GRPOTrainer, GRPOConfig(**t.settings(out / "b", loss_type="grpo", **kwargs))),

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 
 from kalman_rl.belief import make_belief
 from kalman_rl.errors import ConfigError, NumericError, RunError
+from kalman_rl.integrations.tracking import Budget
 from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
 from kalman_rl.integrations.trl import rows as batches
-from kalman_rl.integrations.trl.tracking import Budget
 from test_trl import ROWS, History, model_path, settings, tokenizer, two_ranks
 
 __all__ = ["model_path"]  # a fixture
@@ -45,6 +45,7 @@ def trained(
     reward: Any = odd_first,
     resume: Any = None,
     rows: Any = None,
+    callbacks: Any = (),
     **changes: Any,
 ) -> tuple[KalmanGRPOTrainer, list[TokenBatch], History]:
     seen: list[TokenBatch] = []
@@ -57,7 +58,7 @@ def trained(
         train_dataset=Dataset.from_list(rows or ROWS),
         processing_class=tokenizer(),
         observers=[seen.append],
-        callbacks=[history],
+        callbacks=[history, *callbacks],
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, seen, history
@@ -193,35 +194,42 @@ def test_missing_rewards(allocation: str, model_path: str, tmp_path: Path) -> No
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("allocation", ["fixed", "rounds"])
-def test_two_ranks_hold_one_belief(allocation: str, model_path: str, tmp_path: Path) -> None:
+def test_two_ranks_hold_one_belief(model_path: str, tmp_path: Path) -> None:
     """Groups straddle ranks, rounds have odd sizes, some completions are saved: one belief all the same."""
-    body = f"""
+    body = """
     import test_trl_beliefs as b
-    seen = []
-    options = dict(allocation="rounds", rounds=[1, 2], max_rounds=4, budget=3.3) if {allocation == "rounds"} else dict()
-    trainer, seen, history = b.trained(
-        out / "a", model_path, per_device_train_batch_size=4, num_generations=8, max_steps=4,
-        prompt_features=True, **options,
-    )
-    results["state"] = b.flat(trainer.tracking.state_dict())
-    results["weights"] = sum(p.double().abs().sum().item() for p in trainer.model.parameters())
-    results["rows"] = [
-        [batch.step, name, reward, mask]
-        for batch in seen
-        for name, reward, mask in zip(
-            batch.inputs["prompt_id"], batch.inputs["rewards"].tolist(), batch.rollouts.mask.any(1).tolist()
-        )
-    ]
-    results["used"] = [log["budget/used"] for log in history.logs if "budget/used" in log]
+    saving = dict(rounds=[1, 2], max_rounds=4, budget=3.3, prompt_features=True)
+    for name, options in (
+        ("fixed", dict(prompt_features=True, num_generations=16)),
+        ("predictive", dict(allocation="predictive", budget=3.3)),
+        ("rounds", dict(allocation="rounds", **saving)),
+    ):
+        sizes = dict(per_device_train_batch_size=4, num_generations=8, max_steps=4)
+        trainer, seen, history = b.trained(out / name, model_path, **(sizes | options))
+        results[name] = {
+            "state": b.flat(trainer.tracking.state_dict()),
+            "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()),
+            "rows": [
+                [batch.step, name, reward, mask]
+                for batch in seen
+                for name, reward, mask in zip(
+                    batch.inputs["prompt_id"], batch.inputs["rewards"].tolist(), batch.rollouts.mask.any(1).tolist()
+                )
+            ],
+            "used": [log["budget/used"] for log in history.logs if "budget/used" in log],
+        }
     """
     ranks = two_ranks(body, model_path, tmp_path)
-    assert ranks[0]["state"] == ranks[1]["state"] and len(ranks[0]["state"]) > 50
-    assert ranks[0]["weights"] == ranks[1]["weights"]
-    assert ranks[0]["used"] == ranks[1]["used"] == ([7, 7] if allocation == "rounds" else [16, 16])
-    real = [row for rank in ranks for row in rank["rows"] if row[3]]
-    assert len(real) == sum(ranks[0]["used"])
-    assert len(ranks[0]["rows"]) == len(ranks[1]["rows"]) == 16
+    for allocation, used in (("fixed", [16, 16]), ("predictive", [7, 7]), ("rounds", [7, 7])):
+        first, second = ranks[0][allocation], ranks[1][allocation]
+        assert first["state"] == second["state"] and len(first["state"]) > 50, allocation
+        assert first["weights"] == second["weights"], allocation
+        assert first["used"] == second["used"] == used, allocation
+        rows = [[(row[0], row[1]) for row in rank["rows"] if row[3]] for rank in (first, second)]
+        assert len(rows[0]) + len(rows[1]) == sum(used), allocation
+        assert len(first["rows"]) == len(second["rows"]) == 16, allocation
+        assert set(rows[0]) & set(rows[1]), f"{allocation}: the case needs groups that straddle ranks"
+        assert abs(len(rows[0]) - len(rows[1])) <= len(used), f"{allocation}: ranks share alike"
 
 
 # ---- joining and filling

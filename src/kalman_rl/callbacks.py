@@ -197,3 +197,13 @@ class TraceTokens:
             "advantage": [float(batch.inputs["advantages"][row].float().flatten()[0])] * len(ids),
             "reward": [None if math.isnan(reward) else reward] * len(ids),
         }
+
+
+class WriteBeliefs:
+    """Observer of a tracked run: append what is believed of the prompts to ``beliefs.jsonl``."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        self.run.append("beliefs.jsonl", record)

@@ -230,7 +230,31 @@ class Board:
         return serve(self.run, host=self.host, port=self.port, every=self.every, browser=self.open)
 
 
-VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Alarm, Board, Replay, Methods)
+@dataclass(frozen=True)
+class Doctor:
+    """Look at versions, hosts, devices, disk and your reward before a run; exit code 1 if something will fail."""
+
+    task: str | None = None
+    """Built-in task whose reward to try on three rows."""
+    data: Path | None = None
+    """JSONL or Parquet file of your own rows; replaces the task."""
+    reward: str | None = None
+    """Your reward function as MODULE:FUNCTION, tried on three rows. Naming it runs its code."""
+    config: Path | None = None
+    """TOML file of the run you plan: it is checked, and used for the estimates."""
+    run: Path = Path("runs")
+    """Folder that runs go to: its disk, and the pace of earlier runs in it."""
+    json: Switch = False
+    """Print JSON."""
+
+    def __call__(self) -> int:
+        from kalman_rl.doctor import Plan, doctor
+
+        plan = Plan(task=self.task, data=self.data, reward=self.reward, config=self.config, run=self.run)
+        return doctor(plan, as_json=self.json)
+
+
+VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Alarm, Board, Replay, Methods, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,7 +319,8 @@ def _main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str], base: TrainConfig | None = None) -> Any:
     """The verb that the arguments ask for; ``base`` holds the values of flags of ``train`` not given."""
-    defaults = {Train: Train(base or TrainConfig()), Stress: Stress(), Demo: Demo(), Methods: Methods()}
+    defaults: dict[type, Any] = {verb: verb() for verb in (Stress, Demo, Methods, Doctor)}
+    defaults[Train] = Train(base or TrainConfig())
     choices = []
     for verb in VERBS:
         given: dict[str, Any] = {"default": defaults[verb]} if verb in defaults else {}

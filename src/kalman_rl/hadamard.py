@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.fast import hadamard_numba, jit
 
 FORMAT = 1
 _BLOCK = 16  # up to this size a small matrix product is faster than passes over the memory
+# Up to so many coordinates, for at least so many vectors, a product with the whole matrix is faster than the
+# compiled transform, or than the one in torch.
+_DENSE_FAST, _DENSE, _DENSE_COUNT = 32, 256, 16
 
 
 def hadamard_transform(x: Tensor, *, orthonormal: bool = True) -> Tensor:
@@ -92,6 +96,7 @@ class SRHT:
         kept = torch.randperm(padded, generator=generator)[: self.dimension_out]
         self.rows = kept.sort().values
         self.padded = padded
+        self._dense: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Project (..., dimension_in) to (..., dimension_out), in the type of x.
@@ -103,10 +108,30 @@ class SRHT:
                 f"x: got {x.dtype} {tuple(x.shape)}, expected floating (..., {self.dimension_in}): the width "
                 "of the features must not change"
             )
+        count = x.numel() // self.dimension_in
+        if x.is_cpu and x.dtype in (torch.float32, torch.float64):
+            wanted = torch.is_grad_enabled() and x.requires_grad
+            fast = not wanted and jit.usable(x, self.signs, self.rows)
+            if count >= _DENSE_COUNT and self.dimension_out <= (_DENSE_FAST if fast else _DENSE):
+                return x @ self._matrix(x)
+            if fast:
+                flat = x.detach().reshape(-1, self.dimension_in).contiguous()
+                scale = 1 / math.sqrt(self.dimension_out)
+                kept = hadamard_numba.project(flat, self.signs, self.rows, self.padded, scale)
+                return kept.reshape(*x.shape[:-1], self.dimension_out)
         signed = x * self.signs.to(device=x.device, dtype=x.dtype)
         signed = torch.nn.functional.pad(signed, (0, self.padded - self.dimension_in))
         kept = hadamard_transform(signed).index_select(-1, self.rows.to(x.device))
         return kept * math.sqrt(self.padded / self.dimension_out)
+
+    def _matrix(self, like: Tensor) -> Tensor:
+        """The whole map as a matrix (dimension_in, dimension_out), remembered."""
+        if self._dense is None or self._dense.dtype != like.dtype:
+            chosen = torch.zeros(self.dimension_out, self.padded, dtype=like.dtype)
+            chosen[torch.arange(self.dimension_out), self.rows] = 1.0
+            h = hadamard_transform(chosen, orthonormal=False)[:, : self.dimension_in]
+            self._dense = ((h * self.signs) / math.sqrt(self.dimension_out)).T.contiguous()
+        return self._dense
 
     def state_dict(self) -> dict[str, Any]:
         """Signs, rows and sizes: a restored projection is the same map, not one drawn again."""
@@ -146,6 +171,7 @@ class SRHT:
                 f"{self.padded}"
             )
         self.signs, self.rows = signs.to(torch.int8).clone(), rows.long().clone()
+        self._dense = None
 
 
 def _small_hadamard(size: int, like: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.fast import filter_numba, triton_kernels
 
 Noise = Tensor | float  # a variance: one number, or one per token
 
@@ -148,8 +149,21 @@ def causal_filter(
     >>> causal_filter(z, z.isfinite(), **diffuse).state.mean  # of a constant: the running mean
     tensor([[1., 2., 2., 4.]])
     """
+    model = process_noise, observation_noise, initial_mean, initial_variance
+    moving = _wants_gradient(observation)
+    fields = mean = None
+    if not _wants_gradient(process_noise, observation_noise):
+        values = observation.double() if moving else _at_least_single(observation)
+        fields = filter_numba.fields(values, mask, segment, *model)
+        mean = filter_numba.differentiable_means(values, mask, segment, *model) if moving else None
+    if fields is not None and not moving:
+        return Filtered(Gaussian(*fields[:2]), Info(*fields[2:]))
     tokens = _prepare(observation, mask, process_noise, observation_noise, segment)
     prior = _prior(observation, initial_mean, initial_variance)
+    if fields is not None and mean is not None:  # the gradient flows through the means alone
+        states = zip((mean, fields[1]), prior, strict=True)
+        before = Gaussian(*(_shift(after, tokens.restart, start) for after, start in states))
+        return _returned(*_step(before, tokens), observation.dtype)
     constant = all(torch.as_tensor(noise).numel() == 1 for noise in (process_noise, observation_noise))
     if constant and not tokens.hole.any():  # then the variance depends on the count of observed tokens only
         row = observation.new_zeros(1, observation.shape[1])
@@ -159,6 +173,48 @@ def causal_filter(
         variance = _variance_before(tokens, prior)
     before = Gaussian(_mean_before(variance, tokens, prior), variance)
     return _returned(*_step(before, tokens), observation.dtype)
+
+
+def causal_mean(
+    observation: Tensor,
+    mask: Tensor,
+    *,
+    process_noise: Noise,
+    observation_noise: Noise,
+    initial_mean: float = 0.0,
+    initial_variance: float = 0.0,
+    segment: Tensor | None = None,
+) -> Tensor:
+    """``causal_filter(...).state.mean`` alone (B, T): same arguments, same numbers, a sixth of the memory.
+
+    For CPU tensors with numba installed it is one pass at about the speed of ``torch.cumsum``, and the
+    gradient for the observation another; see ``docs/speed.md``. For CUDA tensors with Triton installed it is
+    a kernel that computes in the type of the observation, at least float32, and whose gradient has none of
+    its own; see ``docs/kernels.md``. Raises as :func:`causal_filter`.
+
+    >>> z = torch.tensor([[4.0, 0.0, 8.0]])
+    >>> causal_mean(z, z > 0, process_noise=1.0, observation_noise=1.0, initial_variance=1.0)
+    tensor([[2.6667, 2.6667, 6.5455]])
+    """
+    noises = process_noise, observation_noise
+    if not _wants_gradient(*noises):
+        moving = _wants_gradient(observation)
+        run = filter_numba.differentiable_means if moving else filter_numba.means
+        given = _at_least_single(observation), mask, segment, *noises, initial_mean, initial_variance
+        mean = run(*given)
+        if mean is None:
+            mean = triton_kernels.means(*given, gradient=moving)
+        if mean is not None:
+            return mean
+    return causal_filter(
+        observation,
+        mask,
+        process_noise=process_noise,
+        observation_noise=observation_noise,
+        initial_mean=initial_mean,
+        initial_variance=initial_variance,
+        segment=segment,
+    ).state.mean
 
 
 def causal_filter_loop(
@@ -194,6 +250,15 @@ class _Tokens(NamedTuple):
     restart: Tensor  # first token of a segment
     hole: Tensor  # masked between observed tokens of its segment
     earlier: Tensor  # number of observed tokens before it in its segment
+
+
+def _wants_gradient(*values: Noise) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    half = values.dtype in (torch.float16, torch.bfloat16)
+    return values.float() if half else values
 
 
 def _step(before: Gaussian, tokens: _Tokens) -> tuple[Gaussian, Info]:

@@ -26,6 +26,10 @@ from kalman_rl import diagnosis
 from kalman_rl.aggregate import Totals, totals_of
 from kalman_rl.balance import Balance
 from kalman_rl.errors import ConfigError, ShapeError
+from kalman_rl.fast.fused import attach, enabled
+from kalman_rl.fast.fused import run as run_fused
+from kalman_rl.fast.recipe import METRICS
+from kalman_rl.fusion import recipe_of
 from kalman_rl.needs import need
 from kalman_rl.ratio import Ratio
 from kalman_rl.rollouts import Current, Rollouts, checked_top, masked_finite, masked_logp
@@ -90,6 +94,7 @@ def policy_loss(
     *,
     advantage: Tensor | None = None,
     totals: Totals | None = None,
+    fused: bool | None = None,
 ) -> Loss:
     """The loss of a method on a batch.
 
@@ -108,9 +113,13 @@ def policy_loss(
             more needs take a :class:`kalman_rl.rollouts.Current` here.
         advantage: (B,) or (B, T), if it was computed before (on the whole groups, for example).
         totals: counts of the whole optimizer step when this batch is a part of it; default: this batch.
+        fused: False always takes the parts one after another, which is the definition. True and the default
+            take one compiled pass where :func:`kalman_rl.fusion.recipe_of` knows the method; the default
+            also asks the environment (``KALMAN_RL_FUSED=0`` switches it off).
 
     Returns:
-        Loss. Metrics: ``objective/surrogate``, ``ratio/*``, ``trust/*``, ``policy/kl_old``.
+        Loss. Metrics: ``objective/surrogate``, ``ratio/*``, ``trust/*``, ``policy/kl_old``, and
+        ``objective/fused``: 1 after the compiled pass, else 0.
 
     Raises:
         ShapeError, NumericError: bad shapes, or NaN and infinity at trained positions.
@@ -127,6 +136,27 @@ def policy_loss(
     tensor([[-0.2500, -0.2500],
             [ 0.2500,  0.2500]])
     """
+    if advantage is None:
+        advantage = estimate_advantage(method, rollouts)
+    loss = None
+    if fused if fused is not None else enabled():
+        loss = _fused(method, rollouts, logp, advantage, totals)
+    if loss is None:
+        loss = _composed(method, rollouts, logp, advantage, totals)
+    if method.penalty is None:
+        return loss
+    clean = masked_logp("logp", logp.logp if isinstance(logp, Current) else logp, rollouts.mask)
+    weights = method.aggregate(rollouts, totals or totals_of(rollouts)).to(clean.dtype)
+    penalty = (weights * torch.where(rollouts.mask, method.penalty(clean, rollouts), 0.0)).sum()
+    return loss._replace(
+        value=loss.value + penalty, metrics=loss.metrics | {"objective/penalty": penalty.detach()}
+    )
+
+
+def _composed(
+    method: Method, rollouts: Rollouts, logp: Tensor | Current, advantage: Tensor, totals: Totals | None
+) -> Loss:
+    """The definition, without the penalty: part after part, each a pass over the tokens."""
     mask = rollouts.mask
     logp, current, advantage = _prepared(method, rollouts, logp, advantage)
     weights = method.aggregate(rollouts, totals or totals_of(rollouts)).to(logp.dtype)
@@ -145,14 +175,32 @@ def policy_loss(
     if method.correction is not None:
         metrics["correction/mean"] = diagnosis.masked_mean(factor, mask)
         metrics["correction/effective_sample_size"] = diagnosis.effective_sample_size(factor, mask)
-    if method.penalty is not None:
-        penalty = (weights * torch.where(mask, method.penalty(logp, rollouts), 0.0)).sum()
-        value = value + penalty
-        metrics["objective/penalty"] = penalty.detach()
+    metrics["objective/fused"] = torch.zeros((), device=mask.device)
     gain = None if ratio.info is None else ratio.info.gain
     return Loss(
         value, metrics, Tokens(ratio.log_ratio, ratio.log_weight, gain, coefficient, mask & trust.keep)
     )
+
+
+def _fused(
+    method: Method, rollouts: Rollouts, logp: Tensor | Current, advantage: Tensor, totals: Totals | None
+) -> Loss | None:
+    """The same numbers from one pass, or None where the method, the types or a bad number do not allow it."""
+    logp, mask = logp.logp if isinstance(logp, Current) else logp, rollouts.mask
+    recipe = recipe_of(method.ratio, method.trust, method.aggregate) if method.correction is None else None
+    if recipe is None or logp.shape != mask.shape or advantage.shape not in (mask.shape[:1], mask.shape):
+        return None
+    logp = logp if logp.dtype == torch.float64 else logp.float()
+    result = run_fused(recipe, logp, rollouts.logp_old, mask, advantage, rollouts.segment, totals)
+    if result is None:
+        return None
+    metrics = dict(zip(METRICS, result.metrics.unbind(), strict=True))
+    metrics |= {
+        "objective/surrogate": result.value,
+        "objective/fused": torch.ones((), device=mask.device),
+    }
+    tokens = Tokens(result.log_ratio, result.log_weight, result.gain, result.coefficient, result.kept)
+    return Loss(attach(logp, result.value, result.gradient), metrics, tokens)
 
 
 def step_statistics(

@@ -124,8 +124,8 @@ def replay(
     other = make_method(against) if isinstance(against, str) else against
     for each in (ours, other):
         if each is not None:
-            _check_needs(each)
-    own, notes = _own_method(run)
+            check_needs(each)
+    own, notes = own_method(run)
     if top < 0:
         raise ConfigError(f"top: got {top}, expected a number of tokens >= 0")
     collected = _Collected(top)
@@ -145,7 +145,7 @@ def replay(
     )
 
 
-def _check_needs(method: Method) -> None:
+def check_needs(method: Method) -> None:
     reasons = {"energy": "its advantages are one per token, and traces hold one per completion"}
     parts = (method.ratio, method.trust, method.aggregate, method.correction)
     missing = {name for part in parts for name in needs_of(part) if name not in _STORED}
@@ -157,20 +157,20 @@ def _check_needs(method: Method) -> None:
         )
 
 
-def _own_method(run: Path) -> tuple[Method | None, list[str]]:
+def own_method(run: Path) -> tuple[Method | None, list[str]]:
     """The method the run was trained with, from its settings, if it can be replayed."""
     try:
         config = build(TrainConfig, load_toml(run / "config.toml"))
         method = make_method(config.method, **config.method_options)
-        _check_needs(method)
+        check_needs(method)
     except KalmanRLError as error:
         return None, [f"no self-check: {error}"]
-    if why := _chosen_in_training(method):
+    if why := chosen_in_training(method):
         return None, [f"no self-check: {method.name}: {why}"]
     return method, []
 
 
-def _chosen_in_training(method: Method) -> str | None:
+def chosen_in_training(method: Method) -> str | None:
     """What a replay takes for what training chose on data that is not stored."""
     if isinstance(method.trust, Balance):
         return "clip bounds are chosen on the traced rows only, not on the batch"
@@ -183,7 +183,7 @@ def _notes(ours: Method, other: Method | None, borrowed: bool) -> list[str]:
     notes = ["advantages are the stored ones; traces hold a few completions per step, not whole groups"]
     used = [method for method in (ours, other) if method is not None]
     for method in used:
-        if why := _chosen_in_training(method):
+        if why := chosen_in_training(method):
             notes.append(f"{method.name}: {why}")
     if borrowed and any("logp_behaviour" in method.needs for method in used):
         notes.append("no log-probabilities of a sampler are stored: the old policy's stand in for them")
@@ -205,7 +205,7 @@ def _files(run: Path, steps: tuple[int, int] | None) -> Iterator[tuple[int, Path
     yield from ((step, found[step]) for step in chosen)
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     rollouts: Rollouts
     logp: Tensor
     advantage: Tensor
@@ -215,7 +215,7 @@ class _Batch(NamedTuple):
     columns: dict[str, list[Any]]
 
 
-def _read(path: Path) -> _Batch:
+def _read(path: Path) -> Batch:
     """One step's file as a batch in the precision of training; RunError if it is damaged."""
     import pyarrow
     import pyarrow.parquet
@@ -233,12 +233,12 @@ def _read(path: Path) -> _Batch:
                     table[name].cast(pyarrow.type_for_alias(TRACE_COLUMNS[name])),
                 )
         columns = {name: table[name].to_pylist() for name in _COLUMNS}
-        return _as_batch(columns)
+        return batch_of(columns)
     except (pyarrow.ArrowException, OSError, ValueError, KalmanRLError, TypeError) as error:
         raise RunError(f"{path}: damaged trace: {' '.join(str(error).split())[:300]}") from None
 
 
-def _as_batch(columns: dict[str, list[Any]]) -> _Batch:
+def batch_of(columns: dict[str, list[Any]]) -> Batch:
     sequences, positions = columns["sequence"], columns["position"]
     if not sequences:
         raise ValueError("got no rows")
@@ -270,12 +270,12 @@ def _as_batch(columns: dict[str, list[Any]]) -> _Batch:
     stored = Field(flat("filtered_log_ratio"), flat("coefficient"), kept)
     if not all(torch.isfinite(values).all() for values in stored[:2]):
         raise ValueError("got a coefficient or log-weight that is not finite")
-    return _Batch(
+    return Batch(
         rollouts, spread("logp"), spread("advantage"), (rows, steps), stored, flat("log_ratio"), columns
     )
 
 
-def _field(method: Method, batch: _Batch) -> Field:
+def field_of(method: Method, batch: Batch) -> Field:
     tokens: Tokens = policy_loss(method, batch.rollouts, batch.logp, advantage=batch.advantage).tokens
     return Field(*(values[batch.place] for values in (tokens.log_weight, tokens.coefficient, tokens.kept)))
 
@@ -293,10 +293,10 @@ class _Collected:
     def add(self, step: int, path: Path, ours: Method, other: Method | None, own: Method | None) -> None:
         batch = _read(path)
         try:
-            mine = _field(ours, batch)
-            theirs = batch.stored if other is None else _field(other, batch)
+            mine = field_of(ours, batch)
+            theirs = batch.stored if other is None else field_of(other, batch)
             if own is not None:
-                self._compare(_field(own, batch), batch.stored)
+                self._compare(field_of(own, batch), batch.stored)
         except KalmanRLError as error:
             raise RunError(f"{path}: {error}") from None
         self.borrowed |= any(value is None for value in batch.columns["logp_behaviour"])
@@ -314,7 +314,7 @@ class _Collected:
             error = (found - expected).abs() / expected.abs().clamp(min=1.0)
             self.self_check = max(self.self_check, error.max().item())
 
-    def _rank(self, step: int, batch: _Batch, mine: Field, theirs: Field) -> None:
+    def _rank(self, step: int, batch: Batch, mine: Field, theirs: Field) -> None:
         difference = (mine.coefficient - theirs.coefficient).abs()
         best = difference.topk(min(self.top, len(difference)))
         for value, i in zip(best.values.tolist(), best.indices.tolist()):

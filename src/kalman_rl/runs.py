@@ -156,6 +156,19 @@ class Run:
             return None
         return path
 
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append a row to the JSON lines file ``name``; if that fails, one warning, and the run goes on."""
+        path = self.path / name
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            handle = os.open(path, flags, 0o644)
+            try:
+                write_all(handle, (json.dumps(row) + "\n").encode())
+            finally:
+                os.close(handle)
+        except OSError as error:
+            self._warn_once(path, error)
+
     def update_manifest(self, **changes: Any) -> None:
         """Change entries of ``manifest.json``; a reader sees the old file or the new one."""
         manifest = redacted({**self.manifest, **changes})

@@ -31,6 +31,7 @@ from kalman_rl.callbacks import (
     SealCheckpoints,
     StopOnSignal,
     TraceTokens,
+    WriteBeliefs,
     WriteMetrics,
 )
 from kalman_rl.config import TrainConfig
@@ -94,6 +95,8 @@ def train(
     stop = StopOnSignal(cycle)
     trainer = build_trainer(config, method, task, loaded, run, max_tokens)
     trainer.observers.append(TraceTokens(run, loaded.tokenizer, config.traces_per_step))
+    if trainer.tracking is not None:
+        trainer.tracking.observers.append(WriteBeliefs(run))
 
     held_out_reward = guard_reward(task.reward)
 

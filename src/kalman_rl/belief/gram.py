@@ -50,14 +50,19 @@ def prefix_predictions(
             f"prior_variance, process_noise, observation_noise: got {prior_variance}, {process_noise}, "
             f"{observation_noise}, expected > 0, >= 0, > 0"
         )
-    x = torch.where(mask[..., None], phi.double(), 0.0)
-    shown = torch.where(mask, y.double(), 0.0)
-    if not (torch.isfinite(x).all() and torch.isfinite(shown).all()):
+    full = bool(mask.all())
+    x = phi.double() if full else torch.where(mask[..., None], phi.double(), 0.0)
+    shown = y.double() if full else torch.where(mask, y.double(), 0.0)
+    products, length = x @ x.mT, shown.square().sum(-1)
+    if not bool(torch.isfinite(products.sum() + length.sum())):  # a bad number spoils every sum it is in
         raise NumericError("phi, y: got NaN or infinity at an observed sample, expected finite numbers")
     time = torch.arange(y.shape[1], dtype=torch.float64)
     prior = prior_variance + process_noise * torch.minimum(time[:, None], time[None, :])
-    noise = observation_noise * torch.eye(y.shape[1], dtype=torch.float64)
-    root = torch.linalg.cholesky((x @ x.mT) * prior + noise)
-    standard = torch.linalg.solve_triangular(root, shown[..., None], upper=False)[..., 0]
-    deviation = root.diagonal(dim1=-2, dim2=-1)
+    covariance = products * prior + observation_noise * torch.eye(y.shape[1], dtype=torch.float64)
+    # The last row of the factor of [[C, y], [y', c]] is z; any c > y' C^-1 y will do, and that is <= y' y / R.
+    corner = 1 + 2 * length / observation_noise
+    above = torch.cat((covariance, shown[..., None]), -1)
+    below = torch.cat((shown, corner[..., None]), -1)[..., None, :]
+    factor = torch.linalg.cholesky(torch.cat((above, below), -2))
+    standard, deviation = factor[..., -1, :-1], factor.diagonal(dim1=-2, dim2=-1)[..., :-1]
     return Gaussian(shown - deviation * standard, deviation.square())

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.fast import jit
+from kalman_rl.fast.tracker_numba import Absorber
 from kalman_rl.hadamard import SRHT
 from kalman_rl.kalman import Gaussian
 
@@ -89,6 +91,7 @@ class KalmanPreferenceTracker:
         self.projection: SRHT | None = None
         self._width: int | None = None
         self._surprise = self._seen = 0.0
+        self._absorber: Absorber | None = None  # the same mean and root, changed in place
 
     # ---- time and rewards
 
@@ -109,6 +112,9 @@ class KalmanPreferenceTracker:
 
         Raises: ShapeError, NumericError; nothing has changed then.
         """
+        compiled = self._update_compiled(phi, y, mask)
+        if compiled is not None:
+            return compiled
         x, y, known = self._checked(phi, y, mask)
         before = self._explained(x)
         innovation = torch.where(known, y - x @ self.mean, 0.0)
@@ -122,6 +128,30 @@ class KalmanPreferenceTracker:
         self._surprise += surprise
         self._seen += float(known.sum())
         return Absorbed(*out, torch.tensor(self.noise, dtype=torch.float64))
+
+    def _update_compiled(self, phi: Tensor, y: Tensor, mask: Tensor | None) -> Absorbed | None:
+        """:meth:`update` one reward after another; None where the input has to be looked at first."""
+        if not (phi.dim() == 2 and y.dim() == 1 and len(phi) == len(y) > 0 and jit.usable(phi, y, mask)):
+            return None
+        width = phi.shape[1]
+        known = self._width == width or (self._width is None and width == self.dim)
+        if not (known and phi.is_floating_point() and y.is_floating_point()):
+            return None
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != y.shape):
+            return None
+        belief = self._absorber
+        if belief is None or belief.mean is not self.mean or belief.root is not self.root:
+            belief = Absorber(self.mean, self.root)
+        x = self._shaped(phi.detach().to(self.dtype))
+        done = belief(x, y.detach().to(self.dtype), mask, self.R_val, self.noise / self.R_val)
+        if done is None:
+            return None
+        innovation, variance, surprise, used = done
+        self._settle(width)
+        self._absorber, self.mean, self.root = belief, belief.mean, belief.root
+        self._surprise += surprise
+        self._seen += used
+        return Absorbed(innovation, variance, torch.tensor(self.noise, dtype=torch.float64))
 
     # ---- what is believed
 
@@ -252,7 +282,13 @@ class KalmanPreferenceTracker:
             raise NumericError(
                 f"phi: got {x[row, column].item()} at row {row}, column {column}, expected finite numbers"
             )
-        project = self.projection if self._width is not None else self._projection_of(phi.shape[1])
+        return self._shaped(x)
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        """(n, d) from features of any width: projected, or padded with zeros."""
+        if x.shape[1] == self.dim:
+            return x
+        project = self.projection if self._width is not None else self._projection_of(x.shape[1])
         return project(x) if project else torch.nn.functional.pad(x, (0, self.dim - x.shape[1]))
 
     def _checked(self, phi: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""Where training happens: thin adapters to TRL (and later verl). Imported only when used."""
+"""Where training happens: thin adapters to TRL and verl. Imported only when used."""

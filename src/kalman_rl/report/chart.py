@@ -59,6 +59,7 @@ def lines_chart(
     y_range: Sequence[float] = (),
     reference: tuple[float, str] | None = None,
     labels: bool = True,
+    names: int = LONGEST_NAME,
 ) -> Markup:
     """Lines over steps with direct labels at their ends.
 
@@ -66,6 +67,7 @@ def lines_chart(
         y_range: values that the y axis must include.
         reference: a horizontal line and its name.
         labels: write names at the line ends, if there is room for all of them.
+        names: letters of a name that are shown.
     """
     drawn = [replace(line, points=thin(line.points), behind=thin(line.behind)) for line in lines]
     every = [point for line in drawn for point in (*line.points, *line.behind)]
@@ -75,10 +77,10 @@ def lines_chart(
     top, bottom = 30.0, height - 38.0
     y = log_axis(values, bottom, top) if log else linear_axis(values, bottom, top)
     left = 12 + LETTER * max((len(label) for _, label in y.ticks), default=1)
-    names = [line.name for line in drawn if line.points]
-    names = names if labels and len(names) * LABEL_GAP < bottom - top + LABEL_GAP else []
-    room = min(max((len(name) for name in names), default=0), LONGEST_NAME) * LETTER
-    right = width - (room + 20 if names else 10)
+    named = [line.name for line in drawn if line.points]
+    named = named if labels and len(named) * LABEL_GAP < bottom - top + LABEL_GAP else []
+    room = min(max((len(name) for name in named), default=0), names) * LETTER
+    right = width - (1.1 * room + 20 if named else 10)
     x = step_axis([step for step, _ in every], left, right, max(3, int((right - left) // 48)))
     parts = [_frame(x, y, left, right, bottom, y_label, x_label)]
     if reference:
@@ -86,8 +88,8 @@ def lines_chart(
     parts += [_line(line, x, y) for line in drawn]
     if reference:
         parts.append(_text(right - 4, y(reference[0]) - 4, "tick end halo", reference[1]))
-    if names:
-        parts.append(_end_labels(drawn, x, y, top - 8, bottom + 4))
+    if named:
+        parts.append(_end_labels(drawn, x, y, top - 8, bottom + 4, names))
     return _svg(width, height, f"{y_label}: {', '.join(line.name for line in drawn)}", parts)
 
 
@@ -137,7 +139,7 @@ def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
     return "".join(pieces)
 
 
-def _end_labels(lines: Sequence[Line], x: Axis, y: Axis, top: float, bottom: float) -> Markup:
+def _end_labels(lines: Sequence[Line], x: Axis, y: Axis, top: float, bottom: float, most: int) -> Markup:
     """Names beside the line ends, pushed apart so that none covers another."""
     ends = []
     for line in lines:
@@ -149,7 +151,7 @@ def _end_labels(lines: Sequence[Line], x: Axis, y: Axis, top: float, bottom: flo
     for place, (height, across, line) in zip(spread([end[0] for end in ends], LABEL_GAP, top, bottom), ends):
         leader = f"M{across + 2:.1f} {height:.1f}L{x.end + 9:.1f} {place:.1f}"
         parts.append(_stroke(f"leader s{line.colour % COLOURS}", leader))
-        parts.append(_text(x.end + 12, place + 4, "name", _shortened(line.name)))
+        parts.append(_text(x.end + 12, place + 4, "name", _shortened(line.name, most)))
     return Markup("").join(parts)
 
 
@@ -219,8 +221,8 @@ def _dots_row(row: Dots, x: Axis, left: float, height: float) -> Markup:
     return Markup("").join(parts)
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+def _shortened(name: str, most: int = LONGEST_NAME) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _text(x: float, y: float, kind: str, text: str) -> Markup:

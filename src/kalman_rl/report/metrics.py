@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,13 @@ class Metric:
     @property
     def of_ratio(self) -> bool:
         """Only defined where some log-ratio is not zero."""
-        return any("/" in panel.key for panel in self.panels)
+        return any(panel.key.startswith(("ratio/", "trust/", "policy/")) for panel in self.panels)
+
+    def inside(self, low: float, high: float) -> tuple[float, float]:
+        """An interval cut to the values the metric can have."""
+        floor = 0.0 if self.y_range and self.y_range[0] == 0 else -math.inf
+        ceiling = 1.0 if self.unit.startswith("share") else math.inf
+        return max(low, floor), min(high, ceiling)
 
 
 REWARD = Metric(
@@ -100,5 +107,55 @@ FILTERED = Metric(
     log=True,
 )
 
-MAIN = (REWARD, ENTROPY, KL, VARIANCE, SAMPLE_SIZE, CLIPPED)
+SIGN_SWITCH = Metric(
+    "Sign switches of the log-ratio",
+    "Neighbouring tokens whose log-ratio changes sign: 0.5 for white noise, less the more is smoothed.",
+    "share of neighbours",
+    [
+        Panel("filtered", "ratio/filtered_sign_switch"),
+        Panel("raw", "ratio/raw_sign_switch", dashed=True),
+    ],
+    y_range=(0.0,),
+)
+REFERENCE = Metric(
+    "KL to the reference",
+    "How far the policy is from the model that training started with (k3 estimate).",
+    "nats per token",
+    [Panel("KL", "kl")],
+    y_range=(0.0,),
+)
+LARGEST = Metric(
+    "Largest log-ratio",
+    "The single token whose probability moved most in each update.",
+    "nats",
+    [Panel("largest", "ratio/max_abs_log_ratio")],
+    y_range=(0.0,),
+)
+LENGTH = Metric(
+    "Completion length",
+    "Mean number of tokens of the completions drawn for each update.",
+    "tokens",
+    [Panel("length", "completions/mean_length")],
+    y_range=(0.0,),
+)
+TOKENS = Metric(
+    "Tokens sampled",
+    "Prompt and completion tokens so far, as the trainer counts them.",
+    "tokens",
+    [Panel("tokens", "num_tokens")],
+    y_range=(0.0,),
+)
+CLOCK = Metric(
+    "Time",
+    "On the run's clock, evaluations and checkpoints included.",
+    "seconds",
+    [Panel("time", "time")],
+    y_range=(0.0,),
+)
+
+LEARNING = (REWARD, ENTROPY, LENGTH)
+RATIOS = (VARIANCE, SAMPLE_SIZE, CLIPPED, SIGN_SWITCH, LARGEST, KL, REFERENCE)
+COSTS = (CLOCK, TOKENS)
+CUMULATIVE = frozenset({"num_tokens", "time"})
+"""Series that only grow: never smoothed."""
 STRESS = (FILTERED, CLIPPED, KL)

@@ -1,30 +1,47 @@
-"""The page: one self-contained HTML file from run directories."""
+"""The page: one self-contained HTML file from run directories, with a script for the parts one can touch."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from kalman_rl.errors import AdapterError, RunError
+from kalman_rl.report.belief_section import belief_section
 from kalman_rl.report.data import Run, find_runs
 from kalman_rl.report.intervals import t_quantile
-from kalman_rl.report.main_section import main_section
+from kalman_rl.report.main_section import main_section, palette_of
+from kalman_rl.report.pool import pooled
+from kalman_rl.report.positions import position_figure
 from kalman_rl.report.stress_section import stress_section
-from kalman_rl.report.study import ACCURACIES, Arm, Study, arm, evaluations, names_of, noop_share, split
+from kalman_rl.report.study import ACCURACIES, Arm, Study, arm, evaluations, noop_share, split
 from kalman_rl.report.summary import summarise
-from kalman_rl.report.tokens import token_strips
+from kalman_rl.report.token_data import inspected
 from kalman_rl.report.words import decimal, duration, signed
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 SHOWN_CONFIGS = 4
+SCRIPTS = ("common.js", "strips.js", "inspector.js")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section that a caller adds; ``body`` is HTML that is already safe."""
+
+    title: str
+    body: Markup
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write ``report.html``: charts, tables and a summary in plain words, in one file without any script.
+    """Write ``report.html``: charts, tables, the token inspector and a summary in plain words, in one file.
 
     Args:
         runs: run directories, or directories that hold runs at any depth (a demo, a stress study).
@@ -39,47 +56,148 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     return target
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page as text. Raises: AdapterError without jinja2."""
+def page(
+    run_paths: Sequence[Path],
+    *,
+    notice: str = "",
+    extra: Sequence[Section] = (),
+    scripts: Sequence[str] = (),
+    connect: bool = False,
+) -> str:
+    """The page as text, of runs as they are now; they may still be going on.
+
+    Args:
+        notice: a sentence for the top.
+        extra: sections to add before the details.
+        scripts: script texts to add; they are allowed by their hash like the page's own.
+        connect: allow scripts to talk to the server the page came from, and to nothing else.
+
+    Raises: ConfigError, RunError as :func:`write_report`; AdapterError without jinja2.
+    """
+    return render(find_runs(run_paths), notice=notice, extra=extra, scripts=scripts, connect=connect)
+
+
+def render(
+    runs: Sequence[Run],
+    *,
+    notice: str = "",
+    extra: Sequence[Section] = (),
+    scripts: Sequence[str] = (),
+    connect: bool = False,
+) -> str:
+    """The page as text, of runs that were read. Arguments and errors as :func:`page`."""
+    environment = _environment()
+    texts = [*(_source(name) for name in SCRIPTS), *scripts]
+    style = environment.get_template("page.css").render()
+    content = _content(runs)
+    return environment.get_template("page.html").render(
+        **content,
+        notice=notice,
+        extra=extra,
+        style=Markup(style),
+        scripts=[Markup(text) for text in texts],
+        policy=Markup(policy(texts, style, connect=connect)),
+        contents=_contents(content, extra),
+    )
+
+
+def policy(scripts: Sequence[str], style: str, *, connect: bool = False) -> str:
+    """The page's content security policy: nothing is loaded, and only these scripts and this style count."""
+    hashes = " ".join(_hash(text) for text in scripts)
+    rules = [
+        "default-src 'none'",
+        f"script-src {hashes}",
+        f"style-src {_hash(style)}",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    return "; ".join([*rules, "connect-src 'self'"] if connect else rules)
+
+
+def as_json(data: Any) -> Markup:
+    """JSON that may stand inside a script element: no ``<``, ``>`` or ``&``, and nothing but ASCII.
+
+    >>> as_json("</script>")
+    Markup('"\\\\u003c/script\\\\u003e"')
+    """
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)
+
+
+def _environment() -> Any:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
         raise AdapterError("jinja2: got no such package, expected 3.1 or later for reports; "
                            'install "kalman-rl[train]"') from error  # fmt: skip
-    environment = Environment(
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(_content(runs))
+
+
+def _source(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:
     main, study = split(runs)
-    arms = [arm(run.labels.get("method", run.name), "", [run]) for run in main]
+    groups = pooled(main)
+    arms = [arm(group.first.labels.get("method", group.first.name), "", group.runs) for group in groups]
     shown = [*main, *(study.runs if study else [])]
     notes = [(run.name, note) for run in runs for note in run.notes]
     notes += [("", note) for note in (study.notes if study else [])]
+    section = main_section(groups, arms) if main else None
+    if section and (figure := position_figure(groups, palette_of(groups))):
+        section.ratios.append(figure)
+    beliefs = belief_section(shown, notes)
+    tokens = inspected(_one_of_each(groups, study))
+    first = [group.first for group in groups]
+    absent = ["There is no main run here: every run belongs to the stress study."] if not main else []
+    absent += [] if study else ["No stress study was given, so methods are not compared under stress here."]
+    absent += [] if beliefs else ["No run tracked beliefs about its prompts, so there are none to show."]
     return {
-        "policy": POLICY,
-        "title": _title(main, study),
+        "title": _title(first, study),
         "subtitle": _subtitle(runs),
-        "summary": summarise(main, arms, study),
-        "key_figures": _key_figures(main, arms, study),
-        "main": main_section(main, arms) if main else None,
-        "main_names": names_of(main),
+        "summary": summarise(first, arms, study, [group.name for group in groups]),
+        "key_figures": _key_figures(first, arms, study),
+        "main": section,
+        "beliefs": beliefs,
         "study": study,
         "stress": stress_section(study) if study else None,
-        "tokens": token_strips(shown),
+        "inspected": tokens,
+        "payload": as_json(tokens.data) if tokens.completions else "",
+        "absent": absent,
         "runs": [_run_row(run) for run in runs],
-        "configs": [run for run in main if run.config][:SHOWN_CONFIGS]
+        "configs": [run for run in first if run.config][:SHOWN_CONFIGS]
         + [run for run in (study.runs if study else []) if run.config][:1],
         "facts": (main or shown)[0],
         "notes": notes,
         "t_factor": decimal(t_quantile(study.seeds[0] - 1)) if study and study.seeds[0] > 1 else "",
     }  # fmt: skip
+
+
+def _one_of_each(groups: Sequence[Any], study: Study | None) -> list[Run]:
+    """Runs whose tokens are worth a look: the first seed of each group, then those of the study."""
+    return [*(group.first for group in groups), *(study.runs if study else [])]
+
+
+def _contents(content: dict[str, Any], extra: Sequence[Section]) -> list[tuple[str, str]]:
+    places = [("Runs", "runs")] if content["main"] else []
+    places += [("Beliefs and budget", "beliefs")] if content["beliefs"] else []
+    places += [("Token by token", "tokens-section")]
+    places += [("Stress study", "stress")] if content["stress"] else []
+    places += [(section.title, f"extra-{i}") for i, section in enumerate(extra, 1)]
+    return [*places, ("Details", "details")]
 
 
 def _title(main: Sequence[Run], study: Study | None) -> str:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import fmean, median
 
 from kalman_rl.report.data import Row, Run
+from kalman_rl.report.intervals import t_interval
 
 Point = tuple[float, float]
 Band = tuple[float, float, float]
@@ -112,5 +113,27 @@ def over_seeds(many: Sequence[Sequence[Point]]) -> tuple[list[Point], list[Band]
         line.append((step, fmean(values)))
         if len(values) > 1 and all(map(math.isfinite, values)):
             band.append((step, min(values), max(values)))
+    stride = max(1, len(line) // MOST_POINTS)
+    return line[::stride], band[::stride]
+
+
+def with_interval(many: Sequence[Sequence[Point]], *, log: bool = False) -> tuple[list[Point], list[Band]]:
+    """Mean over seeds at every step that all have, with its 95 % interval by Student's t; two seeds: their range.
+
+    With ``log`` mean and interval are those of the logarithms; a step with a value <= 0 then has none.
+    """
+    tables = [dict(points) for points in many if points]
+    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+    line, band = [], []
+    for step in steps:
+        values = [table[step] for table in tables]
+        usable = all(map(math.isfinite, values)) and not (log and min(values) <= 0)
+        scaled = [math.log(value) for value in values] if log and usable else values
+        middle = fmean(scaled)
+        line.append((step, math.exp(middle) if log and usable else middle))
+        interval = t_interval(scaled) if len(values) > 2 else (min(scaled), max(scaled))
+        if usable and interval and len(values) > 1:
+            low, high = map(math.exp, interval) if log else interval
+            band.append((step, low, high))
     stride = max(1, len(line) // MOST_POINTS)
     return line[::stride], band[::stride]

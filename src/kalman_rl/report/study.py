@@ -213,9 +213,8 @@ def method_rank(name: str) -> tuple[int, str]:
 def colours(names: Sequence[str]) -> dict[str, int]:
     """A fixed colour per known method; the others take turns."""
     others = [name for name in names if name not in COLOUR_OF]
-    return {
-        name: COLOUR_OF.get(name, OTHER_COLOURS[others.index(name) % 3] if others else 0) for name in names
-    }
+    turns = {name: OTHER_COLOURS[index % len(OTHER_COLOURS)] for index, name in enumerate(others)}
+    return {name: COLOUR_OF[name] if name in COLOUR_OF else turns[name] for name in names}
 
 
 def split(runs: Sequence[Run]) -> tuple[list[Run], Study | None]:

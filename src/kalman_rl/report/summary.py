@@ -34,10 +34,12 @@ class Summary:
     findings: list[str] = field(default_factory=list)
 
 
-def summarise(main: Sequence[Run], main_arms: Sequence[Arm], study: Study | None) -> Summary:
-    """Plain words about the main runs and the stress study."""
+def summarise(
+    main: Sequence[Run], main_arms: Sequence[Arm], study: Study | None, names: Sequence[str] = ()
+) -> Summary:
+    """Plain words about the main runs (or the first of each group of seeds) and the stress study."""
     summary = Summary()
-    names = names_of(main)
+    names = names or names_of(main)
     if len(main) > MOST_SENTENCES:
         summary.lead.append(_many(names, main_arms))
     else:

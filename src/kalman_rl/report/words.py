@@ -29,10 +29,10 @@ def listing(names: Sequence[str], join: str = "and") -> str:
     return f" {join} ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else "none"
 
 
-def counted(number: int, thing: str) -> str:
+def counted(number: int, thing: str, plural: str = "") -> str:
     """A count in words up to ten, with its noun."""
     words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    return f"{words[number] if number < len(words) else number} {thing}{'' if number == 1 else 's'}"
+    return f"{words[number] if number < len(words) else number} {thing if number == 1 else plural or thing + 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """TRL: ``KalmanGRPOTrainer(GRPOTrainer)`` runs any :class:`kalman_rl.objective.Method`."""
 
 from kalman_rl.integrations.trl.config import KalmanGRPOConfig, check_host
+from kalman_rl.integrations.trl.ranks import last_good_checkpoint
 from kalman_rl.integrations.trl.sinks import SafeSink, make_sinks
 from kalman_rl.integrations.trl.trainer import KalmanGRPOTrainer, TokenBatch
 
@@ -10,5 +11,6 @@ __all__ = [
     "SafeSink",
     "TokenBatch",
     "check_host",
+    "last_good_checkpoint",
     "make_sinks",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,22 +12,14 @@ from trl import GRPOConfig, GRPOTrainer
 from kalman_rl.balance import Balance
 from kalman_rl.correction import CORRECTIONS
 from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.integrations.trl.tracking import Budget
+from kalman_rl.integrations.tracking import Budget
+from kalman_rl.integrations.trl_hooks import TESTED_TRL, moved
 from kalman_rl.lookup import make
 from kalman_rl.methods import make_method
 from kalman_rl.objective import Method
 from kalman_rl.penalty import KL
 from kalman_rl.tracked import Tracked
 
-TESTED_TRL = "1.16"
-_HOOKS = {
-    "_compute_loss": ("model", "inputs"),
-    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
-    "_generate_and_score_completions": ("inputs",),
-    "_save_checkpoint": ("model", "trial"),
-    "_load_optimizer_and_scheduler": ("checkpoint",),
-    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
-}
 # TRL settings that the method replaces. Changing one would be silently ignored, so it is refused.
 _REPLACED = (
     "loss_type",
@@ -43,14 +34,10 @@ _REPLACED = (
 
 def check_host() -> None:
     """Raise AdapterError if the installed TRL has other hooks than the ones this adapter was tested on."""
-    for name, expected in _HOOKS.items():
-        hook = getattr(GRPOTrainer, name, None)
-        found = tuple(inspect.signature(hook).parameters)[1:] if hook is not None else ()
-        if found[: len(expected)] != expected:
-            raise AdapterError(
-                f"trl: got version {trl.__version__} with GRPOTrainer.{name}{found}, expected a hook "
-                f"starting with {expected} as in {TESTED_TRL}.*; install trl=={TESTED_TRL}.*"
-            )
+    for text in moved(GRPOTrainer):
+        raise AdapterError(
+            f"trl: got version {trl.__version__} with {text} as in {TESTED_TRL}.*; install trl=={TESTED_TRL}.*"
+        )
 
 
 check_host()

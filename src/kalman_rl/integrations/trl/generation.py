@@ -15,8 +15,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
+from kalman_rl.integrations.tracking import Tracking, fixed_groups, outcome_metrics
 from kalman_rl.integrations.trl import rows as batches
-from kalman_rl.integrations.trl.tracking import Tracking, outcome_metrics
+from kalman_rl.integrations.trl.records import belief_record
 from kalman_rl.sampling.rounds import Sampled
 
 Generate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -61,8 +62,11 @@ def tracked_generation(
 
     with trainer.one_completion_per_row():
         if tracking.budget.allocation == "fixed":
-            names = [row["prompt_id"] for row in everyone]
-            sampled = fixed_groups(tracking, names, sample(names), step)
+            # Nothing moves: a rank keeps the rows it sampled, and only rewards were gathered.
+            local = generate(inputs)
+            told.append([row["prompt_id"] for row in everyone])
+            rewards.append(trainer._last_rewards.double().cpu())
+            sampled = fixed_groups(tracking, told[0], rewards[0], step)
         else:
             plan = tracking.plan(ids, step=step, rows=len(everyone))
             while (request := plan.next_round()) is not None:
@@ -72,17 +76,36 @@ def tracked_generation(
 
     metrics = outcome_metrics(sampled, (told[0], rewards[0]), predicted, tracking, len(everyone))
     tracking.note(sampled)
+    if tracking.observers and accelerator.is_main_process:
+        texts = {name: str(row["prompt"]) for name, row in by_id.items()}
+        record = belief_record(
+            tracking, sampled, (told[0], rewards[0]), predicted, texts, step=step, rows=len(everyone)
+        )
+        for observe in tracking.observers:
+            observe(record)
     _log(trainer, metrics, sampled.reward)
-    device = accelerator.device
-    whole = batches.join(parts, padding)
-    whole["advantages"] = (sampled.advantage * sampled.weight).float().to(device)
-    whole["rewards"] = sampled.reward.float().to(device)
-    whole["prompt_id"] = sampled.ids
-    whole["prompt"] = [by_id[name]["prompt"] for name in sampled.ids]
-    whole = batches.fill(whole, len(everyone))
-    mine = torch.arange(len(inputs)) + accelerator.process_index * len(inputs)
-    trained = (whole["completion_mask"] * whole.get("tool_mask", 1)).sum()
-    return batches.take(whole, mine) | {"num_items_in_batch": trained}
+    rank, size = accelerator.process_index, len(inputs)
+    if not parts:
+        mine = batches.join([local], padding)
+        _note_outcome(mine, sampled, by_id, slice(rank * size, (rank + 1) * size), accelerator.device)
+    else:
+        whole = batches.join(parts, padding)
+        _note_outcome(whole, sampled, by_id, slice(None), accelerator.device)
+        # Every rank takes each n-th row, so that what a budget leaves empty is spread over ranks like the rest.
+        index = torch.arange(size) * accelerator.num_processes + rank
+        mine = batches.take(batches.fill(whole, len(everyone)), index)
+    trained = (mine["completion_mask"] * mine.get("tool_mask", 1)).sum()
+    return mine | {"num_items_in_batch": accelerator.gather(trained).sum()}
+
+
+def _note_outcome(
+    batch: dict[str, Any], sampled: Sampled, by_id: dict[Hashable, dict[str, Any]], rows: slice, device: Any
+) -> None:
+    """Write what became of the sampled completions ``rows`` into the batch that holds them."""
+    batch["advantages"] = (sampled.advantage * sampled.weight)[rows].float().to(device)
+    batch["rewards"] = sampled.reward[rows].float().to(device)
+    batch["prompt_id"] = sampled.ids[rows]
+    batch["prompt"] = [by_id[name]["prompt"] for name in batch["prompt_id"]]
 
 
 def _log(trainer: Any, metrics: dict[str, float], reward: Tensor) -> None:
@@ -93,27 +116,6 @@ def _log(trainer: Any, metrics: dict[str, float], reward: Tensor) -> None:
     metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
     for name, value in metrics.items():
         trainer._metrics["train"][name].append(value)
-
-
-def fixed_groups(tracking: Tracking, names: list[Hashable], reward: Tensor, step: int) -> Sampled:
-    """Groups of TRL's size: advantages from the belief, which then absorbs them."""
-    features = tracking.known_features(names)
-    found = tracking.belief.advantages(names, reward, step=step, features=features)
-    tracking.belief.update(names, reward, step=step, features=features)
-    prompts = list(dict.fromkeys(names))
-    tracking.coverage.visit(prompts, step=step)
-    known = ~reward.isnan()
-    return Sampled(
-        ids=names,
-        reward=reward,
-        advantage=found.advantage,
-        weight=known.double(),
-        round=torch.zeros(len(names), dtype=torch.long),
-        prompts=prompts,
-        tau=torch.tensor([names.count(name) for name in prompts]),
-        stop_reason=["planned"] * len(prompts),
-        price=None,
-    )
 
 
 def prompts_by_id(rows: list[dict[str, Any]]) -> dict[Hashable, dict[str, Any]]:

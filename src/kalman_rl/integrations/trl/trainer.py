@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from kalman_rl import diagnosis
 from kalman_rl.aggregate import Totals
 from kalman_rl.balance import Balance
 from kalman_rl.curvature import last_layer_step
 from kalman_rl.errors import AdapterError, ConfigError
+from kalman_rl.integrations.state import load_state, save_state
+from kalman_rl.integrations.tracking import Tracking
 from kalman_rl.integrations.trl.config import (
     KalmanGRPOConfig,
     budget_of,
@@ -32,8 +34,7 @@ from kalman_rl.integrations.trl.config import (
 from kalman_rl.integrations.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.integrations.trl.generation import tracked_generation
 from kalman_rl.integrations.trl.learning import Learning
-from kalman_rl.integrations.trl.state import load_state, save_state
-from kalman_rl.integrations.trl.tracking import Tracking
+from kalman_rl.integrations.trl.ranks import RanksTrainer
 from kalman_rl.objective import Loss, Method, needs_of, policy_loss, step_statistics
 from kalman_rl.penalty import k3
 from kalman_rl.rollouts import Current, Rollouts, score_energy
@@ -66,7 +67,7 @@ class TokenBatch(NamedTuple):
     loss: Loss
 
 
-class KalmanGRPOTrainer(GRPOTrainer):
+class KalmanGRPOTrainer(RanksTrainer):
     """TRL's GRPOTrainer with the policy objective of this package.
 
     Args:

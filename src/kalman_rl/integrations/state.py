@@ -1,14 +1,17 @@
 """What a checkpoint of the trainer holds beyond TRL's: one safetensors file, no code on loading.
 
-Tensors are stored as they are; the rest (numbers, texts, lists, prompt ids) as JSON in the header.
+Tensors are stored as they are; the rest (numbers, texts, lists, prompt ids) as JSON in a tensor of bytes. Not in
+the file's header, where format 1 had it: safetensors allows 100 MB there, which some four million prompts fill.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,15 +19,20 @@ from torch import Tensor
 from kalman_rl.errors import RunError
 
 STATE_FILE = "kalman_rl.safetensors"
-FORMAT = 1
+FORMAT = 2
+_JSON = "json"
+"""Name of the tensor of bytes; paths of the others begin with a slash."""
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Write a nested dictionary of tensors, numbers, texts and lists into a checkpoint folder."""
+    """Write a nested dictionary of tensors, numbers, texts and lists into a checkpoint folder, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     plain = _without_tensors(state, "", tensors)
-    header = {"kalman_rl": json.dumps({"format": FORMAT, "state": plain})}
-    save_file(tensors, str(Path(folder) / STATE_FILE), metadata=header)
+    tensors[_JSON] = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
+    header = {"kalman_rl": json.dumps({"format": FORMAT})}
+    temporary = Path(folder) / f".tmp-{STATE_FILE}"
+    save_file(tensors, str(temporary), metadata=header)
+    os.replace(temporary, Path(folder) / STATE_FILE)
 
 
 def load_state(folder: str | Path) -> dict[str, Any] | None:
@@ -39,10 +47,12 @@ def load_state(folder: str | Path) -> dict[str, Any] | None:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("kalman_rl", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        if header.get("format") == FORMAT:
+            header["state"] = json.loads(tensors.pop(_JSON).numpy().tobytes())
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise RunError(f"{path}: cannot be read: {error}; take an older checkpoint") from None
-    if header.get("format") != FORMAT:
-        raise RunError(f"{path}: got format {header.get('format')!r}, expected {FORMAT}")
+    if header.get("format") not in (1, FORMAT):
+        raise RunError(f"{path}: got format {header.get('format')!r}, expected 1 or {FORMAT}")
     state: dict[str, Any] = _with_tensors(header["state"], "", tensors)
     return state
 

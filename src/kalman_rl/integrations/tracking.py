@@ -7,7 +7,7 @@ and nothing is broadcast.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,6 +87,8 @@ class Tracking:
     Args:
         belief: read and updated.
         budget: how completions are divided.
+        observers: receive a :func:`~kalman_rl.integrations.trl.records.belief_record` after every batch.
+        written: prompts whose text the observers have seen.
     """
 
     belief: Belief
@@ -95,6 +97,8 @@ class Tracking:
     coverage: Coverage = field(init=False)
     skipped: set[Hashable] = field(default_factory=set)
     features: dict[Hashable, Tensor] = field(default_factory=dict)
+    observers: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+    written: set[Hashable] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.coverage = Coverage(self.budget.coverage)
@@ -110,6 +114,14 @@ class Tracking:
 
     def plan(self, ids: Sequence[Hashable], *, step: int, rows: int) -> RoundPlan:
         """Who is sampled how often in this batch."""
+        return self._plan(ids, step, rows, in_rounds=self.budget.allocation == "rounds")
+
+    def expected_counts(self, ids: Sequence[Hashable], *, step: int, rows: int) -> dict[Hashable, int]:
+        """Completions each prompt would get from what is believed now, all at once; changes nothing."""
+        request = self._plan(ids, step, rows, in_rounds=False).next_round()
+        return dict.fromkeys(ids, 0) | dict(request or [])
+
+    def _plan(self, ids: Sequence[Hashable], step: int, rows: int, *, in_rounds: bool) -> RoundPlan:
         budget = self.budget
         total = budget.total(len(ids), rows)
         return RoundPlan(
@@ -118,11 +130,11 @@ class Tracking:
             step=step,
             total=total,
             rounds=budget.rounds,
-            max_rounds=budget.max_rounds if budget.allocation == "rounds" else None,
+            max_rounds=budget.max_rounds if in_rounds else None,
             n_min=budget.low,
             n_max=max(budget.high, -(-total // len(ids))),
             objective=budget.objective,
-            weighting="tau" if budget.allocation == "rounds" else "equal",
+            weighting="tau" if in_rounds else "equal",
             features=self.known_features(ids),
             reward=budget.rewards,
             noise_variance=budget.noise_variance,
@@ -156,13 +168,46 @@ class Tracking:
         """Continue from a checkpoint. Raises: RunError if there is none, ConfigError if it does not fit."""
         if state is None:
             raise RunError(
-                "checkpoint: got no beliefs about prompts, expected those of the run; it was saved without a belief"
+                "checkpoint: got no beliefs about prompts, expected those of the run; it was saved without a belief, "
+                "or the save was cut short (last_good_checkpoint finds the one before)"
             )
         self.belief.load_state_dict(state["belief"])
         self.coverage.load_state_dict(state["coverage"])
         self.last_step = state["last_step"]
         self.skipped = set(state["skipped"])
         self.features = dict(zip(state["feature_ids"], state["features"]))
+
+
+def fixed_groups(
+    tracking: Tracking, names: list[Hashable], reward: Tensor, step: int, *, equal: bool = False
+) -> Sampled:
+    """Groups whose sizes were fixed before sampling: advantages from the belief, which then absorbs them.
+
+    A completion's weight is 1 or, with ``equal``, the mean group size over its group's, so that every prompt counts
+    the same; 0 where the reward is missing.
+    """
+    features = tracking.known_features(names)
+    found = tracking.belief.advantages(names, reward, step=step, features=features)
+    tracking.belief.update(names, reward, step=step, features=features)
+    prompts = list(dict.fromkeys(names))
+    tracking.coverage.visit(prompts, step=step)
+    known = ~reward.isnan()
+    place = {name: i for i, name in enumerate(prompts)}
+    row = torch.tensor([place[name] for name in names], dtype=torch.long)
+    size = torch.bincount(row[known], minlength=len(prompts))
+    mean = size.sum().double() / (size > 0).sum().clamp(min=1)
+    weight = mean / size.clamp(min=1)[row] if equal else 1.0
+    return Sampled(
+        ids=names,
+        reward=reward,
+        advantage=found.advantage,
+        weight=torch.where(known, weight, 0.0).double(),
+        round=torch.zeros(len(names), dtype=torch.long),
+        prompts=prompts,
+        tau=torch.bincount(row, minlength=len(prompts)),
+        stop_reason=["planned"] * len(prompts),
+        price=None,
+    )
 
 
 def outcome_metrics(

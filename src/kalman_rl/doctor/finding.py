@@ -1,0 +1,81 @@
+"""What a check has to say: one line about what is there, and one about what to do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of ``kalman-rl doctor``.
+
+    Args:
+        check: what was looked at, in one or two words.
+        status: "ok"; "warning", works but probably not as meant; "problem", something will fail.
+        found: what is there.
+        advice: what to do about it; empty where nothing need be done.
+    """
+
+    check: str
+    status: Status
+    found: str
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """The finding for a terminal; what came from outside cannot move the cursor.
+
+        >>> print(Finding("disk", "warning", "1 GB free", "make room").text())
+        warning  disk          1 GB free
+                               do: make room
+        """
+        lines = [f"{self.status:<8} {self.check:<13} {one_line(self.found)}"]
+        return "\n".join(lines + [f"{'':<22} do: {one_line(self.advice)}"] * bool(self.advice))
+
+
+@dataclass
+class Plan:
+    """What the user is about to do, as far as the checks were told.
+
+    Args:
+        task: name of a built-in task.
+        data: file of the user's rows; replaces the task.
+        reward: the user's reward function, ``module:function``.
+        run: folder that runs are written to.
+        config: TOML file of the run that is planned.
+        settings: the resolved TrainConfig, noted by the check of the settings.
+        seconds_per_reward: noted by the dry run.
+    """
+
+    task: str | None = None
+    data: Path | None = None
+    reward: str | None = None
+    run: Path = Path("runs")
+    config: Path | None = None
+    settings: Any = None
+    seconds_per_reward: float | None = None
+
+
+def one_line(text: str, limit: int = 600) -> str:
+    r"""Text that cannot move the cursor, colour the terminal or break the line.
+
+    >>> one_line("a\n\x1b[31mb")
+    'a  [31mb'
+    """
+    flat = "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
+    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
+
+
+def explain(error: BaseException) -> str:
+    """Type and text of an exception, on one line.
+
+    >>> explain(ValueError("no"))
+    'ValueError: no'
+    """
+    return one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)

@@ -1,0 +1,66 @@
+"""Plain Python loops compiled by numba, where it is installed.
+
+A kernel is an ordinary function over one-dimensional arrays and numbers. It is compiled at its first call
+(half a second to a second each), and the machine code is kept beside the source, or in the user's cache.
+``KALMAN_RL_NO_NUMBA=1`` in the environment switches every kernel off.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+SWITCH = "KALMAN_RL_NO_NUMBA"
+
+
+def usable(*tensors: Any) -> bool:
+    """True if numba is there and every tensor among the arguments is plain memory of this machine.
+
+    Not while torch traces a graph or carries derivatives forward: a kernel's memory accesses are invisible
+    to both.
+    """
+    if os.environ.get(SWITCH, "0") not in ("", "0") or torch.compiler.is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and not _plain(tensor):
+            return False
+    return _numba() is not None
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # a subclass may mean anything
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # by torch.func.vmap, grad, ...
+    return not wrapped and tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_neg()
+
+
+@functools.cache
+def _numba() -> Any | None:
+    try:
+        import numba
+    except Exception:  # not installed, or installed for another numpy: numba raises several kinds
+        return None
+    return None if numba.config.DISABLE_JIT else numba
+
+
+@functools.cache
+def compiled(function: Callable[..., Any], reorder: bool = False) -> Callable[..., Any]:
+    """The kernel in machine code: releases the interpreter's lock, starts no threads.
+
+    Fused multiply-adds are allowed, and treating -0 as 0; NaN and infinity keep their meaning. ``reorder``
+    lets sums be taken in another order, as every matrix product does.
+    """
+    numba: Any = _numba()
+    freedoms = {"contract", "nsz", "arcp"} | ({"reassoc"} if reorder else set())
+    options = {"nogil": True, "error_model": "numpy", "fastmath": freedoms}
+    try:
+        kernel: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the source's directory nor the user's cache can be written
+        kernel = numba.njit(**options)(function)
+    return kernel

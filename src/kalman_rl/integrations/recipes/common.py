@@ -1,0 +1,47 @@
+"""What the recipes share: a method by name, if a loss function called once per micro-batch can carry it out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+
+from torch import Tensor
+
+from kalman_rl.aggregate import Totals
+from kalman_rl.errors import ConfigError
+from kalman_rl.methods import make_method
+from kalman_rl.objective import Method, needs_of
+from kalman_rl.rollouts import Rollouts
+
+SUM = Totals(1.0, 1.0)
+"""With ``token_mean`` these totals give the plain sum over tokens."""
+
+
+@lru_cache(maxsize=64)
+def named(host: str, name: str, options: tuple[tuple[str, object], ...] = ()) -> Method:
+    """A method by name and options, for a host that computes advantages itself. Raises: ConfigError."""
+    return checked(host, make_method(name, **dict(options)))  # type: ignore[arg-type]
+
+
+def checked(host: str, method: Method) -> Method:
+    """The method, if log-probabilities, mask and advantages of one micro-batch are all it looks at.
+
+    Raises: ConfigError for methods that choose bounds over a whole optimizer step, learn noises from past steps, or
+        look at distributions or hidden states: KalmanGRPOTrainer and the verl plugin do what they need.
+    """
+    parts = (method.ratio, method.trust, method.correction, method.penalty)
+    lacking = {name for part in parts for name in needs_of(part)} - {"logp_behaviour"}
+    if hasattr(method.ratio, "settle") or hasattr(method.trust, "settle"):
+        lacking.add("statistics of whole optimizer steps")
+    if lacking:
+        raise ConfigError(
+            f"method: got {method.name!r} for {host}, expected one that sees a micro-batch at a time; it needs "
+            f"{', '.join(sorted(lacking))}: take kpo_diffuse, or train with TRL or verl"
+        )
+    return method
+
+
+def summed(method: Method, weights: Callable[[Rollouts, Totals], Tensor]) -> Method:
+    """The method with the host's own weights of tokens in the place of its aggregation."""
+    return dataclasses.replace(method, aggregate=weights)

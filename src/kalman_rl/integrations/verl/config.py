@@ -1,0 +1,90 @@
+"""Settings of a policy loss in verl's configuration tree, checked when verl reads them: before anything starts."""
+
+# No postponed annotations: verl's and Hydra's readers look at the types of the fields.
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from verl.workers.config import PolicyLossConfig
+
+from kalman_rl.errors import ConfigError
+from kalman_rl.integrations.verl.choice import Choice, choose
+
+PREFIX = "kalman_rl/"
+KNOBS = (
+    "low",
+    "high",
+    "dual",
+    "process_noise",
+    "observation_noise",
+    "initial_variance",
+    "kalman_Q",
+    "kalman_R",
+)
+"""Fields that are options of a method by that name; None leaves the method's default."""
+
+
+@dataclass
+class KalmanPolicyLossConfig(PolicyLossConfig):
+    """verl's PolicyLossConfig with the options of a method of ours.
+
+    Select it with ``actor_rollout_ref.actor.policy_loss._target_=kalman_rl.integrations.verl.KalmanPolicyLossConfig``.
+
+    Args:
+        loss_mode: ``kalman_rl/NAME``, NAME a key of :data:`kalman_rl.METHODS`.
+        options: options of the method; verl's names (``clip_ratio_low``) are understood with verl's meaning.
+        low, high, dual: clip distances, as far as the method has them; None = its default.
+        process_noise, observation_noise, initial_variance: Q, R, P0 of the filter, nats^2.
+        aggregation: "verl", ``actor.loss_agg_mode`` decides; "method", as the method was published.
+        old_is_sampler: the old log-probabilities are the sampler's, as in verl's bypass mode.
+        kalman_Q, kalman_R, is_clip: names of KPO's published fork: Q, R, and whether there is a clip.
+
+    Raises: ConfigError at construction, see :func:`kalman_rl.integrations.verl.choice.choose`.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    low: Optional[float] = None  # noqa: UP045 read at run time
+    high: Optional[float] = None  # noqa: UP045
+    dual: Optional[float] = None  # noqa: UP045
+    process_noise: Optional[float] = None  # noqa: UP045
+    observation_noise: Optional[float] = None  # noqa: UP045
+    initial_variance: Optional[float] = None  # noqa: UP045
+    aggregation: str = "verl"
+    old_is_sampler: bool = False
+    kalman_Q: Optional[float] = None  # noqa: UP045 the fork's names
+    kalman_R: Optional[float] = None  # noqa: UP045
+    is_clip: Optional[bool] = None  # noqa: UP045
+
+    def __post_init__(self) -> None:
+        self.choice()
+
+    def choice(self) -> Choice:
+        """The method that these settings name."""
+        if not self.loss_mode.startswith(PREFIX):
+            raise ConfigError(
+                f"policy_loss.loss_mode: got {self.loss_mode!r} with KalmanPolicyLossConfig, expected {PREFIX}NAME "
+                "with a method's name; for verl's own losses leave policy_loss._target_ as it is"
+            )
+        name = self.loss_mode.removeprefix(PREFIX)
+        options: dict[str, Any] = dict(self.options)
+        for knob in KNOBS:
+            value = getattr(self, knob)
+            if value is not None:
+                if knob in options:
+                    raise ConfigError(
+                        f"policy_loss.{knob}: got it twice, beside options.{knob}, expected one of the two"
+                    )
+                options[knob] = value
+        name, options = _with_clip(name, options, self.is_clip)
+        return choose(name, options, aggregation=self.aggregation, old_is_sampler=self.old_is_sampler)
+
+
+def _with_clip(name: str, options: dict[str, Any], is_clip: bool | None) -> tuple[str, dict[str, Any]]:
+    """The fork's switch: KPO without its clip is a method of its own here, with the fork's Q where none is given."""
+    if is_clip is None or (is_clip and name == "kpo"):
+        return name, options
+    if name != "kpo":
+        raise ConfigError(
+            f"policy_loss.is_clip: got {is_clip} for {PREFIX}{name}, expected it with {PREFIX}kpo only"
+        )
+    given = {"kalman_Q", "process_noise"} & options.keys()
+    return "kpo_unclipped", options if given else options | {"process_noise": 1e-6}

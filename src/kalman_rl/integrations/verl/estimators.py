@@ -1,0 +1,135 @@
+"""Advantages of our methods as verl's estimators.
+
+An estimator of verl sees rewards, a mask and a fresh number for every prompt of the batch: enough for groups,
+not for memory. What remembers prompts runs inside :class:`~kalman_rl.integrations.verl.trainer.KalmanPPOTrainer`,
+which leaves the way to its belief in ``TRACKER`` while verl calls the estimator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalman_rl.errors import ConfigError
+from kalman_rl.integrations.verl.choice import parts_moved
+from kalman_rl.methods import make_method
+from kalman_rl.methods.knobs import translated
+from kalman_rl.objective import Method, needs_of
+from kalman_rl.rollouts import score_energy
+from kalman_rl.tracked import Tracked
+
+TRACKED = "tracked"
+"""Name of the estimator whose belief is chosen by ``algorithm.kalman_rl.belief``."""
+TRACKER: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("TRACKER", default=None)
+"""Rewards (B,) of verl's rows -> advantages (B,), set by our trainer around verl's own computation."""
+
+Estimator = Callable[..., tuple[Tensor, Tensor]]
+
+
+def make_estimator(name: str) -> Estimator:
+    """The advantage of method NAME with verl's signature, or the tracked one.
+
+    A completion's reward is the sum of its ``token_level_rewards``. Rows without trained tokens (verl's padding,
+    rejected completions) are left out of every baseline. Returns (advantages, returns), both (B, T), 0 outside the
+    mask.
+
+    Raises: ConfigError for options that do not act on the advantage, and for what verl does not hand over.
+    """
+
+    def kalman_advantage(
+        token_level_rewards: Tensor,
+        response_mask: Tensor,
+        config: Any = None,
+        index: Any = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor]:
+        mask = response_mask.bool()
+        reward = token_level_rewards.sum(dim=-1)
+        if remembers(name):
+            found = _tracker(name)(reward)
+        else:
+            method = method_for(name, options_in(config))
+            reward = reward.masked_fill(~mask.any(dim=1), torch.nan)
+            found = method.advantage(reward, _groups(index, name), **_extra(method, mask, others))
+        found = found if found.dim() == 2 else found[:, None].expand(mask.shape)
+        advantages = torch.where(mask, found.to(token_level_rewards), 0.0)
+        return advantages, advantages
+
+    kalman_advantage.__name__ = kalman_advantage.__qualname__ = f"advantage_{name}"
+    kalman_advantage.kalman_rl = name  # type: ignore[attr-defined]
+    return kalman_advantage
+
+
+def remembers(name: str) -> bool:
+    """Whether an estimator needs a belief that lives longer than a batch."""
+    return name == TRACKED or isinstance(make_method(name).advantage, Tracked)
+
+
+def options_in(config: Any) -> dict[str, Any]:
+    """What stands under ``algorithm.kalman_rl``, as plain Python."""
+    found: Any = config.get("kalman_rl") if config is not None else None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        from omegaconf import OmegaConf
+
+        found = OmegaConf.to_container(found, resolve=True)
+    options: dict[str, Any] = dict(found)
+    return options
+
+
+def method_for(name: str, options: Mapping[str, Any]) -> Method:
+    """The method with its options, all of which must act on the advantage. Raises: ConfigError."""
+    known: dict[str, Any] = translated(name, options)
+    for option, value in known.items():
+        moved = parts_moved(name, option, value)
+        if moved and "advantage" not in moved:
+            raise ConfigError(
+                f"algorithm.kalman_rl.{option}: got {value!r} for adv_estimator=kalman_rl/{name}, expected an option "
+                "of the advantage; options of the loss belong to actor_rollout_ref.actor.policy_loss.options"
+            )
+    return make_method(name, **known)
+
+
+def _groups(index: Any, name: str) -> Tensor:
+    """Numbers (B,) of the prompts that verl's uids name."""
+    if index is None:
+        raise ConfigError(f"index: got None for kalman_rl/{name}, expected verl's uid of every row")
+    names = index.tolist() if hasattr(index, "tolist") else list(index)
+    numbers = {uid: i for i, uid in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[uid] for uid in names], dtype=torch.long)
+
+
+def _extra(method: Method, mask: Tensor, others: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What an advantage needs beside rewards and groups."""
+    extra: dict[str, Tensor] = {}
+    for need in needs_of(method.advantage):
+        if need == "mask":
+            extra[need] = mask
+        elif need == "length":
+            extra[need] = mask.sum(dim=1)
+        elif need == "energy" and {"old_log_probs", "sum_pi_squared"} <= others.keys():
+            energy = score_energy(others["old_log_probs"], others["sum_pi_squared"])
+            extra[need] = torch.where(mask, energy, 0.0)
+        else:
+            raise ConfigError(
+                f"kalman_rl/{method.name}: got no {need}, expected it from verl, which hands sum_pi_squared to its own "
+                "estimator only; take adv_estimator=optimal_token_baseline (the same formula) with "
+                f"loss_mode=kalman_rl/{method.name}"
+            )
+    return extra
+
+
+def _tracker(name: str) -> Callable[[Tensor], Tensor]:
+    tracker = TRACKER.get()
+    if tracker is None:
+        raise ConfigError(
+            f"adv_estimator: got kalman_rl/{name} under verl's own trainer, expected trainer.v1.trainer_mode=kalman_rl "
+            "because its beliefs are kept by prompt and verl's estimators see no names of prompts; load that trainer "
+            "with VERL_USE_EXTERNAL_MODULES=kalman_rl.integrations.verl.trainer"
+        )
+    return tracker

@@ -1,0 +1,200 @@
+"""verl calls, :func:`kalman_rl.objective.policy_loss` answers: one adapter for every method.
+
+Aggregation is verl's. ``agg_loss`` is linear in the token losses, so its gradient at zero is the weight it
+gives to every token; these weights take the place of the method's own. Micro-batches, data-parallel ranks and
+the five modes then scale as they do for verl's losses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.trainer.ppo.core_algos import agg_loss
+from verl.workers.config import ActorConfig
+
+from kalman_rl.aggregate import SequenceSum, Totals, sequence_mean, token_mean
+from kalman_rl.balance import Balance
+from kalman_rl.errors import ConfigError
+from kalman_rl.integrations.verl.choice import Choice, choose
+from kalman_rl.integrations.verl.config import PREFIX, KalmanPolicyLossConfig
+from kalman_rl.objective import Method, policy_loss, settled, step_statistics
+from kalman_rl.rollouts import Rollouts
+
+logger = logging.getLogger(__name__)
+
+REPLACED = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
+"""Settings of verl's actor that the method replaces. Changing one would be silently ignored, so it is refused."""
+DROPPED = ("objective/surrogate", "objective/penalty")
+"""Parts of a sum over micro-batches, which verl would average; their sum is verl's ``actor/pg_loss``."""
+
+PolicyLossFn = Callable[..., tuple[Tensor, dict[str, float]]]
+
+
+def make_loss(name: str) -> PolicyLossFn:
+    """The policy loss ``kalman_rl/NAME`` with verl's signature.
+
+    It takes verl's tensors (B, T), returns the loss to call ``backward`` on and metrics as numbers. Advantages are
+    used as given. ``rollout_is_weights`` multiply coefficient and surrogate of every token, and leave penalties alone.
+
+    Gradient: through ``log_prob`` only. Raises: ConfigError for settings that do not go together.
+    """
+
+    def kalman_policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        choice = choice_for(name, config)
+        info = dict(getattr(config, "global_batch_info", None) or {})
+        method = aggregated(choice, loss_agg_mode, info)
+        if rollout_is_weights is not None:
+            method = dataclasses.replace(method, correction=Given(rollout_is_weights.detach()))
+        rollouts = Rollouts(
+            old_log_prob,
+            response_mask.bool(),
+            logp_behaviour=old_log_prob if choice.old_is_sampler else None,
+            allow_empty=True,
+        )
+        metrics: dict[str, Any] = {}
+        if isinstance(method.trust, Balance):
+            method, metrics = _with_bounds(method, rollouts, log_prob, advantages, info)
+        loss = policy_loss(method, rollouts, log_prob, advantage=advantages)
+        metrics = {k: v for k, v in loss.metrics.items() if k not in DROPPED} | metrics
+        log_ratio = loss.tokens.log_ratio
+        metrics["actor/ppo_kl"] = -log_ratio.sum() / rollouts.mask.sum().clamp(min=1)
+        metrics["actor/pg_clipfrac"] = 1 - loss.metrics["trust/kept"] if rollouts.mask.any() else 0.0
+        return loss.value, as_numbers(metrics, log_prob.device)
+
+    kalman_policy_loss.__name__ = kalman_policy_loss.__qualname__ = f"policy_loss_{name}"
+    kalman_policy_loss.kalman_rl = name  # type: ignore[attr-defined]
+    return kalman_policy_loss
+
+
+def choice_for(name: str, config: Any) -> Choice:
+    """What the actor's configuration says about a method; its defaults where it says nothing."""
+    check_actor(name, config)
+    settings = getattr(config, "policy_loss", None)
+    if isinstance(settings, KalmanPolicyLossConfig) and settings.loss_mode == PREFIX + name:
+        return settings.choice()
+    return _default(name)
+
+
+@functools.cache
+def _default(name: str) -> Choice:
+    return choose(name, {})
+
+
+def check_actor(name: str, config: Any) -> None:
+    """Raise ConfigError if a setting of verl's actor was changed that the method replaces."""
+    defaults = {f.name: f.default for f in dataclasses.fields(ActorConfig)}
+    for setting in REPLACED:
+        value = getattr(config, setting, None)
+        if value is not None and value != defaults[setting]:
+            raise ConfigError(
+                f"actor.{setting}: got {value}, expected verl's default {defaults[setting]} because {PREFIX}{name} "
+                f"decides this; set +actor_rollout_ref.actor.policy_loss.options.{setting}={value}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class AsVerl:
+    """Weights (B, T) of verl's aggregation, divided by a constant.
+
+    Args:
+        mode: a ``loss_agg_mode``.
+        info: keyword arguments of ``agg_loss`` about the whole optimizer step.
+        length: > 0, divides every weight.
+    """
+
+    mode: str
+    info: Mapping[str, Any]
+    length: float = 1.0
+
+    def __call__(self, rollouts: Rollouts, totals: Totals) -> Tensor:
+        token_losses = torch.zeros_like(rollouts.logp_old)
+        if not rollouts.mask.any():
+            return token_losses  # verl would divide 0 by 0
+        with torch.enable_grad():
+            token_losses.requires_grad_()
+            total = agg_loss(
+                loss_mat=token_losses, loss_mask=rollouts.mask, loss_agg_mode=self.mode, **self.info
+            )
+            (weights,) = torch.autograd.grad(total, token_losses)
+        return weights / self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Importance factors (B, T) that verl computed."""
+
+    weights: Tensor
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        return self.weights
+
+
+def own_mode(method: Method) -> tuple[str, float]:
+    """verl's name for the method's own aggregation, and the constant length it divides by."""
+    if method.aggregate is token_mean:
+        return "token-mean", 1.0
+    if method.aggregate is sequence_mean:
+        return "seq-mean-token-mean", 1.0
+    assert isinstance(method.aggregate, SequenceSum)
+    return "seq-mean-token-sum", method.aggregate.length
+
+
+def aggregated(choice: Choice, mode: str, info: Mapping[str, Any]) -> Method:
+    """The method with verl's aggregation: by verl's mode, or by the mode that the method was published with."""
+    own, length = own_mode(choice.method)
+    if choice.aggregation == "method":
+        return dataclasses.replace(choice.method, aggregate=AsVerl(own, info, length))
+    if mode != own:
+        _say_mode(choice.method.name, mode, own)
+    return dataclasses.replace(choice.method, aggregate=AsVerl(mode, info))
+
+
+@functools.cache
+def _say_mode(name: str, mode: str, own: str) -> None:
+    logger.warning(
+        "loss_agg_mode: got %r for %s%s, which was published with %r; set actor.loss_agg_mode=%s, or "
+        "policy_loss.aggregation=method",
+        mode,
+        PREFIX,
+        name,
+        own,
+        own,
+    )
+
+
+def _with_bounds(
+    method: Method, rollouts: Rollouts, log_prob: Tensor, advantages: Tensor, info: Mapping[str, Any]
+) -> tuple[Method, dict[str, Any]]:
+    """BAPO's bounds, found on the micro-batch at hand: verl shows the loss no other. ``trust/bound_share`` is the
+    micro-batch's share of the step's tokens; at 1 the bounds are those of the whole step."""
+    found = settled(method, step_statistics(method, rollouts, log_prob, advantage=advantages))
+    tokens = rollouts.mask.sum()
+    everything = info.get("batch_num_tokens")
+    trust: Any = found.trust
+    return found, {
+        "trust/bound_low": 1 - trust.low,
+        "trust/bound_high": 1 + trust.high,
+        "trust/bound_share": 1.0 if everything is None else tokens / everything,
+    }
+
+
+def as_numbers(metrics: Mapping[str, Any], device: torch.device) -> dict[str, float]:
+    """All metrics as Python numbers, fetched from the device at once."""
+    values = [
+        torch.as_tensor(value, device=device).detach().double().reshape(()) for value in metrics.values()
+    ]
+    return dict(zip(metrics, torch.stack(values).tolist(), strict=True))

@@ -1,0 +1,97 @@
+"""The entry point ``verl.plugins``: importing it tells verl about our losses and estimators.
+
+verl imports it in every process, workers included, and hides whatever goes wrong at DEBUG level; so this module
+says what went wrong as a warning, and ``registered()`` says what is there. The trainer is not registered here: it
+would pull verl's whole trainer into every worker.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from kalman_rl.errors import AdapterError
+
+logger = logging.getLogger(__name__)
+
+TESTED_VERL = "0.9"
+_AGGREGATION = {"loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "batch_num_tokens", "global_batch_size"}
+
+
+def check_host() -> None:
+    """Raise AdapterError if the installed verl has other hooks than the ones this adapter was tested on."""
+    from verl.trainer.ppo import core_algos
+
+    missing = sorted(_AGGREGATION - set(inspect.signature(core_algos.agg_loss).parameters))
+    hooks = ("POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY", "register_policy_loss", "register_adv_est")
+    missing += [hook for hook in hooks if not hasattr(core_algos, hook)]
+    if missing:
+        raise AdapterError(
+            f"verl: got version {_version()} whose core_algos lacks {', '.join(missing)}, expected {TESTED_VERL}.*; "
+            f"install verl=={TESTED_VERL}.*"
+        )
+
+
+def register() -> None:
+    """Register every method's loss and advantage under ``kalman_rl/NAME``; once, however often it is called.
+
+    Raises: AdapterError for an untested verl, or if somebody else holds one of the names.
+    """
+    check_host()
+    from verl.trainer.ppo import core_algos
+
+    from kalman_rl.integrations.verl.estimators import TRACKED, make_estimator
+    from kalman_rl.integrations.verl.losses import make_loss
+    from kalman_rl.methods import METHODS
+
+    _fill(core_algos.POLICY_LOSS_REGISTRY, list(METHODS), make_loss, core_algos.register_policy_loss)
+    names = [*METHODS, TRACKED]
+    _fill(core_algos.ADV_ESTIMATOR_REGISTRY, names, make_estimator, core_algos.register_adv_est)
+    found = registered()
+    logger.info(
+        "verl %s: %d policy losses and %d advantage estimators under kalman_rl/",
+        _version(),
+        len(found["losses"]),
+        len(found["estimators"]),
+    )
+
+
+def registered() -> dict[str, list[str]]:
+    """Names of ours that verl knows in this process: ``{"losses": [...], "estimators": [...]}``."""
+    from verl.trainer.ppo import core_algos
+
+    tables = {"losses": core_algos.POLICY_LOSS_REGISTRY, "estimators": core_algos.ADV_ESTIMATOR_REGISTRY}
+    return {
+        kind: sorted(str(name) for name, function in table.items() if hasattr(function, "kalman_rl"))
+        for kind, table in tables.items()
+    }
+
+
+def _fill(
+    table: dict[str, Callable[..., object]],
+    names: list[str],
+    make: Callable[[str], Callable[..., object]],
+    enter: Callable[[str], Callable[[Callable[..., object]], object]],
+) -> None:
+    for name in names:
+        key = f"kalman_rl/{name}"
+        if key not in table:
+            enter(key)(make(name))
+        elif not hasattr(table[key], "kalman_rl"):
+            raise AdapterError(f"verl: got {key} registered by {table[key]}, expected the name to be free")
+
+
+def _version() -> str:
+    try:
+        return version("verl")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+try:
+    register()
+except Exception as error:
+    logger.warning("kalman_rl is not available in verl: %s: %s", type(error).__name__, error)
+    raise

@@ -1,0 +1,236 @@
+"""A belief about every prompt of verl's dataset: settings, names of prompts, counts before sampling, advantages after.
+
+Nothing here touches verl or Ray; the trainer fetches the columns and hands them over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kalman_rl.disk import explained, sync
+from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.integrations.state import STATE_FILE, load_state, save_state
+from kalman_rl.integrations.tracking import Budget, Tracking, fixed_groups, outcome_metrics
+from kalman_rl.integrations.verl.estimators import TRACKED
+from kalman_rl.methods import make_method
+from kalman_rl.sampling.allocate import allocate
+from kalman_rl.tracked import Tracked
+
+
+@dataclass(frozen=True)
+class TrackerSettings:
+    """What stands under ``algorithm.kalman_rl``; names and meanings as in ``KalmanGRPOConfig``.
+
+    Args:
+        belief, belief_options: a name of :func:`kalman_rl.belief.make_belief` and its options; read for the
+            estimator ``kalman_rl/tracked``, while ``kalman_rl/k_grpo`` and ``kalman_rl/spo`` name their own.
+        allocation: "fixed", ``rollout.n`` completions each, or "predictive", the same number in all, divided by what
+            is believed before sampling.
+        allocation_objective, completions_max, coverage_steps, reward_range, reward_noise_variance: of an allocation.
+        completions_min: >= 1; verl's replay buffer knows a prompt by its completions.
+        prompt_key: columns of the dataset that name a prompt for good. verl's ``index`` is
+            ``extra_info.index``, often counted anew in every file, hence ``data_source`` beside it.
+    """
+
+    belief: str = "auto"
+    belief_options: Mapping[str, Any] = field(default_factory=dict)
+    allocation: str = "fixed"
+    allocation_objective: str = "gradient"
+    completions_min: int = 1
+    completions_max: int = 32
+    coverage_steps: int = 256
+    reward_range: str = "unit"
+    reward_noise_variance: float = 0.0
+    prompt_key: Sequence[str] = ("data_source", "index")
+
+    def __post_init__(self) -> None:
+        if self.allocation not in ("fixed", "predictive"):
+            raise ConfigError(
+                f"algorithm.kalman_rl.allocation: got {self.allocation!r}, expected fixed or predictive; rounds need a "
+                "rollout that waits for rewards, which verl's does not"
+            )
+        if self.completions_min < 1:
+            raise ConfigError(
+                f"algorithm.kalman_rl.completions_min: got {self.completions_min}, expected at least 1 because verl "
+                "knows a prompt by its completions"
+            )
+        if isinstance(self.prompt_key, str) or not self.prompt_key:
+            raise ConfigError(
+                f"algorithm.kalman_rl.prompt_key: got {self.prompt_key!r}, expected a list of columns, like [index]"
+            )
+
+
+def read_settings(values: Mapping[str, Any]) -> TrackerSettings:
+    """Settings from a mapping. Raises: ConfigError for an unknown name or a value out of range."""
+    known = [f.name for f in dataclasses.fields(TrackerSettings)]
+    for name in values:
+        if name not in known:
+            raise unknown_name("algorithm.kalman_rl", name, known)
+    return TrackerSettings(**values)
+
+
+def make_tracking(estimator: str, settings: TrackerSettings) -> Tracking:
+    """An empty belief for ``kalman_rl/ESTIMATOR`` with its books. Raises: ConfigError."""
+    if estimator == TRACKED:
+        part = Tracked(settings.belief, tuple(settings.belief_options.items()))
+    else:
+        own: Any = make_method(estimator).advantage
+        if settings.belief not in (TrackerSettings.belief, own.belief):
+            raise ConfigError(
+                f"algorithm.kalman_rl.belief: got {settings.belief!r} for kalman_rl/{estimator}, expected "
+                f"{own.belief!r}; take adv_estimator=kalman_rl/{TRACKED} to choose the belief"
+            )
+        part = Tracked(own.belief, tuple({**dict(own.options), **settings.belief_options}.items()))
+    budget = Budget(
+        allocation=settings.allocation,  # type: ignore[arg-type]
+        low=settings.completions_min,
+        high=settings.completions_max,
+        objective=settings.allocation_objective,  # type: ignore[arg-type]
+        coverage=settings.coverage_steps,
+        rewards=settings.reward_range,  # type: ignore[arg-type]
+        noise_variance=settings.reward_noise_variance,
+    )
+    return Tracking(part.make(), budget)
+
+
+class PromptNames:
+    """Names of prompts from columns of the dataset, refusing one name for two prompts."""
+
+    def __init__(self, key: Sequence[str]) -> None:
+        self.key = tuple(key)
+        self._seen: dict[Hashable, int] = {}
+
+    def of(self, columns: Mapping[str, Sequence[Any]]) -> list[Hashable]:
+        """A text per row, "gsm8k/17" for the key (data_source, index)."""
+        return ["/".join(str(value) for value in row) for row in zip(*(columns[name] for name in self.key))]
+
+    def check(self, names: Sequence[Hashable], prompts: Sequence[Any]) -> None:
+        """Raise ConfigError if a name stood for another prompt before."""
+        for name, prompt in zip(names, prompts):
+            text = hash("\0".join(_texts(prompt)))
+            if self._seen.setdefault(name, text) != text:
+                raise ConfigError(
+                    f"{'/'.join(self.key)}: got {str(name)!r} for two different prompts, expected one name per prompt "
+                    "because beliefs are kept by it; give every row of the dataset its own extra_info.index (verl "
+                    "takes 0 where there is none), or name other columns in algorithm.kalman_rl.prompt_key"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in the messages of a prompt; images are left out, their objects differ from visit to visit."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)
+
+
+def planned_counts(tracking: Tracking, names: list[Hashable], *, step: int, n: int) -> list[int]:
+    """Completions of each row of a prompt batch, ``n`` times its length in all.
+
+    A name that comes twice (the dataset's end and beginning in one batch) is left at ``n`` each time.
+    """
+    budget, often = tracking.budget, Counter(names)
+    single = [name for name in names if often[name] == 1]
+    if budget.allocation == "fixed" or not single:
+        return [n] * len(names)
+    found = allocate(
+        tracking.belief,
+        single,
+        step=step,
+        total=n * len(single),
+        objective=budget.objective,
+        n_min=min(budget.low, n),
+        n_max=max(budget.high, n),
+        reward=budget.rewards,
+        noise_variance=budget.noise_variance,
+        coverage=tracking.coverage,
+    )
+    counts = dict(zip(single, found.counts.tolist()))
+    return [counts.get(name, n) for name in names]
+
+
+class Rows(NamedTuple):
+    """verl's trajectories, (B,) each: the prompt's ``name``, the ``session`` a row belongs to, and whether the row is
+    ``counted``: the last output of its session and no padding."""
+
+    name: list[Hashable]
+    session: list[str]
+    counted: list[bool]
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompt groups that were sampled."""
+        return len({s.rsplit("_", 1)[0] for s, counted in zip(self.session, self.counted) if counted})
+
+
+def rows_of(keys: Sequence[str], tags: Sequence[Mapping[str, Any]], names: list[Hashable]) -> Rows:
+    """Read verl's keys ``{uid}_{session}_{output}``."""
+    session, output = zip(*(key.rsplit("_", 1) for key in keys))
+    last: dict[str, int] = {}
+    for name, number in zip(session, output):
+        last[name] = max(last.get(name, -1), int(number))
+    counted = [
+        int(number) == last[name] and not tag.get("is_padding", False)
+        for name, number, tag in zip(session, output, tags)
+    ]
+    return Rows(names, list(session), counted)
+
+
+def tracked_advantages(
+    tracking: Tracking, rows: Rows, reward: Tensor, *, global_step: int, n: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Advantages (B,) float64 of verl's rows, and metrics; the belief absorbs the rewards.
+
+    Every output of a session gets the advantage of its last one; padding gets 0.
+
+    Args:
+        tracking: read, then updated.
+        rows: of :func:`rows_of`.
+        reward: (B,), NaN = missing.
+        global_step: verl's.
+        n: ``rollout.n``, for what a fixed allocation would have used.
+    """
+    counted = torch.tensor(rows.counted)
+    names = [name for name, yes in zip(rows.name, rows.counted) if yes]
+    if not names:
+        return torch.zeros(len(reward), dtype=torch.float64), {}
+    step = tracking.tick(global_step)
+    predicted = tracking.before(list(dict.fromkeys(names)), step)
+    known = reward.detach().double().cpu()[counted]
+    sampled = fixed_groups(tracking, names, known, step, equal=tracking.budget.allocation == "predictive")
+    metrics = outcome_metrics(sampled, (names, known), predicted, tracking, rows.prompts * n)
+    tracking.note(sampled)
+    sessions = [session for session, yes in zip(rows.session, rows.counted) if yes]
+    found = dict(zip(sessions, (sampled.advantage * sampled.weight).tolist()))
+    return torch.tensor([found.get(session, 0.0) for session in rows.session], dtype=torch.float64), metrics
+
+
+def save_tracker(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the state into a checkpoint folder, whole or not at all. Raises: RunError."""
+    with explained(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as part:
+            save_state(part, dict(state))
+            with open(Path(part) / STATE_FILE, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(Path(part) / STATE_FILE, folder / STATE_FILE)
+        sync(folder)
+
+
+def load_tracker(folder: Path) -> dict[str, Any] | None:
+    """Read it back; None where there is none. Raises: RunError for a damaged file."""
+    return load_state(folder)

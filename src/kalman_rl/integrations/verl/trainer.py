@@ -1,0 +1,179 @@
+"""verl's synchronous trainer with beliefs about prompts.
+
+Select it with ``trainer.v1.trainer_mode=kalman_rl``, after telling verl where it is:
+``VERL_USE_EXTERNAL_MODULES=kalman_rl.integrations.verl.trainer``. The belief lives in the driver, the one process that
+sees all rewards; workers know nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from torch import Tensor
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+from verl.utils import tensordict_utils as tu
+
+from kalman_rl.errors import ConfigError
+from kalman_rl.integrations.verl import plugin
+from kalman_rl.integrations.verl.config import PREFIX
+from kalman_rl.integrations.verl.estimators import TRACKED, TRACKER, options_in, remembers
+from kalman_rl.integrations.verl.losses import check_actor
+from kalman_rl.integrations.verl.tracker import (
+    PromptNames,
+    Rows,
+    load_tracker,
+    make_tracking,
+    planned_counts,
+    read_settings,
+    rows_of,
+    save_tracker,
+    tracked_advantages,
+)
+
+logger = logging.getLogger(__name__)
+plugin.register()  # where entry points are switched off
+
+
+@register_trainer("kalman_rl")
+class KalmanPPOTrainer(PPOTrainerSync):
+    """PPOTrainerSync whose advantages come from a belief about every prompt, kept from step to step.
+
+    With ``algorithm.adv_estimator`` one of kalman_rl/tracked, kalman_rl/k_grpo, kalman_rl/spo. With
+    ``algorithm.kalman_rl.allocation=predictive`` the belief also decides how many completions each prompt of a batch
+    gets, ``rollout.n`` on average. The belief is saved beside verl's checkpoints and loaded with them.
+
+    Raises: ConfigError for settings that do not go together, before anything starts.
+    """
+
+    def __init__(self, config: Any) -> None:
+        estimator = check_trainer(config)
+        self.tracker_settings = read_settings(options_in(config.algorithm))
+        self.tracking = make_tracking(estimator, self.tracker_settings)
+        self.prompt_names = PromptNames(self.tracker_settings.prompt_key)
+        super().__init__(config)
+
+    @property
+    def trainer_mode(self) -> str:
+        """verl compares this with "sync" to choose the replay buffer, refills and checkpoints."""
+        return "sync"
+
+    @trainer_mode.setter
+    def trainer_mode(self, name: str) -> None:
+        """verl assigns the registered name; it stays in the configuration."""
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> Any:
+        batch = super()._next_train_batch(num_prompts)
+        names = self.prompt_names.of(self._columns(batch))
+        self.prompt_names.check(names, plain(batch["raw_prompt"]))
+        if self.tracking.budget.allocation == "predictive":
+            step = max(self.global_steps, self.tracking.last_step + 1)
+            n = int(self.config.actor_rollout_ref.rollout.n)
+            counts = planned_counts(self.tracking, names, step=step, n=n)
+            tu.assign_non_tensor_stack(batch, "__rollout_n__", counts)
+        return batch
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=list(self.prompt_names.key)
+        )
+        rows = rows_of(batch.keys, batch.tags, self.prompt_names.of(self._columns(data)))
+        token = TRACKER.set(functools.partial(self._tracked, rows, metrics))
+        try:
+            return super()._compute_advantage(batch, metrics)
+        finally:
+            TRACKER.reset(token)
+
+    def _tracked(self, rows: Rows, metrics: dict[str, Any], reward: Tensor) -> Tensor:
+        """What the estimator asks for while verl computes advantages."""
+        found, numbers = tracked_advantages(
+            self.tracking,
+            rows,
+            reward,
+            global_step=self.global_steps,
+            n=int(self.config.actor_rollout_ref.rollout.n),
+        )
+        metrics.update(numbers)
+        return found
+
+    def _columns(self, data: Any) -> dict[str, list[Any]]:
+        key = self.prompt_names.key
+        missing = [name for name in key if name not in data.keys()]  # noqa: SIM118
+        if missing:
+            raise ConfigError(
+                f"algorithm.kalman_rl.prompt_key: got {list(key)}, expected columns of the dataset, which has no "
+                f"{', '.join(missing)}"
+            )
+        return {name: plain(data[name]) for name in key}
+
+    def _save_checkpoint(self) -> None:
+        # First the belief: verl names a checkpoint the latest when all else is written, so a crash in between leaves
+        # a folder that nothing points to.
+        save_tracker(self._folder(), {"tracking": self.tracking.state_dict()})
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if not self.global_steps:
+            return
+        state = load_tracker(self._folder())
+        if state is None:
+            logger.warning(
+                "%s: got a checkpoint without beliefs, expected those of the run; every prompt starts unknown, which "
+                "costs variance, not correctness",
+                self._folder(),
+            )
+        else:
+            self.tracking.load_state_dict(state["tracking"])
+
+    def _folder(self) -> Path:
+        """The checkpoint of the current step: the one to resume from while loading, else the one to write."""
+        trainer = self.config.trainer
+        name = f"global_step_{self.global_steps}"
+        if trainer.resume_mode == "resume_path" and str(trainer.resume_from_path).rstrip("/").endswith(name):
+            return Path(trainer.resume_from_path)
+        return Path(trainer.default_local_dir) / name
+
+
+def check_trainer(config: Any) -> str:
+    """The name of the estimator. Raises: ConfigError for settings that beliefs do not go with."""
+    estimator = str(config.algorithm.adv_estimator)
+    name = estimator.removeprefix(PREFIX)
+    if not estimator.startswith(PREFIX) or not remembers(name):
+        choices = ", ".join(PREFIX + each for each in (TRACKED, "k_grpo", "spo"))
+        raise ConfigError(
+            f"algorithm.adv_estimator: got {estimator!r} with trainer_mode=kalman_rl, expected one of {choices}; "
+            "with other estimators verl's own trainers do the same"
+        )
+    groups = config.algorithm.get("filter_groups", None)
+    if groups is not None and groups.get("enable", False):
+        raise ConfigError(
+            "algorithm.filter_groups.enable: got true with trainer_mode=kalman_rl, expected false because a belief "
+            "that never sees groups of equal rewards takes hard prompts for easier ones; "
+            "allocation=predictive spends less on such prompts instead"
+        )
+    if (
+        config.algorithm.use_kl_in_reward
+        and options_in(config.algorithm).get("reward_range", "unit") == "unit"
+    ):
+        raise ConfigError(
+            "algorithm.use_kl_in_reward: got true with rewards declared to lie in [0, 1], expected "
+            "+algorithm.kalman_rl.reward_range=real because the penalty moves them out of it; or actor.use_kl_loss=true"
+        )
+    loss = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+    if loss.startswith(PREFIX):
+        check_actor(loss.removeprefix(PREFIX), config.actor_rollout_ref.actor)
+    return name
+
+
+def plain(values: Any) -> list[Any]:
+    """A column of verl's as a list: it may be a tensor, an array or a stack of wrapped objects."""
+    if isinstance(values, torch.Tensor):
+        return list(values.tolist())
+    return [
+        getattr(value, "data", value) if not hasattr(value, "dtype") else value.item() for value in values
+    ]
