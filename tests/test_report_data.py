@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from kalman_rl import report
+from kalman_rl.alarm.journal import append_alarm
+from kalman_rl.alarm.rule import Alarm, Token
 from kalman_rl.belief import make_belief
 from kalman_rl.errors import RunError
 from kalman_rl.integrations.tracking import Budget, Tracking
@@ -19,6 +21,7 @@ from kalman_rl.kalman import causal_filter
 from kalman_rl.methods import make_method
 from kalman_rl.objective import policy_loss
 from kalman_rl.replay import replay
+from kalman_rl.report.alarm_section import MOST as MOST_ALARMS
 from kalman_rl.report.belief_data import Beliefs, read_beliefs
 from kalman_rl.report.data import read_run
 from kalman_rl.report.page import as_json, page
@@ -329,3 +332,23 @@ def test_text_can_be_read_on_every_colour(sheet: str) -> None:
     for level in range(1, 6):  # blue and orange alone: apart for every kind of colour vision
         blue, orange = colours[f"n{level}"], colours[f"p{level}"]
         assert int(blue[5:], 16) > int(blue[1:3], 16) and int(orange[5:], 16) < int(orange[1:3], 16)
+
+
+# ---------------------------------------------------------------- alarms
+
+
+def test_alarms_are_listed_as_text_and_only_where_there_are_some(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"method": "kpo"}, updates=6)
+    assert 'id="alarms"' not in page([folder])
+    hostile = "<script>alert(1)</script>"
+    for step in range(1, MOST_ALARMS + 3):
+        alarm = Alarm(
+            metric="reward", key="reward", step=step, direction="down", value=0.1, expected=0.5, z=-6.0,
+            outside=2, of=3, advice="go back", tokens=(Token(hostile, 2.5, "p", 3),),
+        )  # fmt: skip
+        append_alarm(folder, alarm, "warn")
+    text = page([folder])
+    assert 'href="#alarms"' in text and text.count("go back") == MOST_ALARMS
+    assert f"The first {MOST_ALARMS} of {MOST_ALARMS + 2} alarms" in text
+    assert hostile not in text and "&lt;script&gt;alert(1)" in text
+    assert "reward down: 0.1, expected 0.5 (-6.0 deviations, 2 of 3 outside)" in text

@@ -16,6 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from kalman_rl.errors import AdapterError, RunError
+from kalman_rl.report.alarm_section import alarm_section
 from kalman_rl.report.belief_section import belief_section
 from kalman_rl.report.data import Run, find_runs
 from kalman_rl.report.intervals import t_quantile
@@ -171,6 +172,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "summary": summarise(first, arms, study, [group.name for group in groups]),
         "key_figures": _key_figures(first, arms, study),
         "main": section,
+        "alarms": alarm_section(shown),
         "beliefs": beliefs,
         "study": study,
         "stress": stress_section(study) if study else None,
@@ -193,6 +195,7 @@ def _one_of_each(groups: Sequence[Any], study: Study | None) -> list[Run]:
 
 def _contents(content: dict[str, Any], extra: Sequence[Section]) -> list[tuple[str, str]]:
     places = [("Runs", "runs")] if content["main"] else []
+    places += [("Alarms", "alarms")] if content["alarms"] else []
     places += [("Beliefs and budget", "beliefs")] if content["beliefs"] else []
     places += [("Token by token", "tokens-section")]
     places += [("Stress study", "stress")] if content["stress"] else []
