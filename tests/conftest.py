@@ -18,7 +18,11 @@ OFFLINE = {
     "WANDB_MODE": "disabled",
 }
 os.environ.update(OFFLINE)
-collect_ignore = ["verl_driver.py", "triton_interpreted.py", "triton_compiled.py"]  # for processes of their own
+collect_ignore = [
+    "verl_driver.py",
+    "triton_interpreted.py",
+    "triton_compiled.py",
+]  # for processes of their own
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 if PARALLEL:  # for subprocesses too
     os.environ["OMP_NUM_THREADS"] = "1"
