@@ -83,3 +83,29 @@ def no_network() -> Any:
         patch.setattr(socket.socket, "sendto", _guarded(socket.socket.sendto, -1))
         patch.setattr(socket, "getaddrinfo", local_lookup)
         yield
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a language model of one layer and its tokenizer of characters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kalman_rl.tasks.tiny import character_tokenizer
+
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = character_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("trl")
 from transformers import TrainerCallback
@@ -23,7 +22,6 @@ from kalman_rl.config import TrainConfig, build, to_toml, validate
 from kalman_rl.errors import ConfigError
 from kalman_rl.integrations.trl import SafeSink, make_sinks
 from kalman_rl.runs import Run, read_manifest, read_metrics
-from kalman_rl.tasks.tiny import character_tokenizer
 
 SMALL: dict[str, Any] = {
     "dtype": "float32",
@@ -47,28 +45,6 @@ SMALL: dict[str, Any] = {
     "threads": 1,
 }
 EAGER = {"rule": Rule(band=1e-9, k=1, n=1, rest=3), "options": WatchOptions(warm_up=4)}
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = character_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture

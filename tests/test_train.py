@@ -24,7 +24,6 @@ from kalman_rl.callbacks import Progress
 from kalman_rl.config import TrainConfig, build, to_toml, validate
 from kalman_rl.errors import ConfigError, RewardError
 from kalman_rl.runs import Run, read_metrics
-from kalman_rl.tasks.tiny import character_tokenizer
 from kalman_rl.train import train
 
 SMALL: dict[str, Any] = {
@@ -47,28 +46,6 @@ SMALL: dict[str, Any] = {
     "max_completion_tokens": 5,
     "quiet": True,
 }
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = character_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
