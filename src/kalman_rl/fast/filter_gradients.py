@@ -1,73 +1,145 @@
-"""The filter's loops transposed: gradients of the observations from those of the means; see ``filter_loops``."""
+"""The filter's loops transposed: gradients of the observations from those of the means; see ``filter_loops``.
+
+``s_t = g_t + (1 - K_{t+1}) s_{t+1}``, ``dz_t = K_t s_t``; what is asked of the means behind the last observed
+token counts there. Importing this module imports numba.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from kalman_rl.fast.filter_loops import place
+from kalman_rl.fast.jit import inner
+from kalman_rl.fast.lanes import lanes, put, take, turn_in, turn_in_mask, turn_out
+
 Array = Any
 
 
-def gradients_by_table(
-    gradient: Array, table: Array, runs: Array, order: Array, start: int, stop: int, out: Array
-) -> None:
-    """The transpose of :func:`means_by_table`: from the gradient of the means to that of the observations.
+@inner
+def total(values: Array) -> float:
+    """Sum by four, which one alone would take one addition after another."""
+    b0 = b1 = b2 = b3 = 0.0
+    for t in range(len(values) // 4):
+        b0 += values[4 * t]
+        b1 += values[4 * t + 1]
+        b2 += values[4 * t + 2]
+        b3 += values[4 * t + 3]
+    for t in range(len(values) // 4 * 4, len(values)):
+        b0 += values[t]
+    return (b0 + b1) + (b2 + b3)
 
-    ``s_t = g_t + (1 - K_{t+1}) s_{t+1}``, ``dz_t = K_t s_t``; what is asked of the means behind the last
-    observed token counts there.
-    """
+
+def gradients_by_table(
+    gradient: Array,
+    table: Array,
+    runs: Array,
+    order: Array,
+    start: int,
+    stop: int,
+    first: Array,
+    tile: Array,
+    out: Array,
+) -> None:
+    """The transpose of :func:`means_by_table`: from the gradient of the means to that of the observations."""
     gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
-    for g in range(start, stop, 4):
-        i0, i1 = 5 * order[g], 5 * order[min(g + 1, stop - 1)]
-        i2, i3 = 5 * order[min(g + 2, stop - 1)], 5 * order[min(g + 3, stop - 1)]
-        g0, o0 = gradient[runs[i0 + 2] : runs[i0 + 3]], out[runs[i0 + 2] : runs[i0 + 3]]
-        g1, o1 = gradient[runs[i1 + 2] : runs[i1 + 3]], out[runs[i1 + 2] : runs[i1 + 3]]
-        g2, o2 = gradient[runs[i2 + 2] : runs[i2 + 3]], out[runs[i2 + 2] : runs[i2 + 3]]
-        g3, o3 = gradient[runs[i3 + 2] : runs[i3 + 3]], out[runs[i3 + 2] : runs[i3 + 3]]
-        steps = min(len(g0), len(g1), len(g2), len(g3))
-        c0 = c1 = c2 = c3 = 0.0
-        for lane in range(min(4, stop - g)):
-            i = i0 if lane == 0 else i1 if lane == 1 else i2 if lane == 2 else i3
-            behind = gradient[runs[i + 3] : runs[i + 1]]
-            b0 = b1 = b2 = b3 = 0.0
-            for t in range(len(behind) // 4):
-                b0 += behind[4 * t]
-                b1 += behind[4 * t + 1]
-                b2 += behind[4 * t + 2]
-                b3 += behind[4 * t + 3]
-            for t in range(len(behind) // 4 * 4, len(behind)):
-                b0 += behind[t]
-            c = (b0 + b1) + (b2 + b3)
+    for g in range(start, stop, 8):
+        shortest, _, _ = place(runs, order, g, stop, first)
+        steps = shortest // 16 * 16
+        for lane in range(8):
+            i = 5 * order[min(g + lane, stop - 1)]
+            c = total(gradient[runs[i + 3] : runs[i + 1]])
             rest = runs[i + 2] + steps
             gl, ol = gradient[rest : runs[i + 3]], out[rest : runs[i + 3]]
             kl, al = gain[steps : steps + len(gl)], keep[steps : steps + len(gl)]
-            t = len(gl)
-            while t > 0:
-                t -= 1
+            for back in range(len(gl)):
+                t = len(gl) - 1 - back
                 c += gl[t]
                 ol[t] = kl[t] * c
                 c *= al[t]
             out[runs[i] : runs[i + 2]] = 0.0
             out[runs[i + 3] : runs[i + 1]] = 0.0
-            c0, c1 = c if lane == 0 else c0, c if lane == 1 else c1
-            c2, c3 = c if lane == 2 else c2, c if lane == 3 else c3
-        # A group that is not full repeats its last run: the same numbers are written again.
-        full = stop - g
-        c1 = c1 if full > 1 else c0
-        c2 = c2 if full > 2 else c1
-        c3 = c3 if full > 3 else c2
-        t, a = steps, 1.0
-        while t > 0:
-            t -= 1
-            k = gain[t]
-            c0 = a * c0 + g0[t]
-            c1 = a * c1 + g1[t]
-            c2 = a * c2 + g2[t]
-            c3 = a * c3 + g3[t]
-            a = keep[t]
-            o0[t] = k * c0
-            o1[t] = k * c1
-            o2[t] = k * c2
-            o3[t] = k * c3
+            tile[lane] = c
+        s, later = take(tile, 0), 1.0
+        for back in range(16, steps + 16, 16):
+            t = steps - back
+            turn_in(gradient, first, t, tile)
+            k, a = gain[t : t + 16], keep[t : t + 16]
+            for j in range(16):
+                i = 15 - j
+                s = later * s + take(tile, i)
+                put(tile, i, k[i] * s)
+                later = a[i]
+            turn_out(tile, out, first, t)
+
+
+def gradients_with_holes(
+    gradient: Array,
+    mask: Array,
+    q: float,
+    start_p: float,
+    runs: Array,
+    order: Array,
+    start: int,
+    stop: int,
+    first: Array,
+    tile: Array,
+    gains: Array,
+    out: Array,
+) -> None:
+    """The transpose of :func:`means_with_holes`. ``gains`` (8 T) is scratch: the gains of eight runs, token by
+    token, come first, and the way back after them."""
+    unknown = start_p == float("inf")
+    for g in range(start, stop, 8):
+        _, longest, room = place(runs, order, g, stop, first)
+        steps = min(room // 16 * 16, (longest + 15) // 16 * 16)
+        u, v = lanes(1.0 if unknown else start_p), lanes(0.0 if unknown else 1.0)
+        for t in range(0, steps, 16):
+            turn_in_mask(mask, first, t, tile)
+            for i in range(0, 16, 2):
+                seen0, seen1 = take(tile, i), take(tile, i + 1)
+                u0 = u + q * v
+                n0 = u0 + v
+                v = v + seen0 * u0
+                u = u0 + q * v
+                n1 = u + v
+                v = v + seen1 * u
+                both = 1.0 / (n0 * n1)
+                put(gains, t + i, seen0 * (u0 * (n1 * both)))
+                put(gains, t + i + 1, seen1 * (u * (n0 * both)))
+            u, v = u / v, lanes(1.0)
+        put(tile, 0, u)
+        for lane in range(8):
+            i, p = 5 * order[min(g + lane, stop - 1)], tile[lane]
+            p = start_p if steps == 0 else p
+            rest, last = runs[i + 2] + steps, runs[i + 3]
+            for t in range(rest, last):
+                p += q
+                k = 0.0
+                if mask[t] != 0:
+                    k = 1.0 if p == float("inf") else p / (p + 1.0)
+                    p = k
+                gains[8 * (t - runs[i + 2]) + lane] = k
+            c = total(gradient[max(rest, last) : runs[i + 1]])
+            for back in range(last - rest):
+                t = last - 1 - back
+                k = gains[8 * (t - runs[i + 2]) + lane]
+                c += gradient[t]
+                out[t] = k * c
+                c -= k * c
+            out[runs[i] : runs[i + 2]] = 0.0
+            out[max(rest, last) : runs[i + 1]] = 0.0
+            tile[lane] = c
+        s, later = take(tile, 0), lanes(1.0)
+        for back in range(16, steps + 16, 16):
+            t = steps - back
+            turn_in(gradient, first, t, tile)
+            for j in range(16):
+                i = 15 - j
+                k = take(gains, t + i)
+                s = later * s + take(tile, i)
+                put(tile, i, k * s)
+                later = 1.0 - k
+            turn_out(tile, out, first, t)
 
 
 def gradients_in_general(

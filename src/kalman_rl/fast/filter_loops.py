@@ -1,18 +1,47 @@
 """The scalar filter as loops over flat arrays, for :mod:`kalman_rl.fast.jit`.
 
 A row is cut into runs: one for each segment, ``(begin, end, first, last, hole)``, positions in the flat array.
-Tokens outside ``[first, last)`` are padding; ``hole`` says whether a token inside is masked. Four runs of
+Tokens outside ``[first, last)`` are padding; ``hole`` says whether a token inside is masked. Eight runs of
 similar length are taken side by side, because one alone would wait for its own last addition.
 
-Loops are written out four times: that is what keeps the states in registers.
+Importing this module imports numba.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from kalman_rl.fast.jit import inner
+from kalman_rl.fast.lanes import choose, is_number, lanes, put, take, turn_in, turn_in_seen, turn_out
+
 Array = Any  # one-dimensional, contiguous
-BUCKETS = 1024
+BUCKETS = 256  # as in filter_numba
+BLOCK = 128  # so many ones fit into a byte
+
+
+@inner
+def ones(mask: Array) -> int:
+    """How many: by blocks in bytes, of which a vector holds eight times as many as of integers."""
+    blocks, total = len(mask) // BLOCK, 0
+    for b in range(blocks):
+        part, count = mask[b * BLOCK : b * BLOCK + BLOCK], np.uint8(0)
+        for t in range(BLOCK):
+            count = np.uint8(count + part[t])
+        total += count
+    for t in range(blocks * BLOCK, len(mask)):
+        total += mask[t]
+    return total
+
+
+@inner
+def every(mask: Array) -> int:
+    """1 if all are 1."""
+    whole = np.uint8(1)
+    for t in range(len(mask)):
+        whole = np.uint8(whole & mask[t])
+    return whole
 
 
 def find_runs(mask: Array, segment: Array, rows: int, length: int, runs: Array, order: Array) -> int:
@@ -34,13 +63,8 @@ def find_runs(mask: Array, segment: Array, rows: int, length: int, runs: Array, 
             first = begin
             while first < end and mask[first] == 0:
                 first += 1
-            inside = mask[first:end]
-            count, whole = 0, 1
-            for t in range(len(inside)):
-                count += inside[t]
-            for t in range(count):
-                whole &= inside[t]
-            last = first + count
+            count = ones(mask[first:end])
+            last, whole = first + count, every(mask[first : first + count])
             if whole == 0:
                 last, some = end, 0
                 while some == 0:  # a block of padding at a time
@@ -55,7 +79,7 @@ def find_runs(mask: Array, segment: Array, rows: int, length: int, runs: Array, 
             clean += whole
             n += 1
             begin = end
-    # Sorted by counting, in at most 2 x 1024 buckets, which lie behind the runs' own places.
+    # Sorted by counting, in at most 2 x 256 buckets, which lie behind the runs' own places.
     shift = 0
     while length >> shift >= BUCKETS:
         shift += 1
@@ -93,41 +117,60 @@ def table_of_gains(q: float, r: float, p0: float, table: Array, length: int) -> 
         p = gain[t] * r
 
 
+@inner
+def place(runs: Array, order: Array, start: int, stop: int, first: Array) -> tuple[int, int, int]:
+    """Where the eight runs from ``order[start]`` on begin, to ``first``; the last one again where there are
+    fewer. Returns the length of the shortest and of the longest, and the room that all have."""
+    shortest, longest, room = 1 << 62, 0, 1 << 62
+    for lane in range(8):
+        i = 5 * order[min(start + lane, stop - 1)]
+        first[lane] = runs[i + 2]
+        shortest = min(shortest, runs[i + 3] - runs[i + 2])
+        longest = max(longest, runs[i + 3] - runs[i + 2])
+        room = min(room, runs[i + 1] - runs[i + 2])
+    return shortest, longest, room
+
+
 def means_by_table(
-    z: Array, table: Array, m0: float, runs: Array, order: Array, start: int, stop: int, out: Array
+    z: Array,
+    table: Array,
+    m0: float,
+    runs: Array,
+    order: Array,
+    start: int,
+    stop: int,
+    first: Array,
+    tile: Array,
+    out: Array,
 ) -> bool:
-    """Means of the runs ``order[start:stop]``, which have no hole; False if an observation is not finite."""
+    """Means of the runs ``order[start:stop]``, which have no hole; False if an observation is not finite.
+
+    ``first`` (8 int64) and ``tile`` (128 float64) are scratch.
+    """
     gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
     fine = True
-    for g in range(start, stop, 4):
-        i0, i1 = 5 * order[g], 5 * order[min(g + 1, stop - 1)]
-        i2, i3 = 5 * order[min(g + 2, stop - 1)], 5 * order[min(g + 3, stop - 1)]
-        z0, o0 = z[runs[i0 + 2] : runs[i0 + 3]], out[runs[i0 + 2] : runs[i0 + 3]]
-        z1, o1 = z[runs[i1 + 2] : runs[i1 + 3]], out[runs[i1 + 2] : runs[i1 + 3]]
-        z2, o2 = z[runs[i2 + 2] : runs[i2 + 3]], out[runs[i2 + 2] : runs[i2 + 3]]
-        z3, o3 = z[runs[i3 + 2] : runs[i3 + 3]], out[runs[i3 + 2] : runs[i3 + 3]]
-        x0 = x1 = x2 = x3 = m0
-        steps = min(len(z0), len(z1), len(z2), len(z3))
-        for t in range(steps):
-            k, a = gain[t], keep[t]
-            x0 = a * x0 + k * z0[t]
-            x1 = a * x1 + k * z1[t]
-            x2 = a * x2 + k * z2[t]
-            x3 = a * x3 + k * z3[t]
-            o0[t] = x0
-            o1[t] = x1
-            o2[t] = x2
-            o3[t] = x3
-        for lane in range(min(4, stop - g)):
-            i = i0 if lane == 0 else i1 if lane == 1 else i2 if lane == 2 else i3
-            x = x0 if lane == 0 else x1 if lane == 1 else x2 if lane == 2 else x3
-            zl, ol = z[runs[i + 2] : runs[i + 3]], out[runs[i + 2] : runs[i + 3]]
-            for t in range(steps, len(zl)):
-                x = keep[t] * x + gain[t] * zl[t]
-                ol[t] = x
-            fine &= x - x == 0.0
+    for g in range(start, stop, 8):
+        shortest, _, _ = place(runs, order, g, stop, first)
+        x, steps = lanes(m0), shortest // 16 * 16
+        for t in range(0, steps, 16):
+            turn_in(z, first, t, tile)
+            k, a = gain[t : t + 16], keep[t : t + 16]
+            for i in range(16):
+                x = a[i] * x + k[i] * take(tile, i)
+                put(tile, i, x)
+            turn_out(tile, out, first, t)
+        put(tile, 0, x)
+        for lane in range(min(8, stop - g)):
+            i, mean = 5 * order[g + lane], tile[lane]
+            rest = runs[i + 2] + steps
+            zl, ol = z[rest : runs[i + 3]], out[rest : runs[i + 3]]
+            kl, al = gain[steps : steps + len(zl)], keep[steps : steps + len(zl)]
+            for t in range(len(zl)):
+                mean = al[t] * mean + kl[t] * zl[t]
+                ol[t] = mean
+            fine &= mean - mean == 0.0
             out[runs[i] : runs[i + 2]] = m0
-            out[runs[i + 3] : runs[i + 1]] = x
+            out[runs[i + 3] : runs[i + 1]] = mean
     return fine
 
 
@@ -141,74 +184,72 @@ def means_with_holes(
     order: Array,
     start: int,
     stop: int,
+    first: Array,
+    tile: Array,
     out: Array,
+    gain: Array,
 ) -> bool:
     """As :func:`means_by_table` where tokens are missing, for R = 1, Q = q in [0, 100], P_0 = ``start_p``.
 
     The variance is a fraction u / v: a prediction is ``u += q v``, an observation ``v += u``. So the division
-    that makes the gain is outside of the chain from token to token, and four runs share one division. After
-    16 tokens ``v = 1`` again: it can grow to 1e55 in between.
+    that makes the gain is outside of the chain from token to token, and two tokens share one. After sixteen
+    tokens ``v = 1`` again: it can grow to 1e32 in between. A run that has ended goes on as a hole.
+
+    ``tile`` is two tiles here. ``gain`` is empty or like ``out``: the gains, 0 where nothing is observed.
     """
-    fine = True
-    for g in range(start, stop, 4):
-        i0, i1 = 5 * order[g], 5 * order[min(g + 1, stop - 1)]
-        i2, i3 = 5 * order[min(g + 2, stop - 1)], 5 * order[min(g + 3, stop - 1)]
-        z0, o0 = z[runs[i0 + 2] : runs[i0 + 3]], out[runs[i0 + 2] : runs[i0 + 3]]
-        z1, o1 = z[runs[i1 + 2] : runs[i1 + 3]], out[runs[i1 + 2] : runs[i1 + 3]]
-        z2, o2 = z[runs[i2 + 2] : runs[i2 + 3]], out[runs[i2 + 2] : runs[i2 + 3]]
-        z3, o3 = z[runs[i3 + 2] : runs[i3 + 3]], out[runs[i3 + 2] : runs[i3 + 3]]
-        s0, s1 = mask[runs[i0 + 2] : runs[i0 + 3]], mask[runs[i1 + 2] : runs[i1 + 3]]
-        s2, s3 = mask[runs[i2 + 2] : runs[i2 + 3]], mask[runs[i3 + 2] : runs[i3 + 3]]
-        # A run with a hole begins with an observed token, where the gain may be 1 for an unknown start.
-        p = start_p + q
-        k = 1.0 if p == float("inf") else p / (p + 1.0)
-        o0[0] = x0 = m0 + k * (z0[0] - m0)
-        o1[0] = x1 = m0 + k * (z1[0] - m0)
-        o2[0] = x2 = m0 + k * (z2[0] - m0)
-        o3[0] = x3 = m0 + k * (z3[0] - m0)
-        u0 = u1 = u2 = u3 = k
-        steps = min(len(z0), len(z1), len(z2), len(z3))
-        v0 = v1 = v2 = v3 = 1.0
-        for t in range(1, steps):
-            u0 += q * v0
-            u1 += q * v1
-            u2 += q * v2
-            u3 += q * v3
-            n0, n1, n2, n3 = u0 + v0, u1 + v1, u2 + v2, u3 + v3
-            first, second = n0 * n1, n2 * n3
-            both = 1.0 / (first * second)
-            first, second = both * second, both * first
-            d0, d1, d2, d3 = z0[t] - x0, z1[t] - x1, z2[t] - x2, z3[t] - x3
-            x0 += u0 * (first * n1) * (d0 if s0[t] != 0 else 0.0)
-            x1 += u1 * (first * n0) * (d1 if s1[t] != 0 else 0.0)
-            x2 += u2 * (second * n3) * (d2 if s2[t] != 0 else 0.0)
-            x3 += u3 * (second * n2) * (d3 if s3[t] != 0 else 0.0)
-            v0 = n0 if s0[t] != 0 else v0
-            v1 = n1 if s1[t] != 0 else v1
-            v2 = n2 if s2[t] != 0 else v2
-            v3 = n3 if s3[t] != 0 else v3
-            o0[t] = x0
-            o1[t] = x1
-            o2[t] = x2
-            o3[t] = x3
-            if t % 16 == 0:
-                u0, u1, u2, u3 = u0 / v0, u1 / v1, u2 / v2, u3 / v3
-                v0 = v1 = v2 = v3 = 1.0
-        for lane in range(min(4, stop - g)):
-            i = i0 if lane == 0 else i1 if lane == 1 else i2 if lane == 2 else i3
-            x = x0 if lane == 0 else x1 if lane == 1 else x2 if lane == 2 else x3
-            p = u0 / v0 if lane == 0 else u1 / v1 if lane == 1 else u2 / v2 if lane == 2 else u3 / v3
-            rest = runs[i + 2] + steps
-            zl, ol, sl = z[rest : runs[i + 3]], out[rest : runs[i + 3]], mask[rest : runs[i + 3]]
-            for t in range(len(zl)):
+    unknown, fine = start_p == float("inf"), True
+    means, gains = tile[:128], tile[128:]
+    for g in range(start, stop, 8):
+        _, longest, room = place(runs, order, g, stop, first)
+        steps = min(room // 16 * 16, (longest + 15) // 16 * 16)
+        x = lanes(m0)
+        u, v = lanes(1.0 if unknown else start_p), lanes(0.0 if unknown else 1.0)
+        for t in range(0, steps, 16):
+            fine &= turn_in_seen(z, mask, first, t, means)
+            for i in range(0, 16, 2):
+                z0, z1 = take(means, i), take(means, i + 1)
+                seen0, seen1 = is_number(z0), is_number(z1)
+                u0 = u + q * v
+                n0 = u0 + v
+                v = choose(seen0, n0, v)
+                u = u0 + q * v
+                n1 = u + v
+                v = choose(seen1, n1, v)
+                both = 1.0 / (n0 * n1)
+                k0, k1 = u0 * (n1 * both), u * (n0 * both)
+                x = choose(seen0, x + k0 * (z0 - x), x)
+                put(means, i, x)
+                x = choose(seen1, x + k1 * (z1 - x), x)
+                put(means, i + 1, x)
+                if len(gain) > 0:
+                    put(gains, i, choose(seen0, k0, lanes(0.0)))
+                    put(gains, i + 1, choose(seen1, k1, lanes(0.0)))
+            u, v = u / v, lanes(1.0)
+            turn_out(means, out, first, t)
+            if len(gain) > 0:
+                turn_out(gains, gain, first, t)
+        put(means, 0, x)
+        put(gains, 0, u)
+        for lane in range(min(8, stop - g)):
+            i, mean, p = 5 * order[g + lane], means[lane], gains[lane]
+            p = start_p if steps == 0 else p
+            rest, last, end = runs[i + 2] + steps, runs[i + 3], runs[i + 1]
+            for t in range(rest, last):
                 p += q
-                if sl[t] != 0:
-                    p /= p + 1.0
-                    x += p * (zl[t] - x)
-                ol[t] = x
-            fine &= x - x == 0.0
+                k = 0.0
+                if mask[t] != 0:
+                    k = 1.0 if p == float("inf") else p / (p + 1.0)
+                    p = k
+                    mean += k * (z[t] - mean)
+                out[t] = mean
+                if len(gain) > 0:
+                    gain[t] = k
+            fine &= mean - mean == 0.0
             out[runs[i] : runs[i + 2]] = m0
-            out[runs[i + 3] : runs[i + 1]] = x
+            out[max(rest, last) : end] = mean
+            if len(gain) > 0:
+                gain[runs[i] : runs[i + 2]] = 0.0
+                gain[max(rest, last) : end] = 0.0
     return fine
 
 

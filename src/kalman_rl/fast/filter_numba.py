@@ -7,22 +7,33 @@ torch, which says what is wrong. States are float64 whatever the type of the obs
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kalman_rl.fast import filter_fields as field_loops
-from kalman_rl.fast import filter_gradients as gradient_loops
-from kalman_rl.fast import filter_loops as loops
 from kalman_rl.fast.jit import compiled, usable
 from kalman_rl.fast.memory import empty_like
 
 Noise = Tensor | float
 RATIO_LIMIT = 100.0  # of Q / R in means_with_holes
+BUCKETS = 256  # of filter_loops.find_runs
 TYPES = (torch.float32, torch.float64)
 ZERO_STRIDES = (0, 0, 0, 0)
+
+
+@functools.cache
+def _loops() -> ModuleType:
+    return importlib.import_module("kalman_rl.fast.filter_loops")  # imports numba
+
+
+@functools.cache
+def _transposed() -> ModuleType:
+    return importlib.import_module("kalman_rl.fast.filter_gradients")
 
 
 class Model(NamedTuple):
@@ -61,18 +72,17 @@ def _means(
     flat, result = z.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance
-    good = True
-    start = 0
+    good, start, loops = True, 0, _loops()
     if noises is not None:
         q, r = noises
         if runs.clean:
             table = gains(q, r, p0, runs.length)
-            args = (runs.place, runs.order, 0, runs.clean, result)
+            args = (runs.place, runs.order, 0, runs.clean, *_scratch(), result)
             good = compiled(loops.means_by_table)(flat, table, m0, *args)
         start = runs.clean
         if start < runs.total and q / r <= RATIO_LIMIT:
             kernel = compiled(loops.means_with_holes)
-            args = (runs.place, runs.order, start, runs.total, result)
+            args = (runs.place, runs.order, start, runs.total, *_scratch(), result, result[:0])
             good &= kernel(flat, runs.mask, q / r, p0 / r, m0, *args)
             start = runs.total
     if start < runs.total:
@@ -95,16 +105,24 @@ def gradients(
     runs = runs or find_runs(mask, segment)
     flat, result = gradient.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
-    start = 0
-    if noises is not None and runs.clean:
-        table = gains(*noises, model.initial_variance, runs.length)
-        start = runs.clean
-        compiled(gradient_loops.gradients_by_table)(flat, table, runs.place, runs.order, 0, start, result)
+    start, loops, p0 = 0, _transposed(), model.initial_variance
+    first, tile = _scratch()
+    if noises is not None:
+        q, r = noises
+        if runs.clean:
+            start = runs.clean
+            args = (runs.place, runs.order, 0, start, first, tile, result)
+            compiled(loops.gradients_by_table)(flat, gains(q, r, p0, runs.length), *args)
+        if start < runs.total and q / r <= RATIO_LIMIT:
+            scratch = _loops().np.empty(8 * runs.length)
+            args = (runs.place, runs.order, start, runs.total, first, tile, scratch, result)
+            compiled(loops.gradients_with_holes)(flat, runs.mask, q / r, p0 / r, *args)
+            start = runs.total
     arrays = _arrays(model, gradient) if start < runs.total else None
     if arrays is not None:
-        scratch = torch.empty(2 * runs.length, dtype=torch.float64).numpy()
-        args = (runs.length, model.initial_variance, runs.place, runs.order, start, runs.total, scratch)
-        compiled(gradient_loops.gradients_in_general)(flat, runs.mask, *arrays, *args, result)
+        scratch = _loops().np.empty(2 * runs.length)
+        args = (runs.length, p0, runs.place, runs.order, start, runs.total, scratch, result)
+        compiled(loops.gradients_in_general)(flat, runs.mask, *arrays, *args)
     return out
 
 
@@ -189,16 +207,22 @@ def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
     if segment is not None:
         marks = segment.detach().to(torch.int64).contiguous().numpy().reshape(-1)
         most += int((segment[:, 1:] != segment[:, :-1]).sum())
-    work = torch.empty(6 * most + 2 * loops.BUCKETS + 2, dtype=torch.int64).numpy()
+    work = _loops().np.empty(6 * most + 2 * BUCKETS + 2, "int64")
     place, order = work[: 5 * most], work[5 * most :]
     flat = mask.contiguous().numpy().reshape(-1).view("uint8")
-    clean = compiled(loops.find_runs)(flat, marks, rows, length, place, order)
+    clean = compiled(_loops().find_runs)(flat, marks, rows, length, place, order)
     return Runs(flat, place, order, clean, int(order[-1]), length)
+
+
+def _scratch() -> tuple[Any, Any]:
+    """Places and two tiles for eight runs; new for each call, since threads may share a kernel."""
+    work = _loops().np.empty(8 + 256)
+    return work[:8].view("int64"), work[8:]
 
 
 @functools.cache
 def _no_marks() -> Any:
-    return torch.empty(0, dtype=torch.int64).numpy()
+    return _loops().np.empty(0, "int64")
 
 
 def gains(q: float, r: float, p0: float, length: int) -> Any:
@@ -208,15 +232,15 @@ def gains(q: float, r: float, p0: float, length: int) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _table_of_fields(q: float, r: float, p0: float, length: int) -> Any:
-    table = torch.empty(6 * length, dtype=torch.float64).numpy()
+    table = _loops().np.empty(6 * length)
     compiled(field_loops.table_of_fields)(q, r, p0, table, length)
     return table
 
 
 @functools.lru_cache(maxsize=8)
 def _gains(q: float, r: float, p0: float, length: int) -> Any:
-    table = torch.empty(2 * length, dtype=torch.float64).numpy()
-    compiled(loops.table_of_gains)(q, r, p0, table, length)
+    table = _loops().np.empty(2 * length)
+    compiled(_loops().table_of_gains)(q, r, p0, table, length)
     return table
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 SWITCH = "KALMAN_RL_NO_NUMBA"
+FREEDOMS = {"contract", "nsz", "arcp"}
 
 
 def usable(*tensors: Any) -> bool:
@@ -52,6 +53,14 @@ def _numba() -> Any | None:
     return None if numba.config.DISABLE_JIT else numba
 
 
+def inner(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of kernels, compiled into each of them; needs numba when it is defined."""
+    numba: Any = _numba()
+    options = {"nogil": True, "error_model": "numpy", "fastmath": FREEDOMS}
+    kernel: Callable[..., Any] = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+    return kernel
+
+
 @functools.cache
 def compiled(function: Callable[..., Any], reorder: bool = False) -> Callable[..., Any]:
     """The kernel in machine code: releases the interpreter's lock, starts no threads.
@@ -60,7 +69,7 @@ def compiled(function: Callable[..., Any], reorder: bool = False) -> Callable[..
     lets sums be taken in another order, as every matrix product does.
     """
     numba: Any = _numba()
-    freedoms = {"contract", "nsz", "arcp"} | ({"reassoc"} if reorder else set())
+    freedoms = FREEDOMS | ({"reassoc"} if reorder else set())
     options = {"nogil": True, "error_model": "numpy", "fastmath": freedoms}
     try:
         kernel: Callable[..., Any] = numba.njit(cache=True, **options)(function)
