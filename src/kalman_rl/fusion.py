@@ -6,6 +6,7 @@ takes the composed objective, which is the definition.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,14 @@ def recipe_of(transform: Part, region: Part, reduce: Part) -> Recipe | None:
     >>> recipe_of(ratio.token, trust.Cap(5.0), aggregate.token_mean)
     Recipe(ratio=1, trust=3, aggregate=1, low=0.0, high=5.0, dual=inf, process=0.0, start=0.0, length=1.0)
     """
+    try:
+        return _recipe_of(transform, region, reduce)
+    except TypeError:  # a part that cannot be hashed is none of ours
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _recipe_of(transform: Part, region: Part, reduce: Part) -> Recipe | None:
     parts = (_ratio(transform), _trust(region), _aggregate(reduce))
     if any(part is None for part in parts):
         return None

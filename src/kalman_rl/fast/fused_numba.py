@@ -5,6 +5,7 @@ Importing this module imports numba.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,31 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalman_rl.fast.fused_loops import (
-    CAPPED,
-    CHUNK,
-    COUNT,
-    KEPT,
-    KL,
-    LARGEST,
-    LOW,
-    PAIRS,
-    RAW,
-    RAW_AROUND,
-    RAW_SQUARES,
-    RAW_SWITCH,
-    SQUARES,
-    SURROGATE,
-    USED,
-    USED_SQUARES,
-    USED_SWITCH,
-    WEIGHT,
-    fused,
-    totals,
-)  # fmt: skip
-from kalman_rl.fast.recipe import FILTERED, SEQUENCE_MEAN, SEQUENCE_SUM, TOKEN, TOKEN_MEAN, Fused, Recipe
+from kalman_rl.fast.filter_numba import BUCKETS, RATIO_LIMIT, gains
+from kalman_rl.fast.fused_loops import BUFFERS, CHUNK, RAW_AROUND, SURROGATE, WIDTH, constants, fused
+from kalman_rl.fast.recipe import FILTERED, METRICS, SEQUENCE_MEAN, SEQUENCE_SUM, TOKEN, TOKEN_MEAN, Fused, Recipe
 
-NOTHING = np.empty((0, 0), np.int64)
+NO_MARKS, NO_TABLE = np.empty(0, np.int64), np.empty(0)
+NUMPY = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
+AGGREGATES = {SEQUENCE_MEAN: 0, TOKEN_MEAN: 1, SEQUENCE_SUM: 2}
+ROWS = 4  # arrays of the type of the log-probabilities that are returned, five with a filter
 
 
 def run(
@@ -49,66 +33,62 @@ def run(
     step: Any,
 ) -> Fused | None:
     """:func:`kalman_rl.fast.fused.run` for CPU tensors."""
-    logp, old, mask = (x.detach().contiguous() for x in (logp, old, mask))
-    dtype, shape = logp.dtype, tuple(mask.shape)
+    (rows, length), dtype = mask.shape, logp.dtype
+    filtered = recipe.ratio == FILTERED
     advantage = advantage.detach().to(dtype)
-    if advantage.dim() == 1:
-        advantage = advantage[:, None]
-    elif advantage.shape[1] > 1 and advantage.stride(1) == 0:
-        advantage = advantage[:, :1]
-    marks = NOTHING if segment is None else segment.detach().long().contiguous().numpy()
-    tokens, sequences = totals(mask.numpy(), marks) if step is None else step
-    whole = 1.0 / max(sequences, 1.0)
-    if recipe.aggregate == TOKEN_MEAN:
-        whole = 1.0 / max(tokens, 1.0)
-    elif recipe.aggregate == SEQUENCE_SUM:
-        whole = 1.0 / (recipe.length * max(sequences, 1.0))
-    outputs = [torch.empty(shape, dtype=dtype) for _ in range(4)]
-    kept = torch.empty(shape, dtype=torch.bool)
-    gain = torch.empty(shape if recipe.ratio == FILTERED else (0, 0), dtype=dtype)
-    counts, sums, work = np.zeros(7, np.int64), np.zeros(11), np.zeros((6, CHUNK + 1))
+    if advantage.dim() == 2 and advantage.stride(1) == 0 and length > 0:
+        advantage = advantage[:, 0]
+    marks, most = NO_MARKS, rows
+    if segment is not None:
+        marks = _flat(segment.long())
+        most += int((segment[:, 1:] != segment[:, :-1]).sum())
+    kinds, limits, model, numbers = _settings(recipe, dtype, advantage.dim() == 2)
+    tokens, sequences = (-1.0, -1.0) if step is None else step
+    values = torch.empty((ROWS + filtered, rows * length), dtype=dtype).numpy()
+    kept, found = np.empty(rows * length, np.uint8), np.empty(len(METRICS), np.float32)
+    sums, work = np.zeros(11), np.empty((BUFFERS, CHUNK + WIDTH), numbers.dtype)
     sums[RAW_AROUND] = math.nan
-    arrays = [x.numpy() for x in (logp, old, mask, advantage.contiguous())]
-    kinds = np.array([recipe.ratio, recipe.trust, recipe.aggregate != SEQUENCE_MEAN])
-    limits = np.array([recipe.low, recipe.high, recipe.dual], arrays[0].dtype)
-    log_ratio, log_weight, coefficient, gradient = outputs
+    places = np.empty(8 + 6 * most + 2 * BUCKETS + 2, np.int64)
     fine = fused(
-        *arrays, marks, kinds, limits, np.array([recipe.process, recipe.start]), whole,
-        log_ratio.numpy(), log_weight.numpy(), gain.numpy(), coefficient.numpy(), kept.numpy(), gradient.numpy(),
-        counts, sums, work, work.view(np.int64), np.empty((2, CHUNK + 1), arrays[0].dtype),
-        np.empty(CHUNK + 1, np.uint8), np.empty((2, CHUNK + 1), np.int8),
-        np.empty((3, -(-shape[1] // CHUNK) * CHUNK if recipe.ratio == FILTERED else 1)),
+        _flat(logp), _flat(old), _flat(mask).view(np.uint8), _flat(advantage), marks, rows, length, kinds, limits,
+        model, float(tokens), float(sequences), numbers,
+        gains(recipe.process, 1.0, recipe.start, length) if filtered else NO_TABLE,
+        values[0], values[1], values[4] if filtered else values[0, :0], values[2], kept, values[3], sums, found,
+        places[8 : 8 + 5 * most], places[8 + 5 * most :], places[:8], np.empty(256), work,
+        work.view(limits.dtype.str.replace("f", "i")), np.empty((2, CHUNK + WIDTH), np.uint8),
     )  # fmt: skip
     if not fine:
         return None
+    # Tensors of their own, so that none notices when another is changed in place.
+    log_ratio, log_weight, coefficient, gradient, *gain = (
+        torch.from_numpy(row).view(rows, length) for row in values
+    )
     return Fused(
         torch.tensor(sums[SURROGATE], dtype=dtype),
         gradient,
         log_ratio,
         log_ratio if recipe.ratio == TOKEN else log_weight,
-        gain if recipe.ratio == FILTERED else None,
+        gain[0] if filtered else None,
         coefficient,
-        kept,
-        torch.from_numpy(metrics(counts, sums)),
+        torch.from_numpy(kept.view(np.bool_)).view(rows, length),
+        torch.from_numpy(found),
     )
 
 
-def metrics(counts: Any, sums: Any) -> Any:
-    """The numbers of ``METRICS`` from the sums over tokens."""
-    n, pairs = max(counts[COUNT], 1), max(counts[PAIRS], 1)
-    size = n * sums[SQUARES]
-    found = (
-        max(sums[RAW_SQUARES] / n - (sums[RAW] / n) ** 2, 0.0),
-        max(sums[USED_SQUARES] / n - (sums[USED] / n) ** 2, 0.0),
-        sums[WEIGHT] ** 2 / size if size > 0 else 1.0,
-        sums[LARGEST],
-        counts[CAPPED] / n,
-        counts[RAW_SWITCH] / pairs,
-        counts[USED_SWITCH] / pairs,
-        sums[LARGEST] == 0,
-        counts[KEPT] / n,
-        counts[LOW] / n,
-        (counts[COUNT] - counts[KEPT] - counts[LOW]) / n,
-        sums[KL] / n,
+@functools.lru_cache(maxsize=64)
+def _settings(recipe: Recipe, dtype: torch.dtype, per_token: bool) -> tuple[Any, Any, Any, Any]:
+    """``kinds, limits, model, numbers`` of the kernel."""
+    kind = NUMPY[dtype]
+    kinds = (recipe.ratio, recipe.trust, AGGREGATES[recipe.aggregate], per_token)
+    divisor = recipe.length if recipe.aggregate == SEQUENCE_SUM else 1.0
+    return (
+        np.array(kinds, np.int64),
+        np.array([recipe.low, recipe.high, recipe.dual], kind),
+        np.array([recipe.process, recipe.start, recipe.process <= RATIO_LIMIT, divisor]),
+        constants(kind),
     )
-    return np.array(found, np.float32)
+
+
+def _flat(tensor: Tensor) -> Any:
+    """One-dimensional numpy array on the same memory, or on that of a copy where it is not contiguous."""
+    return tensor.detach().numpy().reshape(-1)

@@ -26,8 +26,8 @@ def usable(*tensors: Any) -> bool:
     """
     if os.environ.get(SWITCH, "0") not in ("", "0") or torch.compiler.is_compiling():
         return False
-    if torch.autograd.forward_ad._current_level >= 0:
-        return False
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False  # inside torch.func.jvp, vmap, grad, ...
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and not _plain(tensor):
             return False
@@ -40,7 +40,6 @@ def _plain(tensor: torch.Tensor) -> bool:
         and tensor.is_cpu
         and tensor.layout == torch.strided
         and not tensor.is_neg()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # by torch.func.vmap, grad, ...
     )
 
 
