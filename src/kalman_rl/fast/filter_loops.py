@@ -22,9 +22,10 @@ BLOCK = 128  # so many ones fit into a byte
 
 
 @inner
-def ones(mask: Array) -> int:
+def ones(mask: Array) -> Any:
     """How many: by blocks in bytes, of which a vector holds eight times as many as of integers."""
-    blocks, total = len(mask) // BLOCK, 0
+    blocks: Any = len(mask) // BLOCK
+    total: Any = 0
     for b in range(blocks):
         part, count = mask[b * BLOCK : b * BLOCK + BLOCK], np.uint8(0)
         for t in range(BLOCK):
@@ -36,7 +37,7 @@ def ones(mask: Array) -> int:
 
 
 @inner
-def every(mask: Array) -> int:
+def every(mask: Array) -> Any:
     """1 if all are 1."""
     whole = np.uint8(1)
     for t in range(len(mask)):

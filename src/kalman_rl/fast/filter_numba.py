@@ -73,6 +73,7 @@ def _means(
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance
     good, start, loops = True, 0, _loops()
+    args: tuple[Any, ...]
     if noises is not None:
         q, r = noises
         if runs.clean:
@@ -106,6 +107,7 @@ def gradients(
     flat, result = gradient.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     start, loops, p0 = 0, _transposed(), model.initial_variance
+    args: tuple[Any, ...]
     first, tile = _scratch()
     if noises is not None:
         q, r = noises

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -36,10 +37,15 @@ def enabled() -> bool:
 def backend(*tensors: Tensor) -> ModuleType | None:
     """The module with the fused pass for these tensors, or None: other devices, no compiler, not plain memory."""
     if jit.usable(*tensors):
-        return importlib.import_module("kalman_rl.fast.fused_numba")
+        return _module("fused_numba")
     if triton_kernels.usable(*tensors):
-        return importlib.import_module("kalman_rl.fast.fused_triton")
+        return _module("fused_triton")
     return None
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"kalman_rl.fast.{name}")
 
 
 def run(

@@ -14,13 +14,23 @@ import torch
 from torch import Tensor
 
 from kalman_rl.fast.filter_numba import BUCKETS, RATIO_LIMIT, gains
-from kalman_rl.fast.fused_loops import BUFFERS, CHUNK, RAW_AROUND, SURROGATE, WIDTH, constants, fused
-from kalman_rl.fast.recipe import FILTERED, METRICS, SEQUENCE_MEAN, SEQUENCE_SUM, TOKEN, TOKEN_MEAN, Fused, Recipe
+from kalman_rl.fast.fused_chunk import BUFFERS, CHUNK, RAW_AROUND, SURROGATE, WIDTH, constants
+from kalman_rl.fast.fused_loops import FREEDOMS, fused
+from kalman_rl.fast.jit import compiled
+from kalman_rl.fast.recipe import (
+    FILTERED,
+    METRICS,
+    SEQUENCE_MEAN,
+    SEQUENCE_SUM,
+    TOKEN,
+    TOKEN_MEAN,
+    Fused,
+    Recipe,
+)
 
 NO_MARKS, NO_TABLE = np.empty(0, np.int64), np.empty(0)
-NUMPY = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
+NUMPY: dict[Any, Any] = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 AGGREGATES = {SEQUENCE_MEAN: 0, TOKEN_MEAN: 1, SEQUENCE_SUM: 2}
-ROWS = 4  # arrays of the type of the log-probabilities that are returned, five with a filter
 
 
 def run(
@@ -44,33 +54,30 @@ def run(
         most += int((segment[:, 1:] != segment[:, :-1]).sum())
     kinds, limits, model, numbers = _settings(recipe, dtype, advantage.dim() == 2)
     tokens, sequences = (-1.0, -1.0) if step is None else step
-    values = torch.empty((ROWS + filtered, rows * length), dtype=dtype).numpy()
-    kept, found = np.empty(rows * length, np.uint8), np.empty(len(METRICS), np.float32)
-    sums, work = np.zeros(11), np.empty((BUFFERS, CHUNK + WIDTH), numbers.dtype)
+    log_ratio, log_weight, coefficient, gradient = (torch.empty(rows, length, dtype=dtype) for _ in range(4))
+    gain = torch.empty(rows if filtered else 0, length, dtype=dtype)
+    kept, found = torch.empty(rows, length, dtype=torch.bool), np.empty(len(METRICS), np.float32)
+    sums, (tiles, work, flags) = np.zeros(11), _scratch(numbers.dtype)
     sums[RAW_AROUND] = math.nan
     places = np.empty(8 + 6 * most + 2 * BUCKETS + 2, np.int64)
-    fine = fused(
+    fine = compiled(fused, FREEDOMS)(
         _flat(logp), _flat(old), _flat(mask).view(np.uint8), _flat(advantage), marks, rows, length, kinds, limits,
         model, float(tokens), float(sequences), numbers,
         gains(recipe.process, 1.0, recipe.start, length) if filtered else NO_TABLE,
-        values[0], values[1], values[4] if filtered else values[0, :0], values[2], kept, values[3], sums, found,
-        places[8 : 8 + 5 * most], places[8 + 5 * most :], places[:8], np.empty(256), work,
-        work.view(limits.dtype.str.replace("f", "i")), np.empty((2, CHUNK + WIDTH), np.uint8),
+        *(_flat(x) for x in (log_ratio, log_weight, gain, coefficient)), _flat(kept).view(np.uint8),
+        _flat(gradient), sums, found, places[8 : 8 + 5 * most], places[8 + 5 * most :], places[:8],
+        tiles, work, work.view(f"i{work.itemsize}"), flags,
     )  # fmt: skip
     if not fine:
         return None
-    # Tensors of their own, so that none notices when another is changed in place.
-    log_ratio, log_weight, coefficient, gradient, *gain = (
-        torch.from_numpy(row).view(rows, length) for row in values
-    )
     return Fused(
         torch.tensor(sums[SURROGATE], dtype=dtype),
         gradient,
         log_ratio,
         log_ratio if recipe.ratio == TOKEN else log_weight,
-        gain[0] if filtered else None,
+        gain if filtered else None,
         coefficient,
-        torch.from_numpy(kept.view(np.bool_)).view(rows, length),
+        kept,
         torch.from_numpy(found),
     )
 
@@ -86,6 +93,18 @@ def _settings(recipe: Recipe, dtype: torch.dtype, per_token: bool) -> tuple[Any,
         np.array([recipe.low, recipe.high, recipe.dual], kind),
         np.array([recipe.process, recipe.start, recipe.process <= RATIO_LIMIT, divisor]),
         constants(kind),
+    )
+
+
+def _scratch(kind: Any) -> tuple[Any, Any, Any]:
+    """Tiles, buffers and flags in one block, each at the beginning of a line of the cache."""
+    row = CHUNK + WIDTH
+    tiles, work = 2 * 128 * 8, BUFFERS * row * kind.itemsize
+    block = torch.empty(tiles + work + 2 * row, dtype=torch.uint8).numpy()
+    return (
+        block[:tiles].view(np.float64),
+        block[tiles : tiles + work].view(kind).reshape(BUFFERS, row),
+        block[tiles + work :].reshape(2, row),
     )
 
 

@@ -8,14 +8,17 @@ A kernel is an ordinary function over one-dimensional arrays and numbers. It is 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 SWITCH = "KALMAN_RL_NO_NUMBA"
-FREEDOMS = {"contract", "nsz", "arcp"}
+FREEDOMS = frozenset({"contract", "nsz", "arcp"})
+REORDER = FREEDOMS | {"reassoc"}
 
 
 def usable(*tensors: Any) -> bool:
@@ -26,7 +29,10 @@ def usable(*tensors: Any) -> bool:
     """
     if os.environ.get(SWITCH, "0") not in ("", "0") or torch.compiler.is_compiling():
         return False
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return False  # inside torch.func.jvp, vmap, grad, ...
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and not _plain(tensor):
@@ -55,23 +61,35 @@ def _numba() -> Any | None:
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     """A part of kernels, compiled into each of them; needs numba when it is defined."""
     numba: Any = _numba()
-    options = {"nogil": True, "error_model": "numpy", "fastmath": FREEDOMS}
-    kernel: Callable[..., Any] = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(FREEDOMS)}
+    kernel: Callable[..., Any] = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(
+        function
+    )
     return kernel
 
 
 @functools.cache
-def compiled(function: Callable[..., Any], reorder: bool = False) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], freedoms: frozenset[str] = FREEDOMS) -> Callable[..., Any]:
     """The kernel in machine code: releases the interpreter's lock, starts no threads.
 
-    Fused multiply-adds are allowed, and treating -0 as 0; NaN and infinity keep their meaning. ``reorder``
-    lets sums be taken in another order, as every matrix product does.
+    Fused multiply-adds are allowed, dividing by way of a reciprocal, and treating -0 as 0; NaN and infinity keep
+    their meaning. ``REORDER`` also lets sums be taken in another order, as every matrix product does.
     """
     numba: Any = _numba()
-    freedoms = FREEDOMS | ({"reassoc"} if reorder else set())
-    options = {"nogil": True, "error_model": "numpy", "fastmath": freedoms}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(freedoms)}
+    # numba looks at one file to see if machine code is still right; a kernel has parts in several.
+    function.__qualname__ = f"{function.__name__}_{_sources()}"
     try:
         kernel: Callable[..., Any] = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the source's directory nor the user's cache can be written
         kernel = numba.njit(**options)(function)
     return kernel
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of the sources of all kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

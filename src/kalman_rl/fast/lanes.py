@@ -25,11 +25,11 @@ VECTOR, FLAGS = ir.VectorType(F64, N), ir.VectorType(BIT, N)
 FREEDOMS = ("contract", "nsz", "arcp")  # as in jit.py
 
 
-class Lanes(types.Type):  # type: ignore[misc]
+class Lanes(types.Type):
     """Eight float64."""
 
 
-class Choice(types.Type):  # type: ignore[misc]
+class Choice(types.Type):
     """Eight booleans."""
 
 
@@ -37,13 +37,13 @@ LANES, CHOICE = Lanes("lanes"), Choice("choice")
 
 
 @register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, VECTOR)
 
 
 @register_model(Choice)
-class _ChoiceModel(models.PrimitiveModel):  # type: ignore[misc]
+class _ChoiceModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, FLAGS)
 
@@ -59,7 +59,7 @@ def _same(builder: Any, x: Any) -> Any:
 
 
 def _arithmetic(function: Any, instruction: str) -> None:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def both(typing: Any, a: Any, b: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pairs = zip(arguments, signature.args, strict=True)
@@ -68,8 +68,8 @@ def _arithmetic(function: Any, instruction: str) -> None:
 
         return LANES(a, b), build
 
-    @overload(function)  # type: ignore[untyped-decorator]
-    def operation(a, b):  # type: ignore[no-untyped-def]  # numba wants the signature of what it returns
+    @overload(function)
+    def operation(a, b):  # numba wants the signature of what it returns
         if LANES in (a, b) and {a, b} <= {LANES, types.float64}:
             return lambda a, b: both(a, b)
         return None
@@ -84,13 +84,13 @@ for _function, _instruction in (
     _arithmetic(_function, _instruction)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def lanes(typing: Any, x: Any) -> Any:
     """``x`` eight times."""
     return LANES(types.float64), lambda context, builder, signature, arguments: _same(builder, arguments[0])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def is_number(typing: Any, x: Any) -> Any:
     """Where x is not NaN."""
 
@@ -100,7 +100,7 @@ def is_number(typing: Any, x: Any) -> Any:
     return CHOICE(LANES), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def choose(typing: Any, where: Any, a: Any, b: Any) -> Any:
     """``a`` where true, else ``b``."""
 
@@ -141,7 +141,7 @@ def _load(builder: Any, place: Any, bits: int) -> Any:
 
 def _positions(builder: Any, first: Any, t: Any) -> list[list[Any]]:
     """The eight places ``first[l] + t``, and the eight that are eight tokens later."""
-    at = [builder.add(builder.load(builder.gep(first, [ir.Constant(I32, l)])), t) for l in range(N)]
+    at = [builder.add(builder.load(builder.gep(first, [ir.Constant(I32, i)])), t) for i in range(N)]
     return [at, [builder.add(position, ir.Constant(ir.IntType(64), N)) for position in at]]
 
 
@@ -156,7 +156,7 @@ def _fill(builder: Any, tile: Any, half: int, rows: list[Any], widen: bool) -> N
         builder.store(value, _tile_row(builder, tile, N * half + i), align=8)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def turn_in(typing: Any, source: Any, first: Any, t: Any, tile: Any) -> Any:
     """``tile[8 i + l] = source[first[l] + t + i]`` for sixteen i and eight l. source: float32 or float64."""
 
@@ -172,7 +172,7 @@ def turn_in(typing: Any, source: Any, first: Any, t: Any, tile: Any) -> Any:
     return types.void(source, first, types.intp, tile), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def turn_in_seen(typing: Any, source: Any, mask: Any, first: Any, t: Any, tile: Any) -> Any:
     """As :func:`turn_in` with NaN where the mask (uint8) is 0; False if a number that is seen is NaN."""
 
@@ -195,7 +195,7 @@ def turn_in_seen(typing: Any, source: Any, mask: Any, first: Any, t: Any, tile: 
     return types.boolean(source, mask, first, types.intp, tile), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def turn_in_mask(typing: Any, mask: Any, first: Any, t: Any, tile: Any) -> Any:
     """``tile[8 i + l] = 1.0 if mask[first[l] + t + i] else 0.0``."""
 
@@ -212,7 +212,7 @@ def turn_in_mask(typing: Any, mask: Any, first: Any, t: Any, tile: Any) -> Any:
     return types.void(mask, first, types.intp, tile), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def turn_out(typing: Any, tile: Any, target: Any, first: Any, t: Any) -> Any:
     """``target[first[l] + t + i] = tile[8 i + l]``, rounded to the type of target."""
 
@@ -236,7 +236,7 @@ def turn_out(typing: Any, tile: Any, target: Any, first: Any, t: Any) -> Any:
     return types.void(tile, target, first, types.intp), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def take(typing: Any, tile: Any, i: Any) -> Any:
     """Lanes of the i-th token of a tile, or of any float64 array with eight numbers a token."""
 
@@ -248,7 +248,7 @@ def take(typing: Any, tile: Any, i: Any) -> Any:
     return LANES(tile, types.intp), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def put(typing: Any, tile: Any, i: Any, x: Any) -> Any:
     """Write what :func:`take` reads."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.fast.jit import compiled
+from kalman_rl.fast.jit import REORDER, compiled
 
 Array = Any
 
@@ -41,7 +41,7 @@ class Absorber:
         known = _nothing() if mask is None else mask.contiguous().numpy()
         out = torch.empty(2, len(y), dtype=torch.float64)
         given = x.contiguous().numpy(), y.contiguous().numpy(), known
-        kernel = compiled(_absorb, reorder=True)
+        kernel = compiled(_absorb, REORDER)
         surprise, used = kernel(*self._arrays, *given, noise, scale, self._work, out.numpy())
         if used < 0:
             return None
