@@ -10,7 +10,8 @@ BENCH_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
-BENCH = OMP_NUM_THREADS=1 PYTHONPATH=. $(PY)
+PEERS := $(VENV)/peers
+BENCH = OMP_NUM_THREADS=1 PYTHONPATH=.:$(PEERS) $(PY)
 LOG := $(VENV)/install.log
 PIP = pip() { $(PY) -m pip --disable-pip-version-check --no-input "$$@" --progress-bar off >>$(LOG) 2>&1 || { \
 	tail -n 20 $(LOG) >&2; echo "install: failed; the whole story is in $(LOG)" >&2; exit 1; }; }; pip
@@ -66,7 +67,11 @@ format: install ## rewrite the sources in the house format
 	@$(PY) -m ruff check --fix --exit-zero --quiet .
 	@$(PY) -m ruff format .
 
-bench: install ## speed on one CPU thread, as ratios to peers; writes benchmarks/results (five minutes)
+$(PEERS): benchmarks/peers.txt | install
+	@$(PIP) install --no-deps --upgrade --target $(PEERS) -r benchmarks/peers.txt; touch $(PEERS)
+
+bench: install ## speed on one CPU thread, as ratios to peers; writes benchmarks/results (ten minutes)
+	@$(MAKE) --no-print-directory $(PEERS) || echo "bench: going on without the peers"
 	@$(BENCH) -m benchmarks.cpu $(BENCH_ARGS)
 
 bench-gpu: install ## the same on a CUDA device

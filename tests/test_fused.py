@@ -114,14 +114,47 @@ def test_extreme_ratios(transform, dtype: torch.dtype, size: float) -> None:
         compare(composition(transform, region, token_mean), extreme)
 
 
-def test_exponential_is_right_to_the_last_digits() -> None:
-    """The unclipped gradient is -w / n: its weights against libm over the whole range."""
-    log_ratio = torch.cat((torch.linspace(-708, 20, 20011), torch.linspace(-1, 1, 9001) ** 3)).double()[None]
+@pytest.mark.parametrize(
+    ("dtype", "lowest", "limit"), [(torch.float64, -708, 4.5e-16), (torch.float32, -87, 2e-7)]
+)
+@pytest.mark.parametrize("near", [False, True])
+def test_exponential_is_right_to_the_last_digits(
+    dtype: torch.dtype, lowest: int, limit: float, near: bool
+) -> None:
+    """The unclipped gradient is -w / n: its weights against libm over the whole range. ``near``: where a whole
+    chunk is close to 0, the kernel takes a shorter way."""
+    log_ratio = torch.cat((torch.linspace(lowest, 20, 20011), torch.linspace(-1, 1, 9001) ** 3))[None]
+    if near:
+        log_ratio = torch.cat((torch.linspace(-0.339, 0.339, 20011), 0.3 * torch.linspace(-1, 1, 9001) ** 5))[
+            None
+        ]
+    log_ratio = log_ratio.to(dtype)
     rollouts = Rollouts(torch.zeros_like(log_ratio), torch.ones_like(log_ratio, dtype=torch.bool))
     method = composition(ratio.token, trust.unclipped, SequenceSum(1.0))
-    _, gradient = Case(rollouts, log_ratio, torch.full((1,), -1.0, dtype=torch.float64)).loss(method, True)
-    expected = torch.tensor([math.exp(x) for x in log_ratio[0].tolist()], dtype=torch.float64)
-    assert ((gradient[0] - expected) / expected).abs().max() <= 4.5e-16
+    loss, gradient = Case(rollouts, log_ratio, torch.full((1,), -1.0, dtype=dtype)).loss(method, True)
+    numbers = log_ratio[0].tolist()
+    expected = torch.tensor([math.exp(x) for x in numbers], dtype=torch.float64)
+    assert ((gradient[0] - expected) / expected).abs().max() <= limit
+    kl = math.fsum(math.expm1(x) - x for x in numbers) / len(numbers)
+    assert loss.metrics["policy/kl_old"].item() == pytest.approx(kl, rel=2e-6)
+
+
+@pytest.mark.parametrize("transform", RATIOS)
+def test_the_shorter_way_gives_the_same_numbers(transform) -> None:
+    """A token with a large ratio sends its chunk the long way; what other tokens get does not change."""
+    case = draw(21, 3, 700, torch.float32, 0.05)
+    far = case.logp.clone()
+    row, token = case.rollouts.mask.nonzero()[0].tolist()
+    far[row, token] += 3.0
+    method = composition(transform, trust.unclipped, SequenceSum(1.0))
+    for other in (far, case.logp):
+        compare(method, Case(case.rollouts, other, case.advantage))
+    if transform is ratio.token:
+        (_, a), (_, b) = (
+            Case(case.rollouts, logp, case.advantage).loss(method, True) for logp in (far, case.logp)
+        )
+        a[row, token] = b[row, token] = 0
+        assert torch.equal(a, b)
 
 
 def test_small_movements_keep_their_digits() -> None:
