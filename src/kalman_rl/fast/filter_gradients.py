@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kalman_rl.fast.filter_loops import place
+from kalman_rl.fast.filter_loops import find_noises, place
 from kalman_rl.fast.jit import inner
-from kalman_rl.fast.lanes import lanes, put, take, turn_in, turn_in_mask, turn_out
+from kalman_rl.fast.lanes import choose, is_number, lanes, put, take, turn_in, turn_in_mask, turn_out
 
 Array = Any
 
@@ -72,6 +72,46 @@ def gradients_by_table(
             turn_out(tile, out, first, t)
 
 
+@inner
+def way_back(
+    gradient: Array,
+    runs: Array,
+    order: Array,
+    start: int,
+    stop: int,
+    steps: int,
+    first: Array,
+    tile: Array,
+    gains: Array,
+    out: Array,
+) -> None:
+    """From the gains of eight runs, token by token, to the gradient of their observations."""
+    for lane in range(8):
+        i = 5 * order[min(start + lane, stop - 1)]
+        rest, last = runs[i + 2] + steps, runs[i + 3]
+        c = total(gradient[max(rest, last) : runs[i + 1]])
+        for back in range(last - rest):
+            t = last - 1 - back
+            k = gains[8 * (t - runs[i + 2]) + lane]
+            c += gradient[t]
+            out[t] = k * c
+            c -= k * c
+        out[runs[i] : runs[i + 2]] = 0.0
+        out[max(rest, last) : runs[i + 1]] = 0.0
+        tile[lane] = c
+    s, later = take(tile, 0), lanes(1.0)
+    for back in range(16, steps + 16, 16):
+        t = steps - back
+        turn_in(gradient, first, t, tile)
+        for j in range(16):
+            i = 15 - j
+            gain = take(gains, t + i)
+            s = later * s + take(tile, i)
+            put(tile, i, gain * s)
+            later = 1.0 - gain
+        turn_out(tile, out, first, t)
+
+
 def gradients_with_holes(
     gradient: Array,
     mask: Array,
@@ -111,35 +151,14 @@ def gradients_with_holes(
         for lane in range(8):
             i, p = 5 * order[min(g + lane, stop - 1)], tile[lane]
             p = start_p if steps == 0 else p
-            rest, last = runs[i + 2] + steps, runs[i + 3]
-            for t in range(rest, last):
+            for t in range(runs[i + 2] + steps, runs[i + 3]):
                 p += q
                 k = 0.0
                 if mask[t] != 0:
                     k = 1.0 if p == float("inf") else p / (p + 1.0)
                     p = k
                 gains[8 * (t - runs[i + 2]) + lane] = k
-            c = total(gradient[max(rest, last) : runs[i + 1]])
-            for back in range(last - rest):
-                t = last - 1 - back
-                k = gains[8 * (t - runs[i + 2]) + lane]
-                c += gradient[t]
-                out[t] = k * c
-                c -= k * c
-            out[runs[i] : runs[i + 2]] = 0.0
-            out[max(rest, last) : runs[i + 1]] = 0.0
-            tile[lane] = c
-        s, later = take(tile, 0), lanes(1.0)
-        for back in range(16, steps + 16, 16):
-            t = steps - back
-            turn_in(gradient, first, t, tile)
-            for j in range(16):
-                i = 15 - j
-                k = take(gains, t + i)
-                s = later * s + take(tile, i)
-                put(tile, i, k * s)
-                later = 1.0 - k
-            turn_out(tile, out, first, t)
+        way_back(gradient, runs, order, g, stop, steps, first, tile, gains, out)
 
 
 def gradients_in_general(
@@ -154,35 +173,45 @@ def gradients_in_general(
     order: Array,
     start: int,
     stop: int,
-    scratch: Array,
+    places: Array,
+    tiles: Array,
+    gains: Array,
     out: Array,
 ) -> None:
-    """As :func:`gradients_by_table` for any run; ``scratch`` holds the weights of one run (2 length)."""
-    inf = float("inf")
-    q_row, q_token, r_row, r_token = strides
-    for g in range(start, stop):
-        i = 5 * order[g]
-        b = runs[i + 2]
-        row, token = b // length, b % length
-        gl, ol, ml = gradient[b : runs[i + 3]], out[b : runs[i + 3]], mask[b : runs[i + 3]]
-        ql, rl = q[row * q_row + token * q_token :], r[row * r_row + token * r_token :]
-        gain, keep = scratch[: len(gl)], scratch[length : length + len(gl)]
-        p = p0
-        for t in range(len(gl)):
-            noise = rl[t * r_token]
-            p += ql[t * q_token]
-            k = 1.0 if p == inf else p / (p + noise)
-            seen = (ml[t] != 0) & (noise != inf)
-            gain[t], keep[t] = (k, noise / (p + noise)) if seen else (0.0, 1.0)
-            p = k * noise if seen else p
-        behind, c = gradient[runs[i + 3] : runs[i + 1]], 0.0
-        for t in range(len(behind)):
-            c += behind[t]
-        t = len(gl)
-        while t > 0:
-            t -= 1
-            c += gl[t]
-            ol[t] = gain[t] * c
-            c *= keep[t]
-        out[runs[i] : runs[i + 2]] = 0.0
-        out[runs[i + 3] : runs[i + 1]] = 0.0
+    """The transpose of :func:`means_in_general`, as :func:`gradients_with_holes`."""
+    inf, nothing = float("inf"), lanes(0.0)
+    q_token, r_token = strides[1], strides[3]
+    first, marks, qs, rs = places[:8], tiles[:128], tiles[128:256], tiles[256:384]
+    for g in range(start, stop, 8):
+        _, longest, room = place(runs, order, g, stop, first)
+        find_noises(q, r, strides, length, places, tiles)
+        steps = min(room // 16 * 16, (longest + 15) // 16 * 16)
+        p = lanes(p0)
+        for t in range(0, steps, 16):
+            turn_in_mask(mask, first, t, marks)
+            if q_token > 0:
+                turn_in(q, places[8:16], t, qs)
+            if r_token > 0:
+                turn_in(r, places[16:24], t, rs)
+            for i in range(16):
+                noise = take(rs, i)
+                seen = is_number(nothing / take(marks, i) + (noise - noise))  # 0 / 0 where masked
+                p = p + take(qs, i)
+                k = choose(is_number(p - p), p / (p + noise), lanes(1.0))
+                put(gains, t + i, choose(seen, k, nothing))
+                p = choose(seen, k * noise, p)
+        put(qs, 0, p)
+        for lane in range(8):
+            i, variance = 5 * order[min(g + lane, stop - 1)], qs[lane]
+            rest, last = runs[i + 2] + steps, runs[i + 3]
+            u, v = places[8 + lane] + steps * q_token, places[16 + lane] + steps * r_token
+            for t in range(rest, last):
+                variance += q[u]
+                gain, noise1 = 0.0, r[v]
+                if mask[t] != 0 and noise1 != inf:
+                    gain = 1.0 if variance == inf else variance / (variance + noise1)
+                    variance = gain * noise1
+                gains[8 * (t - runs[i + 2]) + lane] = gain
+                u += q_token
+                v += r_token
+        way_back(gradient, runs, order, g, stop, steps, first, marks, gains, out)

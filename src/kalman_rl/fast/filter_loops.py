@@ -254,6 +254,22 @@ def means_with_holes(
     return fine
 
 
+@inner
+def find_noises(
+    q: Array, r: Array, strides: tuple[int, int, int, int], length: int, places: Array, tiles: Array
+) -> None:
+    """Where Q and R of eight runs begin, to ``places[8:24]``, from where the runs begin, ``places[:8]``. What has
+    one number a row fills its tile, ``tiles[128:256]`` or ``tiles[256:384]``, once for all."""
+    q_row, q_token, r_row, r_token = strides
+    for lane in range(8):
+        row, token = places[lane] // length, places[lane] % length
+        places[8 + lane] = row * q_row + token * q_token
+        places[16 + lane] = row * r_row + token * r_token
+        for i in range(16):
+            tiles[128 + 8 * i + lane] = q[places[8 + lane]]
+            tiles[256 + 8 * i + lane] = r[places[16 + lane]]
+
+
 def means_in_general(
     z: Array,
     mask: Array,
@@ -267,81 +283,56 @@ def means_in_general(
     order: Array,
     start: int,
     stop: int,
+    places: Array,
+    tiles: Array,
     out: Array,
 ) -> bool:
     """As :func:`means_by_table`, with a variance of its own for every run.
 
     Q of (row, token) is ``q[row strides[0] + token strides[1]]``, R likewise with the other two strides.
+    ``places`` (24 int64) and ``tiles`` (three) are scratch.
     """
-    inf = float("inf")
-    q_row, q_token, r_row, r_token = strides
-    fine = True
-    for g in range(start, stop, 4):
-        i0, i1 = 5 * order[g], 5 * order[min(g + 1, stop - 1)]
-        i2, i3 = 5 * order[min(g + 2, stop - 1)], 5 * order[min(g + 3, stop - 1)]
-        z0, o0 = z[runs[i0 + 2] : runs[i0 + 3]], out[runs[i0 + 2] : runs[i0 + 3]]
-        z1, o1 = z[runs[i1 + 2] : runs[i1 + 3]], out[runs[i1 + 2] : runs[i1 + 3]]
-        z2, o2 = z[runs[i2 + 2] : runs[i2 + 3]], out[runs[i2 + 2] : runs[i2 + 3]]
-        z3, o3 = z[runs[i3 + 2] : runs[i3 + 3]], out[runs[i3 + 2] : runs[i3 + 3]]
-        m0_, m1_ = mask[runs[i0 + 2] : runs[i0 + 3]], mask[runs[i1 + 2] : runs[i1 + 3]]
-        m2_, m3_ = mask[runs[i2 + 2] : runs[i2 + 3]], mask[runs[i3 + 2] : runs[i3 + 3]]
-        b0, b1, b2, b3 = runs[i0 + 2], runs[i1 + 2], runs[i2 + 2], runs[i3 + 2]
-        q0 = q[b0 // length * q_row + b0 % length * q_token :]
-        q1 = q[b1 // length * q_row + b1 % length * q_token :]
-        q2 = q[b2 // length * q_row + b2 % length * q_token :]
-        q3 = q[b3 // length * q_row + b3 % length * q_token :]
-        r0 = r[b0 // length * r_row + b0 % length * r_token :]
-        r1 = r[b1 // length * r_row + b1 % length * r_token :]
-        r2 = r[b2 // length * r_row + b2 % length * r_token :]
-        r3 = r[b3 // length * r_row + b3 % length * r_token :]
-        x0 = x1 = x2 = x3 = m0
-        p0_ = p1 = p2 = p3 = p0
-        steps = min(len(z0), len(z1), len(z2), len(z3))
-        for t in range(steps):
-            # observed: R is finite and the mask is set; then z is used, else the state stays
-            u, v = t * q_token, t * r_token
-            n0, n1, n2, n3 = r0[v], r1[v], r2[v], r3[v]
-            p0_ += q0[u]
-            p1 += q1[u]
-            p2 += q2[u]
-            p3 += q3[u]
-            w0, w1, w2, w3 = 1.0 / (p0_ + n0), 1.0 / (p1 + n1), 1.0 / (p2 + n2), 1.0 / (p3 + n3)
-            k0, k1, k2, k3 = p0_ * w0, p1 * w1, p2 * w2, p3 * w3
-            k0 = 1.0 if p0_ == inf else k0
-            k1 = 1.0 if p1 == inf else k1
-            k2 = 1.0 if p2 == inf else k2
-            k3 = 1.0 if p3 == inf else k3
-            y0, c0 = n0 * w0 * x0 + k0 * z0[t], k0 * n0
-            y1, c1 = n1 * w1 * x1 + k1 * z1[t], k1 * n1
-            y2, c2 = n2 * w2 * x2 + k2 * z2[t], k2 * n2
-            y3, c3 = n3 * w3 * x3 + k3 * z3[t], k3 * n3
-            s0, s1 = (m0_[t] != 0) & (n0 != inf), (m1_[t] != 0) & (n1 != inf)
-            s2, s3 = (m2_[t] != 0) & (n2 != inf), (m3_[t] != 0) & (n3 != inf)
-            x0, p0_ = (y0, c0) if s0 else (x0, p0_)
-            x1, p1 = (y1, c1) if s1 else (x1, p1)
-            x2, p2 = (y2, c2) if s2 else (x2, p2)
-            x3, p3 = (y3, c3) if s3 else (x3, p3)
-            o0[t] = x0
-            o1[t] = x1
-            o2[t] = x2
-            o3[t] = x3
-        for lane in range(min(4, stop - g)):
-            i = i0 if lane == 0 else i1 if lane == 1 else i2 if lane == 2 else i3
-            x = x0 if lane == 0 else x1 if lane == 1 else x2 if lane == 2 else x3
-            p = p0_ if lane == 0 else p1 if lane == 1 else p2 if lane == 2 else p3
-            b = runs[i + 2] + steps
-            row, token = b // length, b % length
-            zl, ol, ml = z[b : runs[i + 3]], out[b : runs[i + 3]], mask[b : runs[i + 3]]
-            ql, rl = q[row * q_row + token * q_token :], r[row * r_row + token * r_token :]
-            for t in range(len(zl)):
-                noise = rl[t * r_token]
-                p += ql[t * q_token]
-                if ml[t] != 0 and noise != inf:
-                    k = 1.0 if p == inf else p / (p + noise)
-                    x = noise / (p + noise) * x + k * zl[t]
-                    p = k * noise
-                ol[t] = x
-            fine &= x - x == 0.0
+    inf, fine = float("inf"), True
+    q_token, r_token = strides[1], strides[3]
+    first, zs, qs, rs = places[:8], tiles[:128], tiles[128:256], tiles[256:384]
+    for g in range(start, stop, 8):
+        _, longest, room = place(runs, order, g, stop, first)
+        find_noises(q, r, strides, length, places, tiles)
+        steps = min(room // 16 * 16, (longest + 15) // 16 * 16)
+        x, p = lanes(m0), lanes(p0)
+        for t in range(0, steps, 16):
+            fine &= turn_in_seen(z, mask, first, t, zs)
+            if q_token > 0:
+                turn_in(q, places[8:16], t, qs)
+            if r_token > 0:
+                turn_in(r, places[16:24], t, rs)
+            for i in range(16):
+                observed, noise = take(zs, i), take(rs, i)
+                seen = is_number(observed + (noise - noise))  # R = inf is a hole too
+                p = p + take(qs, i)
+                w = 1.0 / (p + noise)
+                k = choose(is_number(p - p), p * w, lanes(1.0))
+                x = choose(seen, noise * w * x + k * observed, x)
+                p = choose(seen, k * noise, p)
+                put(zs, i, x)
+            turn_out(zs, out, first, t)
+        put(zs, 0, x)
+        put(qs, 0, p)
+        for lane in range(min(8, stop - g)):
+            i, mean, variance = 5 * order[g + lane], zs[lane], qs[lane]
+            rest, last = runs[i + 2] + steps, runs[i + 3]
+            u, v = places[8 + lane] + steps * q_token, places[16 + lane] + steps * r_token
+            for t in range(rest, last):
+                variance += q[u]
+                noise1 = r[v]
+                if mask[t] != 0 and noise1 != inf:
+                    k1 = 1.0 if variance == inf else variance / (variance + noise1)
+                    mean = noise1 / (variance + noise1) * mean + k1 * z[t]
+                    variance = k1 * noise1
+                out[t] = mean
+                u += q_token
+                v += r_token
+            fine &= mean - mean == 0.0
             out[runs[i] : runs[i + 2]] = m0
-            out[runs[i + 3] : runs[i + 1]] = x
+            out[max(rest, last) : runs[i + 1]] = mean
     return fine

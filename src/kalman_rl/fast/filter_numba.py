@@ -91,8 +91,8 @@ def _means(
         if arrays is None:
             return None, None
         kernel = compiled(loops.means_in_general)
-        place = (runs.place, runs.order, start, runs.total, result)
-        good &= kernel(flat, runs.mask, *arrays, runs.length, m0, p0, *place)
+        args = (runs.place, runs.order, start, runs.total, *_scratch(3), result)
+        good &= kernel(flat, runs.mask, *arrays, runs.length, m0, p0, *args)
     return (out, runs) if good else (None, None)
 
 
@@ -122,8 +122,8 @@ def gradients(
             start = runs.total
     arrays = _arrays(model, gradient) if start < runs.total else None
     if arrays is not None:
-        scratch = _loops().np.empty(2 * runs.length)
-        args = (runs.length, p0, runs.place, runs.order, start, runs.total, scratch, result)
+        scratch = _loops().np.empty(8 * runs.length)
+        args = (runs.length, p0, runs.place, runs.order, start, runs.total, *_scratch(3), scratch, result)
         compiled(loops.gradients_in_general)(flat, runs.mask, *arrays, *args)
     return out
 
@@ -216,10 +216,10 @@ def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
     return Runs(flat, place, order, clean, int(order[-1]), length)
 
 
-def _scratch() -> tuple[Any, Any]:
-    """Places and two tiles for eight runs; new for each call, since threads may share a kernel."""
-    work = _loops().np.empty(8 + 256)
-    return work[:8].view("int64"), work[8:]
+def _scratch(tiles: int = 2) -> tuple[Any, Any]:
+    """Places and tiles for eight runs; new for each call, since threads may share a kernel."""
+    work = _loops().np.empty(24 + 128 * tiles)
+    return work[:24].view("int64"), work[24:]
 
 
 @functools.cache
