@@ -58,6 +58,8 @@ class Runs(NamedTuple):
 
 def means(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> Tensor | None:
     """Posterior means (B, T) in the type of z, or None. ``given``: the parts of a :class:`Model`."""
+    if not usable(z, mask, segment, *given[:2]):
+        return None
     return _means(z, mask, segment, Model(*given))[0]
 
 
@@ -131,7 +133,7 @@ def gradients(
 def fields(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> tuple[Tensor, ...] | None:
     """Mean, variance, gain, innovation, innovation variance and log-likelihood (B, T), or None."""
     model = Model(*given)
-    if not _fits(z, mask, segment, model):
+    if not usable(z, mask, segment, *given[:2]) or not _fits(z, mask, segment, model):
         return None
     z = z.detach().contiguous()
     out = tuple(empty_like(z) for _ in range(6))
@@ -156,7 +158,7 @@ def fields(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> tupl
 
 def differentiable_means(*arguments: Any) -> Tensor | None:
     """:func:`means`, with a gradient for the observations."""
-    if not usable(*arguments[:2]):
+    if not usable(*arguments[:5]):
         return None
     out: Tensor | None = Means.apply(*arguments)
     return out
@@ -247,8 +249,6 @@ def _gains(q: float, r: float, p0: float, length: int) -> Any:
 
 
 def _fits(z: Tensor, mask: Tensor, segment: Tensor | None, model: Model) -> bool:
-    if not usable(z, mask, segment, model.process_noise, model.observation_noise):
-        return False
     return (
         z.dtype in TYPES
         and z.dim() == 2

@@ -58,10 +58,10 @@ def _numba() -> Any | None:
     return None if numba.config.DISABLE_JIT else numba
 
 
-def inner(function: Callable[..., Any]) -> Callable[..., Any]:
+def inner(function: Callable[..., Any], freedoms: frozenset[str] = FREEDOMS) -> Callable[..., Any]:
     """A part of kernels, compiled into each of them; needs numba when it is defined."""
     numba: Any = _numba()
-    options = {"nogil": True, "error_model": "numpy", "fastmath": set(FREEDOMS)}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(freedoms)}
     kernel: Callable[..., Any] = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(
         function
     )
