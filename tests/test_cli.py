@@ -240,6 +240,28 @@ def test_resume_reports_a_damaged_config(calls: Calls, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith("error: x/config.toml:2: key: got 'stpes'")
     assert main(["resume", "nothing"]) == 1
     assert capsys.readouterr().err == "error: nothing: no such run directory\n"
+    Path("nothing").mkdir()
+    for verb in (["resume", "nothing"], ["replay", "nothing", "--method", "kpo"]):
+        assert main(verb) == 1
+        told = (
+            "error: nothing: got no manifest.json, expected a run; give the directory that training wrote\n"
+        )
+        assert capsys.readouterr().err == told
+
+
+def test_resume_without_a_status_or_a_checkpoint(
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["train", "--run", "x", "--quiet"]) == 0
+    manifest = json.loads(Path("x/manifest.json").read_text())
+    del manifest["status"]
+    Path("x/manifest.json").write_text(json.dumps(manifest))
+    assert main(["resume", "x"]) == 0 and calls[-1][2] == {"resume": True}
+    monkeypatch.delitem(sys.modules, "kalman_rl.train")
+    train = pytest.importorskip("kalman_rl.train")
+    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("loads a model in vain"))
+    assert main(["resume", "x"]) == 1
+    assert capsys.readouterr().err.startswith("error: x: got no intact checkpoint, expected at least one")
 
 
 def test_stress_demo_and_report(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ class Resume:
         from kalman_rl.runs import Run
 
         with Run.open(self.run) as run:
-            if run.manifest["status"] == "finished":
+            if run.manifest.get("status") == "finished":
                 print(f"{self.run}: this run is finished; there is nothing to continue", file=sys.stderr)
                 return 0
             config = build(TrainConfig, load_toml(self.run / "config.toml"))

@@ -201,7 +201,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
-            if kind is not None and self._metrics is not None and self.manifest["status"] == "running":
+            if kind is not None and self._metrics is not None and self.manifest.get("status") == "running":
                 self.finish("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
         finally:
             self.close()
@@ -280,6 +280,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_dir():
         raise RunError(f"{path}: no such run directory")
+    if not os.path.lexists(path / "manifest.json"):
+        raise RunError(
+            f"{path}: got no manifest.json, expected a run; give the directory that training wrote"
+        )
     manifest = read_json(path / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise RunError(

@@ -51,14 +51,14 @@ def traced_tokens(run: Path, step: int) -> tuple[Token, ...]:
     names = ["token", "log_ratio", "prompt_id", "position"]
     try:
         rows = pyarrow.parquet.read_table(path, columns=names).to_pylist()
-    except (pa.ArrowException, OSError, KeyError, ValueError):
+        rows = [row for row in rows if row["log_ratio"] is not None and math.isfinite(row["log_ratio"])]
+        rows.sort(key=lambda row: -abs(row["log_ratio"]))
+        return tuple(
+            Token(str(row["token"]), float(row["log_ratio"]), str(row["prompt_id"]), int(row["position"]))
+            for row in rows[:SHOWN_TOKENS]
+        )
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         return ()
-    rows = [row for row in rows if row["log_ratio"] is not None and math.isfinite(row["log_ratio"])]
-    rows.sort(key=lambda row: -abs(row["log_ratio"]))
-    return tuple(
-        Token(str(row["token"]), float(row["log_ratio"]), str(row["prompt_id"]), int(row["position"]))
-        for row in rows[:SHOWN_TOKENS]
-    )
 
 
 def show_alarms(runs: list[Path], rule: Rule, options: WatchOptions, as_json: bool) -> int:
