@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,12 @@ from kalman_rl.belief import (
     SPOBelief,
     make_belief,
 )
+from kalman_rl.board.serve import listen
 from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError
+from kalman_rl.integrations.tracking import Budget, Tracking
+from kalman_rl.replay import replay
+from kalman_rl.report import write_report
+from kalman_rl.rollouts import Rollouts
 from kalman_rl.sampling.adaptive import run_adaptive_sampling
 from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.coverage import Coverage
@@ -268,3 +274,54 @@ def test_settings_of_the_alarm() -> None:
         WatchOptions(warm_up=math.nan)
     with pytest.raises(ConfigError, match="^period: got 2.5"):
         Watch(2.5)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"allocation": "rond"}, "allocation: got 'rond', .*did you mean 'rounds'"),
+    ({"objective": "x"}, "objective: got 'x'"),
+    ({"rewards": "x"}, "reward: got 'x'"),
+    ({"objective": "light", "rewards": "real"}, "objective: got 'light' with real-valued rewards"),
+    ({"rounds": ()}, "rounds: got"),
+    ({"max_rounds": 0}, "max_rounds: got 0"),
+    ({"coverage": 0}, "coverage_steps: got 0"),
+    ({"low": "1"}, "completions_min, completions_max: got '1', 32"),
+    ({"noise_variance": -1.0}, "reward_noise_variance: got -1.0"),
+    ({"mean": "4", "allocation": "rounds"}, "budget: got '4'"),
+])  # fmt: skip
+def test_a_budget_is_checked_before_training(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        Budget(**options)
+
+
+def test_a_checkpoint_without_its_beliefs() -> None:
+    tracking = Tracking(GaussianBelief(), Budget())
+    with pytest.raises(ConfigError, match="^checkpoint's beliefs: got no belief, coverage"):
+        tracking.load_state_dict({})
+
+
+@pytest.mark.parametrize("port", ["80", 1.5, True, -1])
+def test_ports_of_the_board(port: Any) -> None:
+    with pytest.raises(ConfigError, match="^port: got .*, expected 0 to 65535"):
+        listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"method": None}, "method: got None, expected the name"),
+    ({"against": 5}, "against: got 5, expected the name"),
+    ({"top": 1.5}, "top: got 1.5"),
+    ({"steps": 5}, "steps: got 5"),
+    ({"steps": (5,)}, r"steps: got \(5,\)"),
+])  # fmt: skip
+def test_replay_and_report(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        replay(tmp_path, **({"method": "kpo"} | options))
+    with pytest.raises(ConfigError, match="^report: got .*, expected a list of run directories"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["logp_old", "mask", "reward", "group", "logp_behaviour", "segment"])
+def test_rollouts_of_lists(name: str) -> None:
+    parts = {"logp_old": -torch.ones(1, 2), "mask": torch.ones(1, 2, dtype=torch.bool)}
+    with pytest.raises(ShapeError, match=f"^{name}: got list, expected a tensor"):
+        Rollouts(**(parts | {name: [[1.0, 1.0]]}))

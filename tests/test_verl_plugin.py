@@ -479,6 +479,20 @@ def test_the_forks_names() -> None:
         settings("grpo", is_clip=False)
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"old_is_sampler": "no"}, "policy_loss.old_is_sampler: got 'no', expected true or false"),
+        ({"is_clip": "no"}, "policy_loss.is_clip: got 'no'"),
+        ({"options": None}, "policy_loss.options: got None, expected options by name"),
+        ({"options": ["low"]}, "policy_loss.options: got"),
+    ],
+)
+def test_settings_of_another_type(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        settings("kpo", **given)
+
+
 def test_settings_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match="actor.loss_agg_mode aggregates"):
         settings("dr_grpo", options={"length": 50.0})

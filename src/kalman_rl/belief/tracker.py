@@ -303,7 +303,8 @@ class KalmanPreferenceTracker:
     def _checked(self, phi: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x = self._projected(phi)
         if not isinstance(y, Tensor) or y.shape != x.shape[:1] or not len(x) or y.is_complex():
-            raise ShapeError(f"y: got {_kind(y)}, expected real ({len(x)},) with at least one row, like phi")
+            got = tuple(y.shape) if isinstance(y, Tensor) and not y.is_complex() else _kind(y)
+            raise ShapeError(f"y: got {got}, expected real ({len(x)},) with at least one row, like phi")
         y = y.detach().cpu().to(self.dtype)
         known = ~torch.isnan(y)
         if mask is not None:

@@ -78,6 +78,8 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
 
     Raises: ConfigError for no path at all; RunError for a path that is not a directory or holds no run.
     """
+    if isinstance(paths, str | Path):
+        raise ConfigError(f"report: got {str(paths)!r}, expected a list of run directories")
     if not paths:
         raise ConfigError("report: got no run directory, expected at least one")
     found: dict[Path, Run] = {}

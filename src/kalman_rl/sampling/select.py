@@ -46,8 +46,8 @@ class PromptSelector:
             their first turns in random order, evenly spread.
         seed: of the own generator; the global one is not touched.
 
-    Raises: ConfigError for repeated ids, an unknown method, a count or floor that cannot be met. ShapeError for a
-        pool that is empty or no list of names.
+    Raises: ConfigError for an empty pool, repeated ids, an unknown method, a count or floor that cannot be met.
+        ShapeError for a pool that is no list of names.
 
     With the floor no prompt waits longer than ``every`` calls: at most ``count`` become due at a time,
     because at most that many were picked at a time.
@@ -65,11 +65,11 @@ class PromptSelector:
     ) -> None:
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
+        if hasattr(pool, "__len__") and not len(pool):
+            raise ConfigError("pool: got no ids, expected at least one")
         different = len(unique_ids(pool, "pool")[0])
         if different != len(pool):
-            raise ConfigError(
-                f"pool: got {len(pool)} ids, {different} different, expected different ids, at least one"
-            )
+            raise ConfigError(f"pool: got {len(pool)} ids, {different} different, expected different ids")
         if not is_whole(count, 1, len(pool)):
             raise ConfigError(f"count: got {count!r}, expected an integer from 1 to the pool's {len(pool)}")
         passes = math.ceil(len(pool) / count)
