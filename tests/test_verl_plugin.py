@@ -60,8 +60,8 @@ def options_of(name: str) -> dict[str, float]:
 
 
 def settings(name: str, **fields: Any) -> KalmanPolicyLossConfig:
-    fields.setdefault("options", options_of(name))
-    return KalmanPolicyLossConfig(loss_mode=f"kalman_rl/{name}", old_is_sampler=name in SAMPLER, **fields)
+    given = {"options": options_of(name), "old_is_sampler": name in SAMPLER} | fields
+    return KalmanPolicyLossConfig(loss_mode=f"kalman_rl/{name}", **given)
 
 
 def actor(policy: PolicyLossConfig, kind: type = FSDPActorConfig, **fields: Any) -> Any:
