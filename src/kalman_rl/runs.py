@@ -114,6 +114,9 @@ class Run:
 
         A full disk does not stop the run: one warning, and a row of kind "gap" with the number of rows lost
         as soon as there is room again.
+
+        Args: kind: of the row, e.g. "train", "eval". step: optimizer step. values: numbers by name.
+        Raises: RunError after the run was closed.
         """
         stamp = {"step": int(step), "time": round(self._before + time.monotonic() - self._start, 3)}
         rows = [{"kind": kind, **stamp, **{name: _finite(value) for name, value in values.items()}}]
@@ -179,7 +182,10 @@ class Run:
         """Record how the run ended ("finished", "interrupted" or "failed") and close it.
 
         Args:
+            status: how it ended.
             seconds: time spent by this process (default: since it opened the run); a resumed run adds up.
+
+        Raises: RunError for another status, or a manifest that cannot be written; the files are closed all the same.
         """
         if status not in STATUSES[1:]:
             raise RunError(f"status: got {status!r}, expected one of {', '.join(STATUSES[1:])}")

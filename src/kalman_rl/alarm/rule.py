@@ -17,7 +17,7 @@ import torch
 
 from kalman_rl.alarm.metrics import Metric
 from kalman_rl.alarm.watch import Surprise
-from kalman_rl.checks import is_real, is_whole
+from kalman_rl.checks import is_real, is_whole, saved
 from kalman_rl.errors import ConfigError, NumericError
 
 SHOWN_TOKENS = 3
@@ -158,9 +158,10 @@ class Judge:
         return {"sides": {name: list(sides) for name, sides in self._sides.items()}, "rest": dict(self._rest)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self._sides = {name: [int(side) for side in sides] for name, sides in state["sides"].items()}
-        self._rest = {name: int(count) for name, count in state["rest"].items()}
+        """Go on from a saved state. Raises: ConfigError for a state that lacks a part."""
+        sides, rest = saved("alarm state", state, "sides", "rest")
+        self._sides = {name: [int(side) for side in row] for name, row in sides.items()}
+        self._rest = {name: int(count) for name, count in rest.items()}
 
     def _one(self, step: int, surprise: Surprise) -> Alarm | None:
         metric, rule = surprise.metric, self.rule

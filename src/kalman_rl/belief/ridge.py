@@ -68,6 +68,7 @@ class Features:
         return self._last[1]
 
     def state_dict(self) -> dict[str, Any]:
+        """Width, centre, length and projection; :meth:`checked` reads them back."""
         srht = self._srht.state_dict() if self._srht else None
         return {"width": self.width, "centre": self.centre.clone(), "length": self.length, "srht": srht}
 
@@ -139,6 +140,7 @@ class Ridge:
         return pad(self.precision, (0, more, 0, more)), pad(self.target, (0, more))
 
     def state_dict(self) -> dict[str, Any]:
+        """Sums, scales and the last step; :meth:`checked` reads them back."""
         return {
             "unit": self.unit,
             "spread": self.spread,

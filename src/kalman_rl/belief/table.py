@@ -85,6 +85,7 @@ class PromptTable:
             )
 
     def state_dict(self) -> dict[str, Any]:
+        """Ids, clock and columns of the visited prompts; :meth:`checked` reads them back."""
         size = len(self)
         columns = {name: column[:size].clone() for name, column in self.columns.items()}
         return {"ids": list(self._row), "clock": self.clock[:size].clone(), "columns": columns}

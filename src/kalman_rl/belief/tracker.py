@@ -51,6 +51,7 @@ class KalmanPreferenceTracker:
         seed: of the projection. dtype: float64 or float32, of the state.
 
     Raises: NumericError, ConfigError for a setting outside its range.
+    Gradient: none; every tensor is detached and results are on the CPU.
     Source: Kalman (1960); square-root form Kailath, Sayed and Hassibi (2000); the name and the defaults of
     dim, Q and R are those of the K-GRPO repository, whose code has neither Q nor a transform.
 

@@ -27,6 +27,8 @@ def sorting(
         seed: which questions are drawn; the split does not depend on it.
         train_size: training rows, 4096 when None.
         test_size: test rows, 256 when None.
+
+    Raises: ConfigError for fewer than 8 digits or a size below 1.
     """
     if digits < 8:
         raise ConfigError(f"digits: got {digits}, expected at least 8; with fewer the questions soon run out")

@@ -90,7 +90,9 @@ def first_line(completion: str) -> str:
 
 
 def take(rows: Sequence[Row], size: int | None, default: int | None, argument: str, task: str) -> list[Row]:
-    """First ``size`` rows; with size None at most ``default`` of them.
+    """First ``size`` rows; with size None at most ``default`` of them (None = all).
+
+    Args: argument, task: how the size and the task are called in errors.
 
     Raises:
         ConfigError: ``size`` is below 1 or above the number of different questions there are.

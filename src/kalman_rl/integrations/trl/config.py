@@ -127,7 +127,11 @@ class KalmanGRPOConfig(GRPOConfig):
 
 
 def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
-    """The method to train with: as given, or by name from the settings, with correction and penalty added."""
+    """The method to train with: as given, or by name from the settings, with correction and penalty added.
+
+    Raises: ConfigError for an unknown name or option, or a correction beside TRL's own; NumericError for a value out
+        of range.
+    """
     if isinstance(method, Method):
         resolved = method
     else:
@@ -154,7 +158,7 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
 
 
 def budget_of(args: GRPOConfig) -> Budget:
-    """How the settings divide completions among prompts."""
+    """How the settings divide completions among prompts. Raises: ConfigError for a value out of range."""
     if not isinstance(args, KalmanGRPOConfig):
         return Budget()
     return Budget(
