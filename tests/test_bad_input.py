@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kalman_rl.advantage import leave_one_out
 from kalman_rl.alarm import Rule, WatchOptions
 from kalman_rl.alarm.rule import false_alarm_rate
 from kalman_rl.alarm.watch import Watch
@@ -25,6 +26,7 @@ from kalman_rl.belief import (
 )
 from kalman_rl.board.serve import listen
 from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError
+from kalman_rl.hadamard import SRHT
 from kalman_rl.integrations.tracking import Budget, Tracking
 from kalman_rl.replay import replay
 from kalman_rl.report import write_report
@@ -45,6 +47,7 @@ from kalman_rl.sampling.select import (
     theta_variance,
 )
 from kalman_rl.sampling.stop import light_gain
+from kalman_rl.tasks import load_reward, load_task
 
 tensor = torch.tensor
 IDS, REWARD = ["a", "a", "b"], tensor([1.0, 0.0, 1.0])
@@ -325,3 +328,17 @@ def test_rollouts_of_lists(name: str) -> None:
     parts = {"logp_old": -torch.ones(1, 2), "mask": torch.ones(1, 2, dtype=torch.bool)}
     with pytest.raises(ShapeError, match=f"^{name}: got list, expected a tensor"):
         Rollouts(**(parts | {name: [[1.0, 1.0]]}))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: SRHT(3.5, 2), "dimension_in, dimension_out: got 3.5, 2"),
+    (lambda: SRHT(4, 2)([[1.0] * 4]), "x: got list"),
+    (lambda: SRHT(4, 2).load_state_dict({"format": 1}), "SRHT state: got no dimension_in"),
+    (lambda: leave_one_out([1.0, 2.0], tensor([0, 0])), "reward: got list"),
+    (lambda: load_task(["sort12"]), "task: got"),
+    (lambda: load_task("sort12", train_size=1.5), "train_size: got 1.5"),
+    (lambda: load_reward(None), "reward: got None"),
+])  # fmt: skip
+def test_features_advantages_and_tasks(call: Call, message: str) -> None:
+    with pytest.raises((ConfigError, ShapeError), match=f"^{message}"):
+        call()
