@@ -367,6 +367,8 @@ def test_verify_exits_1_when_a_check_fails(
         (["train", "--config", "bad.toml", "--help"], "error: bad.toml:2: key: got 'learnig_rate'"),
         (["stress", "--minibatch", "5"], "error: minibatch: got 5"),
         (["report"], "error: RUNS: got none"),
+        (["alarm", "x", "--band", "nan"], "error: band: got nan"),
+        (["alarm", "x", "--k", "9", "--n", "3"], "error: k, n: got 9 of 3"),
     ],
 )
 def test_usage_errors_exit_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ from kalman_rl.config import (
     to_toml,
     validate,
 )
-from kalman_rl.errors import ConfigError, KalmanRLError
+from kalman_rl.errors import ConfigError, KalmanRLError, NumericError
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
 
@@ -203,7 +203,11 @@ class Alarm:
         from kalman_rl.alarm.offline import runs_below, show_alarms
 
         given = {name: getattr(self, name) for name in ("band", "k", "n") if getattr(self, name) is not None}
-        return show_alarms(runs_below(list(self.runs)), Rule(**given), WatchOptions(), self.json)
+        try:
+            rule = Rule(**given)
+        except NumericError as error:  # here it is a wrong setting, not a wrong number in the data
+            raise ConfigError(str(error)) from None
+        return show_alarms(runs_below(list(self.runs)), rule, WatchOptions(), self.json)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,9 @@ class KalmanPreferenceTracker:
 
     def _update_compiled(self, phi: Tensor, y: Tensor, mask: Tensor | None) -> Absorbed | None:
         """:meth:`update` one reward after another; None where the input has to be looked at first."""
-        if not (isinstance(phi, Tensor) and isinstance(y, Tensor) and isinstance(mask, Tensor | None)):
+        if not (
+            isinstance(phi, Tensor) and isinstance(y, Tensor) and (mask is None or isinstance(mask, Tensor))
+        ):
             return None
         shape, count = phi.shape, y.shape
         if not (len(shape) == 2 and len(count) == 1 and shape[0] == count[0] > 0):
