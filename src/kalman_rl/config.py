@@ -296,11 +296,14 @@ def notes(config: TrainConfig) -> list[str]:
 
 
 def _check_train(config: TrainConfig) -> None:
+    from kalman_rl.tasks.table import TASKS
+
     _check_method(config.method, config.method_options)
     _check_model(config.model)
     if config.report_to not in REPORTERS:
         raise unknown_name("report_to", config.report_to, REPORTERS)
-    _check_task(config)
+    if config.data is None and config.task not in TASKS:
+        raise unknown_name("task", config.task, TASKS)
     if config.data is not None and not os.path.isfile(config.data):
         raise ConfigError(f"data: got {show(str(config.data))}, expected a JSONL or Parquet file that exists")
     if config.reward is not None and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", config.reward):
@@ -318,13 +321,6 @@ def _check_train(config: TrainConfig) -> None:
             f"gradient_accumulation: got {micro}, expected a divisor of {prompts * group // updates} "
             f"(completions per optimizer step: {batch}, over {updates} updates)"
         )
-
-
-def _check_task(config: TrainConfig) -> None:
-    from kalman_rl.tasks.table import TASKS
-
-    if config.data is None and config.task not in TASKS:
-        raise unknown_name("task", config.task, TASKS)
 
 
 def _check_allocation(config: TrainConfig) -> None:

@@ -50,16 +50,13 @@ class Groups(NamedTuple):
         return self._replace(reward=reward, total=total)
 
 
-def unique_ids(ids: Sequence[Hashable], what: str = "ids") -> tuple[list[Hashable], Tensor]:
-    """Different ids in order of first appearance, and for each entry which of them it is, (n,).
+def places_of(ids: Sequence[Hashable], what: str = "ids") -> tuple[dict[Hashable, int], list[int]]:
+    """Different ids, numbered in order of first appearance, and the number of each entry.
 
     Args: ids: n hashable names. what: the argument's name in errors.
 
     Raises: ShapeError if ids are a string, a tensor, no sequence or empty, or one of them is a tensor (two equal
         ones would be two prompts) or not hashable.
-
-    >>> unique_ids(["a", ("b", 1), "a"])
-    (['a', ('b', 1)], tensor([0, 1, 0]))
     """
     if isinstance(ids, str | bytes | Tensor) or not hasattr(ids, "__len__"):
         raise ShapeError(
@@ -77,8 +74,20 @@ def unique_ids(ids: Sequence[Hashable], what: str = "ids") -> tuple[list[Hashabl
         raise ShapeError(
             f"{what}: got a name that cannot be hashed ({error}), expected int, str or tuple"
         ) from error
-    if any(isinstance(name, Tensor) for name in place):
+    if Tensor in map(type, place):
         raise ShapeError(f"{what}: got tensors as names, expected int, str or tuple; use tolist()")
+    return place, index
+
+
+def unique_ids(ids: Sequence[Hashable]) -> tuple[list[Hashable], Tensor]:
+    """Different ids in order of first appearance, and for each entry which of them it is, (n,).
+
+    Raises: ShapeError for what :func:`places_of` refuses.
+
+    >>> unique_ids(["a", ("b", 1), "a"])
+    (['a', ('b', 1)], tensor([0, 1, 0]))
+    """
+    place, index = places_of(ids)
     return list(place), torch.tensor(index)
 
 

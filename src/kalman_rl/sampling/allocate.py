@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.groups import unique_ids
+from kalman_rl.belief.groups import places_of
 from kalman_rl.belief.protocol import Belief
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError
@@ -115,9 +115,9 @@ def check_bounds(ids: Sequence[Hashable], n_min: int, n_max: int) -> None:
     """Refuse an empty pool, repeated ids and bounds out of order. Raises: ConfigError, ShapeError for no ids."""
     if hasattr(ids, "__len__") and not len(ids):
         raise ConfigError("ids: got an empty pool, expected at least one prompt")
-    names, place = unique_ids(ids)
+    names, places = places_of(ids)
     if len(names) != len(ids):
-        twice = names[int(place.bincount().argmax())]
+        twice = next(name for name, place in names.items() if places.count(place) > 1)
         raise ConfigError(
             f"ids: got prompt {twice!r} twice, expected every prompt once; counts are per prompt"
         )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.belief.base import check_features
-from kalman_rl.belief.groups import unique_ids
+from kalman_rl.belief.groups import places_of
 from kalman_rl.belief.protocol import Belief
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
@@ -187,7 +187,7 @@ class RoundPlan:
         """
         if self._request is None:
             raise ConfigError("tell: got rewards that were not requested, expected next_round() before")
-        unique_ids(ids)
+        places_of(ids)
         got, wanted = Counter(ids), Counter(dict(self._request))
         if got != wanted:
             name = next(iter((got - wanted) + (wanted - got)))

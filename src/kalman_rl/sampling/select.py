@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.belief.base import check_features
-from kalman_rl.belief.groups import unique_ids
+from kalman_rl.belief.groups import places_of
 from kalman_rl.belief.protocol import Belief
 from kalman_rl.checks import is_whole, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
@@ -67,7 +67,7 @@ class PromptSelector:
             raise unknown_name("method", method, METHODS)
         if hasattr(pool, "__len__") and not len(pool):
             raise ConfigError("pool: got no ids, expected at least one")
-        different = len(unique_ids(pool, "pool")[0])
+        different = len(places_of(pool, "pool")[0])
         if different != len(pool):
             raise ConfigError(f"pool: got {len(pool)} ids, {different} different, expected different ids")
         if not is_whole(count, 1, len(pool)):

@@ -48,7 +48,7 @@ def read_signal(
     Raises: ConfigError if ``belief`` is none, NumericError for a noise variance out of range, and what the belief
         raises.
     """
-    if not isinstance(belief, Belief):
+    if not callable(getattr(belief, "predict", None)):
         raise ConfigError(
             f"belief: got {type(belief).__name__}, expected a belief such as make_belief() gives"
         )
