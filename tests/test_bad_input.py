@@ -281,8 +281,8 @@ def test_settings_of_the_alarm() -> None:
 
 @pytest.mark.parametrize("options, message", [
     ({"allocation": "rond"}, "allocation: got 'rond', .*did you mean 'rounds'"),
-    ({"objective": "x"}, "objective: got 'x'"),
-    ({"rewards": "x"}, "reward: got 'x'"),
+    ({"objective": "x"}, "allocation_objective: got 'x'"),
+    ({"rewards": "x"}, "reward_range: got 'x'"),
     ({"objective": "light", "rewards": "real"}, "objective: got 'light' with real-valued rewards"),
     ({"rounds": ()}, "rounds: got"),
     ({"max_rounds": 0}, "max_rounds: got 0"),

@@ -21,7 +21,7 @@ from kalman_rl.kalman import Gaussian
 from kalman_rl.sampling.allocate import check_rounds
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.rounds import RoundPlan, Sampled
-from kalman_rl.sampling.signal import check_objective
+from kalman_rl.sampling.signal import OBJECTIVES, REWARDS, check_objective
 
 Kind = Literal["fixed", "predictive", "rounds"]
 NINETY = 1.6448536269514722
@@ -59,8 +59,13 @@ class Budget:
     noise_variance: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.allocation not in get_args(Kind):
-            raise unknown_name("allocation", self.allocation, get_args(Kind))
+        for name, value, known in (
+            ("allocation", self.allocation, get_args(Kind)),
+            ("allocation_objective", self.objective, OBJECTIVES),
+            ("reward_range", self.rewards, REWARDS),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
         check_objective(self.objective, self.rewards)
         check_rounds(self.rounds)
         if not (is_whole(self.low) and is_whole(self.high, max(self.low, 1))):
@@ -68,9 +73,9 @@ class Budget:
                 f"completions_min, completions_max: got {self.low!r}, {self.high!r}, expected whole numbers with "
                 "0 <= min <= max and max >= 1"
             )
-        for name, value in (("max_rounds", self.max_rounds), ("coverage_steps", self.coverage)):
-            if not is_whole(value, 1):
-                raise ConfigError(f"{name}: got {value!r}, expected a whole number >= 1")
+        for name, number in (("max_rounds", self.max_rounds), ("coverage_steps", self.coverage)):
+            if not is_whole(number, 1):
+                raise ConfigError(f"{name}: got {number!r}, expected a whole number >= 1")
         if not (is_real(self.noise_variance) and 0 <= self.noise_variance < math.inf):
             raise ConfigError(
                 f"reward_noise_variance: got {self.noise_variance!r}, expected a finite variance >= 0"
