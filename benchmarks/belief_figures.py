@@ -9,6 +9,7 @@ from benchmarks.belief_targets import find
 
 Row = dict[str, Any]
 OURS, PLAIN, DARK, PALE, WARN = "#1b6ca8", "#8d99a6", "#2f3a45", "#c9d3dc", "#c8553d"
+WHISKERS = "whiskers: 95 % intervals"
 
 
 def draw(results: Row, out: Path) -> list[Path]:
@@ -63,10 +64,10 @@ def _error(results: Row, plt: Any) -> Any:
             for i, (task, _) in enumerate(cells):
                 mean, half, _n = task["rows"]["ours"][key]
                 place = i + (k - 0.5) * 0.38
-                axis.bar(place, mean, 0.36, color=colour, label=name if i == 0 else None)
+                axis.bar(place, mean - 1, 0.36, bottom=1, color=colour, label=name if i == 0 else None)
                 axis.errorbar(place, mean, half or 0, color=DARK, lw=1, capsize=2)
                 inside = key == "gain"  # above that bar lies the ceiling
-                high = (mean - (half or 0)) / 1.1 if inside else (mean + (half or 0)) * 1.1
+                high = (mean - (half or 0)) / 1.1 if inside else max(mean + (half or 0), 1) * 1.1
                 side, ink = ("top", "white") if inside else ("bottom", DARK)
                 axis.text(place, high, f"{mean:.1f}", ha="center", va=side, fontsize=9, color=ink)
         for i, (task, _) in enumerate(cells):
@@ -78,7 +79,7 @@ def _error(results: Row, plt: Any) -> Any:
                 lw=1.5,
                 label="ceiling, over the group mean" if i == 0 else None,
             )
-        axis.axhline(1, color=DARK, lw=0.8)
+        axis.axhline(1, color=DARK, lw=0.8)  # as good as the reference: bars begin here, on a log scale
         axis.set_yscale("log")
         axis.set_xticks(range(len(cells)), [x for _, x in cells])
         axis.set_xlabel(label)
@@ -87,7 +88,9 @@ def _error(results: Row, plt: Any) -> Any:
     axes[0].set_ylim(0.7, 400)
     axes[0].legend(loc="upper left", fontsize=9)
     figure.suptitle(
-        "How much closer is the belief to a prompt's true value? (drift 0.3, log scale)", x=0.06, ha="left"
+        f"How much closer is the belief to a prompt's true value? (drift 0.3, log scale; {WHISKERS})",
+        x=0.06,
+        ha="left",
     )
     figure.tight_layout()
     return figure
@@ -120,12 +123,13 @@ def _compute(results: Row, plt: Any) -> Any:
             axis.text(value[0] + (value[1] or 0) + 0.03, i, f"{value[0]:.2f}", va="center", fontsize=9)
         axis.set_yticks(range(len(order)), [_label(n, key) for n in order])
         axis.axvline(1, color=DARK, lw=0.8)
-        axis.set_xlim(0, 3.2)
+        axis.set_xlim(0, 3.4)
         axis.set_ylim(-0.7, len(order) - 0.3)
         axis.set_title(title)
         axis.set_xlabel("completions of groups of 8 / completions needed")
     figure.suptitle(
-        "Completions saved, pool of mostly easy and hopeless prompts, warm (blue: this package)",
+        "Completions saved, pool of mostly easy and hopeless prompts, warm (blue: this package's rules; "
+        f"{WHISKERS})",
         x=0.02,
         ha="left",
     )
@@ -179,7 +183,7 @@ def _robustness(results: Row, plt: Any) -> Any:
     axis.set_xticks(range(len(worlds)), [t["cell"]["label"].replace(", ", ",\n") for t in worlds])
     axis.set_ylabel("group mean's squared error / method's")
     axis.set_ylim(0.08, 90)
-    axis.set_title("Below 1 a filter is worse than no filter (groups of 8)")
+    axis.set_title(f"Below 1 a filter is worse than no filter (groups of 8, log scale; {WHISKERS})")
     axis.legend(loc="upper left", fontsize=9, ncols=3)
     figure.tight_layout()
     return figure

@@ -28,6 +28,7 @@ from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
 from kalman_rl.token_noise import NoiseFiltered
 from kalman_rl.tracked import JamesStein, Tracked
 from kalman_rl.trust import Cap, Clip, GeometricClip, SoftGate
+from kalman_rl.verify.literal import LOOPS, lookup
 
 TABLE: dict[str, Method] = {name: make_method(name) for name in METHODS}
 """Every method of the package with its defaults."""
@@ -253,16 +254,13 @@ def naive_log_weight(method: Method, batch: Batch) -> np.ndarray:
     """(B, T) log-weight of a method from its definition, 0 outside the mask."""
     mask = batch.mask.numpy()
     observed = naive_log_ratio(method, batch)
-    if method.ratio is ratio.token or isinstance(method.ratio, ratio.BehaviourToken):
-        return observed
-    if isinstance(method.ratio, ratio.PrefixMinimum):
-        return np.stack([_naive_prefix(method.ratio, *row) for row in zip(observed, mask)])
-    if method.ratio is ratio.one:
-        return np.zeros_like(observed)
-    if method.ratio is ratio.sequence_mean:
-        return np.where(mask, observed.sum(1, keepdims=True) / mask.sum(1, keepdims=True), 0.0)
-    old = np.where(mask, naive_base(method, batch).double().numpy(), 0.0)
-    return np.stack([_naive_filter(method.ratio, *row) for row in zip(observed, mask, old)])
+    base = naive_base(method, batch).double().numpy()
+    loop, out = lookup(LOOPS, method.ratio), np.zeros_like(observed)
+    for i, trained in enumerate(mask):
+        row, old = ({t: values[i, t] for t in np.flatnonzero(trained)} for values in (observed, base))
+        for t, value in loop(method.ratio, row, old).items():
+            out[i, t] = value
+    return out
 
 
 def naive_log_ratio(method: Method, batch: Batch) -> np.ndarray:
@@ -275,15 +273,6 @@ def naive_base(method: Method, batch: Batch) -> Tensor:
     part = method.ratio
     to_sampler = isinstance(part, ratio.BehaviourToken) or getattr(part, "behaviour", False)
     return batch.behaviour if to_sampler else batch.logp_old
-
-
-def _naive_prefix(noise: ratio.PrefixMinimum, observed: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    out = np.zeros_like(observed)
-    for t in np.flatnonzero(mask):
-        earlier = [observed[u] for u in range(t + noise.inclusive) if mask[u]]
-        lowest = min(earlier, default=0.0)
-        out[t] = observed[t] + (min(lowest, 0.0) if noise.capped else lowest)
-    return out
 
 
 def naive_coefficient(
@@ -351,24 +340,6 @@ def settled_by_hand(part: Balance, weight: np.ndarray, a: np.ndarray, mask: np.n
             high += part.high_step
         else:
             low += part.low_step
-
-
-def _naive_filter(part: Any, observed: np.ndarray, mask: np.ndarray, old: np.ndarray) -> np.ndarray:
-    out, x, p = np.zeros_like(observed), 0.0, getattr(part, "initial_variance", math.inf)
-    trained = np.flatnonzero(mask)
-    for t in range(trained[0], trained[-1] + 1):
-        p = p + part.process_noise  # time passes in holes, not in padding
-        if not mask[t]:
-            continue
-        if isinstance(part, NoiseFiltered):
-            noise = part.floor + part.scale * (1 - math.exp(old[t])) ** 2
-        else:
-            noise = part.observation_noise
-        limit = getattr(part, "threshold", math.inf) * math.sqrt(p + noise)
-        gain = 1.0 if math.isinf(p) else p / (p + noise)
-        x = x + gain * min(max(observed[t] - x, -limit), limit)
-        p, out[t] = noise * gain, x
-    return out
 
 
 def naive_metrics(method: Method, batch: Batch, advantage: Tensor) -> dict[str, float]:

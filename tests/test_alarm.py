@@ -364,6 +364,8 @@ def test_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_tokens_come_from_the_traces(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
     from kalman_rl.alarm.offline import traced_tokens
     from report_runs import write_run, write_trace
 
@@ -374,7 +376,14 @@ def test_tokens_come_from_the_traces(tmp_path: Path) -> None:
     tokens = traced_tokens(run, step)
     sizes = [abs(token.log_ratio) for token in tokens]
     assert len(tokens) == 3 and sizes == sorted(sizes, reverse=True)
-    next((run / "traces").iterdir()).write_bytes(b"PAR1 no parquet")
+    path = next((run / "traces").iterdir())
+    table = pyarrow.parquet.read_table(path)
+    for name, value in (("log_ratio", "large"), ("position", None)):
+        column = pyarrow.array([value] * len(table))
+        wrong = table.set_column(table.schema.get_field_index(name), name, column)
+        pyarrow.parquet.write_table(wrong, path)
+        assert traced_tokens(run, step) == ()
+    path.write_bytes(b"PAR1 no parquet")
     assert traced_tokens(run, step) == ()
 
 

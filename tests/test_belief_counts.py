@@ -12,7 +12,7 @@ import torch
 
 from kalman_rl.belief import BetaBelief, SPOBelief
 from kalman_rl.belief.beta import _log_beta
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.errors import ConfigError, NumericError, ShapeError
 
 DOUBLE = torch.float64
 
@@ -106,9 +106,14 @@ def test_spo_memory_follows_the_signal() -> None:
     a, b = 0.96 * 0.5 + 1, 0.96 * 0.5
     expected = [rho * a / (rho * (a + b) + 1) for rho in (0.96, 0.9, 0.875)]
     np.testing.assert_allclose(belief.predict(["x", "y", "z"], step=2).mean.numpy(), expected, rtol=1e-6)
-    for bad in (torch.tensor([-1.0]), torch.tensor([math.nan]), torch.zeros(2)):
+    for bad in (torch.tensor([-1.0]), torch.tensor([math.nan])):
         with pytest.raises(NumericError, match="^signal: got"):
             belief.update(["x"], torch.zeros(1), step=2, signal=bad)
+    for bad in (torch.zeros(2), [0.0]):
+        with pytest.raises(ShapeError, match="^signal: got"):
+            belief.update(["x"], torch.zeros(1), step=2, signal=bad)
+    with pytest.raises(NumericError, match="^signal: got 0.* in another row of prompt 'x'"):
+        belief.update(["x", "x"], torch.zeros(2), step=2, signal=torch.tensor([0.0, 1.0]))
     with pytest.raises(ConfigError, match="got a prompt twice or one that was visited"):
         belief.start(["x"], [1], [2])
 

@@ -240,6 +240,25 @@ def test_resume_reports_a_damaged_config(calls: Calls, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith("error: x/config.toml:2: key: got 'stpes'")
     assert main(["resume", "nothing"]) == 1
     assert capsys.readouterr().err == "error: nothing: no such run directory\n"
+    Path("nothing").mkdir()
+    assert main(["resume", "nothing"]) == 1
+    told = "error: nothing: got no manifest.json, expected a run; give the directory that training wrote\n"
+    assert capsys.readouterr().err == told
+
+
+def test_resume_without_a_status_or_a_checkpoint(
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["train", "--run", "x", "--quiet"]) == 0
+    manifest = json.loads(Path("x/manifest.json").read_text())
+    del manifest["status"]
+    Path("x/manifest.json").write_text(json.dumps(manifest))
+    assert main(["resume", "x"]) == 0 and calls[-1][2] == {"resume": True}
+    monkeypatch.delitem(sys.modules, "kalman_rl.train")
+    train = pytest.importorskip("kalman_rl.train")
+    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("loads a model in vain"))
+    assert main(["resume", "x"]) == 1
+    assert capsys.readouterr().err.startswith("error: x: got no intact checkpoint, expected at least one")
 
 
 def test_stress_demo_and_report(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,6 +364,8 @@ def test_verify_exits_1_when_a_check_fails(
         (["train", "--config", "bad.toml", "--help"], "error: bad.toml:2: key: got 'learnig_rate'"),
         (["stress", "--minibatch", "5"], "error: minibatch: got 5"),
         (["report"], "error: RUNS: got none"),
+        (["alarm", "x", "--band", "nan"], "error: band: got nan"),
+        (["alarm", "x", "--k", "9", "--n", "3"], "error: k, n: got 9 of 3"),
     ],
 )
 def test_usage_errors_exit_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

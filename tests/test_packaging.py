@@ -25,7 +25,7 @@ SOURCE = ROOT / "src" / "kalman_rl"
 
 # From the ground up: a module imports from its own row and the rows before it, never from a later one.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "needs", "lookup", "reading"),
+    ("errors", "needs", "lookup", "reading", "checks"),
     ("fast",),
     ("kalman", "rollouts", "diagnosis", "hadamard", "likelihood"),
     ("belief",),

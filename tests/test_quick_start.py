@@ -251,27 +251,10 @@ def test_simulations_that_cannot_be(options: dict, error: type) -> None:
 
 @pytest.fixture(scope="module")
 def language_model() -> tuple[object, object]:
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789>"])}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    inner.decoder = tokenizers.decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=14,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
-    return transformers.LlamaForCausalLM(config), tokenizer
+    pytest.importorskip("transformers")
+    from tiny_llama import model, tokenizer
+
+    return model(), tokenizer()
 
 
 def has_even_digit(prompts: list[str], completions: list[str], **columns: object) -> list[float]:

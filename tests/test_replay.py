@@ -180,6 +180,8 @@ def test_bad_step_ranges(text: str) -> None:
 def test_nothing_to_read(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match="no such run directory"):
         replay(tmp_path / "nothing", "grpo")
+    with pytest.raises(RunError, match="got no manifest.json, expected a run; give the directory"):
+        replay(tmp_path, "grpo")
     with pytest.raises(RunError, match="got traces of steps 1 to 6, expected some in steps 2 to 3"):
         replay(run, "grpo", steps=(2, 3))
     shutil.rmtree(run / "traces")

@@ -302,7 +302,7 @@ def test_a_damaged_run_still_gives_a_page(tmp_path: Path) -> None:
     (run / "traces").mkdir()
     (run / "traces" / "step-000001.parquet").write_bytes(b"PAR1 not really")
     text = page_of(write_report([tmp_path])).text
-    assert "7 lines of metrics.jsonl could not be read and were left out" in text
+    assert "8 lines of metrics.jsonl could not be read and were left out" in text
     assert "3 rows of metrics could not be written during the run" in text
     assert "values of metrics.jsonl were not finite" in text
     assert "config.toml is missing" in text
@@ -323,12 +323,15 @@ def test_an_almost_empty_run_still_gives_a_page(tmp_path: Path, manifest: str) -
 def test_a_step_logged_twice_keeps_the_later_values(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     rows = [
+        {"kind": "train", "step": 10**21, "reward": 0.5},  # damage: beyond 2^52 steps cannot be told apart
         {"kind": "train", "step": 2, "reward": 0.1, "loss": 1},
         {"kind": "train", "step": 1},
         {"kind": "train", "step": 2, "reward": 0.9},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read_run(tmp_path).train == [{"step": 1.0}, {"step": 2.0, "reward": 0.9, "loss": 1.0}]
+    run = read_run(tmp_path)
+    assert run.train == [{"step": 1.0}, {"step": 2.0, "reward": 0.9, "loss": 1.0}]
+    assert "1 line of metrics.jsonl could not be read and was left out" in run.notes
 
 
 def test_bad_paths_are_named(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_names_that_pass_are_plain(name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot read"),
+        (None, "got no manifest.json, expected a run"),
         ("{", "no JSON object"),
         ("[1]", "no JSON object"),
         ("[" * 100_000, "no JSON object"),

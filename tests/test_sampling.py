@@ -359,8 +359,8 @@ def test_price_state_and_bad_input() -> None:
         Price(8.0).update(3.0)
     with pytest.raises(NumericError, match="mean: got nan"):
         price.update(math.nan)
-    with pytest.raises(ConfigError, match="format"):
-        price.load_state_dict({"format": 9})
+    with pytest.raises(ConfigError, match="format 9"):
+        price.load_state_dict({"format": 9, "value": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_price_state_and_bad_input() -> None:
         (["a"], {"total": 1, "n_min": 2}, "expected 2 to 32"),
         (["a"], {"total": 33}, "expected 2 to 32"),
         (["a"], {"total": 2, "n_min": 3, "n_max": 2}, "n_min, n_max: got 3, 2"),
-        (["a"], {"total": 2, "n_min": 1.5}, "n_min: got 1.5"),
+        (["a"], {"total": 2, "n_min": 1.5}, "n_min, n_max: got 1.5, 32"),
         (["a"], {"total": 2, "objective": "gradeint"}, "did you mean 'gradient'"),
         (["a"], {"total": 2, "reward": "binary"}, "reward: got 'binary'"),
         (["a"], {"total": 2, "objective": "light", "reward": "real"}, "expected 'gradient'"),
@@ -481,7 +481,7 @@ def test_selection_repeats_itself_and_resumes(method: str) -> None:
 @pytest.mark.parametrize(
     "pool, count, options, message",
     [
-        ([], 1, {}, "pool: got 0 ids"),
+        ([], 1, {}, "pool: got no ids"),
         (["a", "a"], 1, {}, "pool: got 2 ids, 1 different"),
         (["a"], 2, {}, "count: got 2"),
         (["a"], 0, {}, "count: got 0"),

@@ -227,7 +227,7 @@ def test_state_continues_bit_for_bit_and_refuses_strangers(tmp_path) -> None:
         (torch.zeros(3), torch.zeros(3), None, ShapeError, r"phi: got .*\(3,\)"),
         (torch.zeros(0, 4), torch.zeros(0), None, ShapeError, "y: got .*at least one row"),
         (torch.zeros(3, 5), torch.zeros(3), None, ShapeError, "phi: got width 5, expected 4"),
-        (torch.zeros(3, 4), torch.zeros(2), None, ShapeError, r"y: got \(2,\), expected \(3,\)"),
+        (torch.zeros(3, 4), torch.zeros(2), None, ShapeError, r"y: got \(2,\), expected real \(3,\)"),
         (torch.zeros(3, 4).long(), torch.zeros(3), None, ShapeError, "phi: got torch.int64"),
         (torch.full((3, 4), NAN), torch.zeros(3), None, NumericError, "phi: got nan at row 0, column 0"),
         (torch.zeros(3, 4), torch.tensor([0, 0, math.inf]), None, NumericError, "y: got inf at row 2"),

@@ -20,44 +20,23 @@ import torch
 
 pytest.importorskip("trl")
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from kalman_rl import METHODS, make_method
 from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.integrations import trl as adapter
 from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
+from tiny_llama import model, tokenizer
 
 ROWS = [{"prompt": f"{a}{b}>", "prompt_id": f"p{a}{b}"} for a in range(4) for b in range(4)]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789>"])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama on disk: with beta > 0 TRL loads the reference model from its path."""
     path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=14,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    model().save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
 
@@ -107,11 +86,12 @@ class History(TrainerCallback):
             self.logs.append(dict(logs))
 
 
-def run(trainer_class: Any, config: Any, model_path: str, **kwargs: Any) -> tuple[Any, History]:
+def run(
+    trainer_class: Any, config: Any, model_path: str, *, checkpoint: Path | None = None, **kwargs: Any
+) -> tuple[Any, History]:
     history = History()
-    model = LlamaForCausalLM.from_pretrained(model_path)
     trainer = trainer_class(
-        model=model,
+        model=LlamaForCausalLM.from_pretrained(model_path),
         reward_funcs=kwargs.pop("reward", digit_sum),
         args=config,
         train_dataset=Dataset.from_list(ROWS),
@@ -119,12 +99,15 @@ def run(trainer_class: Any, config: Any, model_path: str, **kwargs: Any) -> tupl
         callbacks=[history],
         **kwargs,
     )
-    trainer.train(resume_from_checkpoint=kwargs.get("resume"))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer, history
 
 
-def ours(output: Path, model_path: str, method: Any, **changes: Any) -> tuple[Any, History]:
-    return run(KalmanGRPOTrainer, KalmanGRPOConfig(**settings(output, **changes)), model_path, method=method)
+def ours(
+    output: Path, model_path: str, method: Any, *, checkpoint: Path | None = None, **changes: Any
+) -> tuple[Any, History]:
+    config = KalmanGRPOConfig(**settings(output, **changes))
+    return run(KalmanGRPOTrainer, config, model_path, checkpoint=checkpoint, method=method)
 
 
 PARITY = {
@@ -256,18 +239,8 @@ def test_lora_and_bfloat16_train(model_path: str, tmp_path: Path) -> None:
 def test_resume_equals_the_uninterrupted_run(model_path: str, tmp_path: Path) -> None:
     whole, _ = ours(tmp_path / "a", model_path, "kpo_diffuse", max_steps=4)
     ours(tmp_path / "b", model_path, "kpo_diffuse", max_steps=4, save_strategy="steps", save_steps=2)
-    config = KalmanGRPOConfig(**settings(tmp_path / "b", max_steps=4, save_strategy="no"))
-    history = History()
-    resumed = KalmanGRPOTrainer(
-        model=LlamaForCausalLM.from_pretrained(model_path),
-        reward_funcs=digit_sum,
-        args=config,
-        train_dataset=Dataset.from_list(ROWS),
-        processing_class=tokenizer(),
-        callbacks=[history],
-        method="kpo_diffuse",
-    )
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    point = tmp_path / "b" / "checkpoint-2"
+    resumed, history = ours(tmp_path / "b", model_path, "kpo_diffuse", checkpoint=point, max_steps=4)
     assert len(history.logs) == 2
     for (name, left), right in zip(
         whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True

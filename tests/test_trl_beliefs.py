@@ -279,6 +279,10 @@ def test_rows_join_fill_and_take() -> None:
         ({"budget": 1.0, "allocation": "rounds", "completions_min": 2}, "budget: got 1.0, expected 2 to 32"),
         ({"allocation": "rounds", "rounds": [0]}, r"rounds: got \(0,\), expected"),
         ({"allocation": "predictive", "allocation_objective": "lite"}, "objective: got 'lite'"),
+        ({"allocation": "rounds", "rounds": 3}, "rounds: got 3, expected a list"),
+        ({"belief_options": None}, "belief_options: got None, expected options by name"),
+        ({"method_options": ["low"]}, "method_options: got .*expected options by name"),
+        ({"allocation": "rounds", "reward_noise_variance": -1.0}, "reward_noise_variance: got -1.0"),
         (
             {"allocation": "predictive", "completions_min": 9, "completions_max": 8},
             "completions_min, completions_max: got 9, 8",

@@ -27,14 +27,11 @@ from kalman_rl.rollouts import Rollouts
 from kalman_rl.tasks import load_task
 from kalman_rl.trust import Clip
 from test_trl import (
-    ROWS,
     assert_same_training,
-    digit_sum,
     model_path,
     ours,
     run,
     settings,
-    tokenizer,
     two_ranks,
 )
 
@@ -254,16 +251,8 @@ LEARNERS = [name for name in METHODS if hasattr(make_method(name).ratio, "settle
 def test_learned_state_survives_a_resume(name: str, model_path: str, tmp_path: Path) -> None:
     whole, _ = ours(tmp_path / "a", model_path, name, max_steps=6)
     ours(tmp_path / "b", model_path, name, max_steps=6, save_strategy="steps", save_steps=4)
-    config = KalmanGRPOConfig(**settings(tmp_path / "b", max_steps=6, save_strategy="no"))
-    resumed = KalmanGRPOTrainer(
-        model=LlamaForCausalLM.from_pretrained(model_path),
-        reward_funcs=digit_sum,
-        args=config,
-        train_dataset=Dataset.from_list(ROWS),
-        processing_class=tokenizer(),
-        method=name,
-    )
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    point = tmp_path / "b" / "checkpoint-4"
+    resumed, _ = ours(tmp_path / "b", model_path, name, checkpoint=point, max_steps=6)
     assert whole.learning.state is not None and resumed.learning.state is not None
     assert torch.equal(whole.learning.state, resumed.learning.state)
     assert whole.learning.now == resumed.learning.now

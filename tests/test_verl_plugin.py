@@ -60,8 +60,8 @@ def options_of(name: str) -> dict[str, float]:
 
 
 def settings(name: str, **fields: Any) -> KalmanPolicyLossConfig:
-    fields.setdefault("options", options_of(name))
-    return KalmanPolicyLossConfig(loss_mode=f"kalman_rl/{name}", old_is_sampler=name in SAMPLER, **fields)
+    given = {"options": options_of(name), "old_is_sampler": name in SAMPLER} | fields
+    return KalmanPolicyLossConfig(loss_mode=f"kalman_rl/{name}", **given)
 
 
 def actor(policy: PolicyLossConfig, kind: type = FSDPActorConfig, **fields: Any) -> Any:
@@ -477,6 +477,20 @@ def test_the_forks_names() -> None:
         settings("kpo", kalman_Q=1e-5, process_noise=1e-5)
     with pytest.raises(ConfigError, match="is_clip: got False for kalman_rl/grpo"):
         settings("grpo", is_clip=False)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"old_is_sampler": "no"}, "policy_loss.old_is_sampler: got 'no', expected true or false"),
+        ({"is_clip": "no"}, "policy_loss.is_clip: got 'no'"),
+        ({"options": None}, "policy_loss.options: got None, expected options by name"),
+        ({"options": ["low"]}, "policy_loss.options: got"),
+    ],
+)
+def test_settings_of_another_type(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        settings("kpo", **given)
 
 
 def test_settings_without_effect_are_refused() -> None:

@@ -46,6 +46,23 @@ def tracking(**settings: Any) -> Any:
 # ---- by themselves
 
 
+@pytest.mark.parametrize("settings, message", [
+    ({"alocation": "fixed"}, "got 'alocation', .*did you mean 'allocation'"),
+    (None, "got None, expected settings by name"),
+    ({"completions_min": "1"}, "completions_min: got '1', expected at least 1"),
+    ({"completions_max": "32"}, "completions_min, completions_max: got 1, '32'"),
+    ({"allocation_objective": "x"}, "allocation_objective: got 'x'"),
+    ({"reward_range": "x"}, "reward_range: got 'x'"),
+    ({"allocation_objective": "light", "reward_range": "real"}, "objective: got 'light' with real-valued"),
+    ({"reward_noise_variance": -1.0}, "reward_noise_variance: got -1.0"),
+    ({"coverage_steps": 0}, "coverage_steps: got 0"),
+    ({"belief_options": ["rho"]}, "belief_options: got"),
+])  # fmt: skip
+def test_settings_are_checked_before_anything_is_sampled(settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^algorithm.kalman_rl(: |\.){message}"):
+        read_settings(settings)
+
+
 def test_names_come_from_columns() -> None:
     names = PromptNames(("data_source", "index"))
     found = names.of({"data_source": ["gsm8k", "math"], "index": [7, 7]})

@@ -223,7 +223,14 @@ class OptimalTokenBaseline:
 
 
 def known_rewards(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards (B,) in float64 with 0 for missing ones, and which are known; raises as the module says."""
+    """Rewards (B,) in float64 with 0 for missing ones, detached, and which are known, (B,) bool.
+
+    Args: reward: (B,) numbers, NaN = missing. group: (B,) integers.
+    Raises: ShapeError for other shapes, NumericError for an infinite reward.
+    """
+    for name, value in (("reward", reward), ("group", group)):
+        if not isinstance(value, Tensor):
+            raise ShapeError(f"{name}: got {type(value).__name__}, expected a tensor (B,)")
     if reward.dim() != 1 or group.shape != reward.shape:
         raise ShapeError(
             f"reward, group: got shapes {tuple(reward.shape)}, {tuple(group.shape)}, expected (B,) and (B,): "

@@ -1,8 +1,8 @@
 """Aggregation: how token losses become one number.
 
-An aggregation is a callable ``(rollouts, totals) -> weights`` with weights (B, T), and the loss is
-``sum(weights * token_loss)``. The denominators come from ``totals``, the counts of the *whole* optimizer
-step, so that any split into micro-batches or ranks sums to the same loss and gradient.
+An aggregation is a callable ``(rollouts, totals) -> weights`` with weights (B, T), detached and 0 outside
+the mask, and the loss is ``sum(weights * token_loss)``. The denominators come from ``totals``, the counts of
+the *whole* optimizer step, so that any split into micro-batches or ranks sums to the same loss and gradient.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from kalman_rl.config import (
     to_toml,
     validate,
 )
-from kalman_rl.errors import ConfigError, KalmanRLError
+from kalman_rl.errors import ConfigError, KalmanRLError, NumericError
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
 
@@ -82,7 +82,7 @@ class Resume:
         from kalman_rl.runs import Run
 
         with Run.open(self.run) as run:
-            if run.manifest["status"] == "finished":
+            if run.manifest.get("status") == "finished":
                 print(f"{self.run}: this run is finished; there is nothing to continue", file=sys.stderr)
                 return 0
             config = build(TrainConfig, load_toml(self.run / "config.toml"))
@@ -203,7 +203,11 @@ class Alarm:
         from kalman_rl.alarm.offline import runs_below, show_alarms
 
         given = {name: getattr(self, name) for name in ("band", "k", "n") if getattr(self, name) is not None}
-        return show_alarms(runs_below(list(self.runs)), Rule(**given), WatchOptions(), self.json)
+        try:
+            rule = Rule(**given)
+        except NumericError as error:  # here it is a wrong setting, not a wrong number in the data
+            raise ConfigError(str(error)) from None
+        return show_alarms(runs_below(list(self.runs)), rule, WatchOptions(), self.json)
 
 
 @dataclass(frozen=True)

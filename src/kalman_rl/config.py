@@ -189,6 +189,8 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
     Options of a method belong to it: a layer that names another method drops the options set so far, and
     options for the same method add up key by key.
 
+    Raises: ConfigError for a name that is no field; types and ranges are :func:`validate`'s.
+
     >>> kpo = {"method": "kpo", "method_options": {"low": 0.1}}
     >>> build(TrainConfig, kpo, {"method_options": {"high": 0.2}}).method_options
     {'low': 0.1, 'high': 0.2}
@@ -198,7 +200,10 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
     settings: dict[str, Any] = {}
     options: dict[str, float] = {}
     method = getattr(kind, "method", None)
+    known = get_type_hints(kind)
     for layer in layers:
+        for name in layer.keys() - known.keys():
+            raise unknown_name("key", name, known)
         if layer.get("method", method) != method:
             method, options = layer["method"], {}
         options = {**options, **layer.get("method_options", {})}
@@ -291,12 +296,14 @@ def notes(config: TrainConfig) -> list[str]:
 
 
 def _check_train(config: TrainConfig) -> None:
+    from kalman_rl.tasks.table import TASKS
+
     _check_method(config.method, config.method_options)
     _check_model(config.model)
     if config.report_to not in REPORTERS:
         raise unknown_name("report_to", config.report_to, REPORTERS)
-    if not config.task.strip():
-        raise ConfigError("task: got an empty name, expected a task, e.g. 'products'")
+    if config.data is None and config.task not in TASKS:
+        raise unknown_name("task", config.task, TASKS)
     if config.data is not None and not os.path.isfile(config.data):
         raise ConfigError(f"data: got {show(str(config.data))}, expected a JSONL or Parquet file that exists")
     if config.reward is not None and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", config.reward):
@@ -322,25 +329,24 @@ def _check_allocation(config: TrainConfig) -> None:
             f"allocation: got {config.allocation!r} with advantage={config.advantage!r}, expected fixed because only a "
             "belief knows how to divide completions; set advantage = 'tracked'"
         )
-    if config.budget is not None and config.allocation == "fixed":
-        raise ConfigError(
-            f"budget: got {config.budget} with allocation='fixed', expected predictive or rounds; with fixed, "
-            "completions_per_prompt is the budget"
-        )
-    low, high = config.completions_min, config.completions_max
-    if low > high:
-        raise ConfigError(f"completions_min: got {low}, expected at most completions_max = {high}")
-    if config.budget is not None and not low <= config.budget <= high:
-        raise ConfigError(
-            f"budget: got {config.budget}, expected completions_min {low} to completions_max {high}"
-        )
-    if not config.rounds or min(config.rounds) < 1:
-        raise ConfigError(f"rounds: got {show(list(config.rounds))}, expected one or more numbers >= 1")
     if config.objective == "light" and config.reward_noise:
         raise ConfigError(
             f"objective: got 'light' with reward_noise = {config.reward_noise}, expected gradient; noisy groups are "
             "mixed from the second completion on"
         )
+    from kalman_rl.integrations.tracking import Budget  # here, because it brings in torch
+
+    Budget(
+        allocation=config.allocation,
+        mean=config.budget,
+        rounds=config.rounds,
+        max_rounds=config.max_rounds,
+        low=config.completions_min,
+        high=config.completions_max,
+        objective=config.objective,
+        coverage=config.coverage_steps,
+        rewards="real" if config.reward_noise else "unit",
+    )
 
 
 def _check_stress(config: StressConfig) -> None:

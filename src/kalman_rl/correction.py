@@ -29,7 +29,12 @@ Level = Literal["token", "sequence", "geometric"]
 
 
 def mismatch(rollouts: Rollouts, level: Level) -> Tensor:
-    """D (B, T) of the module's formula, nats; 0 outside the mask."""
+    """D (B, T) of the module's formula, nats, detached; 0 outside the mask.
+
+    Args: rollouts: with ``logp_behaviour``. level: "token", "sequence" or "geometric".
+    Raises: ConfigError for another level, or rollouts without the sampler's log-probabilities.
+    """
+    _check_level(level)
     behaviour = need("logp_behaviour", rollouts.logp_behaviour, "an importance correction")
     difference = torch.where(rollouts.mask, rollouts.logp_old - behaviour, 0.0)
     if level == "token":

@@ -24,9 +24,14 @@ def evaluate(
     """Score one greedy reply and ``samples`` sampled replies per row.
 
     Args:
+        model: a causal language model of transformers; its mode and torch's random state stay as they were.
+        tokenizer: of the model.
         rows: held-out rows with ``prompt`` and the columns that the reward reads.
         reward: TRL's signature; a reply is correct when its reward is 1 (missing rewards count as 0).
-        temperature: of the sampled replies.
+        max_completion_tokens: longest reply, in tokens.
+        temperature: > 0, of the sampled replies.
+        samples: sampled replies per row.
+        batch_size: replies generated at a time.
         seed: of the sampled replies, the same at every evaluation, so that changes come from the policy.
 
     Returns: ``eval/{greedy,sampled}_{accuracy,reward}`` in [0, 1] or reward units, ``eval/count`` (rows) and

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_whole, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.fast import hadamard_numba, jit
 
@@ -82,14 +83,14 @@ class SRHT:
     """
 
     def __init__(self, dimension_in: int, dimension_out: int, seed: int = 0) -> None:
-        padded = 1 << max(int(dimension_in) - 1, 0).bit_length()
-        if dimension_in < 1 or not 1 <= dimension_out <= padded:
+        padded = 1 << max(dimension_in - 1, 0).bit_length() if is_whole(dimension_in, 1) else 0
+        if not padded or not is_whole(dimension_out, 1, padded):
             raise ConfigError(
-                f"dimension_in, dimension_out: got {dimension_in}, {dimension_out}, expected dimension_in >= "
+                f"dimension_in, dimension_out: got {dimension_in!r}, {dimension_out!r}, expected dimension_in >= "
                 f"1 and dimension_out from 1 to {padded}, the next power of two"
             )
         generator = torch.Generator().manual_seed(seed)
-        self.dimension_in, self.dimension_out = int(dimension_in), int(dimension_out)
+        self.dimension_in, self.dimension_out = dimension_in, dimension_out
         self.signs = (
             torch.randint(2, (self.dimension_in,), generator=generator).mul_(2).sub_(1).to(torch.int8)
         )
@@ -103,6 +104,10 @@ class SRHT:
 
         Raises: ShapeError for another width. Gradient flows through x.
         """
+        if not isinstance(x, Tensor):
+            raise ShapeError(
+                f"x: got {type(x).__name__}, expected a floating tensor (..., {self.dimension_in})"
+            )
         if x.dim() < 1 or x.shape[-1] != self.dimension_in or not x.is_floating_point():
             raise ShapeError(
                 f"x: got {x.dtype} {tuple(x.shape)}, expected floating (..., {self.dimension_in}): the width "
@@ -150,13 +155,13 @@ class SRHT:
         are not signs or rows. Nothing is changed then.
         """
         sizes = (self.dimension_in, self.dimension_out)
-        saved = (state.get("dimension_in"), state.get("dimension_out"))
-        if state.get("format") != FORMAT or saved != sizes:
+        names = ("format", "dimension_in", "dimension_out", "signs", "rows")
+        form, *got, signs, rows = saved("SRHT state", state, *names)
+        if form != FORMAT or tuple(got) != sizes:
             raise ConfigError(
-                f"SRHT state: got format {state.get('format')} with sizes {saved}, expected format {FORMAT} "
+                f"SRHT state: got format {form} with sizes {tuple(got)}, expected format {FORMAT} "
                 f"with sizes {sizes}; build SRHT with the saved sizes and a version that reads this format"
             )
-        signs, rows = state["signs"], state["rows"]
         unique = rows.unique()
         if (
             signs.shape != self.signs.shape

@@ -24,7 +24,7 @@ LOG_GRID: tuple[float, ...] = (-math.inf, *(math.log(10) * (-8 + 10 * i / 31) fo
 
 
 def check_memory(memory: float) -> None:
-    """Refuse a share of the past outside [0, 1)."""
+    """Refuse a share of the past outside [0, 1). Raises: NumericError."""
     if not 0 <= memory < 1:
         raise NumericError(f"memory: got {memory}, expected [0, 1), the share of the past a step keeps")
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.balance import Balance
+from kalman_rl.checks import is_whole
 from kalman_rl.config import TrainConfig, build, load_toml
 from kalman_rl.disk import read_regular
 from kalman_rl.errors import ConfigError, KalmanRLError, RunError
@@ -122,12 +123,16 @@ def replay(
     read_manifest(run)
     ours = make_method(method, **(options or {})) if isinstance(method, str) else method
     other = make_method(against) if isinstance(against, str) else against
-    for each in (ours, other):
+    for name, each in (("method", ours), ("against", other)):
+        if not isinstance(each, Method) and (each is not None or name == "method"):
+            raise ConfigError(f"{name}: got {each!r}, expected the name of a method, or a Method")
         if each is not None:
             check_needs(each)
     own, notes = own_method(run)
-    if top < 0:
-        raise ConfigError(f"top: got {top}, expected a number of tokens >= 0")
+    if not is_whole(top):
+        raise ConfigError(f"top: got {top!r}, expected a number of tokens >= 0")
+    if steps is not None and not (isinstance(steps, tuple) and len(steps) == 2 and all(map(is_whole, steps))):
+        raise ConfigError(f"steps: got {steps!r}, expected the first and the last step, or None for all")
     collected = _Collected(top)
     for step, path in _files(run, steps):
         collected.add(step, path, ours, other, own)
@@ -146,6 +151,7 @@ def replay(
 
 
 def check_needs(method: Method) -> None:
+    """Refuse a method that needs what traces do not hold. Raises: ConfigError."""
     reasons = {"energy": "its advantages are one per token, and traces hold one per completion"}
     parts = (method.ratio, method.trust, method.aggregate, method.correction)
     missing = {name for part in parts for name in needs_of(part) if name not in _STORED}
@@ -206,6 +212,9 @@ def _files(run: Path, steps: tuple[int, int] | None) -> Iterator[tuple[int, Path
 
 
 class Batch(NamedTuple):
+    """One step's file: padded (B, T) ``rollouts``, ``logp`` and ``advantage``; ``place`` the (row, column) of each of
+    its n tokens; ``stored`` and ``log_ratio`` (n,) as the run recorded them; ``columns`` the file's own."""
+
     rollouts: Rollouts
     logp: Tensor
     advantage: Tensor
@@ -239,6 +248,7 @@ def _read(path: Path) -> Batch:
 
 
 def batch_of(columns: dict[str, list[Any]]) -> Batch:
+    """Tokens of a trace file as a batch. Raises: ValueError, TypeError for columns that are no trace."""
     sequences, positions = columns["sequence"], columns["position"]
     if not sequences:
         raise ValueError("got no rows")
@@ -276,6 +286,7 @@ def batch_of(columns: dict[str, list[Any]]) -> Batch:
 
 
 def field_of(method: Method, batch: Batch) -> Field:
+    """What a method does to the n tokens of a batch, with the stored advantages."""
     tokens: Tokens = policy_loss(method, batch.rollouts, batch.logp, advantage=batch.advantage).tokens
     return Field(*(values[batch.place] for values in (tokens.log_weight, tokens.coefficient, tokens.kept)))
 

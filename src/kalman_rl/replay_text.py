@@ -18,14 +18,18 @@ LISTED_STEPS = 40
 def show_replay(
     run: Path, method: str, options: dict[str, float], against: str, steps: str, top: int, as_json: bool
 ) -> int:
-    """Print a replay; returns 1 if recomputing the run's own method does not give its stored columns."""
+    """Print a replay; returns 1 if recomputing the run's own method does not give its stored columns, else 0.
+
+    Args: as :func:`kalman_rl.replay.replay`, with ``against`` and ``steps`` as texts, "" = None.
+    Raises: what that raises, and :func:`step_range`.
+    """
     result = replay(run, method, options, against=against or None, steps=step_range(steps), top=top)
     print(json.dumps(as_table(result), indent=2, allow_nan=False) if as_json else as_text(result))
     return 0 if passed(result) is not False else 1
 
 
 def step_range(text: str) -> tuple[int, int] | None:
-    """``3-20`` or ``7``; empty means all.
+    """``3-20`` or ``7``; empty means all. Raises: ConfigError for anything else.
 
     >>> step_range("3-20"), step_range("7"), step_range("")
     ((3, 20), (7, 7), None)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
 
+_OPTIONAL = "reward group logp_behaviour logp_reference top_behaviour collision segment".split()
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -58,6 +60,10 @@ class Rollouts:
     allow_empty: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("logp_old", "mask", *_OPTIONAL):
+            value = getattr(self, name)
+            if not (isinstance(value, Tensor) or (value is None and name in _OPTIONAL)):
+                raise ShapeError(f"{name}: got {type(value).__name__}, expected a tensor")
         if self.logp_old.dim() != 2 or self.logp_old.shape[1] == 0:
             raise ShapeError(
                 f"logp_old: got shape {tuple(self.logp_old.shape)}, expected (B, T) with T >= 1: one row per "

@@ -114,6 +114,9 @@ class Run:
 
         A full disk does not stop the run: one warning, and a row of kind "gap" with the number of rows lost
         as soon as there is room again.
+
+        Args: kind: of the row, e.g. "train", "eval". step: optimizer step. values: numbers by name.
+        Raises: RunError after the run was closed.
         """
         stamp = {"step": int(step), "time": round(self._before + time.monotonic() - self._start, 3)}
         rows = [{"kind": kind, **stamp, **{name: _finite(value) for name, value in values.items()}}]
@@ -179,7 +182,10 @@ class Run:
         """Record how the run ended ("finished", "interrupted" or "failed") and close it.
 
         Args:
+            status: how it ended.
             seconds: time spent by this process (default: since it opened the run); a resumed run adds up.
+
+        Raises: RunError for another status, or a manifest that cannot be written; the files are closed all the same.
         """
         if status not in STATUSES[1:]:
             raise RunError(f"status: got {status!r}, expected one of {', '.join(STATUSES[1:])}")
@@ -201,7 +207,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
-            if kind is not None and self._metrics is not None and self.manifest["status"] == "running":
+            if kind is not None and self._metrics is not None and self.manifest.get("status") == "running":
                 self.finish("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
         finally:
             self.close()
@@ -280,6 +286,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_dir():
         raise RunError(f"{path}: no such run directory")
+    if not os.path.lexists(path / "manifest.json"):
+        raise RunError(
+            f"{path}: got no manifest.json, expected a run; give the directory that training wrote"
+        )
     manifest = read_json(path / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise RunError(

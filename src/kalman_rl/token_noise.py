@@ -110,7 +110,10 @@ def calibrate(log_ratio: Tensor, logp_old: Tensor, mask: Tensor) -> NoiseModel:
 
 def noise_sums(log_ratio: Tensor, logp_old: Tensor, mask: Tensor) -> Tensor:
     """The sums of :mod:`kalman_rl.likelihood` for ``g = (rho + f) / (rho + 1)``, f = (1 - p)^2, over the grid
-    of rho = floor / scale: float64 (77,), additive."""
+    of rho = floor / scale: float64 (77,), additive, detached.
+
+    Args: log_ratio: (B, T) noise, nats. logp_old: (B, T) nats, for p. mask: (B, T) bool, the tokens that count.
+    """
     square, f = log_ratio.detach().double()[mask].square(), doubt(logp_old)[mask]
     quadratic, log_determinant = [square.sum()], [square.new_zeros(())]  # rho = inf: g = 1
     for log_rho in LOG_GRID[-2::-1]:  # one at a time: the batch may be large

@@ -68,6 +68,7 @@ def train(
     start = time.monotonic()
     progress = Progress(config.steps, quiet=config.quiet, prefix=prefix)
     say = progress.say
+    checkpoint = run.latest_checkpoint() if resume else None  # before a model is loaded in vain
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -133,9 +134,7 @@ def train(
     for callback in (*([alarm] if alarm else []), *make_sinks(config.report_to, say)):
         trainer.add_callback(callback)
 
-    checkpoint = None
-    if resume:
-        checkpoint = run.latest_checkpoint()
+    if checkpoint is not None:
         step = int(checkpoint.name.rpartition("-")[2])
         run.truncate_metrics(step)
         say(f"continuing from step {step}")

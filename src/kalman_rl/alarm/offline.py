@@ -28,7 +28,11 @@ def period_of(run: Path) -> int:
 def alarms_of(run: Path, *, rule: Rule | None = None, options: WatchOptions | None = None) -> list[Alarm]:
     """Alarms that the recorded metrics of a run would have raised, with tokens where that step was traced.
 
-    Raises: RunError if there is no run.
+    Args:
+        run: directory with ``metrics.jsonl``; nothing is written.
+        rule, options: the decision and the filter; None = those of training.
+
+    Raises: RunError if there is no run, or its metrics cannot be read.
     """
     run = Path(run)
     read_manifest(run)
@@ -51,18 +55,18 @@ def traced_tokens(run: Path, step: int) -> tuple[Token, ...]:
     names = ["token", "log_ratio", "prompt_id", "position"]
     try:
         rows = pyarrow.parquet.read_table(path, columns=names).to_pylist()
-    except (pa.ArrowException, OSError, KeyError, ValueError):
+        rows = [row for row in rows if row["log_ratio"] is not None and math.isfinite(row["log_ratio"])]
+        rows.sort(key=lambda row: -abs(row["log_ratio"]))
+        return tuple(
+            Token(str(row["token"]), float(row["log_ratio"]), str(row["prompt_id"]), int(row["position"]))
+            for row in rows[:SHOWN_TOKENS]
+        )
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         return ()
-    rows = [row for row in rows if row["log_ratio"] is not None and math.isfinite(row["log_ratio"])]
-    rows.sort(key=lambda row: -abs(row["log_ratio"]))
-    return tuple(
-        Token(str(row["token"]), float(row["log_ratio"]), str(row["prompt_id"]), int(row["position"]))
-        for row in rows[:SHOWN_TOKENS]
-    )
 
 
 def show_alarms(runs: list[Path], rule: Rule, options: WatchOptions, as_json: bool) -> int:
-    """Print what would have fired in each run; returns the exit code.
+    """Print what would have fired in each run, as text or JSON; returns the exit code 0.
 
     Raises: RunError for a directory that holds no run.
     """

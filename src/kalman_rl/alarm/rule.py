@@ -17,6 +17,7 @@ import torch
 
 from kalman_rl.alarm.metrics import Metric
 from kalman_rl.alarm.watch import Surprise
+from kalman_rl.checks import is_real, is_whole, saved
 from kalman_rl.errors import ConfigError, NumericError
 
 SHOWN_TOKENS = 3
@@ -29,6 +30,11 @@ class Rule:
 
     After an alarm the metric's window is emptied and it rests for ``rest`` observations.
 
+    Args:
+        band: > 0, standard deviations of the forecast.
+        k, n: outsides among the newest n observations of a metric that make an alarm, 1 <= k <= n <= 16.
+        rest: observations, >= 0.
+
     Raises: ConfigError, NumericError for a value outside its range.
     """
 
@@ -38,12 +44,11 @@ class Rule:
     rest: int = 16
 
     def __post_init__(self) -> None:
-        if not 0 < self.band < math.inf:
-            raise NumericError(f"band: got {self.band}, expected a finite number of standard deviations > 0")
-        if not 1 <= self.k <= self.n <= 16:
-            raise ConfigError(f"k, n: got {self.k} of {self.n}, expected 1 <= k <= n <= 16")
-        if self.rest < 0:
-            raise ConfigError(f"rest: got {self.rest}, expected observations >= 0")
+        if not (is_real(self.band) and 0 < self.band < math.inf):
+            raise NumericError(
+                f"band: got {self.band!r}, expected a finite number of standard deviations > 0"
+            )
+        check_counts(self.k, self.n, self.rest)
 
     @property
     def tail(self) -> float:
@@ -55,17 +60,33 @@ class Rule:
         return 1000 * false_alarm_rate(self.tail, self.k, self.n, self.rest)
 
 
+def check_counts(k: int, n: int, rest: int) -> None:
+    """Refuse counts of a rule out of range. Raises: ConfigError."""
+    if not (is_whole(k, 1, 16) and is_whole(n, k, 16)):
+        raise ConfigError(f"k, n: got {k!r} of {n!r}, expected integers 1 <= k <= n <= 16")
+    if not is_whole(rest):
+        raise ConfigError(f"rest: got {rest!r}, expected a number of observations >= 0")
+
+
 def false_alarm_rate(tail: float, k: int, n: int, rest: int = 0) -> float:
     """Alarms per observation when every observation is outside with probability ``tail``, independently.
 
     Exact: the last n - 1 observations form a Markov chain over the windows with fewer than k outsides; its mean
     time to the k-th outside, from an empty window, is the solution of one linear system.
 
+    Args:
+        tail: in [0, 1).
+        k, n: outsides among the newest observations that make an alarm, 1 <= k <= n <= 16.
+        rest: observations after an alarm that are not looked at, >= 0.
+
+    Raises: NumericError, ConfigError for a value out of range.
+
     >>> round(1 / false_alarm_rate(0.5, 2, 2), 9)  # two outsides in a row: 6 observations on average, as with coins
     6.0
     """
-    if not 0 <= tail < 1:
-        raise NumericError(f"tail: got {tail}, expected [0, 1)")
+    if not (is_real(tail) and 0 <= tail < 1):
+        raise NumericError(f"tail: got {tail!r}, expected [0, 1)")
+    check_counts(k, n, rest)
     if tail < 1e-12:  # the mean time is beyond any run, and beyond the digits of the solution
         return 0.0
     size = n - 1
@@ -137,9 +158,10 @@ class Judge:
         return {"sides": {name: list(sides) for name, sides in self._sides.items()}, "rest": dict(self._rest)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self._sides = {name: [int(side) for side in sides] for name, sides in state["sides"].items()}
-        self._rest = {name: int(count) for name, count in state["rest"].items()}
+        """Go on from a saved state. Raises: ConfigError for a state that lacks a part."""
+        sides, rest = saved("alarm state", state, "sides", "rest")
+        self._sides = {name: [int(side) for side in row] for name, row in sides.items()}
+        self._rest = {name: int(count) for name, count in rest.items()}
 
     def _one(self, step: int, surprise: Surprise) -> Alarm | None:
         metric, rule = surprise.metric, self.rule

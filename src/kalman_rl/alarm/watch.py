@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.alarm.metrics import WATCHED, Metric
+from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.kalman import Gaussian, predict, update
 
@@ -52,12 +53,12 @@ class WatchOptions:
     warm_up: int = 24
 
     def __post_init__(self) -> None:
-        if not 0 < self.stiffest < math.inf:
-            raise NumericError(f"stiffest: got {self.stiffest}, expected a finite number > 0")
-        if not 0 < self.memory < 1:
-            raise NumericError(f"memory: got {self.memory}, expected (0, 1)")
-        if self.warm_up < 4:
-            raise ConfigError(f"warm_up: got {self.warm_up}, expected at least 4 observations")
+        if not (is_real(self.stiffest) and 0 < self.stiffest < math.inf):
+            raise NumericError(f"stiffest: got {self.stiffest!r}, expected a finite number > 0")
+        if not (is_real(self.memory) and 0 < self.memory < 1):
+            raise NumericError(f"memory: got {self.memory!r}, expected (0, 1)")
+        if not is_whole(self.warm_up, 4):
+            raise ConfigError(f"warm_up: got {self.warm_up!r}, expected an integer, at least 4 observations")
 
 
 class Surprise(NamedTuple):
@@ -85,8 +86,10 @@ class Watch:
     def __init__(
         self, period: int = 1, *, metrics: tuple[Metric, ...] = WATCHED, options: WatchOptions | None = None
     ) -> None:
-        if period < 1:
-            raise ConfigError(f"period: got {period}, expected the steps from one sampling to the next, >= 1")
+        if not is_whole(period, 1):
+            raise ConfigError(
+                f"period: got {period!r}, expected the steps from one sampling to the next, >= 1"
+            )
         self.metrics, self.period, self.options = metrics, int(period), options or WatchOptions()
         self.phases = self.period if self.period <= MOST_PHASES else 1
         ratios = [q for q in RATIOS if q <= self.options.stiffest] or [self.options.stiffest]

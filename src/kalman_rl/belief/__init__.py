@@ -39,7 +39,7 @@ def make_belief(
     >>> make_belief("beta", forgetting=0.98).predict(["a"], step=0).mean.item()
     0.5
     """
-    if name not in BELIEFS:
+    if not isinstance(name, str) or name not in BELIEFS:
         raise unknown_name("belief", name, BELIEFS)
 
     def make() -> TableBelief:
@@ -48,6 +48,8 @@ def make_belief(
         except TypeError as error:
             raise ConfigError(f"options of belief {name!r}: {error}") from error
 
+    if source is not None and not callable(source):
+        raise ConfigError(f"source: got {source!r}, expected a function from a prompt's id to its source")
     return make() if source is None else BySource(make, source)
 
 

@@ -49,6 +49,7 @@ class Evidence:
         self.last_step = step if self.last_step is None else max(step, self.last_step)
 
     def state_dict(self) -> dict[str, Any]:
+        """Log-likelihoods and the step they are of; :meth:`checked` reads them back."""
         return {"log_likelihood": self.log_likelihood.clone(), "last_step": self.last_step}
 
     def checked(self, state: Any) -> Evidence:

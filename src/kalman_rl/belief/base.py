@@ -14,6 +14,7 @@ from kalman_rl.belief.groups import Groups, group_rewards, only_known, sum_of_ot
 from kalman_rl.belief.noise import ROBUST_INFLATION, AdvantageScale, RewardNoise, restored
 from kalman_rl.belief.protocol import Advantages, Observed
 from kalman_rl.belief.table import PromptTable, clock_of
+from kalman_rl.checks import saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.kalman import Gaussian, update
 
@@ -128,19 +129,20 @@ class TableBelief(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the saved belief; see :class:`Belief`."""
-        got = (state.get("format"), state.get("kind"))
+        got = saved("belief state", state, "format", "kind")
         if got != (FORMAT, type(self).__name__):
             raise ConfigError(
                 f"belief state: got format {got[0]!r} of {got[1]!r}, expected format {FORMAT} of "
                 f"{type(self).__name__!r}; load it with the class and version that saved it"
             )
-        if state.get("options") != self._options:
+        options, rows, noise, scale = saved("belief state", state, "options", "table", "noise", "scale")
+        if options != self._options:
             raise ConfigError(
-                f"belief state: got options {state.get('options')}, expected {self._options}; build the "
-                "belief with the saved options"
+                f"belief state: got options {options}, expected {self._options}; build the belief with the saved "
+                "options"
             )
-        table = self._table.checked(state.get("table", {}))
-        noise, scale = restored(RewardNoise, state.get("noise")), restored(AdvantageScale, state.get("scale"))
+        table = self._table.checked(rows)
+        noise, scale = restored(RewardNoise, noise), restored(AdvantageScale, scale)
         self._load_extra(state)
         self._table, self._noise, self._scale = table, noise, scale
 
@@ -231,19 +233,35 @@ class TableBelief(ABC):
         return torch.where(groups.known, groups.reward - baseline, 0.0), baseline
 
 
+def check_features(features: Tensor | None, count: int) -> None:
+    """Refuse what is not None or a floating (count, F) tensor. Raises: ShapeError."""
+    if features is None:
+        return
+    if (
+        not isinstance(features, Tensor)
+        or features.dim() != 2
+        or len(features) != count
+        or not features.is_floating_point()
+    ):
+        tensor = isinstance(features, Tensor)
+        got = f"{features.dtype} {tuple(features.shape)}" if tensor else type(features).__name__
+        raise ShapeError(f"features: got {got}, expected floating ({count}, F): one row per id")
+
+
 def prompt_features(features: Tensor, index: Tensor, count: int) -> Tensor:
     """(u, F) features of each prompt, float32 at least, from the (n, F) of each completion.
 
     The first row of each id is taken.
 
+    Args:
+        features: (n, F) floating, detached here.
+        index: (n,) the prompt of each row, from 0 to count - 1.
+        count: u, number of prompts.
+
     Raises: ShapeError for another shape, NumericError for NaN, infinity, or rows of one id that differ by
     more than SAME_FEATURES.
     """
-    if features.dim() != 2 or len(features) != len(index) or not features.is_floating_point():
-        raise ShapeError(
-            f"features: got {features.dtype} {tuple(features.shape)}, expected floating ({len(index)}, F): "
-            "one row per id"
-        )
+    check_features(features, len(index))
     values = features.detach().cpu()
     values = values if values.dtype == torch.float64 else values.float()
     first = torch.full((count,), len(index), dtype=torch.long)

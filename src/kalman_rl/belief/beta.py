@@ -14,6 +14,7 @@ from kalman_rl.belief.base import Prior, TableBelief
 from kalman_rl.belief.first_batch import leave_one_out_prior
 from kalman_rl.belief.groups import Groups
 from kalman_rl.belief.table import PromptTable
+from kalman_rl.checks import is_real, saved
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.kalman import Gaussian
 
@@ -56,12 +57,17 @@ class BetaBelief(TableBelief):
         prior: tuple[float, float] | None = None,
         scale: bool = True,
     ) -> None:
-        grid = (forgetting,) if isinstance(forgetting, int | float) else tuple(forgetting)
-        if not grid or not all(0 < rho <= 1 for rho in grid):
+        grid = tuple(forgetting) if isinstance(forgetting, Sequence) else (forgetting,)
+        if not grid or not all(is_real(rho) and 0 < rho <= 1 for rho in grid):
             raise ConfigError(
-                f"forgetting: got {forgetting}, expected one or more factors in (0, 1] per step"
+                f"forgetting: got {forgetting!r}, expected one or more factors in (0, 1] per step"
             )
-        if prior is not None and not (len(prior) == 2 and all(0 < x < math.inf for x in prior)):
+        if prior is not None and not (
+            isinstance(prior, Sequence)
+            and len(prior) == 2
+            and is_real(*prior)
+            and 0 < min(prior) <= max(prior) < math.inf
+        ):
             raise ConfigError(f"prior: got {prior}, expected two pseudo-counts > 0, or None to learn them")
         columns = {name: ((len(grid),), torch.float64) for name in ("success", "failure")}
         super().__init__(PromptTable(columns), scale=scale)
@@ -84,8 +90,8 @@ class BetaBelief(TableBelief):
         return {"evidence": self._evidence.state_dict(), "moments": self._moments.clone()}
 
     def _load_extra(self, state: dict[str, Any]) -> None:
-        evidence = self._evidence.checked(state.get("evidence"))
-        self._moments, self._evidence = state["moments"].clone(), evidence
+        evidence, moments = saved("belief state", state, "evidence", "moments")
+        self._evidence, self._moments = self._evidence.checked(evidence), moments.clone()
 
     def _check(self, groups: Groups, step: int, part: int) -> None:
         super()._check(groups, step, part)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.base import FORMAT, TableBelief
+from kalman_rl.belief.base import FORMAT, TableBelief, check_features
+from kalman_rl.belief.groups import group_rewards, unique_ids
 from kalman_rl.belief.protocol import Advantages, Observed
+from kalman_rl.checks import saved
 from kalman_rl.errors import ConfigError, ShapeError
 from kalman_rl.kalman import Gaussian
 
@@ -23,6 +25,8 @@ class BySource:
 
     The ``scale`` of its advantages has one number per completion, (n,). All sources are checked before any is
     written.
+
+    Raises: what the beliefs raise, and ShapeError for a source that cannot be hashed.
 
     >>> from kalman_rl.belief.gaussian import GaussianBelief
     >>> belief = BySource(GaussianBelief, lambda name: name.partition("/")[0])
@@ -52,8 +56,9 @@ class BySource:
         self, ids: Sequence[Hashable], reward: Tensor, *, step: int, features: Tensor | None = None
     ) -> Advantages:
         """See :class:`~kalman_rl.belief.protocol.Belief`; ``scale`` is (n,)."""
+        split = self._split(ids, features, reward)
         out = torch.zeros(3, len(ids), dtype=torch.float64)
-        for name, rows in self._split(ids, reward).items():
+        for name, rows in split.items():
             belief = self.sources.get(name, self._unseen)
             part = belief.advantages(
                 [ids[i] for i in rows], reward[rows], step=step, features=_of(features, rows)
@@ -72,7 +77,7 @@ class BySource:
     ) -> Observed:
         """See :class:`~kalman_rl.belief.protocol.Belief`; ids come out source by source."""
         batches = []
-        for name, rows in self._split(ids, reward).items():
+        for name, rows in self._split(ids, features, reward).items():
             belief = self.sources[name] if name in self.sources else self._make()
             mine, own = [ids[i] for i in rows], _of(features, rows)
             belief.check(mine, reward[rows], step=step, features=own, part=part)
@@ -91,31 +96,39 @@ class BySource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the saved beliefs; see :class:`~kalman_rl.belief.protocol.Belief`."""
-        if state.get("format") != FORMAT or state.get("kind") != type(self).__name__:
+        got = saved("belief state", state, "format", "kind")
+        if got != (FORMAT, type(self).__name__):
             raise ConfigError(
-                f"belief state: got format {state.get('format')!r} of {state.get('kind')!r}, expected format "
-                f"{FORMAT} of {type(self).__name__!r}; load it with the class and version that saved it"
+                f"belief state: got format {got[0]!r} of {got[1]!r}, expected format {FORMAT} of "
+                f"{type(self).__name__!r}; load it with the class and version that saved it"
             )
         new: dict[Hashable, TableBelief] = {}
-        for name, saved in state["sources"]:
+        for name, state_of in saved("belief state", state, "sources")[0]:
             new[name] = self._make()
-            new[name].load_state_dict(saved)
+            new[name].load_state_dict(state_of)
         self.sources = new
 
-    def _split(self, ids: Sequence[Hashable], reward: Tensor | None) -> dict[Hashable, list[int]]:
-        """Rows of each source. Raises: ShapeError for an empty batch or a reward that does not match."""
-        if isinstance(ids, str | bytes | Tensor) or not len(ids):
-            raise ShapeError(f"ids: got {type(ids).__name__} of length {len(ids)}, expected a list of names")
-        if reward is not None and reward.shape != (len(ids),):
-            raise ShapeError(f"reward: got {tuple(reward.shape)}, expected ({len(ids)},): one number per id")
+    def _split(
+        self, ids: Sequence[Hashable], features: Tensor | None, reward: Tensor | None = None
+    ) -> dict[Hashable, list[int]]:
+        """Rows of each source. Raises: ShapeError, NumericError for a batch that no belief would take."""
+        names, index = unique_ids(ids) if reward is None else group_rewards(ids, reward)[:2]
+        check_features(features, len(index))
+        sources = [self._source(name) for name in names]
         out: dict[Hashable, list[int]] = {}
-        for row, name in enumerate(ids):
-            out.setdefault(self._source(name), []).append(row)
+        try:
+            for row, place in enumerate(index.tolist()):
+                out.setdefault(sources[place], []).append(row)
+        except TypeError as error:
+            raise ShapeError(
+                f"source: got a name that cannot be hashed ({error}), expected int or str"
+            ) from error
         return out
 
     def _gathered(self, ids: Sequence[Hashable], step: int, features: Tensor | None, what: str) -> Gaussian:
+        split = self._split(ids, features)
         out = torch.zeros(2, len(ids), dtype=torch.float64)
-        for name, rows in self._split(ids, None).items():
+        for name, rows in split.items():
             ask = getattr(self.sources.get(name, self._unseen), what)
             out[:, rows] = torch.stack(ask([ids[i] for i in rows], step=step, features=_of(features, rows)))
         return Gaussian(*out)

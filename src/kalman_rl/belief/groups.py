@@ -50,28 +50,44 @@ class Groups(NamedTuple):
         return self._replace(reward=reward, total=total)
 
 
-def unique_ids(ids: Sequence[Hashable]) -> tuple[list[Hashable], Tensor]:
-    """Different ids in order of first appearance, and for each entry which of them it is, (n,).
+def places_of(ids: Sequence[Hashable], what: str = "ids") -> tuple[dict[Hashable, int], list[int]]:
+    """Different ids, numbered in order of first appearance, and the number of each entry.
 
-    Raises: ShapeError if ids are a string, a tensor or empty, or one of them is not hashable.
+    Args: ids: n hashable names. what: the argument's name in errors.
 
-    >>> unique_ids(["a", ("b", 1), "a"])
-    (['a', ('b', 1)], tensor([0, 1, 0]))
+    Raises: ShapeError if ids are a string, a tensor, no sequence or empty, or one of them is a tensor (two equal
+        ones would be two prompts) or not hashable.
     """
-    if isinstance(ids, str | bytes | Tensor):
+    if isinstance(ids, str | bytes | Tensor) or not hasattr(ids, "__len__"):
         raise ShapeError(
-            f"ids: got a {type(ids).__name__}, expected a list of names, one per completion"
-            + ("; use ids.tolist()" if isinstance(ids, Tensor) else "")
+            f"{what}: got {type(ids).__name__}, expected a list of names"
+            + (f"; use {what}.tolist()" if isinstance(ids, Tensor) else "")
         )
     if not len(ids):
-        raise ShapeError("ids: got an empty batch, expected at least one completion; skip the call instead")
+        raise ShapeError(
+            f"{what}: got an empty batch, expected at least one completion; skip the call instead"
+        )
     place: dict[Hashable, int] = {}
     try:
         index = [place.setdefault(name, len(place)) for name in ids]
     except TypeError as error:
         raise ShapeError(
-            f"ids: got a name that cannot be hashed ({error}), expected int, str or tuple"
+            f"{what}: got a name that cannot be hashed ({error}), expected int, str or tuple"
         ) from error
+    if Tensor in map(type, place):
+        raise ShapeError(f"{what}: got tensors as names, expected int, str or tuple; use tolist()")
+    return place, index
+
+
+def unique_ids(ids: Sequence[Hashable]) -> tuple[list[Hashable], Tensor]:
+    """Different ids in order of first appearance, and for each entry which of them it is, (n,).
+
+    Raises: ShapeError for what :func:`places_of` refuses.
+
+    >>> unique_ids(["a", ("b", 1), "a"])
+    (['a', ('b', 1)], tensor([0, 1, 0]))
+    """
+    place, index = places_of(ids)
     return list(place), torch.tensor(index)
 
 
@@ -88,9 +104,11 @@ def group_rewards(ids: Sequence[Hashable], reward: Tensor) -> Groups:
     tensor([1., 1.], dtype=torch.float64)
     """
     names, index = unique_ids(ids)
-    if not isinstance(reward, Tensor) or reward.shape != index.shape:
-        got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
-        raise ShapeError(f"reward: got {got}, expected a tensor ({len(index)},): one number per id")
+    if not isinstance(reward, Tensor) or reward.shape != index.shape or reward.is_complex():
+        got = type(reward).__name__
+        if isinstance(reward, Tensor):
+            got = f"{'complex ' if reward.is_complex() else ''}{tuple(reward.shape)}"
+        raise ShapeError(f"reward: got {got}, expected a real tensor ({len(index)},): one number per id")
     values = reward.detach().to(device="cpu", dtype=torch.float64)
     if (values.abs() > LARGEST_REWARD).any():
         row = int((values.abs() > LARGEST_REWARD).nonzero()[0])

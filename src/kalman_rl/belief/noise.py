@@ -124,6 +124,7 @@ class RewardNoise:
         self.surprises = keep * self.surprises + float(single.sum())
 
     def state_dict(self) -> dict[str, Any]:
+        """The fields; :func:`restored` reads them back."""
         return asdict(self)
 
 
@@ -141,6 +142,7 @@ class AdvantageScale:
 
     @property
     def value(self) -> float:
+        """The standard deviation in reward units; 1 before the first batch."""
         return (self.squares / self.count) ** 0.5 if self.squares > 0 else 1.0
 
     def learn(self, advantage: Tensor, known: Tensor) -> None:
@@ -149,6 +151,7 @@ class AdvantageScale:
         self.count = (1 - self.rate) * self.count + float(known.sum())
 
     def state_dict(self) -> dict[str, Any]:
+        """The fields; :func:`restored` reads them back."""
         return asdict(self)
 
 

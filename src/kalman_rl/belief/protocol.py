@@ -63,8 +63,9 @@ class Belief(Protocol):
 
     Common to all methods. ``ids``: n hashable names, one per completion; repeats are one group, in any order.
     ``reward``: (n,) numbers, NaN = missing. ``step``: integer >= 0, optimizer steps or visits; process noise
-    grows with the gap since the last visit. ``features``: None or (n, F), equal for all rows of an id.
-    Errors are raised before anything is written.
+    grows with the gap since the last visit. ``features``: None or (n, F) floating, equal for all rows of an id.
+    Results are float64 on the CPU; no gradient flows, tensors are detached. Raises: ShapeError, NumericError,
+    ConfigError, before anything is written.
     """
 
     def predict(self, ids: Sequence[Hashable], *, step: int, features: Tensor | None = None) -> Gaussian:

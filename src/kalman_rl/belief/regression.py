@@ -15,6 +15,7 @@ from kalman_rl.belief.first_batch import leave_one_out_prior
 from kalman_rl.belief.groups import Groups
 from kalman_rl.belief.ridge import Features, Ridge
 from kalman_rl.belief.table import PromptTable
+from kalman_rl.checks import is_real, saved
 from kalman_rl.errors import ConfigError
 from kalman_rl.kalman import Gaussian
 
@@ -73,12 +74,15 @@ class RegressionBelief(TableBelief):
         scale: bool = True,
         seed: int = 0,
     ) -> None:
-        if not process_noise or not all(0 <= q < math.inf for q in process_noise):
-            raise ConfigError(f"process_noise: got {process_noise}, expected one or more finite numbers >= 0")
-        if not prior_variance or not all(0 < p < math.inf for p in prior_variance):
-            raise ConfigError(
-                f"prior_variance: got {prior_variance}, expected one or more finite numbers > 0"
-            )
+        for name, grid, sign in (
+            ("process_noise", process_noise, ">= 0"),
+            ("prior_variance", prior_variance, "> 0"),
+        ):
+            legal = isinstance(grid, Sequence) and len(grid) > 0 and is_real(*grid) and max(grid) < math.inf
+            if not legal or min(grid) < 0 or (sign == "> 0" and not min(grid)):
+                raise ConfigError(
+                    f"{name}: got {grid!r}, expected a list of one or more finite numbers {sign}"
+                )
         bank = len(process_noise)
         columns = {
             "levels": ((5, bank), torch.float32),
@@ -135,15 +139,13 @@ class RegressionBelief(TableBelief):
         }
 
     def _load_extra(self, state: dict[str, Any]) -> None:
-        evidence = self._evidence.checked(state.get("evidence"))
-        features, ridge = (
-            self._features.checked(state.get("features")),
-            self._ridge.checked(state.get("ridge")),
-        )
-        (offset, unit), first = state["reward"], state["first"]
-        self._evidence, self._features, self._ridge = evidence, features, ridge
-        self._offset, self._unit, self._first = float(offset), float(unit), first.clone()
-        self._spread = state["spread"].clone()
+        names = ("evidence", "features", "ridge", "reward", "first", "spread")
+        evidence, features, ridge, (offset, unit), first, spread = saved("belief state", state, *names)
+        evidence, features = self._evidence.checked(evidence), self._features.checked(features)
+        offset, unit, first, spread = float(offset), float(unit), first.clone(), spread.clone()
+        self._evidence, self._features, self._ridge = evidence, features, self._ridge.checked(ridge)
+        self._offset, self._unit = offset, unit
+        self._first, self._spread = first, spread
 
     def _inputs(self, names: list[Hashable], index: Tensor, features: Tensor | None) -> Tensor | None:
         if features is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.hadamard import SRHT
 
@@ -27,7 +28,7 @@ class Features:
     """
 
     def __init__(self, dimension: int, seed: int) -> None:
-        if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
+        if not is_whole(dimension, 1):
             raise ConfigError(f"dimension: got {dimension!r}, expected an integer >= 1")
         self.dimension, self.seed = dimension, seed
         self.width: int | None = None  # of what comes in, once seen
@@ -67,6 +68,7 @@ class Features:
         return self._last[1]
 
     def state_dict(self) -> dict[str, Any]:
+        """Width, centre, length and projection; :meth:`checked` reads them back."""
         srht = self._srht.state_dict() if self._srht else None
         return {"width": self.width, "centre": self.centre.clone(), "length": self.length, "srht": srht}
 
@@ -97,8 +99,8 @@ class Ridge:
     """
 
     def __init__(self, forgetting: float) -> None:
-        if not 0 < forgetting <= 1:
-            raise ConfigError(f"forgetting: got {forgetting}, expected a factor in (0, 1] per step")
+        if not (is_real(forgetting) and 0 < forgetting <= 1):
+            raise ConfigError(f"forgetting: got {forgetting!r}, expected a factor in (0, 1] per step")
         self.forgetting = forgetting
         self.unit = 1.0  # variance of rewards
         self.spread = 0.1  # variance of values over prompts
@@ -138,6 +140,7 @@ class Ridge:
         return pad(self.precision, (0, more, 0, more)), pad(self.target, (0, more))
 
     def state_dict(self) -> dict[str, Any]:
+        """Sums, scales and the last step; :meth:`checked` reads them back."""
         return {
             "unit": self.unit,
             "spread": self.spread,

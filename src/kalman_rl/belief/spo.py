@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kalman_rl.belief.base import Prior, TableBelief
 from kalman_rl.belief.beta import refuse_outside_unit_interval
-from kalman_rl.belief.groups import Groups
+from kalman_rl.belief.groups import Groups, unique_ids
 from kalman_rl.belief.protocol import Observed
 from kalman_rl.belief.table import PromptTable
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.checks import is_real
+from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.kalman import Gaussian
 
 
@@ -50,7 +51,8 @@ class SPOBelief(TableBelief):
         high: float = 0.96,
         scale: bool = True,
     ) -> None:
-        if not (0 < low <= high <= 1 and half > 0) or (rho is not None and not 0 < rho <= 1):
+        numbers = is_real(half, low, high) and (rho is None or is_real(rho))
+        if not numbers or not (0 < low <= high <= 1 and half > 0) or (rho is not None and not 0 < rho <= 1):
             raise ConfigError(
                 f"rho, half, low, high: got {rho}, {half}, {low}, {high}, expected 0 < low <= high <= 1, "
                 "half > 0 and rho in (0, 1] or None"
@@ -71,9 +73,20 @@ class SPOBelief(TableBelief):
     def start(self, ids: Sequence[Hashable], successes: Sequence[float], trials: Sequence[float]) -> None:
         """Set unvisited prompts from offline samples: ``N = 1 / (1 - low)``, ``a = N (S + 0.5) / (n0 + 1)``.
 
-        Raises: ConfigError for a prompt that was visited or named twice, or a count outside 0 <= S <= n0.
+        Args:
+            ids: prompts never visited, each once.
+            successes: S of each, the sum of its offline rewards.
+            trials: n0 of each, how many offline rewards there were.
+
+        Raises: ShapeError for no ids, or sequences of other lengths. ConfigError for a prompt that was visited or
+            named twice, or a count outside 0 <= S <= n0.
         """
-        triples = [(name, float(s), float(n)) for name, s, n in zip(ids, successes, trials, strict=True)]
+        unique_ids(ids)
+        if not len(ids) == len(successes) == len(trials):
+            raise ShapeError(
+                f"successes, trials: got {len(successes)} and {len(trials)} numbers, expected {len(ids)}, one per id"
+            )
+        triples = [(name, float(s), float(n)) for name, s, n in zip(ids, successes, trials)]
         if len({name for name, _, _ in triples}) != len(triples) or any(
             name in self._table for name, _, _ in triples
         ):
@@ -102,8 +115,8 @@ class SPOBelief(TableBelief):
         """:class:`Belief`'s update, with an optional ``signal`` (n,) >= 0, equal for all rows of an id.
 
         The signal D of SPO is the mean absolute change of log-probability, in nats, on the prompt's stored
-        response since its last visit. Raises: NumericError for NaN, infinity, a negative D or rows of one
-        id that differ.
+        response since its last visit. Raises: ShapeError for another shape, NumericError for NaN, infinity, a
+        negative D or rows of one id that differ.
         """
         self._signal = {} if signal is None else _signals(ids, signal)
         try:
@@ -146,12 +159,21 @@ class SPOBelief(TableBelief):
 
 
 def _signals(ids: Sequence[Hashable], signal: Tensor) -> dict[Hashable, float]:
+    if not isinstance(signal, Tensor) or signal.shape != unique_ids(ids)[1].shape:
+        got = tuple(signal.shape) if isinstance(signal, Tensor) else type(signal).__name__
+        raise ShapeError(f"signal: got {got}, expected a tensor ({len(ids)},): one number per id")
     values = signal.detach().double().cpu()
-    bad = not bool((torch.isfinite(values) & (values >= 0)).all())
-    by_id = dict(zip(ids, values.flatten().tolist()))
-    if values.shape != (len(ids),) or bad or [by_id[name] for name in ids] != values.tolist():
+    bad = ~(torch.isfinite(values) & (values >= 0))
+    if bad.any():
+        row = int(bad.nonzero()[0])
         raise NumericError(
-            f"signal: got {tuple(values.shape)}, expected ({len(ids)},) finite numbers >= 0, equal for all "
-            "rows of an id"
+            f"signal: got {values[row].item()} at row {row}, expected a finite number of nats >= 0"
         )
+    by_id = dict(zip(ids, values.tolist()))
+    for row, (name, value) in enumerate(zip(ids, values.tolist())):
+        if by_id[name] != value:
+            raise NumericError(
+                f"signal: got {value} at row {row} and {by_id[name]} in another row of prompt {name!r}, expected one "
+                "number per prompt"
+            )
     return by_id

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_whole, saved
 from kalman_rl.errors import ConfigError, NumericError
 
 PARTS = 4096
@@ -84,6 +85,7 @@ class PromptTable:
             )
 
     def state_dict(self) -> dict[str, Any]:
+        """Ids, clock and columns of the visited prompts; :meth:`checked` reads them back."""
         size = len(self)
         columns = {name: column[:size].clone() for name, column in self.columns.items()}
         return {"ids": list(self._row), "clock": self.clock[:size].clone(), "columns": columns}
@@ -91,7 +93,7 @@ class PromptTable:
     def checked(self, state: dict[str, Any]) -> PromptTable:
         """A new table from a saved state. Raises: ConfigError if it does not fit this one's columns."""
         new = PromptTable({})
-        names, clock, columns = state.get("ids"), state.get("clock"), state.get("columns")
+        names, clock, columns = saved("belief state", state, "ids", "clock", "columns")
         if not isinstance(names, list) or not isinstance(clock, Tensor) or not isinstance(columns, dict):
             raise ConfigError("belief state: got no table of prompts, expected ids, clock and columns")
         expected = {name: (len(names), *c.shape[1:]) for name, c in self.columns.items()}
@@ -115,7 +117,7 @@ def clock_of(step: int, part: int = 0) -> int:
     Raises: ConfigError unless both are integers, step >= 0 and 0 <= part < PARTS.
     """
     for name, value, limit in (("step", step, _LARGEST_STEP), ("part", part, PARTS - 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
+        if not is_whole(value, 0, limit):
             raise ConfigError(f"{name}: got {value!r}, expected an integer from 0 to {limit}")
     return step * PARTS + part
 

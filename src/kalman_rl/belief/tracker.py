@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_real, is_whole, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.fast import jit
 from kalman_rl.fast.tracker_numba import Absorber
@@ -50,6 +51,7 @@ class KalmanPreferenceTracker:
         seed: of the projection. dtype: float64 or float32, of the state.
 
     Raises: NumericError, ConfigError for a setting outside its range.
+    Gradient: none; every tensor is detached and results are on the CPU.
     Source: Kalman (1960); square-root form Kailath, Sayed and Hassibi (2000); the name and the defaults of
     dim, Q and R are those of the K-GRPO repository, whose code has neither Q nor a transform.
 
@@ -70,7 +72,7 @@ class KalmanPreferenceTracker:
         seed: int = 0,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        if not is_whole(dim, 1):
             raise ConfigError(f"dim: got {dim!r}, expected an integer >= 1")
         if dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"dtype: got {dtype}, expected torch.float32 or torch.float64")
@@ -80,10 +82,10 @@ class KalmanPreferenceTracker:
             "noise_strength": 1.0 if noise_strength is None else noise_strength,
         }
         for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise NumericError(f"{name}: got {value}, expected a finite number > 0")
-        if not 0 <= Q_val < math.inf:
-            raise NumericError(f"Q_val: got {Q_val}, expected a finite variance >= 0")
+            if not (is_real(value) and 0 < value < math.inf):
+                raise NumericError(f"{name}: got {value!r}, expected a finite number > 0")
+        if not (is_real(Q_val) and 0 <= Q_val < math.inf):
+            raise NumericError(f"Q_val: got {Q_val!r}, expected a finite variance >= 0")
         self.dim, self.Q_val, self.R_val, self.P_val = dim, float(Q_val), float(R_val), float(P_val)
         self.noise_strength, self.seed, self.dtype = noise_strength, seed, dtype
         self.mean = torch.zeros(dim, dtype=dtype)
@@ -97,8 +99,8 @@ class KalmanPreferenceTracker:
 
     def predict(self, gap: float = 1.0) -> None:
         """Let time pass: ``P <- P + Q gap I``. Raises: NumericError for a negative or infinite gap."""
-        if not 0 <= gap < math.inf:
-            raise NumericError(f"gap: got {gap}, expected a finite number of steps >= 0")
+        if not (is_real(gap) and 0 <= gap < math.inf):
+            raise NumericError(f"gap: got {gap!r}, expected a finite number of steps >= 0")
         if self.Q_val * gap:
             added = math.sqrt(self.Q_val * gap) * torch.eye(self.dim, dtype=self.dtype)
             self.root = _triangle(torch.cat((self.root, added), dim=1))
@@ -131,6 +133,10 @@ class KalmanPreferenceTracker:
 
     def _update_compiled(self, phi: Tensor, y: Tensor, mask: Tensor | None) -> Absorbed | None:
         """:meth:`update` one reward after another; None where the input has to be looked at first."""
+        if not (
+            isinstance(phi, Tensor) and isinstance(y, Tensor) and (mask is None or isinstance(mask, Tensor))
+        ):
+            return None
         shape, count = phi.shape, y.shape
         if not (len(shape) == 2 and len(count) == 1 and shape[0] == count[0] > 0):
             return None
@@ -236,22 +242,25 @@ class KalmanPreferenceTracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the saved tracker. Raises: ConfigError for another format or settings; nothing changed."""
-        if state.get("format") != FORMAT or state.get("settings") != self._settings():
+        got = saved("tracker state", state, "format", "settings")
+        if got != (FORMAT, self._settings()):
             raise ConfigError(
-                f"tracker state: got format {state.get('format')} with settings {state.get('settings')}, "
-                f"expected format {FORMAT} with {self._settings()}; build the tracker with the saved settings"
+                f"tracker state: got format {got[0]} with settings {got[1]}, expected format {FORMAT} with "
+                f"{self._settings()}; build the tracker with the saved settings"
             )
-        mean, root, projection = state["mean"], state["root"], None
+        names = ("mean", "root", "width", "projection", "surprise", "seen")
+        mean, root, width, projection, surprise, seen = saved("tracker state", state, *names)
         if mean.shape != self.mean.shape or root.shape != self.root.shape:
             raise ConfigError(f"tracker state: got mean {tuple(mean.shape)}, expected ({self.dim},)")
         if not (torch.isfinite(mean).all() and torch.isfinite(root).all()):
             raise NumericError("tracker state: got NaN or infinity, expected finite numbers")
-        if state["projection"] is not None:
-            projection = SRHT(state["width"], self.dim, self.seed)
-            projection.load_state_dict(state["projection"])
+        transform = None
+        if projection is not None:
+            transform = SRHT(width, self.dim, self.seed)
+            transform.load_state_dict(projection)
         self.mean, self.root = mean.to(self.dtype).clone(), root.to(self.dtype).clone()
-        self.projection, self._width = projection, state["width"]
-        self._surprise, self._seen = state["surprise"], state["seen"]
+        self.projection, self._width = transform, width
+        self._surprise, self._seen = surprise, seen
 
     def _settings(self) -> dict[str, Any]:
         names = ("dim", "Q_val", "R_val", "P_val", "noise_strength", "seed")
@@ -274,10 +283,8 @@ class KalmanPreferenceTracker:
 
     def _projected(self, phi: Tensor) -> Tensor:
         """(n, d) checked features in the type of the state."""
-        if phi.dim() != 2 or not phi.is_floating_point() or phi.shape[1] < 1:
-            raise ShapeError(
-                f"phi: got {phi.dtype} {tuple(phi.shape)}, expected floating (n, F), one row per reward"
-            )
+        if not isinstance(phi, Tensor) or phi.dim() != 2 or not phi.is_floating_point() or phi.shape[1] < 1:
+            raise ShapeError(f"phi: got {_kind(phi)}, expected floating (n, F), one row per reward")
         if self._width not in (None, phi.shape[1]):
             raise ShapeError(f"phi: got width {phi.shape[1]}, expected {self._width} as in the first batch")
         x = phi.detach().cpu().to(self.dtype)
@@ -298,13 +305,14 @@ class KalmanPreferenceTracker:
 
     def _checked(self, phi: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x = self._projected(phi)
-        if y.shape != x.shape[:1] or not len(x):
-            raise ShapeError(f"y: got {tuple(y.shape)}, expected ({len(x)},) with at least one row, like phi")
+        if not isinstance(y, Tensor) or y.shape != x.shape[:1] or not len(x) or y.is_complex():
+            got = tuple(y.shape) if isinstance(y, Tensor) and not y.is_complex() else _kind(y)
+            raise ShapeError(f"y: got {got}, expected real ({len(x)},) with at least one row, like phi")
         y = y.detach().cpu().to(self.dtype)
         known = ~torch.isnan(y)
         if mask is not None:
-            if mask.shape != y.shape or mask.dtype != torch.bool:
-                raise ShapeError(f"mask: got {mask.dtype} {tuple(mask.shape)}, expected bool ({len(y)},)")
+            if not isinstance(mask, Tensor) or mask.shape != y.shape or mask.dtype != torch.bool:
+                raise ShapeError(f"mask: got {_kind(mask)}, expected bool ({len(y)},)")
             known = known & mask.cpu()
         if torch.isinf(y[known]).any():
             row = int((torch.isinf(y) & known).nonzero()[0])
@@ -312,6 +320,10 @@ class KalmanPreferenceTracker:
                 f"y: got {y[row].item()} at row {row}, expected a finite reward, or NaN for missing"
             )
         return x, torch.where(known, y, 0.0), known
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _triangle(wide: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import socket
@@ -15,6 +14,7 @@ from typing import Any
 
 from kalman_rl.board.app import Board
 from kalman_rl.board.source import Source
+from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import AdapterError, ConfigError, RunError
 
 LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "::1": "::1"}
@@ -81,13 +81,13 @@ def serve(
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket on a loopback address. Raises: ConfigError for another address, or a port that is taken."""
-    if host not in LOOPBACK:
+    if not isinstance(host, str) or host not in LOOPBACK:
         raise ConfigError(
             f"host: got {host!r}, expected 127.0.0.1, localhost or ::1 because the page shows everything in the run; "
             "to see it from elsewhere, forward the port over ssh"
         )
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port: got {port}, expected 0 to 65535; 0 takes a free one")
+    if not is_whole(port, 0, 65535):
+        raise ConfigError(f"port: got {port!r}, expected 0 to 65535; 0 takes a free one")
     family = socket.AF_INET6 if ":" in LOOPBACK[host] else socket.AF_INET
     sock: Any = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -108,8 +108,8 @@ def accepted_hosts(port: int) -> list[str]:
 
 
 def _source(run: Path, every: float) -> Source:
-    if not (math.isfinite(every) and 0.1 <= every <= 3600):
-        raise ConfigError(f"every: got {every}, expected 0.1 to 3600 seconds")
+    if not (is_real(every) and 0.1 <= every <= 3600):
+        raise ConfigError(f"every: got {every!r}, expected 0.1 to 3600 seconds")
     source = Source(Path(run), least=every)
     if not source.look().version:
         raise RunError(f"{run}: got no manifest.json there or below, expected the directory of a run")

@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kalman_rl.belief.protocol import Belief
-from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.checks import is_real, is_whole, saved
+from kalman_rl.errors import ConfigError, RunError, unknown_name
 from kalman_rl.kalman import Gaussian
+from kalman_rl.sampling.allocate import check_rounds
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.rounds import RoundPlan, Sampled
+from kalman_rl.sampling.signal import OBJECTIVES, REWARDS, check_objective
 
 Kind = Literal["fixed", "predictive", "rounds"]
 NINETY = 1.6448536269514722
@@ -40,6 +43,8 @@ class Budget:
         coverage: a prompt is due again after so many optimizer steps without a completion.
         rewards: "unit" if they lie in [0, 1], else "real".
         noise_variance: of the scorer, in squared reward units; read for "real" only.
+
+    Raises: ConfigError for a value out of range, under the name it has in the settings of training.
     """
 
     allocation: Kind = "fixed"
@@ -54,24 +59,41 @@ class Budget:
     noise_variance: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.allocation not in ("fixed", "predictive", "rounds"):
+        for name, value, known in (
+            ("allocation", self.allocation, get_args(Kind)),
+            ("allocation_objective", self.objective, OBJECTIVES),
+            ("reward_range", self.rewards, REWARDS),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        check_objective(self.objective, self.rewards)
+        check_rounds(self.rounds)
+        if not (is_whole(self.low) and is_whole(self.high, max(self.low, 1))):
             raise ConfigError(
-                f"allocation: got {self.allocation!r}, expected one of fixed, predictive, rounds"
+                f"completions_min, completions_max: got {self.low!r}, {self.high!r}, expected whole numbers with "
+                "0 <= min <= max and max >= 1"
             )
-        if not 0 <= self.low <= self.high or self.high < 1:
+        for name, number in (("max_rounds", self.max_rounds), ("coverage_steps", self.coverage)):
+            if not is_whole(number, 1):
+                raise ConfigError(f"{name}: got {number!r}, expected a whole number >= 1")
+        if not (is_real(self.noise_variance) and 0 <= self.noise_variance < math.inf):
             raise ConfigError(
-                f"completions_min, completions_max: got {self.low}, {self.high}, expected 0 <= min <= max and max >= 1"
+                f"reward_noise_variance: got {self.noise_variance!r}, expected a finite variance >= 0"
             )
-        if self.mean is not None and not (0 < self.mean < math.inf):
-            raise ConfigError(f"budget: got {self.mean}, expected a mean number of completions > 0")
-        if self.mean is not None and self.allocation == "fixed":
+        if self.mean is not None:
+            self._check_mean(self.mean)
+
+    def _check_mean(self, mean: float) -> None:
+        if not (is_real(mean) and 0 < mean < math.inf):
+            raise ConfigError(f"budget: got {mean!r}, expected a mean number of completions > 0")
+        if self.allocation == "fixed":
             raise ConfigError(
-                f"budget: got {self.mean} with allocation='fixed', expected predictive or rounds; with fixed the "
-                "number of completions per prompt (num_generations) is the budget"
+                f"budget: got {mean} with allocation='fixed', expected predictive or rounds; with fixed the number of "
+                "completions per prompt is the budget"
             )
-        if self.mean is not None and not self.low <= self.mean <= self.high:
+        if not self.low <= mean <= self.high:
             raise ConfigError(
-                f"budget: got {self.mean}, expected {self.low} to {self.high}, the bounds of one prompt's completions"
+                f"budget: got {mean}, expected {self.low} to {self.high}, the bounds of one prompt's completions"
             )
 
     def total(self, prompts: int, rows: int) -> int:
@@ -171,11 +193,12 @@ class Tracking:
                 "checkpoint: got no beliefs about prompts, expected those of the run; it was saved without a belief, "
                 "or the save was cut short (last_good_checkpoint finds the one before)"
             )
-        self.belief.load_state_dict(state["belief"])
-        self.coverage.load_state_dict(state["coverage"])
-        self.last_step = state["last_step"]
-        self.skipped = set(state["skipped"])
-        self.features = dict(zip(state["feature_ids"], state["features"]))
+        names = ("belief", "coverage", "last_step", "skipped", "feature_ids", "features")
+        belief, coverage, last_step, skipped, ids, features = saved("checkpoint's beliefs", state, *names)
+        self.belief.load_state_dict(belief)
+        self.coverage.load_state_dict(coverage)
+        self.last_step, self.skipped = last_step, set(skipped)
+        self.features = dict(zip(ids, features))
 
 
 def fixed_groups(

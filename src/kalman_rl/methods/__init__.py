@@ -64,6 +64,11 @@ METHODS: dict[str, Callable[..., Method]] = {
 def make_method(name: str, **options: float | bool | None) -> Method:
     """Build a method of the table by name, with its options; hosts' names for them are in :mod:`.knobs`.
 
+    Args:
+        name: a key of METHODS.
+        options: of the method's own function, units and ranges there.
+
+    Returns: the :class:`~kalman_rl.objective.Method`, for :func:`~kalman_rl.objective.policy_loss` and the trainers.
     Raises: ConfigError for an unknown name or option, naming the nearest one; NumericError for a value
     out of range.
 

@@ -1,4 +1,10 @@
-"""Methods that differ in the advantage: who did better than expected."""
+"""Methods that differ in the advantage: who did better than expected.
+
+Options of most: ``low``, ``high`` >= 0, distances of the clip's ends from a ratio of 1; ``dual`` > 1 or None, see
+:class:`kalman_rl.trust.Clip`; ``epsilon`` >= 0, reward units, added to the group's standard deviation. Here
+``process_noise``, ``observation_noise`` and ``initial_variance`` are variances of rewards, in squared reward units
+(:mod:`kalman_rl.reward_filter`). NumericError for a value outside its range.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Methods that differ in the filter over the ratios: how the noise of a token's ratio is taken out."""
+"""Methods that differ in the filter over the ratios: how the noise of a token's ratio is taken out.
+
+Options of all: ``process_noise`` Q >= 0 per token, ``observation_noise`` R > 0 and ``initial_variance`` P0 >= 0 or
+inf, variances of log-ratios in nats^2 (:class:`kalman_rl.ratio.KalmanFiltered`); ``low``, ``high`` >= 0, distances
+of the clip's ends from a filtered ratio of 1; ``epsilon`` >= 0, reward units, added to the group's standard
+deviation; ``memory`` in [0, 1), the share of past statistics that an optimizer step keeps. NumericError outside.
+"""
 
 from __future__ import annotations
 

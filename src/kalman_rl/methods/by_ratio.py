@@ -1,4 +1,9 @@
-"""Methods that differ in the ratio: how much a token still counts off-policy."""
+"""Methods that differ in the ratio: how much a token still counts off-policy.
+
+Options of most: ``low``, ``high`` >= 0, distances of the clip's ends from a ratio of 1 (in :func:`minpro`, whose
+weight is capped, ``high`` is the cap itself); ``epsilon`` >= 0, reward units, added to the group's standard
+deviation. NumericError for a value outside its range.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Methods that differ in the trust region: which tokens may still move."""
+"""Methods that differ in the trust region: which tokens may still move.
+
+Options of most: ``epsilon`` >= 0, reward units, added to the group's standard deviation. ``low`` and ``high`` mean
+what the method bounds: distances from a ratio of 1 (capo), of the log-ratio from 0 (gmpo), the bounds of the weight
+themselves (cispo), divergence (dppo_*). NumericError for a value outside its range.
+"""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ UNFINISHED = frozenset({"running", "interrupted", "failed"})
 SKIPPED_FOLDERS = frozenset({"checkpoints", "traces"})
 LARGEST = 1e100
 """Beyond it a number is as good as infinite, and differences of such numbers would be."""
+LARGEST_STEP = 2**52
+"""Beyond it the next step is the same float."""
 SHOWN_BREAKS = {"\n": "\n", "\t": "\t"}
 
 
@@ -76,6 +78,8 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
 
     Raises: ConfigError for no path at all; RunError for a path that is not a directory or holds no run.
     """
+    if isinstance(paths, str | Path):
+        raise ConfigError(f"report: got {str(paths)!r}, expected a list of run directories")
     if not paths:
         raise ConfigError("report: got no run directory, expected at least one")
     found: dict[Path, Run] = {}
@@ -218,7 +222,7 @@ def _parse(line: str) -> tuple[str, Row, int] | None:
     if not isinstance(event, dict):
         return None
     step = number(event.get("step"))
-    if step is None or not isinstance(event.get("kind"), str):
+    if step is None or abs(step) > LARGEST_STEP or not isinstance(event.get("kind"), str):
         return None
     row: Row = {"step": step}
     for key, value in event.items():

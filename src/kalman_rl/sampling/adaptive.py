@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kalman_rl.belief.tracker import KalmanPreferenceTracker
+from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, RewardError, ShapeError
 from kalman_rl.kalman import Gaussian, update
+from kalman_rl.sampling.allocate import check_rounds
 from kalman_rl.sampling.environment import PreferenceEnvironment
 from kalman_rl.sampling.stop import beta_from_moments
 
@@ -83,6 +85,10 @@ def run_adaptive_sampling(
     >>> k_taken, history[-1]["stop_reason"]
     (6, 'confident')
     """
+    if not isinstance(env, PreferenceEnvironment):
+        raise ConfigError(f"env: got {type(env).__name__}, expected an object with features() and sample(k)")
+    if not isinstance(tracker, KalmanPreferenceTracker):
+        raise ConfigError(f"tracker: got {type(tracker).__name__}, expected a KalmanPreferenceTracker")
     _check_options(threshold, rounds, n_min, n_max)
     phi = _features(env)
     rewards = torch.zeros(0, dtype=torch.float64)
@@ -181,9 +187,8 @@ def _first(value: Gaussian) -> Gaussian:
 
 
 def _check_options(threshold: float, rounds: Sequence[int], n_min: int, n_max: int) -> None:
-    if not 0 < threshold < math.inf:
-        raise ConfigError(f"threshold: got {threshold}, expected a finite number of nats > 0, such as 1.5")
-    if not len(rounds) or not all(isinstance(k, int) and k >= 1 for k in rounds):
-        raise ConfigError(f"rounds: got {rounds!r}, expected one or more integers >= 1")
-    if not 1 <= n_min <= n_max:
-        raise ConfigError(f"n_min, n_max: got {n_min}, {n_max}, expected 1 <= n_min <= n_max")
+    if not (is_real(threshold) and 0 < threshold < math.inf):
+        raise ConfigError(f"threshold: got {threshold!r}, expected a finite number of nats > 0, such as 1.5")
+    check_rounds(rounds)
+    if not (is_whole(n_min, 1) and is_whole(n_max, n_min)):
+        raise ConfigError(f"n_min, n_max: got {n_min!r}, {n_max!r}, expected integers 1 <= n_min <= n_max")

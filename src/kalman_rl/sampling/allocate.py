@@ -11,7 +11,9 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from kalman_rl.belief.groups import places_of
 from kalman_rl.belief.protocol import Belief
+from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import Allocation, divide, divide_at_price, gradient_gains, light_gains
@@ -57,9 +59,11 @@ def allocate(
 
     Raises:
         ConfigError: an option is out of range, an id comes twice, the pool is empty, or no counts fit.
+        ShapeError: ids are no list of names, or features have another shape.
     """
     check_objective(objective, reward)
     check_bounds(ids, n_min, n_max)
+    check_books(price, coverage)
     if (total is None) == (price is None):
         raise ConfigError(f"total, price: got {total!r} and {price!r}, expected exactly one of them")
     signal = read_signal(
@@ -108,17 +112,32 @@ def least_counts(
 
 
 def check_bounds(ids: Sequence[Hashable], n_min: int, n_max: int) -> None:
-    """Refuse an empty pool, repeated ids and bounds out of order. Raises: ConfigError."""
-    if not len(ids):
+    """Refuse an empty pool, repeated ids and bounds out of order. Raises: ConfigError, ShapeError for no ids."""
+    if hasattr(ids, "__len__") and not len(ids):
         raise ConfigError("ids: got an empty pool, expected at least one prompt")
-    if len(set(ids)) != len(ids):
-        seen: set[Hashable] = set()
-        twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    names, places = places_of(ids)
+    if len(names) != len(ids):
+        twice = next(name for name, place in names.items() if places.count(place) > 1)
         raise ConfigError(
             f"ids: got prompt {twice!r} twice, expected every prompt once; counts are per prompt"
         )
-    for name, value in (("n_min", n_min), ("n_max", n_max)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name}: got {value!r}, expected an integer")
-    if not 0 <= n_min <= n_max or n_max < 1:
-        raise ConfigError(f"n_min, n_max: got {n_min}, {n_max}, expected 0 <= n_min <= n_max and n_max >= 1")
+    if not (is_whole(n_min) and is_whole(n_max, max(n_min, 1))):
+        raise ConfigError(
+            f"n_min, n_max: got {n_min!r}, {n_max!r}, expected integers 0 <= n_min <= n_max and n_max >= 1"
+        )
+
+
+def check_rounds(rounds: Sequence[int]) -> None:
+    """Refuse what is no list of completions per round. Raises: ConfigError."""
+    if not isinstance(rounds, Sequence) or not rounds or not all(is_whole(k, 1) for k in rounds):
+        raise ConfigError(f"rounds: got {rounds!r}, expected a list of one or more integers >= 1")
+
+
+def check_books(price: Price | None, coverage: Coverage | None) -> None:
+    """Refuse a number where the object that is kept from step to step is meant. Raises: ConfigError."""
+    if not isinstance(price, Price | None):
+        raise ConfigError(
+            f"price: got {price!r}, expected a Price; with a mean number per prompt, Price(budget)"
+        )
+    if not isinstance(coverage, Coverage | None):
+        raise ConfigError(f"coverage: got {coverage!r}, expected a Coverage, e.g. Coverage(every)")

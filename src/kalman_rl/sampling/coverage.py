@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_whole, saved
 from kalman_rl.errors import ConfigError
 
 
@@ -19,10 +20,17 @@ class Coverage:
     """When each prompt was last sampled, and which ones are due.
 
     Args: every: a prompt is due ``every`` steps after its last visit, >= 1; never visited = due.
+
+    Raises: ConfigError for ``every`` out of range.
+
+    >>> floor = Coverage(every=2)
+    >>> floor.visit(["a"], step=4)
+    >>> floor.due(["a", "new"], step=5), floor.due(["a", "new"], step=6)
+    (tensor([False,  True]), tensor([True, True]))
     """
 
     def __init__(self, every: int) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if not is_whole(every, 1):
             raise ConfigError(f"every: got {every!r}, expected a number of steps >= 1 between visits")
         self.every = every
         self._last: dict[Hashable, int] = {}
@@ -46,13 +54,16 @@ class Coverage:
         self._last.update(dict.fromkeys(ids, step))
 
     def state_dict(self) -> dict[str, Any]:
+        """Ids and the step of the last visit of each, for :meth:`load_state_dict`."""
         steps = torch.tensor(list(self._last.values()), dtype=torch.long)
         return {"format": 1, "ids": list(self._last), "step": steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the saved visits; ``every`` stays this object's. Raises: ConfigError."""
-        if state.get("format") != 1 or len(state["ids"]) != len(state["step"]):
+        form, ids, steps = saved("coverage state", state, "format", "ids", "step")
+        if form != 1 or len(ids) != len(steps):
             raise ConfigError(
-                f"coverage state: got format {state.get('format')!r}, expected 1, a step for each id"
+                f"coverage state: got format {form!r}, {len(ids)} ids and {len(steps)} steps, expected 1 and a step "
+                "for each id"
             )
-        self._last = dict(zip(state["ids"], state["step"].tolist()))
+        self._last = dict(zip(ids, steps.tolist()))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.sampling.stop import Number, gradient_gain, remaining_light_gains
 
@@ -26,7 +27,15 @@ class Allocation(NamedTuple):
 
 
 def gradient_gains(signal: Tensor, n_max: int) -> Tensor:
-    """Gains (N, n_max) for the gradient: :func:`~kalman_rl.sampling.stop.gradient_gain` with k = 1."""
+    """Gains (N, n_max) for the gradient: :func:`~kalman_rl.sampling.stop.gradient_gain` with k = 1.
+
+    Args: signal: (N,) >= 0, ``E[p (1 - p)]`` of each prompt. n_max: >= 1.
+    Raises: ShapeError, NumericError, ConfigError for a value outside its range.
+    """
+    if not isinstance(signal, Tensor) or signal.dim() != 1:
+        got = tuple(signal.shape) if isinstance(signal, Tensor) else type(signal).__name__
+        raise ShapeError(f"signal: got {got}, expected a tensor (N,)")
+    _check_most(n_max)
     return gradient_gain(signal[:, None], torch.arange(n_max))
 
 
@@ -36,10 +45,19 @@ def light_gains(a: Number, b: Number, n_max: int) -> Tensor:
     Completion n + 1 >= 2 makes the group mixed for the first time with probability
     ``E[p^n (1 - p)] + E[(1 - p)^n p]``, p ~ Beta(a, b). The first column is 0.
 
+    Args: a, b: (N,) > 0, of the Beta of each prompt. n_max: >= 1.
+    Raises: NumericError, ConfigError for a value outside its range.
+
     >>> light_gains(torch.tensor([1.0]), torch.tensor([1.0]), 4)
     tensor([[0.0000, 0.3333, 0.1667, 0.1000]], dtype=torch.float64)
     """
+    _check_most(n_max)
     return remaining_light_gains(a, b, 0, 0, n_max)
+
+
+def _check_most(n_max: int) -> None:
+    if not is_whole(n_max, 1):
+        raise ConfigError(f"n_max: got {n_max!r}, expected an integer >= 1")
 
 
 def divide(gains: Tensor, total: int, least: Tensor, most: Tensor) -> Allocation:
@@ -65,7 +83,7 @@ def divide(gains: Tensor, total: int, least: Tensor, most: Tensor) -> Allocation
     tensor([7, 1])
     """
     least, most = _checked(gains, least, most)
-    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+    if not is_whole(total, 1):
         raise ConfigError(f"total: got {total!r}, expected an integer >= 1")
     low, high = int(least.sum()), int(most.sum())
     if not low <= total <= high:
@@ -92,8 +110,8 @@ def divide_at_price(gains: Tensor, price: float, least: Tensor, most: Tensor) ->
     tensor([5, 0])
     """
     least, most = _checked(gains, least, most)
-    if not (price >= 0 and math.isfinite(price)):
-        raise NumericError(f"price: got {price}, expected a finite number >= 0")
+    if not (is_real(price) and 0 <= price < math.inf):
+        raise NumericError(f"price: got {price!r}, expected a finite number >= 0")
     counts = (_smoothed(gains, least) > price).sum(1)
     counts = torch.minimum(torch.maximum(counts, least), most)
     alone = (counts == 1) & (least < 1) & (gains[:, 0] <= price)  # a cap of 1: half a pair is worth nothing
@@ -144,6 +162,9 @@ def _programme(gains: Tensor, total: int, least: Tensor, most: Tensor) -> Tensor
 
 
 def _checked(gains: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    for name, value in (("gains", gains), ("least", least), ("most", most)):
+        if not isinstance(value, Tensor):
+            raise ShapeError(f"{name}: got {type(value).__name__}, expected a tensor")
     if gains.dim() != 2 or 0 in gains.shape:
         raise ShapeError(
             f"gains: got shape {tuple(gains.shape)}, expected (N, n_max), both >= 1; is the pool empty?"

@@ -20,6 +20,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, ShapeError
 
 
@@ -65,16 +66,20 @@ class SimulatedPreferenceEnv:
         features: Tensor | None = None,
         missing: float = 0.0,
     ) -> None:
-        if not 0 <= success <= 1:
-            raise ConfigError(f"success: got {success}, expected a probability in [0, 1]")
-        if not 0 <= noise < math.inf:
-            raise ConfigError(f"noise: got {noise}, expected a finite standard deviation >= 0")
-        if not 0 <= missing < 1:
-            raise ConfigError(f"missing: got {missing}, expected a probability in [0, 1)")
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        if not (is_real(success) and 0 <= success <= 1):
+            raise ConfigError(f"success: got {success!r}, expected a probability in [0, 1]")
+        if not (is_real(noise) and 0 <= noise < math.inf):
+            raise ConfigError(f"noise: got {noise!r}, expected a finite standard deviation >= 0")
+        if not (is_real(missing) and 0 <= missing < 1):
+            raise ConfigError(f"missing: got {missing!r}, expected a probability in [0, 1)")
+        if not is_whole(dim, 1):
             raise ConfigError(f"dim: got {dim!r}, expected an integer >= 1")
-        if features is not None and (features.dim() != 1 or not len(features)):
-            raise ShapeError(f"features: got shape {tuple(features.shape)}, expected (F,), F >= 1")
+        if not is_whole(seed, -(2**63), 2**64 - 1):
+            raise ConfigError(f"seed: got {seed!r}, expected an integer of 64 bits")
+        tensor = isinstance(features, Tensor)
+        if features is not None and (not tensor or features.dim() != 1 or not len(features)):
+            got = f"shape {tuple(features.shape)}" if tensor else type(features).__name__
+            raise ShapeError(f"features: got {got}, expected a tensor (F,), F >= 1")
         self.success, self.noise, self.missing = success, noise, missing
         self.taken = 0
         self._generator = torch.Generator().manual_seed(seed)
@@ -84,11 +89,13 @@ class SimulatedPreferenceEnv:
         self._features = features.detach().clone()
 
     def features(self) -> Tensor:
-        """(F,)"""
+        """(F,) features, a copy."""
         return self._features.clone()
 
     def sample(self, k: int) -> Tensor:
-        """(k,) float64 rewards."""
+        """Rewards (k,) float64 of k new completions, NaN = missing. Raises: ConfigError unless k >= 0."""
+        if not is_whole(k):
+            raise ConfigError(f"k: got {k!r}, expected a number of completions >= 0")
         uniform = torch.rand(2, k, generator=self._generator, dtype=torch.float64)
         noise = torch.randn(k, generator=self._generator, dtype=torch.float64)
         self.taken += k

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, unknown_name
 
 Stop = Callable[[int, int], bool]
@@ -47,6 +48,8 @@ class StopRule:
             "round-causal" = baseline from a prior Beta(a, b), earlier rounds and the others of the own round,
             summed and *not* divided: its weight is E[tau].
         prior: (a, b) of the round-causal baseline, each > 0.
+
+    Raises: ConfigError for a value out of range.
     """
 
     stop: Stop = when_mixed
@@ -58,12 +61,18 @@ class StopRule:
     def __post_init__(self) -> None:
         if self.estimate not in ESTIMATES:
             raise unknown_name("estimate", self.estimate, ESTIMATES)
-        if self.k < 1 or self.cap < self.k or self.cap % self.k:
+        if not (is_whole(self.k, 1) and is_whole(self.cap, self.k)) or self.cap % self.k:
             raise ConfigError(
-                f"k, cap: got {self.k}, {self.cap}, expected k >= 1 and a cap that is a multiple of k"
+                f"k, cap: got {self.k!r}, {self.cap!r}, expected k >= 1 and a cap that is a multiple of k"
             )
-        if min(self.prior) <= 0:
-            raise ConfigError(f"prior: got {self.prior}, expected two numbers > 0")
+        prior = self.prior
+        if not (
+            isinstance(prior, tuple)
+            and len(prior) == 2
+            and is_real(*prior)
+            and 0 < min(prior) <= max(prior) < math.inf
+        ):
+            raise ConfigError(f"prior: got {prior!r}, expected two finite numbers > 0")
 
 
 def implied_weight(p: float, rule: StopRule) -> Implied:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kalman_rl.checks import is_real, saved
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.sampling.divide import divide
 
@@ -25,6 +26,12 @@ class Price:
         rate: > 0.
         value: the price, in units of gain; None until the first allocation sets it to the price at which
             the belief itself expects to spend the budget.
+
+    Raises: ConfigError for a number out of range.
+
+    >>> price = Price(budget=8.0, value=0.01)
+    >>> round(price.update(16.0), 4), round(price.update(4.0), 4)  # dearer after too many, cheaper after too few
+    (0.02, 0.01)
     """
 
     budget: float
@@ -33,13 +40,17 @@ class Price:
 
     def __post_init__(self) -> None:
         for name in ("budget", "rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected a finite number > 0")
-        if self.value is not None and not 0 < self.value < math.inf:
-            raise ConfigError(f"value: got {self.value}, expected a price > 0, or None for not yet known")
+            value = getattr(self, name)
+            if not (is_real(value) and 0 < value < math.inf):
+                raise ConfigError(f"{name}: got {value!r}, expected a finite number > 0")
+        if self.value is not None and not (is_real(self.value) and 0 < self.value < math.inf):
+            raise ConfigError(f"value: got {self.value!r}, expected a price > 0, or None for not yet known")
 
     def start(self, gains: Tensor, least: Tensor, most: Tensor) -> float:
-        """The current price; the first time, the gain of the last completion the budget would buy."""
+        """The current price; the first time, the gain of the last completion the budget would buy.
+
+        Args: gains, least, most: of :func:`~kalman_rl.sampling.divide.divide`. Raises: what that raises.
+        """
         if self.value is None:
             low, high = int(least.sum()), int(most.sum())
             total = min(max(round(self.budget * len(gains)), low, 1), max(high, 1))
@@ -47,9 +58,12 @@ class Price:
         return self.value
 
     def update(self, mean: float) -> float:
-        """Move the price after a step that took ``mean`` completions per prompt; returns the new price."""
-        if not 0 <= mean < math.inf:
-            raise NumericError(f"mean: got {mean}, expected completions per prompt >= 0")
+        """Move the price after a step that took ``mean`` completions per prompt; returns the new price.
+
+        Raises: NumericError for a mean out of range, ConfigError before :meth:`start`.
+        """
+        if not (is_real(mean) and 0 <= mean < math.inf):
+            raise NumericError(f"mean: got {mean!r}, expected completions per prompt >= 0")
         if self.value is None:
             raise ConfigError("price: got an update before the first allocation, expected start() first")
         error = math.log(mean / self.budget) if mean > 0 else -1.0
@@ -57,11 +71,13 @@ class Price:
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
+        """Budget, rate and price, for :meth:`load_state_dict`."""
         return {"format": 1, "budget": self.budget, "rate": self.rate, "value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the saved price; budget and rate stay those of this object. Raises: ConfigError."""
-        if state.get("format") != 1:
-            raise ConfigError(f"price state: got format {state.get('format')!r}, expected 1")
-        Price(self.budget, self.rate, state["value"])  # checks it
-        self.value = state["value"]
+        form, value = saved("price state", state, "format", "value")
+        if form != 1:
+            raise ConfigError(f"price state: got format {form!r}, expected 1")
+        Price(self.budget, self.rate, value)  # checks it
+        self.value = value

@@ -22,9 +22,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.belief.base import check_features
+from kalman_rl.belief.groups import places_of
 from kalman_rl.belief.protocol import Belief
+from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
-from kalman_rl.sampling.allocate import TIE_BREAK, check_bounds, gain_table, least_counts
+from kalman_rl.sampling.allocate import (
+    TIE_BREAK,
+    check_books,
+    check_bounds,
+    check_rounds,
+    gain_table,
+    least_counts,
+)
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains
 from kalman_rl.sampling.price import Price
@@ -95,7 +105,8 @@ class RoundPlan:
         reward, noise_variance: see :func:`~kalman_rl.sampling.signal.read_signal`.
         coverage: prompts that are due are sampled at least once; visits are noted in it.
 
-    Raises: ConfigError for an option out of range, an empty pool, or a total that no counts can meet.
+    Raises: ConfigError for an option out of range, an empty pool, or a total that no counts can meet. ShapeError for
+        ids that are no list of names, or features of another shape.
     """
 
     def __init__(
@@ -120,7 +131,10 @@ class RoundPlan:
     ) -> None:
         check_objective(objective, reward)
         check_bounds(ids, n_min, n_max)
-        _check_options(rounds, weighting, max_rounds, (budget, total, price))
+        check_rounds(rounds)
+        check_books(price, coverage)
+        check_features(features, len(ids))
+        _check_options(weighting, max_rounds, (budget, total, price))
         if total is not None:
             _check_total(total, len(ids), n_min, n_max)
         self.belief, self.ids, self.step, self.total = belief, list(ids), step, total
@@ -173,6 +187,7 @@ class RoundPlan:
         """
         if self._request is None:
             raise ConfigError("tell: got rewards that were not requested, expected next_round() before")
+        places_of(ids)
         got, wanted = Counter(ids), Counter(dict(self._request))
         if got != wanted:
             name = next(iter((got - wanted) + (wanted - got)))
@@ -336,26 +351,22 @@ class RoundPlan:
             raise NumericError(f"reward: got {reward[row].item()} at row {row}, expected {expected}")
 
 
-def _check_options(
-    rounds: Sequence[int], weighting: str, max_rounds: int | None, budgets: tuple[object, ...]
-) -> None:
+def _check_options(weighting: str, max_rounds: int | None, budgets: tuple[object, ...]) -> None:
     if weighting not in WEIGHTINGS:
         raise unknown_name("weighting", weighting, WEIGHTINGS)
-    if not len(rounds) or not all(isinstance(k, int) and k >= 1 for k in rounds):
-        raise ConfigError(f"rounds: got {rounds!r}, expected one or more integers >= 1")
     if sum(value is not None for value in budgets) != 1:
         raise ConfigError(
             f"budget, total, price: got {', '.join(map(repr, budgets))}, expected exactly one of them"
         )
-    if max_rounds is not None and (max_rounds < 1 or budgets[1] is None):
+    if max_rounds is not None and (not is_whole(max_rounds, 1) or budgets[1] is None):
         raise ConfigError(
-            f"max_rounds: got {max_rounds}, expected None, or a number >= 1 together with total"
+            f"max_rounds: got {max_rounds!r}, expected None, or an integer >= 1 together with total"
         )
 
 
 def _check_total(total: int, prompts: int, n_min: int, n_max: int) -> None:
     low, high = prompts * n_min, prompts * n_max
-    if isinstance(total, bool) or not isinstance(total, int) or not max(low, 1) <= total <= high:
+    if not is_whole(total, max(low, 1), high):
         raise ConfigError(
             f"total: got {total!r} completions for {prompts} prompts, expected {max(low, 1)} to {high} "
             f"(n_min {n_min} to n_max {n_max} each); change the total, n_min, n_max or the number of prompts"

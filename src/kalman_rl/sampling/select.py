@@ -21,10 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_rl.belief.base import check_features
+from kalman_rl.belief.groups import places_of
 from kalman_rl.belief.protocol import Belief
-from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.checks import is_whole, saved
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.signal import read_signal
+from kalman_rl.sampling.stop import beta_parameters
 
 METHODS = ("greedy", "thompson", "ids", "weights", "uniform")
 _DRAWS = 64  # of the whole pool, for the expected best theta
@@ -42,8 +46,8 @@ class PromptSelector:
             their first turns in random order, evenly spread.
         seed: of the own generator; the global one is not touched.
 
-    Raises: ConfigError for an empty pool, repeated ids, an unknown method, a count or floor that cannot be
-        met.
+    Raises: ConfigError for an empty pool, repeated ids, an unknown method, a count or floor that cannot be met.
+        ShapeError for a pool that is no list of names.
 
     With the floor no prompt waits longer than ``every`` calls: at most ``count`` become due at a time,
     because at most that many were picked at a time.
@@ -61,17 +65,18 @@ class PromptSelector:
     ) -> None:
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
-        if not len(pool) or len(set(pool)) != len(pool):
-            raise ConfigError(
-                f"pool: got {len(pool)} ids, {len(set(pool))} different, expected different ids, at least one"
-            )
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(pool):
+        if hasattr(pool, "__len__") and not len(pool):
+            raise ConfigError("pool: got no ids, expected at least one")
+        different = len(places_of(pool, "pool")[0])
+        if different != len(pool):
+            raise ConfigError(f"pool: got {len(pool)} ids, {different} different, expected different ids")
+        if not is_whole(count, 1, len(pool)):
             raise ConfigError(f"count: got {count!r}, expected an integer from 1 to the pool's {len(pool)}")
         passes = math.ceil(len(pool) / count)
         every = 4 * passes if every is None else every
-        if every and every < passes:
+        if every != 0 and not is_whole(every, passes):
             raise ConfigError(
-                f"every: got {every} calls, expected at least {passes} ({len(pool)} prompts, {count} a call) "
+                f"every: got {every!r} calls, expected at least {passes} ({len(pool)} prompts, {count} a call) "
                 "or 0 for no floor"
             )
         self.belief, self.pool, self.count, self.method = belief, list(pool), count, method
@@ -86,7 +91,10 @@ class PromptSelector:
         """``count`` different ids: those that are due, then the best by the method.
 
         Args: step: at which the belief is asked. features: None or (N, F) in the order of the pool.
+
+        Raises: ShapeError for features of another shape, and what the belief raises.
         """
+        check_features(features, len(self.pool))
         chosen = torch.zeros(len(self.pool), dtype=torch.bool)
         if self._coverage is not None:
             chosen = self._coverage.due(self.pool, step=self._calls, limit=self.count)
@@ -111,15 +119,17 @@ class PromptSelector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the saved selector was. Raises: ConfigError for another format or kind of floor."""
-        if state.get("format") != 1 or (state["coverage"] is None) != (self._coverage is None):
+        names = ("format", "coverage", "generator", "calls")
+        form, coverage, generator, calls = saved("selector state", state, *names)
+        if form != 1 or (coverage is None) != (self._coverage is None):
             raise ConfigError(
-                f"selector state: got format {state.get('format')!r}, "
-                f"{'no' if state.get('coverage') is None else 'a'} floor, expected 1 and this one's floor"
+                f"selector state: got format {form!r}, {'no' if coverage is None else 'a'} floor, expected 1 and "
+                "this one's floor"
             )
         if self._coverage is not None:
-            self._coverage.load_state_dict(state["coverage"])
-        self._generator.set_state(state["generator"])
-        self._calls = state["calls"]
+            self._coverage.load_state_dict(coverage)
+        self._generator.set_state(generator)
+        self._calls = calls
 
     def _best(self, free: Tensor, wanted: int, step: int, features: Tensor | None) -> Tensor:
         """Places in ``free`` of the ``wanted`` prompts the method prefers."""
@@ -146,7 +156,11 @@ class PromptSelector:
 
 
 def theta_variance(a: Tensor, b: Tensor) -> Tensor:
-    """``Var[p (1 - p)]`` for p ~ Beta(a, b), (N,); ``E[p^2 (1-p)^2] = a(a+1)b(b+1) / (s(s+1)(s+2)(s+3))``."""
+    """``Var[p (1 - p)]`` for p ~ Beta(a, b), (N,) float64; ``E[p^2 (1-p)^2] = a(a+1)b(b+1) / (s(s+1)(s+2)(s+3))``.
+
+    Raises: NumericError unless a, b > 0.
+    """
+    a, b = beta_parameters(a, b)
     s = a + b
     second = (a / s) * ((a + 1) / (s + 1)) * (b / (s + 2)) * ((b + 1) / (s + 3))
     return (second - ((a / s) * (b / (s + 1))).square()).clamp(min=0.0)
@@ -159,12 +173,14 @@ def best_mixture(regret: Tensor, information: Tensor) -> tuple[int, int, float]:
     ``q = D_j / (D_i - D_j) - 2 g_j / (g_i - g_j)``; two actions are always enough.
 
     Args: regret, information: (N,), finite, >= 0. Returns: (i, j, q); i = j if one action is best.
+    Raises: ShapeError for no action or other shapes, NumericError for a number out of range.
     Source: Russo and Van Roy, "Learning to Optimize via Information-Directed Sampling", 2018.
 
     >>> i, j, q = best_mixture(torch.tensor([0.1, 1.0]), torch.tensor([0.0, 1.0]))
     >>> i, j, round(q, 4)
     (0, 1, 0.8889)
     """
+    _check_actions(regret, information)
     keep = _frontier(regret, information)
     d, g = regret[keep].double(), information[keep].double()
     di, dj, gi, gj = d[:, None], d[None, :], g[:, None], g[None, :]
@@ -188,7 +204,17 @@ def information_directed(
     Regret is E[best theta] - E[theta]; information is Var[theta]. Deviation: the published variance-based
     form takes the variance explained by *which* action is best, of which this is an upper bound; with
     thousands of prompts the identity of the best one carries next to nothing about each.
+
+    Args:
+        regret, information: (N,), finite, >= 0.
+        count: from 1 to N.
+        generator: of the tosses.
+
+    Raises: ConfigError for another count, and what :func:`best_mixture` raises.
     """
+    _check_actions(regret, information)
+    if not is_whole(count, 1, len(regret)):
+        raise ConfigError(f"count: got {count!r}, expected an integer from 1 to the {len(regret)} actions")
     left = torch.ones_like(regret, dtype=torch.bool)
     chosen = []
     for toss in torch.rand(count, generator=generator).tolist():
@@ -200,11 +226,29 @@ def information_directed(
 
 
 def draw_beta(a: Tensor, b: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(draws, N) samples of Beta(a, b) that depend on ``generator`` only."""
+    """(draws, N) samples of Beta(a, b) that depend on ``generator`` only. Raises: NumericError unless a, b > 0."""
+    a, b = beta_parameters(a, b)
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):  # torch's Beta takes no generator
         torch.manual_seed(seed)
         return torch.distributions.Beta(a, b).sample(torch.Size([draws]))
+
+
+def _check_actions(regret: Tensor, information: Tensor) -> None:
+    for name, values in (("regret", regret), ("information", information)):
+        if (
+            not isinstance(values, Tensor)
+            or values.dim() != 1
+            or not len(values)
+            or len(values) != len(regret)
+        ):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ShapeError(
+                f"{name}: got {got}, expected tensors (N,), N >= 1, regret and information alike"
+            )
+        if not (values.isfinite() & (values >= 0)).all():
+            bad = values[~(values.isfinite() & (values >= 0))][0].item()
+            raise NumericError(f"{name}: got {bad}, expected finite numbers >= 0")
 
 
 def _frontier(regret: Tensor, information: Tensor) -> Tensor:

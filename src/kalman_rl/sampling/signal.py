@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from kalman_rl.belief.protocol import Belief
-from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.checks import is_real
+from kalman_rl.errors import ConfigError, NumericError, unknown_name
 from kalman_rl.sampling.stop import beta_from_moments, beta_signal, noisy_signal
 
 OBJECTIVES = ("gradient", "light")
@@ -16,9 +18,8 @@ REWARDS = ("unit", "real")
 
 
 class Signal(NamedTuple):
-    """Per prompt (N,): ``variance``, the expected variance of one reward without the scorer's noise; ``a, b``
-    of
-    the Beta posterior of the success probability, None for real-valued rewards."""
+    """Per prompt (N,): ``variance``, the expected variance of one reward without the scorer's noise; ``a, b`` of the
+    Beta posterior of the success probability, None for real-valued rewards."""
 
     variance: Tensor
     a: Tensor | None
@@ -41,8 +42,18 @@ def read_signal(
         reward: "unit" for rewards in [0, 1]: the Beta of the value's moments gives ``E[p (1 - p)]``, for 0/1
             rewards exactly the variance and for other rewards in [0, 1] a bound. "real" for any others: the
             noise variance R the belief predicts with, minus ``noise_variance``.
-        noise_variance: of the scorer, in squared reward units; read for "real" only.
+        noise_variance: of the scorer, >= 0, in squared reward units; read for "real" only.
+
+    Returns: :class:`Signal`, detached.
+    Raises: ConfigError if ``belief`` is none, NumericError for a noise variance out of range, and what the belief
+        raises.
     """
+    if not callable(getattr(belief, "predict", None)):
+        raise ConfigError(
+            f"belief: got {type(belief).__name__}, expected a belief such as make_belief() gives"
+        )
+    if not (is_real(noise_variance) and 0 <= noise_variance < math.inf):
+        raise NumericError(f"noise_variance: got {noise_variance!r}, expected a finite variance >= 0")
     if reward == "unit":
         a, b = beta_from_moments(belief.predict(ids, step=step, features=features))
         return Signal(beta_signal(a, b), a, b)

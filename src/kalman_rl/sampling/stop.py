@@ -16,6 +16,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_whole
 from kalman_rl.errors import NumericError
 from kalman_rl.kalman import Gaussian
 
@@ -54,7 +55,7 @@ def beta_signal(a: Number, b: Number) -> Tensor:
     >>> beta_signal(1.0, 1.0)
     tensor(0.1667, dtype=torch.float64)
     """
-    a, b = _beta(a, b)
+    a, b = beta_parameters(a, b)
     return (a / (a + b)) * (b / (a + b + 1))
 
 
@@ -114,9 +115,12 @@ def remaining_light_gains(a: Number, b: Number, successes: Number, failures: Num
     Arguments and errors as :func:`light_gain`. Returns (..., k); entries fall along the last axis, except
     that the first completion of an empty group mixes nothing.
     """
-    a, b = _beta(a, b)
+    if not is_whole(k, 1):
+        raise NumericError(f"k: got {k!r}, expected a count >= 1")
+    a, b = beta_parameters(a, b)
     successes, failures = _double(successes), _double(failures)
-    _expect_counts(torch.minimum(successes, failures), torch.tensor(k))
+    _expect("successes", successes >= 0, "a count >= 0", successes)
+    _expect("failures", failures >= 0, "a count >= 0", failures)
     # E[p^j (1 - p)] is the probability that the first failure is number j + 1. Nothing cancels in these sums.
     failure, success = _first_change(a, b, k), _first_change(b, a, k)
     from_nothing = torch.cat((torch.zeros_like(failure[..., :1]), (failure + success)[..., 1:]), dim=-1)
@@ -170,7 +174,7 @@ def beta_information(a: Number, b: Number) -> Tensor:
     >>> beta_information(1.0, 1.0)  # log 2 - 1/2
     tensor(0.1931, dtype=torch.float64)
     """
-    a, b = _beta(a, b)
+    a, b = beta_parameters(a, b)
     inside = torch.digamma(a + b + 1)
     success = a / (a + b) * (torch.digamma(a + 1) - inside - torch.log(a / (a + b)))
     failure = b / (a + b) * (torch.digamma(b + 1) - inside - torch.log(b / (a + b)))
@@ -186,7 +190,8 @@ def _first_change(a: Tensor, b: Tensor, k: int) -> Tensor:
     return before * b / (a + b + j)
 
 
-def _beta(a: Number, b: Number) -> tuple[Tensor, Tensor]:
+def beta_parameters(a: Number, b: Number) -> tuple[Tensor, Tensor]:
+    """a and b as float64 tensors of one shape. Raises: NumericError unless both are finite and > 0."""
     first, second = _double(a), _double(b)
     for name, value in (("a", first), ("b", second)):
         _expect(name, value.isfinite() & (value > 0), "a finite number > 0", value)
@@ -194,6 +199,8 @@ def _beta(a: Number, b: Number) -> tuple[Tensor, Tensor]:
 
 
 def _double(value: Number) -> Tensor:
+    if isinstance(value, str | None):
+        raise NumericError(f"got {value!r}, expected a number or a tensor of numbers")
     value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     return value.to(device="cpu", dtype=torch.float64)
 

@@ -25,6 +25,8 @@ def load_reward(name: str) -> Reward:
         ConfigError: the name has another form, the module cannot be imported, or the function is missing or
             no function.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"reward: got {name!r}, expected a text, module:function")
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name or "/" in module_name or module_name.endswith(".py"):
         raise ConfigError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError
 from kalman_rl.tasks.task import Row, Task, held_out, make_prompt_id
 
@@ -27,9 +28,13 @@ def sorting(
         seed: which questions are drawn; the split does not depend on it.
         train_size: training rows, 4096 when None.
         test_size: test rows, 256 when None.
+
+    Raises: ConfigError for fewer than 8 digits or a size below 1.
     """
-    if digits < 8:
-        raise ConfigError(f"digits: got {digits}, expected at least 8; with fewer the questions soon run out")
+    if not is_whole(digits, 8):
+        raise ConfigError(
+            f"digits: got {digits!r}, expected at least 8; with fewer the questions soon run out"
+        )
     return _sorting(f"sort{digits}", range(digits, digits + 1), seed, train_size, test_size)
 
 
@@ -43,8 +48,8 @@ def sorting_mixed(*, seed: int = 0, train_size: int | None = None, test_size: in
 
 def _sorting(name: str, lengths: range, seed: int, train_size: int | None, test_size: int | None) -> Task:
     for argument, size in {"train_size": train_size, "test_size": test_size}.items():
-        if size is not None and size < 1:
-            raise ConfigError(f"{argument}: got {size}, expected at least 1; task {name!r}")
+        if size is not None and not is_whole(size, 1):
+            raise ConfigError(f"{argument}: got {size!r}, expected at least 1; task {name!r}")
 
     def fresh(count: int, seed: int) -> list[Row]:
         return _draw(name, lengths, count, f"train {seed}", test=False)

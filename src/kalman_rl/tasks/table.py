@@ -36,6 +36,6 @@ def load_task(
     >>> load_task("sort12", train_size=1, test_size=1).max_completion_tokens
     13
     """
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise unknown_name("task", name, TASKS)
     return TASKS[name](seed=seed, train_size=train_size, test_size=test_size)

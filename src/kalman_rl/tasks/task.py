@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError
 
 Row = dict[str, Any]
@@ -90,16 +91,18 @@ def first_line(completion: str) -> str:
 
 
 def take(rows: Sequence[Row], size: int | None, default: int | None, argument: str, task: str) -> list[Row]:
-    """First ``size`` rows; with size None at most ``default`` of them.
+    """First ``size`` rows; with size None at most ``default`` of them (None = all).
+
+    Args: argument, task: how the size and the task are called in errors.
 
     Raises:
         ConfigError: ``size`` is below 1 or above the number of different questions there are.
     """
     if size is None:
         return list(rows[:default])
-    if not 1 <= size <= len(rows):
+    if not is_whole(size, 1, len(rows)):
         raise ConfigError(
-            f"{argument}: got {size}, expected 1 to {len(rows)}; task {task!r} has {len(rows)} different "
+            f"{argument}: got {size!r}, expected 1 to {len(rows)}; task {task!r} has {len(rows)} different "
             "questions on this side of the split; choose fewer"
         )
     return list(rows[:size])

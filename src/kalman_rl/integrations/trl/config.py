@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,15 +128,19 @@ class KalmanGRPOConfig(GRPOConfig):
 
 
 def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
-    """The method to train with: as given, or by name from the settings, with correction and penalty added."""
+    """The method to train with: as given, or by name from the settings, with correction and penalty added.
+
+    Raises: ConfigError for an unknown name or option, or a correction beside TRL's own; NumericError for a value out
+        of range.
+    """
     if isinstance(method, Method):
         resolved = method
     else:
         name = method if method is not None else getattr(args, "method", KalmanGRPOConfig.method)
-        resolved = make_method(name, **getattr(args, "method_options", {}))
+        resolved = make_method(name, **_options(args, "method_options"))
     belief = getattr(args, "belief", None)
     if belief is not None:
-        tracked = Tracked(belief, tuple(args.belief_options.items()))
+        tracked = Tracked(belief, tuple(_options(args, "belief_options").items()))
         resolved = dataclasses.replace(resolved, advantage=tracked)
     correction = getattr(args, "correction", None)
     if correction is not None:
@@ -144,7 +149,7 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
                 f"correction: got {correction!r} beside vllm_importance_sampling_correction=True, expected "
                 "one of the two because the sampler's mismatch would count twice; set TRL's to False"
             )
-        factor = make("correction", CORRECTIONS, correction, args.correction_options)
+        factor = make("correction", CORRECTIONS, correction, _options(args, "correction_options"))
         resolved = dataclasses.replace(resolved, correction=factor)
     if args.beta and resolved.penalty is None:
         resolved = dataclasses.replace(
@@ -153,14 +158,21 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
     return resolved
 
 
+def _options(args: GRPOConfig, name: str) -> Mapping[str, Any]:
+    options = getattr(args, name, {})
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{name}: got {options!r}, expected options by name, {{}} for none")
+    return options
+
+
 def budget_of(args: GRPOConfig) -> Budget:
-    """How the settings divide completions among prompts."""
+    """How the settings divide completions among prompts. Raises: ConfigError for a value out of range."""
     if not isinstance(args, KalmanGRPOConfig):
         return Budget()
     return Budget(
         allocation=args.allocation,  # type: ignore[arg-type]
         mean=args.budget,
-        rounds=tuple(args.rounds),
+        rounds=tuple(args.rounds) if isinstance(args.rounds, list) else args.rounds,
         max_rounds=args.max_rounds,
         low=args.completions_min,
         high=args.completions_max,

@@ -1,6 +1,7 @@
 """Settings of a policy loss in verl's configuration tree, checked when verl reads them: before anything starts."""
 
 # No postponed annotations: verl's and Hydra's readers look at the types of the fields.
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -58,12 +59,19 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
         self.choice()
 
     def choice(self) -> Choice:
-        """The method that these settings name."""
-        if not self.loss_mode.startswith(PREFIX):
+        """The method that these settings name. Raises: ConfigError, as at construction."""
+        if not isinstance(self.loss_mode, str) or not self.loss_mode.startswith(PREFIX):
             raise ConfigError(
                 f"policy_loss.loss_mode: got {self.loss_mode!r} with KalmanPolicyLossConfig, expected {PREFIX}NAME "
                 "with a method's name; for verl's own losses leave policy_loss._target_ as it is"
             )
+        for switch in ("old_is_sampler", "is_clip"):  # Hydra reads `no` as a text, and a text is true
+            if not isinstance(getattr(self, switch), bool | None):
+                raise ConfigError(
+                    f"policy_loss.{switch}: got {getattr(self, switch)!r}, expected true or false"
+                )
+        if not isinstance(self.options, Mapping):
+            raise ConfigError(f"policy_loss.options: got {self.options!r}, expected options by name")
         name = self.loss_mode.removeprefix(PREFIX)
         options: dict[str, Any] = dict(self.options)
         for knob in KNOBS:

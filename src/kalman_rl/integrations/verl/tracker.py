@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_whole
 from kalman_rl.disk import explained, sync
 from kalman_rl.errors import ConfigError, unknown_name
 from kalman_rl.integrations.state import STATE_FILE, load_state, save_state
@@ -59,19 +60,41 @@ class TrackerSettings:
                 f"algorithm.kalman_rl.allocation: got {self.allocation!r}, expected fixed or predictive; rounds need a "
                 "rollout that waits for rewards, which verl's does not"
             )
-        if self.completions_min < 1:
+        if not is_whole(self.completions_min, 1):
             raise ConfigError(
-                f"algorithm.kalman_rl.completions_min: got {self.completions_min}, expected at least 1 because verl "
+                f"algorithm.kalman_rl.completions_min: got {self.completions_min!r}, expected at least 1 because verl "
                 "knows a prompt by its completions"
             )
         if isinstance(self.prompt_key, str) or not self.prompt_key:
             raise ConfigError(
                 f"algorithm.kalman_rl.prompt_key: got {self.prompt_key!r}, expected a list of columns, like [index]"
             )
+        if not isinstance(self.belief_options, Mapping):
+            raise ConfigError(
+                f"algorithm.kalman_rl.belief_options: got {self.belief_options!r}, expected options by name"
+            )
+        try:
+            self.budget()
+        except ConfigError as error:
+            raise ConfigError(f"algorithm.kalman_rl: {error}") from None
+
+    def budget(self) -> Budget:
+        """How completions are divided among prompts. Raises: ConfigError for a value out of range."""
+        return Budget(
+            allocation=self.allocation,  # type: ignore[arg-type]
+            low=self.completions_min,
+            high=self.completions_max,
+            objective=self.allocation_objective,  # type: ignore[arg-type]
+            coverage=self.coverage_steps,
+            rewards=self.reward_range,  # type: ignore[arg-type]
+            noise_variance=self.reward_noise_variance,
+        )
 
 
 def read_settings(values: Mapping[str, Any]) -> TrackerSettings:
     """Settings from a mapping. Raises: ConfigError for an unknown name or a value out of range."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"algorithm.kalman_rl: got {values!r}, expected settings by name")
     known = [f.name for f in dataclasses.fields(TrackerSettings)]
     for name in values:
         if name not in known:
@@ -91,16 +114,7 @@ def make_tracking(estimator: str, settings: TrackerSettings) -> Tracking:
                 f"{own.belief!r}; take adv_estimator=kalman_rl/{TRACKED} to choose the belief"
             )
         part = Tracked(own.belief, tuple({**dict(own.options), **settings.belief_options}.items()))
-    budget = Budget(
-        allocation=settings.allocation,  # type: ignore[arg-type]
-        low=settings.completions_min,
-        high=settings.completions_max,
-        objective=settings.allocation_objective,  # type: ignore[arg-type]
-        coverage=settings.coverage_steps,
-        rewards=settings.reward_range,  # type: ignore[arg-type]
-        noise_variance=settings.reward_noise_variance,
-    )
-    return Tracking(part.make(), budget)
+    return Tracking(part.make(), settings.budget())
 
 
 class PromptNames:
