@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from kalman_rl.errors import ConfigError
 
 
 def is_whole(value: object, low: int = 0, high: int | None = None) -> bool:
-    """Whether a value is an int in [low, high], and no bool; ``high=None`` is no bound.
+    """Whether a value is an integer (NumPy's too) in [low, high], and no bool; ``high=None`` is no bound.
 
     >>> is_whole(2, 1), is_whole(0, 1), is_whole(2.0), is_whole(True)
     (True, False, False, False)
     """
     return (
-        isinstance(value, int)
+        isinstance(value, Integral)
         and not isinstance(value, bool)
         and low <= value
         and (high is None or value <= high)
