@@ -17,8 +17,8 @@ def is_whole(value: object, low: int = 0, high: int | None = None) -> bool:
     return (
         isinstance(value, Integral)
         and not isinstance(value, bool)
-        and low <= value
-        and (high is None or value <= high)
+        and low <= int(value)
+        and (high is None or int(value) <= high)
     )
 
 

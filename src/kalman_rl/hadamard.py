@@ -83,7 +83,7 @@ class SRHT:
     """
 
     def __init__(self, dimension_in: int, dimension_out: int, seed: int = 0) -> None:
-        padded = 1 << max(dimension_in - 1, 0).bit_length() if is_whole(dimension_in, 1) else 0
+        padded = 1 << max(int(dimension_in) - 1, 0).bit_length() if is_whole(dimension_in, 1) else 0
         if not padded or not is_whole(dimension_out, 1, padded):
             raise ConfigError(
                 f"dimension_in, dimension_out: got {dimension_in!r}, {dimension_out!r}, expected dimension_in >= "

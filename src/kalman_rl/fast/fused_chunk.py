@@ -15,7 +15,7 @@ import numpy as np
 from kalman_rl.fast.filter_loops import ones
 from kalman_rl.fast.recipe import CAP, CLIP, LOG_LIKELIHOOD
 
-CHUNK, WIDTH = 512, 64  # WIDTH: tokens that a loop over numbers of four bytes takes at once
+CHUNK, WIDTH = 1024, 64  # WIDTH: tokens that a loop over numbers of four bytes takes at once
 BUFFERS = 11
 """Rows of ``work``: weight, advantage, surrogate; power of 2, remainder and tail of the exponential of the log-weight
 (3 to 5) and of the log-ratio (6 to 8); log-ratio, log-weight."""

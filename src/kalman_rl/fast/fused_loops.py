@@ -1,7 +1,7 @@
 """Loss, gradient and metrics of a fused method in one pass over the tokens, compiled for the CPU.
 
 A *run* is one sequence, a row or a segment of a packed row, as in ``filter_loops``; arrays are flat. Its tokens
-from the first trained one to the last are taken by chunks, in buffers that stay in the first-level cache; the loops
+from the first trained one to the last are taken by chunks, in buffers that stay in the cache; the loops
 over them, in ``fused_chunk``, go on to a multiple of a vector's width, over tokens that count as masked. States of the
 filter and sums of chunks are float64; the sums alone may be reordered.
 """
@@ -176,7 +176,9 @@ def _run(
         largest = np.float64(chunk.largest_size(z, work[2], bits[2, :n]))
         near, at = largest < NEAR, 3
         sums[LARGEST] = max(sums[LARGEST], largest)
-        chunk.find_weights(used, numbers, near, work, bits)
+        # No log-weight exceeds the largest log-ratio, and a filter's mostly stay far below.
+        near_used = near or (kinds[0] != TOKEN and chunk.largest_size(used, work[2], bits[2, :n]) < NEAR)
+        chunk.find_weights(used, numbers, near_used, work, bits)
         if kinds[0] != TOKEN:
             at = 6
             if near:

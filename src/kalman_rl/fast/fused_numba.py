@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def run(
     if not fine:
         return None
     return Fused(
-        torch.tensor(sums[SURROGATE], dtype=dtype),
+        torch.from_numpy(np.array(sums[SURROGATE], numbers.dtype)),
         gradient,
         log_ratio,
         log_ratio if recipe.ratio == TOKEN else log_weight,
@@ -96,8 +97,18 @@ def _settings(recipe: Recipe, dtype: torch.dtype, per_token: bool) -> tuple[Any,
     )
 
 
+_kept = threading.local()
+
+
 def _scratch(kind: Any) -> tuple[Any, Any, Any]:
-    """Tiles, buffers and flags in one block, each at the beginning of a line of the cache."""
+    """Tiles, buffers and flags of this thread in one block, each at the beginning of a line of the cache."""
+    if not hasattr(_kept, kind.name):
+        setattr(_kept, kind.name, _new_scratch(kind))
+    found: tuple[Any, Any, Any] = getattr(_kept, kind.name)
+    return found
+
+
+def _new_scratch(kind: Any) -> tuple[Any, Any, Any]:
     row = CHUNK + WIDTH
     tiles, work = 2 * 128 * 8, BUFFERS * row * kind.itemsize
     block = torch.empty(tiles + work + 2 * row, dtype=torch.uint8).numpy()
