@@ -70,7 +70,7 @@ format: install ## rewrite the sources in the house format
 $(PEERS): benchmarks/peers.txt | install
 	@$(PIP) install --no-deps --upgrade --target $(PEERS) -r benchmarks/peers.txt; touch $(PEERS)
 
-bench: install ## speed on one CPU thread, as ratios to peers; writes benchmarks/results (ten minutes)
+bench: install ## speed on one CPU thread, as ratios to peers; writes benchmarks/results (two minutes)
 	@$(MAKE) --no-print-directory $(PEERS) || echo "bench: going on without the peers"
 	@$(BENCH) -m benchmarks.cpu $(BENCH_ARGS)
 

@@ -1,6 +1,6 @@
 """Speed on one CPU thread, as ratios::
 
-    python -m benchmarks.cpu            # everything, about five minutes; what `make bench` runs
+    python -m benchmarks.cpu            # everything, one or two minutes; what `make bench` runs
     python -m benchmarks.cpu --quick    # a smoke test of a few seconds, nothing is written
 
 Every result is checked before it is timed. Writes ``speed_cpu.json``, ``speed_cpu.md`` and ``speed_cpu.png``
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import fused
 from benchmarks.cpu_report import cold_start, cpu_name, draw, render, where_it_breaks
 from benchmarks.interleaved import Promise, Row, as_json, judge, table
 from benchmarks.peers import Peer, peers
@@ -40,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = ((64, 1024), (256, 4096), (512, 16384))
 SIZES = ((1024, 256), (4096, 256), (8192, 256), (1024, 64), (4096, 64))
 DIMENSIONS = ((128, 25.0), (256, 50.0), (512, 180.0))
-PARTS = ("filters", "libraries", "projections", "trackers")
+PARTS = ("filters", "libraries", "objectives", "projections", "trackers")
 Options = dict[str, Any]
 
 
@@ -119,6 +120,13 @@ def _library(peer: Peer, z: Tensor, mask: Tensor, **how: Any) -> list[Row]:
     return judge(case, calls, promises, scale={peer.name: 64 / peer.rows}, **how)
 
 
+def objectives(quick: bool, **how: Any) -> Iterator[list[Row]]:
+    """The whole loss with its gradient; ``benchmarks.fused`` alone has more cases."""
+    for shape in fused.SHAPES[: 1 if quick else None]:
+        for holes in (False, True):
+            yield fused.measure(*shape, holes, how)
+
+
 def projections(width: int, kept: int, **how: Any) -> list[Row]:
     """SRHT of 256 vectors against a dense Gaussian matrix."""
     g = torch.Generator().manual_seed(width)
@@ -169,6 +177,8 @@ def measured(parts: Sequence[str], quick: bool, skipped: list[str], **how: Any) 
             yield from (filters(*shape, **how) for shape in SHAPES[few])
         elif part == "libraries":
             yield from libraries(skipped, **how)
+        elif part == "objectives":
+            yield from objectives(quick, **how)
         elif part == "projections":
             yield from (projections(*size, **how) for size in SIZES[few])
         else:
