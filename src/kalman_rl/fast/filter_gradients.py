@@ -9,9 +9,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from kalman_rl.fast.filter_loops import find_noises, place
+from kalman_rl.fast.filter_loops import find_noises, place, write_lengths
 from kalman_rl.fast.jit import REORDER, inner
-from kalman_rl.fast.lanes import choose, is_number, lanes, put, take, turn_in, turn_in_mask, turn_out
+from kalman_rl.fast.lanes import (
+    choose,
+    is_number,
+    is_positive,
+    lanes,
+    put,
+    take,
+    turn_in,
+    turn_in_mask,
+    turn_out,
+)
 
 Array = Any
 
@@ -39,32 +49,42 @@ def gradients_by_table(
     """The transpose of :func:`means_by_table`: from the gradient of the means to that of the observations."""
     gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
     for g in range(start, stop, 8):
-        shortest, _, _ = place(runs, order, g, stop, first)
-        steps = shortest // 16 * 16
+        common, steps = place(runs, order, g, stop, first)
         for lane in range(8):
             i = 5 * order[min(g + lane, stop - 1)]
-            c = total(gradient[runs[i + 3] : runs[i + 1]])
-            rest = runs[i + 2] + steps
-            gl, ol = gradient[rest : runs[i + 3]], out[rest : runs[i + 3]]
-            kl, al = gain[steps : steps + len(gl)], keep[steps : steps + len(gl)]
-            for back in range(len(gl)):
-                t = len(gl) - 1 - back
-                c += gl[t]
-                ol[t] = kl[t] * c
-                c *= al[t]
+            rest, last = runs[i + 2] + steps, runs[i + 3]
+            c = total(gradient[max(rest, last) : runs[i + 1]])
+            for back in range(last - rest):
+                t = last - 1 - back
+                c += gradient[t]
+                out[t] = gain[t - runs[i + 2]] * c
+                c *= keep[t - runs[i + 2]]
             out[runs[i] : runs[i + 2]] = 0.0
-            out[runs[i + 3] : runs[i + 1]] = 0.0
+            out[max(rest, last) : runs[i + 1]] = 0.0
             tile[lane] = c
-        s, later = take(tile, 0), 1.0
-        for back in range(16, steps + 16, 16):
+        s, later, none, all_ = take(tile, 0), lanes(1.0), lanes(0.0), lanes(1.0)
+        write_lengths(runs, order, g, stop, tile)
+        lengths = take(tile, 0)
+        for back in range(16, steps - common + 16, 16):
             t = steps - back
+            turn_in(gradient, first, t, tile)
+            k, a = gain[t : t + 16], keep[t : t + 16]
+            for j in range(16):
+                i = 15 - j
+                seen = is_positive(lengths - 1.0 * (t + i))
+                s = later * s + take(tile, i)
+                put(tile, i, choose(seen, k[i] * s, none))
+                later = choose(seen, lanes(a[i]), all_)
+            turn_out(tile, out, first, t)
+        for back in range(16, common + 16, 16):
+            t = common - back
             turn_in(gradient, first, t, tile)
             k, a = gain[t : t + 16], keep[t : t + 16]
             for j in range(16):
                 i = 15 - j
                 s = later * s + take(tile, i)
                 put(tile, i, k[i] * s)
-                later = a[i]
+                later = lanes(a[i])
             turn_out(tile, out, first, t)
 
 
@@ -126,8 +146,7 @@ def gradients_with_holes(
     token, come first, and the way back after them."""
     unknown = start_p == float("inf")
     for g in range(start, stop, 8):
-        _, longest, room = place(runs, order, g, stop, first)
-        steps = min(room // 16 * 16, (longest + 15) // 16 * 16)
+        _, steps = place(runs, order, g, stop, first)
         u, v = lanes(1.0 if unknown else start_p), lanes(0.0 if unknown else 1.0)
         for t in range(0, steps, 16):
             turn_in_mask(mask, first, t, tile)
@@ -179,9 +198,8 @@ def gradients_in_general(
     q_token, r_token = strides[1], strides[3]
     first, marks, qs, rs = places[:8], tiles[:128], tiles[128:256], tiles[256:384]
     for g in range(start, stop, 8):
-        _, longest, room = place(runs, order, g, stop, first)
+        _, steps = place(runs, order, g, stop, first)
         find_noises(q, r, strides, length, places, tiles)
-        steps = min(room // 16 * 16, (longest + 15) // 16 * 16)
         p = lanes(p0)
         for t in range(0, steps, 16):
             turn_in_mask(mask, first, t, marks)

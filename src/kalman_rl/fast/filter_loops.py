@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 
 from kalman_rl.fast.jit import inner
-from kalman_rl.fast.lanes import choose, is_number, lanes, put, take, turn_in, turn_in_seen, turn_out
+from kalman_rl.fast.lanes import (
+    choose,
+    is_number,
+    is_positive,
+    lanes,
+    put,
+    take,
+    turn_in,
+    turn_in_seen,
+    turn_out,
+)
 
 Array = Any  # one-dimensional, contiguous
 BUCKETS = 256  # as in filter_numba
@@ -119,9 +129,10 @@ def table_of_gains(q: float, r: float, p0: float, table: Array, length: int) -> 
 
 
 @inner
-def place(runs: Array, order: Array, start: int, stop: int, first: Array) -> tuple[int, int, int]:
+def place(runs: Array, order: Array, start: int, stop: int, first: Array) -> tuple[int, int]:
     """Where the eight runs from ``order[start]`` on begin, to ``first``; the last one again where there are
-    fewer. Returns the length of the shortest and of the longest, and the room that all have."""
+    fewer. Returns how many tokens are taken by whole tiles: of the shortest, and as many as the longest needs
+    and all have room for. A run that has ended goes on as a hole."""
     shortest, longest, room = 1 << 62, 0, 1 << 62
     for lane in range(8):
         i = 5 * order[min(start + lane, stop - 1)]
@@ -129,7 +140,15 @@ def place(runs: Array, order: Array, start: int, stop: int, first: Array) -> tup
         shortest = min(shortest, runs[i + 3] - runs[i + 2])
         longest = max(longest, runs[i + 3] - runs[i + 2])
         room = min(room, runs[i + 1] - runs[i + 2])
-    return shortest, longest, room
+    return shortest // 16 * 16, min(room // 16 * 16, (longest + 15) // 16 * 16)
+
+
+@inner
+def write_lengths(runs: Array, order: Array, start: int, stop: int, out: Array) -> None:
+    """Tokens of each of eight runs."""
+    for lane in range(8):
+        i = 5 * order[min(start + lane, stop - 1)]
+        out[lane] = runs[i + 3] - runs[i + 2]
 
 
 def means_by_table(
@@ -151,27 +170,33 @@ def means_by_table(
     gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
     fine = True
     for g in range(start, stop, 8):
-        shortest, _, _ = place(runs, order, g, stop, first)
-        x, steps = lanes(m0), shortest // 16 * 16
-        for t in range(0, steps, 16):
+        common, steps = place(runs, order, g, stop, first)
+        write_lengths(runs, order, g, stop, tile)
+        x, lengths = lanes(m0), take(tile, 0)
+        for t in range(0, common, 16):
             turn_in(z, first, t, tile)
             k, a = gain[t : t + 16], keep[t : t + 16]
             for i in range(16):
                 x = a[i] * x + k[i] * take(tile, i)
                 put(tile, i, x)
             turn_out(tile, out, first, t)
+        for t in range(common, steps, 16):
+            turn_in(z, first, t, tile)
+            k, a = gain[t : t + 16], keep[t : t + 16]
+            for i in range(16):
+                x = choose(is_positive(lengths - 1.0 * (t + i)), a[i] * x + k[i] * take(tile, i), x)
+                put(tile, i, x)
+            turn_out(tile, out, first, t)
         put(tile, 0, x)
         for lane in range(min(8, stop - g)):
             i, mean = 5 * order[g + lane], tile[lane]
-            rest = runs[i + 2] + steps
-            zl, ol = z[rest : runs[i + 3]], out[rest : runs[i + 3]]
-            kl, al = gain[steps : steps + len(zl)], keep[steps : steps + len(zl)]
-            for t in range(len(zl)):
-                mean = al[t] * mean + kl[t] * zl[t]
-                ol[t] = mean
+            rest, last = runs[i + 2] + steps, runs[i + 3]
+            for t in range(rest, last):
+                mean = keep[t - runs[i + 2]] * mean + gain[t - runs[i + 2]] * z[t]
+                out[t] = mean
             fine &= mean - mean == 0.0
             out[runs[i] : runs[i + 2]] = m0
-            out[runs[i + 3] : runs[i + 1]] = mean
+            out[max(rest, last) : runs[i + 1]] = mean
     return fine
 
 
@@ -194,15 +219,14 @@ def means_with_holes(
 
     The variance is a fraction u / v: a prediction is ``u += q v``, an observation ``v += u``. So the division
     that makes the gain is outside of the chain from token to token, and two tokens share one. After sixteen
-    tokens ``v = 1`` again: it can grow to 1e32 in between. A run that has ended goes on as a hole.
+    tokens ``v = 1`` again: it can grow to 1e32 in between.
 
     ``tile`` is two tiles here. ``gain`` is empty or like ``out``: the gains, 0 where nothing is observed.
     """
     unknown, fine = start_p == float("inf"), True
     means, gains = tile[:128], tile[128:]
     for g in range(start, stop, 8):
-        _, longest, room = place(runs, order, g, stop, first)
-        steps = min(room // 16 * 16, (longest + 15) // 16 * 16)
+        _, steps = place(runs, order, g, stop, first)
         x = lanes(m0)
         u, v = lanes(1.0 if unknown else start_p), lanes(0.0 if unknown else 1.0)
         for t in range(0, steps, 16):
@@ -296,9 +320,8 @@ def means_in_general(
     q_token, r_token = strides[1], strides[3]
     first, zs, qs, rs = places[:8], tiles[:128], tiles[128:256], tiles[256:384]
     for g in range(start, stop, 8):
-        _, longest, room = place(runs, order, g, stop, first)
+        _, steps = place(runs, order, g, stop, first)
         find_noises(q, r, strides, length, places, tiles)
-        steps = min(room // 16 * 16, (longest + 15) // 16 * 16)
         x, p = lanes(m0), lanes(p0)
         for t in range(0, steps, 16):
             fine &= turn_in_seen(z, mask, first, t, zs)

@@ -156,11 +156,11 @@ def fields(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> tupl
     return out if good else None
 
 
-def differentiable_means(*arguments: Any) -> Tensor | None:
+def differentiable_means(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> Tensor | None:
     """:func:`means`, with a gradient for the observations."""
-    if not usable(*arguments[:5]):
+    if not usable(z, mask, segment, *given[:2]):
         return None
-    out: Tensor | None = Means.apply(*arguments)
+    out: Tensor | None = Means.apply(z, mask, segment, Model(*given))
     return out
 
 
@@ -168,40 +168,38 @@ class Means(torch.autograd.Function):
     """:func:`means` with a gradient for the observations; ``apply`` returns None where means does."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, mask: Tensor, segment: Tensor | None, *model: Any) -> Any:
-        _remember(ctx, mask, segment, *model)
-        out, ctx.runs = _means(z, mask, segment, Model(*model))
+    def forward(ctx: Any, z: Tensor, mask: Tensor, segment: Tensor | None, model: Model) -> Any:
+        _remember(ctx, mask, segment, model)
+        out, ctx.runs = _means(z, mask, segment, model)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradient: Any) -> Any:
+        (mask, *_), (segment, model) = ctx.saved_tensors, ctx.rest
         if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
-            return Gradients.apply(gradient[0], *_recall(ctx)), *(None,) * 6
-        return gradients(gradient[0], *_recall(ctx), runs=ctx.runs), *(None,) * 6
+            return Gradients.apply(gradient[0], mask, segment, model), None, None, None
+        return gradients(gradient[0], mask, segment, *model, runs=ctx.runs), None, None, None
 
 
 class Gradients(torch.autograd.Function):
     """:func:`gradients`. Both are linear maps, so the gradient of this one is the filter from a mean of 0."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, mask: Tensor, segment: Tensor | None, *model: Any) -> Tensor:
-        _remember(ctx, mask, segment, *model)
+    def forward(ctx: Any, gradient: Tensor, mask: Tensor, segment: Tensor | None, model: Model) -> Tensor:
+        _remember(ctx, mask, segment, model)
         return gradients(gradient, mask, segment, *model)
 
     @staticmethod
     def backward(ctx: Any, *gradient: Any) -> Any:
-        mask, segment, q, r, _, p0 = _recall(ctx)
-        return Means.apply(gradient[0], mask, segment, q, r, 0.0, p0), *(None,) * 6
+        (mask, *_), (segment, model) = ctx.saved_tensors, ctx.rest
+        return Means.apply(gradient[0], mask, segment, model._replace(initial_mean=0.0)), None, None, None
 
 
-def _remember(ctx: Any, mask: Tensor, segment: Tensor | None, *model: Any) -> None:
-    ctx.save_for_backward(mask, segment, *(part if isinstance(part, Tensor) else None for part in model))
-    ctx.numbers = [None if isinstance(part, Tensor) else part for part in model]
-
-
-def _recall(ctx: Any) -> tuple[Any, ...]:
-    mask, segment, *model = ctx.saved_tensors
-    return mask, segment, *(n if t is None else t for t, n in zip(model, ctx.numbers))
+def _remember(ctx: Any, mask: Tensor, segment: Tensor | None, model: Model) -> None:
+    """All tensors are saved the way that notices a change in place."""
+    others = (segment, model.process_noise, model.observation_noise)
+    ctx.save_for_backward(mask, *(part for part in others if isinstance(part, Tensor)))
+    ctx.rest = segment, model
 
 
 def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:

@@ -101,6 +101,16 @@ def is_number(typing: Any, x: Any) -> Any:
 
 
 @intrinsic
+def is_positive(typing: Any, x: Any) -> Any:
+    """Where x > 0."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fcmp_ordered(">", arguments[0], ir.Constant(VECTOR, [0.0] * N))
+
+    return CHOICE(LANES), build
+
+
+@intrinsic
 def choose(typing: Any, where: Any, a: Any, b: Any) -> Any:
     """``a`` where true, else ``b``."""
 
