@@ -1,4 +1,4 @@
-"""All that :func:`kalman_rl.kalman.causal_filter` returns, as loops; runs as in ``filter_loops``.
+"""All that :func:`kalman_rl.kalman.causal_filter` returns, as loops; runs as in ``filter_runs``.
 
 Fields, each flat like z: mean, variance, gain, innovation, innovation variance, log-likelihood.
 """

@@ -35,6 +35,56 @@ def total(values: Array) -> float:
     return added
 
 
+@inner
+def gradients_of_four(
+    gradient: Array, table: Array, runs: Array, order: Array, start: int, stop: int, out: Array
+) -> None:
+    """:func:`gradients_by_table` of at most four runs, as :func:`means_of_four`."""
+    gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
+    i0, i1 = 5 * order[start], 5 * order[min(start + 1, stop - 1)]
+    i2, i3 = 5 * order[min(start + 2, stop - 1)], 5 * order[min(start + 3, stop - 1)]
+    g0, o0 = gradient[runs[i0 + 2] : runs[i0 + 3]], out[runs[i0 + 2] : runs[i0 + 3]]
+    g1, o1 = gradient[runs[i1 + 2] : runs[i1 + 3]], out[runs[i1 + 2] : runs[i1 + 3]]
+    g2, o2 = gradient[runs[i2 + 2] : runs[i2 + 3]], out[runs[i2 + 2] : runs[i2 + 3]]
+    g3, o3 = gradient[runs[i3 + 2] : runs[i3 + 3]], out[runs[i3 + 2] : runs[i3 + 3]]
+    steps = min(len(g0), len(g1), len(g2), len(g3))
+    c0 = c1 = c2 = c3 = 0.0
+    for lane in range(min(4, stop - start)):
+        i = i0 if lane == 0 else i1 if lane == 1 else i2 if lane == 2 else i3
+        c = total(gradient[runs[i + 3] : runs[i + 1]])
+        rest = runs[i + 2] + steps
+        gl, ol = gradient[rest : runs[i + 3]], out[rest : runs[i + 3]]
+        kl, al = gain[steps : steps + len(gl)], keep[steps : steps + len(gl)]
+        t = len(gl)
+        while t > 0:
+            t -= 1
+            c += gl[t]
+            ol[t] = kl[t] * c
+            c *= al[t]
+        out[runs[i] : runs[i + 2]] = 0.0
+        out[runs[i + 3] : runs[i + 1]] = 0.0
+        c0, c1 = c if lane == 0 else c0, c if lane == 1 else c1
+        c2, c3 = c if lane == 2 else c2, c if lane == 3 else c3
+    # A group that is not full repeats its last run: the same numbers are written again.
+    full = stop - start
+    c1 = c1 if full > 1 else c0
+    c2 = c2 if full > 2 else c1
+    c3 = c3 if full > 3 else c2
+    t, a = steps, 1.0
+    while t > 0:
+        t -= 1
+        k = gain[t]
+        c0 = a * c0 + g0[t]
+        c1 = a * c1 + g1[t]
+        c2 = a * c2 + g2[t]
+        c3 = a * c3 + g3[t]
+        a = keep[t]
+        o0[t] = k * c0
+        o1[t] = k * c1
+        o2[t] = k * c2
+        o3[t] = k * c3
+
+
 def gradients_by_table(
     gradient: Array,
     table: Array,
@@ -49,9 +99,12 @@ def gradients_by_table(
     """The transpose of :func:`means_by_table`: from the gradient of the means to that of the observations."""
     gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
     for g in range(start, stop, 8):
+        if stop - g <= 4:
+            gradients_of_four(gradient, table, runs, order, g, stop, out)
+            break
         common, steps = place(runs, order, g, stop, first)
-        for lane in range(8):
-            i = 5 * order[min(g + lane, stop - 1)]
+        for lane in range(min(8, stop - g)):
+            i = 5 * order[g + lane]
             rest, last = runs[i + 2] + steps, runs[i + 3]
             c = total(gradient[max(rest, last) : runs[i + 1]])
             for back in range(last - rest):
@@ -62,6 +115,8 @@ def gradients_by_table(
             out[runs[i] : runs[i + 2]] = 0.0
             out[max(rest, last) : runs[i + 1]] = 0.0
             tile[lane] = c
+        for lane in range(stop - g, 8):
+            tile[lane] = tile[stop - 1 - g]
         s, later, none, all_ = take(tile, 0), lanes(1.0), lanes(0.0), lanes(1.0)
         write_lengths(runs, order, g, stop, tile)
         lengths = take(tile, 0)

@@ -1,8 +1,7 @@
 """The scalar filter as loops over flat arrays, for :mod:`kalman_rl.fast.jit`.
 
-A row is cut into runs: one for each segment, ``(begin, end, first, last, hole)``, positions in the flat array.
-Tokens outside ``[first, last)`` are padding; ``hole`` says whether a token inside is masked. Eight runs of
-similar length are taken side by side, because one alone would wait for its own last addition.
+Runs are those of ``filter_runs``. Eight of similar length are taken side by side, because one alone would wait for
+its own last addition.
 
 Importing this module imports numba.
 """
@@ -10,8 +9,6 @@ Importing this module imports numba.
 from __future__ import annotations
 
 from typing import Any
-
-import numpy as np
 
 from kalman_rl.fast.jit import inner
 from kalman_rl.fast.lanes import (
@@ -27,92 +24,6 @@ from kalman_rl.fast.lanes import (
 )
 
 Array = Any  # one-dimensional, contiguous
-BUCKETS = 256  # as in filter_numba
-BLOCK = 128  # so many ones fit into a byte
-
-
-@inner
-def ones(mask: Array) -> Any:
-    """How many: by blocks in bytes, of which a vector holds eight times as many as of integers."""
-    blocks: Any = len(mask) // BLOCK
-    total: Any = 0
-    for b in range(blocks):
-        part, count = mask[b * BLOCK : b * BLOCK + BLOCK], np.uint8(0)
-        for t in range(BLOCK):
-            count = np.uint8(count + part[t])
-        total += count
-    for t in range(blocks * BLOCK, len(mask)):
-        total += mask[t]
-    return total
-
-
-@inner
-def every(mask: Array) -> Any:
-    """1 if all are 1."""
-    whole = np.uint8(1)
-    for t in range(len(mask)):
-        whole = np.uint8(whole & mask[t])
-    return whole
-
-
-def find_runs(mask: Array, segment: Array, rows: int, length: int, runs: Array, order: Array) -> int:
-    """Fill ``runs`` (5 n) and ``order`` (n): runs without holes first, each kind from long to short.
-
-    Args: mask: uint8. segment: int64, empty = one segment a row.
-
-    Returns: how many runs have no hole; the number of runs is in ``order[-1]``.
-    """
-    n = clean = 0
-    for row in range(rows):
-        begin, stop = row * length, (row + 1) * length
-        while begin < stop:
-            end = stop
-            if len(segment):
-                end = begin + 1
-                while end < stop and segment[end] == segment[begin]:
-                    end += 1
-            first = begin
-            while first < end and mask[first] == 0:
-                first += 1
-            count = ones(mask[first:end])
-            last, whole = first + count, every(mask[first : first + count])
-            if whole == 0:
-                last, some = end, 0
-                while some == 0:  # a block of padding at a time
-                    block = mask[max(last - 64, first) : last]
-                    for t in range(len(block)):
-                        some |= block[t]
-                    last -= 0 if some else len(block)
-                while mask[last - 1] == 0:
-                    last -= 1
-            runs[5 * n], runs[5 * n + 1] = begin, end
-            runs[5 * n + 2], runs[5 * n + 3], runs[5 * n + 4] = first, last, 1 - whole
-            clean += whole
-            n += 1
-            begin = end
-    # Sorted by counting, in at most 2 x 256 buckets, which lie behind the runs' own places.
-    shift = 0
-    while length >> shift >= BUCKETS:
-        shift += 1
-    width = (length >> shift) + 1
-    count = order[n : n + 2 * width]
-    for i in range(2 * width):
-        count[i] = 0
-    for i in range(n):
-        observed = runs[5 * i + 3] - runs[5 * i + 2]
-        count[runs[5 * i + 4] * width + ((length - observed) >> shift)] += 1
-    total = 0
-    for i in range(2 * width):
-        here = count[i]
-        count[i] = total
-        total += here
-    for i in range(n):
-        observed = runs[5 * i + 3] - runs[5 * i + 2]
-        bucket = runs[5 * i + 4] * width + ((length - observed) >> shift)
-        order[count[bucket]] = i
-        count[bucket] += 1
-    order[-1] = n
-    return clean
 
 
 def table_of_gains(q: float, r: float, p0: float, table: Array, length: int) -> None:
@@ -151,6 +62,45 @@ def write_lengths(runs: Array, order: Array, start: int, stop: int, out: Array) 
         out[lane] = runs[i + 3] - runs[i + 2]
 
 
+@inner
+def means_of_four(
+    z: Array, table: Array, m0: float, runs: Array, order: Array, start: int, stop: int, out: Array
+) -> bool:
+    """:func:`means_by_table` of at most four runs, for which eight lanes cost more than they save. Written out
+    four times: that is what keeps the states in registers."""
+    gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
+    fine = True
+    i0, i1 = 5 * order[start], 5 * order[min(start + 1, stop - 1)]
+    i2, i3 = 5 * order[min(start + 2, stop - 1)], 5 * order[min(start + 3, stop - 1)]
+    z0, o0 = z[runs[i0 + 2] : runs[i0 + 3]], out[runs[i0 + 2] : runs[i0 + 3]]
+    z1, o1 = z[runs[i1 + 2] : runs[i1 + 3]], out[runs[i1 + 2] : runs[i1 + 3]]
+    z2, o2 = z[runs[i2 + 2] : runs[i2 + 3]], out[runs[i2 + 2] : runs[i2 + 3]]
+    z3, o3 = z[runs[i3 + 2] : runs[i3 + 3]], out[runs[i3 + 2] : runs[i3 + 3]]
+    x0 = x1 = x2 = x3 = m0
+    steps = min(len(z0), len(z1), len(z2), len(z3))
+    for t in range(steps):
+        k, a = gain[t], keep[t]
+        x0 = a * x0 + k * z0[t]
+        x1 = a * x1 + k * z1[t]
+        x2 = a * x2 + k * z2[t]
+        x3 = a * x3 + k * z3[t]
+        o0[t] = x0
+        o1[t] = x1
+        o2[t] = x2
+        o3[t] = x3
+    for lane in range(min(4, stop - start)):
+        i = i0 if lane == 0 else i1 if lane == 1 else i2 if lane == 2 else i3
+        x = x0 if lane == 0 else x1 if lane == 1 else x2 if lane == 2 else x3
+        zl, ol = z[runs[i + 2] : runs[i + 3]], out[runs[i + 2] : runs[i + 3]]
+        for t in range(steps, len(zl)):
+            x = keep[t] * x + gain[t] * zl[t]
+            ol[t] = x
+        fine &= x - x == 0.0
+        out[runs[i] : runs[i + 2]] = m0
+        out[runs[i + 3] : runs[i + 1]] = x
+    return fine
+
+
 def means_by_table(
     z: Array,
     table: Array,
@@ -170,6 +120,9 @@ def means_by_table(
     gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
     fine = True
     for g in range(start, stop, 8):
+        if stop - g <= 4:
+            fine &= means_of_four(z, table, m0, runs, order, g, stop, out)
+            break
         common, steps = place(runs, order, g, stop, first)
         write_lengths(runs, order, g, stop, tile)
         x, lengths = lanes(m0), take(tile, 0)

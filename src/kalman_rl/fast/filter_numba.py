@@ -21,7 +21,7 @@ from kalman_rl.fast.memory import empty_like
 
 Noise = Tensor | float
 RATIO_LIMIT = 100.0  # of Q / R in means_with_holes
-BUCKETS = 256  # of filter_loops.find_runs
+BUCKETS = 256  # of filter_runs.find_runs
 TYPES = (torch.float32, torch.float64)
 ZERO_STRIDES = (0, 0, 0, 0)
 
@@ -29,6 +29,11 @@ ZERO_STRIDES = (0, 0, 0, 0)
 @functools.cache
 def _loops() -> ModuleType:
     return importlib.import_module("kalman_rl.fast.filter_loops")  # imports numba
+
+
+@functools.cache
+def _runs() -> ModuleType:
+    return importlib.import_module("kalman_rl.fast.filter_runs")
 
 
 @functools.cache
@@ -118,13 +123,13 @@ def gradients(
             args = (runs.place, runs.order, 0, start, first, tile, result)
             compiled(loops.gradients_by_table)(flat, gains(q, r, p0, runs.length), *args)
         if start < runs.total and q / r <= RATIO_LIMIT:
-            scratch = _loops().np.empty(8 * runs.length)
+            scratch = _runs().np.empty(8 * runs.length)
             args = (runs.place, runs.order, start, runs.total, first, tile, scratch, result)
             compiled(loops.gradients_with_holes)(flat, runs.mask, q / r, p0 / r, *args)
             start = runs.total
     arrays = _arrays(model, gradient) if start < runs.total else None
     if arrays is not None:
-        scratch = _loops().np.empty(8 * runs.length)
+        scratch = _runs().np.empty(8 * runs.length)
         args = (runs.length, p0, runs.place, runs.order, start, runs.total, *_scratch(3), scratch, result)
         compiled(loops.gradients_in_general)(flat, runs.mask, *arrays, *args)
     return out
@@ -209,22 +214,22 @@ def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
     if segment is not None:
         marks = segment.detach().to(torch.int64).contiguous().numpy().reshape(-1)
         most += int((segment[:, 1:] != segment[:, :-1]).sum())
-    work = _loops().np.empty(6 * most + 2 * BUCKETS + 2, "int64")
+    work = _runs().np.empty(6 * most + 2 * BUCKETS + 2, "int64")
     place, order = work[: 5 * most], work[5 * most :]
     flat = mask.contiguous().numpy().reshape(-1).view("uint8")
-    clean = compiled(_loops().find_runs)(flat, marks, rows, length, place, order)
+    clean = compiled(_runs().find_runs)(flat, marks, rows, length, place, order)
     return Runs(flat, place, order, clean, int(order[-1]), length)
 
 
 def _scratch(tiles: int = 2) -> tuple[Any, Any]:
     """Places and tiles for eight runs; new for each call, since threads may share a kernel."""
-    work = _loops().np.empty(24 + 128 * tiles)
+    work = _runs().np.empty(24 + 128 * tiles)
     return work[:24].view("int64"), work[24:]
 
 
 @functools.cache
 def _no_marks() -> Any:
-    return _loops().np.empty(0, "int64")
+    return _runs().np.empty(0, "int64")
 
 
 def gains(q: float, r: float, p0: float, length: int) -> Any:
@@ -234,14 +239,14 @@ def gains(q: float, r: float, p0: float, length: int) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _table_of_fields(q: float, r: float, p0: float, length: int) -> Any:
-    table = _loops().np.empty(6 * length)
+    table = _runs().np.empty(6 * length)
     compiled(field_loops.table_of_fields)(q, r, p0, table, length)
     return table
 
 
 @functools.lru_cache(maxsize=8)
 def _gains(q: float, r: float, p0: float, length: int) -> Any:
-    table = _loops().np.empty(2 * length)
+    table = _runs().np.empty(2 * length)
     compiled(_loops().table_of_gains)(q, r, p0, table, length)
     return table
 

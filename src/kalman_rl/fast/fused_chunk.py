@@ -12,7 +12,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from kalman_rl.fast.filter_loops import ones
+from kalman_rl.fast.filter_runs import ones
 from kalman_rl.fast.recipe import CAP, CLIP, LOG_LIKELIHOOD
 
 CHUNK, WIDTH = 1024, 64  # WIDTH: tokens that a loop over numbers of four bytes takes at once

@@ -1,6 +1,6 @@
 """Loss, gradient and metrics of a fused method in one pass over the tokens, compiled for the CPU.
 
-A *run* is one sequence, a row or a segment of a packed row, as in ``filter_loops``; arrays are flat. Its tokens
+A *run* is one sequence, a row or a segment of a packed row, as in ``filter_runs``; arrays are flat. Its tokens
 from the first trained one to the last are taken by chunks, in buffers that stay in the cache; the loops
 over them, in ``fused_chunk``, go on to a multiple of a vector's width, over tokens that count as masked. States of the
 filter and sums of chunks are float64; the sums alone may be reordered.
@@ -12,9 +12,9 @@ import math
 
 import numpy as np
 
-from kalman_rl.fast import filter_loops, jit
+from kalman_rl.fast import filter_loops, filter_runs, jit
 from kalman_rl.fast import fused_chunk as chunk
-from kalman_rl.fast.filter_loops import ones
+from kalman_rl.fast.filter_runs import ones
 from kalman_rl.fast.fused_chunk import (
     CAPPED,
     CHUNK,
@@ -41,7 +41,7 @@ from kalman_rl.fast.fused_chunk import (
 )  # fmt: skip
 from kalman_rl.fast.recipe import FILTERED, SEQUENCE, TOKEN
 
-find_runs = jit.inner(filter_loops.find_runs)
+find_runs = jit.inner(filter_runs.find_runs)
 means_by_table = jit.inner(filter_loops.means_by_table)
 means_with_holes = jit.inner(filter_loops.means_with_holes)
 FREEDOMS = frozenset({"contract", "nsz"})
