@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import threading
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def _means(
         if arrays is None:
             return None, None
         kernel = compiled(loops.means_in_general)
-        args = (runs.place, runs.order, start, runs.total, *_scratch(3), result)
+        args = (runs.place, runs.order, start, runs.total, *_scratch(), result)
         good &= kernel(flat, runs.mask, *arrays, runs.length, m0, p0, *args)
     return (out, runs) if good else (None, None)
 
@@ -123,14 +124,14 @@ def gradients(
             args = (runs.place, runs.order, 0, start, first, tile, result)
             compiled(loops.gradients_by_table)(flat, gains(q, r, p0, runs.length), *args)
         if start < runs.total and q / r <= RATIO_LIMIT:
-            scratch = _runs().np.empty(8 * runs.length)
+            scratch = torch.empty(8 * runs.length, dtype=torch.float64).numpy()
             args = (runs.place, runs.order, start, runs.total, first, tile, scratch, result)
             compiled(loops.gradients_with_holes)(flat, runs.mask, q / r, p0 / r, *args)
             start = runs.total
     arrays = _arrays(model, gradient) if start < runs.total else None
     if arrays is not None:
-        scratch = _runs().np.empty(8 * runs.length)
-        args = (runs.length, p0, runs.place, runs.order, start, runs.total, *_scratch(3), scratch, result)
+        scratch = torch.empty(8 * runs.length, dtype=torch.float64).numpy()
+        args = (runs.length, p0, runs.place, runs.order, start, runs.total, *_scratch(), scratch, result)
         compiled(loops.gradients_in_general)(flat, runs.mask, *arrays, *args)
     return out
 
@@ -221,10 +222,17 @@ def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
     return Runs(flat, place, order, clean, int(order[-1]), length)
 
 
-def _scratch(tiles: int = 2) -> tuple[Any, Any]:
-    """Places and tiles for eight runs; new for each call, since threads may share a kernel."""
-    work = _runs().np.empty(24 + 128 * tiles)
-    return work[:24].view("int64"), work[24:]
+_kept = threading.local()
+
+
+def _scratch() -> tuple[Any, Any]:
+    """Places (24) and three tiles for eight runs, of this thread. torch's memory begins with a line of the cache; a
+    vector across two lines costs half as much again."""
+    if not hasattr(_kept, "scratch"):
+        work = torch.empty(24 + 3 * 128, dtype=torch.float64).numpy()
+        _kept.scratch = work[:24].view("int64"), work[24:]
+    found: tuple[Any, Any] = _kept.scratch
+    return found
 
 
 @functools.cache
