@@ -107,6 +107,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("times better than the target (median, quartiles)")
     figure.tight_layout()
     figure.savefig(path, dpi=130)

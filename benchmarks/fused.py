@@ -95,7 +95,9 @@ def measure(rows: int, length: int, holes: bool, how: dict[str, Any], spread: fl
     if not holes and length <= 1024:  # the published arithmetic sees holes as zeros and drifts in long rows
         check("published KPO", calls["published KPO"](), calls["composed KPO"](), 0.03, 1e-3)
     promises = [
-        Promise("fused KPO", "published KPO", TARGET if spread == 0.05 and not holes else None, smaller=False),
+        Promise(
+            "fused KPO", "published KPO", TARGET if spread == 0.05 and not holes else None, smaller=False
+        ),
         Promise("fused GRPO", "published KPO", smaller=False),
         Promise("fused KPO", "composed KPO", smaller=False),
         Promise("composed KPO", "published KPO", smaller=False),

@@ -187,7 +187,7 @@ def causal_mean(
 ) -> Tensor:
     """``causal_filter(...).state.mean`` alone (B, T): same arguments, same numbers, a sixth of the memory.
 
-    For CPU tensors with numba installed it is one pass at about the speed of ``torch.cumsum``, and the
+    For CPU tensors with numba installed it is one pass, as fast as ``torch.cumsum`` or faster, and the
     gradient for the observation another; see ``docs/speed.md``. For CUDA tensors with Triton installed it is
     a kernel that computes in the type of the observation, at least float32, and whose gradient has none of
     its own; see ``docs/kernels.md``. Raises as :func:`causal_filter`.
