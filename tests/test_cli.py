@@ -203,12 +203,29 @@ def test_notes_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
 def test_train_creates_the_run(calls: Calls) -> None:
     assert main(["train", "--run", "runs/x", "--method", "kpo", "--seed", "5", "--quiet"]) == 0
     ((name, (config, run), keywords),) = calls
-    assert name == "train" and keywords == {}
+    assert name == "train" and keywords == {"task": None}
     assert config.method == "kpo" and config.run == Path("runs/x") and run.path == Path("runs/x")
     assert build(TrainConfig, load_toml(Path("runs/x/config.toml"))) == config
     labels = {"method": "kpo", "model": "smollm2", "task": "products", "seed": 5}
     assert read_manifest(Path("runs/x"))["labels"] == labels
     Run.open(Path("runs/x")).close()  # the lock is free again
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--data", "rows.jsonl"], "rows.jsonl"),
+        (["--reward", "no_such_module_of_mine:score"], "no_such_module_of_mine"),
+    ],
+)
+def test_bad_rows_and_rewards_leave_no_run(
+    flags: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl")
+    Path("rows.jsonl").write_text('{"prompt": 3}\n')
+    assert main(["train", "--run", "x", "--quiet", *flags]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and text in error and not Path("x").exists()
 
 
 def test_train_refuses_an_existing_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:

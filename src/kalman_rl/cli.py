@@ -65,8 +65,13 @@ class Train:
         from kalman_rl.train import train
 
         assert config.run is not None
+        task = None
+        if config.data is not None or config.reward is not None:
+            from kalman_rl.train import chosen_task
+
+            task = chosen_task(config)  # bad rows or rewards leave no run behind
         with Run.create(config.run, to_toml(config), labels(config)) as run:
-            return train(config, run)
+            return train(config, run, task=task)
 
 
 @dataclass(frozen=True)

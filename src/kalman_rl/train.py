@@ -57,11 +57,18 @@ LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
 
 def train(
-    config: TrainConfig, run: Run, *, resume: bool = False, cache: Path | None = None, prefix: str = ""
+    config: TrainConfig,
+    run: Run,
+    *,
+    resume: bool = False,
+    cache: Path | None = None,
+    prefix: str = "",
+    task: Task | None = None,
 ) -> int:
     """Train as configured into ``run``; returns the exit code (0, 3 if an alarm stopped it, 130 after Ctrl-C).
 
-    Converted and warm-started weights are kept in ``cache``, by default ``.cache`` beside the run.
+    Converted and warm-started weights are kept in ``cache``, by default ``.cache`` beside the run. ``task`` is what
+    :func:`chosen_task` gives, where it was called before.
 
     Raises: ConfigError, RewardError, RunError and AdapterError with nothing written lost.
     """
@@ -74,7 +81,7 @@ def train(
         torch.set_num_threads(config.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    task = _task(config)
+    task = task or chosen_task(config)
     cache = cache or run.path.parent / ".cache"
     loaded = load_model(config.model, cache=cache, dtype=config.dtype, task=task, seed=0, progress=say)
     for note in loaded.notes:
@@ -237,7 +244,11 @@ def build_trainer(
     return trainer
 
 
-def _task(config: TrainConfig) -> Task:
+def chosen_task(config: TrainConfig) -> Task:
+    """The task that a configuration names, with its own rows and reward.
+
+    Raises: ConfigError, RewardError for rows, rewards or sizes that do not fit.
+    """
     reward = load_reward(config.reward) if config.reward else None
     if config.data is not None:
         task = rows(config.data, reward=reward)
