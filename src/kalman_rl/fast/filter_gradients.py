@@ -6,11 +6,11 @@ token counts there. Importing this module imports numba.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from kalman_rl.fast.filter_loops import find_noises, place, write_lengths
-from kalman_rl.fast.jit import REORDER, inner
+from kalman_rl.fast.filter_runs import total
+from kalman_rl.fast.jit import inner
 from kalman_rl.fast.lanes import (
     choose,
     is_number,
@@ -24,15 +24,6 @@ from kalman_rl.fast.lanes import (
 )
 
 Array = Any
-
-
-@functools.partial(inner, freedoms=REORDER)
-def total(values: Array) -> float:
-    """Sum in any order, which a vector can take."""
-    added = 0.0
-    for t in range(len(values)):
-        added += values[t]
-    return added
 
 
 @inner

@@ -174,7 +174,8 @@ def means_with_holes(
     that makes the gain is outside of the chain from token to token, and two tokens share one. After sixteen
     tokens ``v = 1`` again: it can grow to 1e32 in between.
 
-    ``tile`` is two tiles here. ``gain`` is empty or like ``out``: the gains, 0 where nothing is observed.
+    ``tile`` is two tiles here. ``gain`` is empty or like ``out``: the gains from the first token to
+    the last, 0 where nothing is observed.
     """
     unknown, fine = start_p == float("inf"), True
     means, gains = tile[:128], tile[128:]
@@ -211,7 +212,7 @@ def means_with_holes(
         for lane in range(min(8, stop - g)):
             i, mean, p = 5 * order[g + lane], means[lane], gains[lane]
             p = start_p if steps == 0 else p
-            rest, last, end = runs[i + 2] + steps, runs[i + 3], runs[i + 1]
+            rest, last = runs[i + 2] + steps, runs[i + 3]
             for t in range(rest, last):
                 p += q
                 k = 0.0
@@ -224,10 +225,7 @@ def means_with_holes(
                     gain[t] = k
             fine &= mean - mean == 0.0
             out[runs[i] : runs[i + 2]] = m0
-            out[max(rest, last) : end] = mean
-            if len(gain) > 0:
-                gain[runs[i] : runs[i + 2]] = 0.0
-                gain[max(rest, last) : end] = 0.0
+            out[max(rest, last) : runs[i + 1]] = mean
     return fine
 
 

@@ -7,39 +7,20 @@ torch, which says what is wrong. States are float64 whatever the type of the obs
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import threading
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kalman_rl.fast import filter_fields as field_loops
-from kalman_rl.fast.jit import compiled, usable
+from kalman_rl.fast.jit import compiled, module, usable
 from kalman_rl.fast.memory import empty_like
 
 Noise = Tensor | float
 RATIO_LIMIT = 100.0  # of Q / R in means_with_holes
-BUCKETS = 256  # of filter_runs.find_runs
 TYPES = (torch.float32, torch.float64)
-ZERO_STRIDES = (0, 0, 0, 0)
-
-
-@functools.cache
-def _loops() -> ModuleType:
-    return importlib.import_module("kalman_rl.fast.filter_loops")  # imports numba
-
-
-@functools.cache
-def _runs() -> ModuleType:
-    return importlib.import_module("kalman_rl.fast.filter_runs")
-
-
-@functools.cache
-def _transposed() -> ModuleType:
-    return importlib.import_module("kalman_rl.fast.filter_gradients")
 
 
 class Model(NamedTuple):
@@ -70,37 +51,39 @@ def means(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> Tenso
 
 
 def _means(
-    z: Tensor, mask: Tensor, segment: Tensor | None, model: Model, out: Tensor | None = None
+    z: Tensor, mask: Tensor, segment: Tensor | None, model: Model
 ) -> tuple[Tensor | None, Runs | None]:
     if not _fits(z, mask, segment, model):
         return None, None
     z = z.detach().contiguous()
-    out = empty_like(z) if out is None else out  # before small blocks could take a piece of its place
+    out = empty_like(z)  # before small blocks could take a piece of its place
     runs = find_runs(mask, segment)
     flat, result = z.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance
-    good, start, loops = True, 0, _loops()
-    args: tuple[Any, ...]
+    good, start, loops = True, 0, module("filter_loops")
+    place, order, total = runs.place, runs.order, runs.total
     if noises is not None:
         q, r = noises
         if runs.clean:
+            kernel = compiled(loops.means_by_table)
             table = gains(q, r, p0, runs.length)
-            args = (runs.place, runs.order, 0, runs.clean, *_scratch(), result)
-            good = compiled(loops.means_by_table)(flat, table, m0, *args)
+            good = kernel(flat, table, m0, place, order, 0, runs.clean, *scratch(), result)
         start = runs.clean
-        if start < runs.total and q / r <= RATIO_LIMIT:
+        if start < total and q / r <= RATIO_LIMIT:
             kernel = compiled(loops.means_with_holes)
-            args = (runs.place, runs.order, start, runs.total, *_scratch(), result, result[:0])
-            good &= kernel(flat, runs.mask, q / r, p0 / r, m0, *args)
-            start = runs.total
-    if start < runs.total:
+            variances, no_gains = (q / r, p0 / r), result[:0]
+            good &= kernel(
+                flat, runs.mask, *variances, m0, place, order, start, total, *scratch(), result, no_gains
+            )
+            start = total
+    if start < total:
         arrays = _arrays(model, z)
         if arrays is None:
             return None, None
         kernel = compiled(loops.means_in_general)
-        args = (runs.place, runs.order, start, runs.total, *_scratch(), result)
-        good &= kernel(flat, runs.mask, *arrays, runs.length, m0, p0, *args)
+        prior = runs.length, m0, p0
+        good &= kernel(flat, runs.mask, *arrays, *prior, place, order, start, total, *scratch(), result)
     return (out, runs) if good else (None, None)
 
 
@@ -114,25 +97,19 @@ def gradients(
     runs = runs or find_runs(mask, segment)
     flat, result = gradient.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
-    start, loops, p0 = 0, _transposed(), model.initial_variance
-    args: tuple[Any, ...]
-    first, tile = _scratch()
-    if noises is not None:
+    start, loops, p0 = 0, module("filter_gradients"), model.initial_variance
+    place, order, total = runs.place, runs.order, runs.total
+    if noises is not None and runs.clean:
+        start, table = runs.clean, gains(*noises, p0, runs.length)
+        compiled(loops.gradients_by_table)(flat, table, place, order, 0, start, *scratch(), result)
+    if start == total:
+        return out
+    rest = place, order, start, total, *scratch(), torch.empty(8 * runs.length, dtype=torch.float64).numpy()
+    if noises is not None and noises[0] / noises[1] <= RATIO_LIMIT:
         q, r = noises
-        if runs.clean:
-            start = runs.clean
-            args = (runs.place, runs.order, 0, start, first, tile, result)
-            compiled(loops.gradients_by_table)(flat, gains(q, r, p0, runs.length), *args)
-        if start < runs.total and q / r <= RATIO_LIMIT:
-            scratch = torch.empty(8 * runs.length, dtype=torch.float64).numpy()
-            args = (runs.place, runs.order, start, runs.total, first, tile, scratch, result)
-            compiled(loops.gradients_with_holes)(flat, runs.mask, q / r, p0 / r, *args)
-            start = runs.total
-    arrays = _arrays(model, gradient) if start < runs.total else None
-    if arrays is not None:
-        scratch = torch.empty(8 * runs.length, dtype=torch.float64).numpy()
-        args = (runs.length, p0, runs.place, runs.order, start, runs.total, *_scratch(), scratch, result)
-        compiled(loops.gradients_in_general)(flat, runs.mask, *arrays, *args)
+        compiled(loops.gradients_with_holes)(flat, runs.mask, q / r, p0 / r, *rest, result)
+    elif (arrays := _arrays(model, gradient)) is not None:
+        compiled(loops.gradients_in_general)(flat, runs.mask, *arrays, runs.length, p0, *rest, result)
     return out
 
 
@@ -211,21 +188,26 @@ def _remember(ctx: Any, mask: Tensor, segment: Tensor | None, model: Model) -> N
 def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
     """Segments, padding and holes of a mask (B, T)."""
     rows, length = mask.shape
-    marks, most = _no_marks(), rows
+    marks, place, order = room_for_runs(rows, segment)
+    flat = mask.contiguous().numpy().reshape(-1).view("uint8")
+    clean = compiled(module("filter_runs").find_runs)(flat, marks, rows, length, place, order)
+    return Runs(flat, place, order, clean, int(order[-1]), length)
+
+
+def room_for_runs(rows: int, segment: Tensor | None) -> tuple[Any, Any, Any]:
+    """``segment, runs, order`` of the kernel ``find_runs``, the last two empty."""
+    np, marks, most = module("filter_runs").np, _no_marks(), rows
     if segment is not None:
         marks = segment.detach().to(torch.int64).contiguous().numpy().reshape(-1)
         most += int((segment[:, 1:] != segment[:, :-1]).sum())
-    work = _runs().np.empty(6 * most + 2 * BUCKETS + 2, "int64")
-    place, order = work[: 5 * most], work[5 * most :]
-    flat = mask.contiguous().numpy().reshape(-1).view("uint8")
-    clean = compiled(_runs().find_runs)(flat, marks, rows, length, place, order)
-    return Runs(flat, place, order, clean, int(order[-1]), length)
+    work = np.empty(6 * most + 2 * module("filter_runs").BUCKETS + 2, "int64")
+    return marks, work[: 5 * most], work[5 * most :]
 
 
 _kept = threading.local()
 
 
-def _scratch() -> tuple[Any, Any]:
+def scratch() -> tuple[Any, Any]:
     """Places (24) and three tiles for eight runs, of this thread. torch's memory begins with a line of the cache; a
     vector across two lines costs half as much again."""
     if not hasattr(_kept, "scratch"):
@@ -237,7 +219,7 @@ def _scratch() -> tuple[Any, Any]:
 
 @functools.cache
 def _no_marks() -> Any:
-    return _runs().np.empty(0, "int64")
+    return module("filter_runs").np.empty(0, "int64")
 
 
 def gains(q: float, r: float, p0: float, length: int) -> Any:
@@ -247,15 +229,15 @@ def gains(q: float, r: float, p0: float, length: int) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _table_of_fields(q: float, r: float, p0: float, length: int) -> Any:
-    table = _runs().np.empty(6 * length)
+    table = module("filter_runs").np.empty(6 * length)
     compiled(field_loops.table_of_fields)(q, r, p0, table, length)
     return table
 
 
 @functools.lru_cache(maxsize=8)
 def _gains(q: float, r: float, p0: float, length: int) -> Any:
-    table = _runs().np.empty(2 * length)
-    compiled(_loops().table_of_gains)(q, r, p0, table, length)
+    table = module("filter_runs").np.empty(2 * length)
+    compiled(module("filter_loops").table_of_gains)(q, r, p0, table, length)
     return table
 
 

@@ -7,14 +7,15 @@ imports numba.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from kalman_rl.fast.jit import inner
+from kalman_rl.fast.jit import REORDER, inner
 
 Array = Any  # one-dimensional, contiguous
-BUCKETS = 256  # as in filter_numba
+BUCKETS = 256  # of lengths, in find_runs
 BLOCK = 128  # so many ones fit into a byte
 
 
@@ -40,6 +41,15 @@ def every(mask: Array) -> Any:
     for t in range(len(mask)):
         whole = np.uint8(whole & mask[t])
     return whole
+
+
+@functools.partial(inner, freedoms=REORDER)
+def total(values: Array) -> float:
+    """Sum in float64, in any order, which a vector can take."""
+    added = 0.0
+    for t in range(len(values)):
+        added += values[t]
+    return added
 
 
 def find_runs(mask: Array, segment: Array, rows: int, length: int, runs: Array, order: Array) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -37,15 +35,10 @@ def enabled() -> bool:
 def backend(*tensors: Tensor) -> ModuleType | None:
     """The module with the fused pass for these tensors, or None: other devices, no compiler, not plain memory."""
     if jit.usable(*tensors):
-        return _module("fused_numba")
+        return jit.module("fused_numba")
     if triton_kernels.usable(*tensors):
-        return _module("fused_triton")
+        return jit.module("fused_triton")
     return None
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"kalman_rl.fast.{name}")
 
 
 def run(

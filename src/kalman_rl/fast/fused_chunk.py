@@ -6,12 +6,13 @@ module imports numba.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 
+from kalman_rl.fast import jit
 from kalman_rl.fast.filter_runs import ones
 from kalman_rl.fast.recipe import CAP, CLIP, LOG_LIKELIHOOD
 
@@ -37,10 +38,8 @@ DOUBLE = (
     -708.0,
 )
 
-OPTIONS = {"nogil": True, "error_model": "numpy"}
-PRIVATE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # half the time to compile
-exact = numba.njit(fastmath={"contract", "nsz"}, **OPTIONS, **PRIVATE)
-loose = numba.njit(fastmath={"contract", "nsz", "reassoc"}, **OPTIONS, **PRIVATE)
+exact = functools.partial(jit.inner, freedoms=jit.EXACT)
+loose = functools.partial(jit.inner, freedoms=jit.EXACT | {"reassoc"})
 
 
 def constants(dtype: Any) -> Any:
@@ -87,14 +86,6 @@ def add(values):
     for t in range(len(values)):
         total += values[t]
     return total
-
-
-@loose
-def average(values, n):
-    total = 0.0
-    for t in range(len(values)):
-        total += np.float64(values[t])
-    return total / n
 
 
 @exact

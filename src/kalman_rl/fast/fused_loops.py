@@ -14,7 +14,7 @@ import numpy as np
 
 from kalman_rl.fast import filter_loops, filter_runs, jit
 from kalman_rl.fast import fused_chunk as chunk
-from kalman_rl.fast.filter_runs import ones
+from kalman_rl.fast.filter_runs import ones, total
 from kalman_rl.fast.fused_chunk import (
     CAPPED,
     CHUNK,
@@ -39,12 +39,11 @@ from kalman_rl.fast.fused_chunk import (
     WIDTH,
     exact,
 )  # fmt: skip
-from kalman_rl.fast.recipe import FILTERED, SEQUENCE, TOKEN
+from kalman_rl.fast.recipe import FILTERED, SEQUENCE, SEQUENCE_MEAN, TOKEN, TOKEN_MEAN
 
 find_runs = jit.inner(filter_runs.find_runs)
 means_by_table = jit.inner(filter_loops.means_by_table)
 means_with_holes = jit.inner(filter_loops.means_with_holes)
-FREEDOMS = frozenset({"contract", "nsz"})
 
 
 def fused(
@@ -61,17 +60,17 @@ def fused(
     ``bits`` shows ``work`` as integers.
     """
     clean = find_runs(mask, segment, rows, length, runs, order)
-    total = order[-1]
+    all_runs = order[-1]
     counts = np.zeros(7, np.int64)
     if tokens < 0:
         tokens, sequences = 0.0, 0.0
-        for g in range(total):
+        for g in range(all_runs):
             n = ones(mask[runs[5 * g + 2] : runs[5 * g + 3]])
             tokens += n
             sequences += n > 0
     fine, group = True, 0
-    while group < total:  # eight runs at a time: what one step writes is still near when the next reads it
-        after = min(group + 8, clean if group < clean else total)
+    while group < all_runs:  # eight runs at a time: what one step writes is still near when the next reads it
+        after = min(group + 8, clean if group < clean else all_runs)
         for g in range(group, after):
             i = 5 * order[g]
             a, b = runs[i], runs[i + 1]
@@ -80,20 +79,8 @@ def fused(
             fine &= means_by_table(log_ratio, table, 0.0, runs, order, group, after, first, tiles, log_weight)
         elif kinds[0] == FILTERED and model[2] == 1.0:
             fine &= means_with_holes(
-                log_ratio,
-                mask,
-                model[0],
-                model[1],
-                0.0,
-                runs,
-                order,
-                group,
-                after,
-                first,
-                tiles,
-                log_weight,
-                gain,
-            )
+                log_ratio, mask, model[0], model[1], 0.0, runs, order, group, after, first, tiles, log_weight, gain
+            )  # fmt: skip
         elif kinds[0] == FILTERED:
             for g in range(group, after):
                 i = 5 * order[g]
@@ -136,21 +123,18 @@ def _run(
             own[t] = table[t]
     mean = 0.0
     if kinds[0] == SEQUENCE:
-        mean = chunk.average(log_ratio[start:stop], n)
+        mean = total(log_ratio[start:stop]) / n
     counts[COUNT] += n
-    whole = 1.0 / (max(tokens, 1.0) if kinds[2] == 1 else max(sequences, 1.0) * model[3])
-    share = logp.dtype.type(whole / n if kinds[2] == 0 else whole)
+    whole = 1.0 / (max(tokens, 1.0) if kinds[2] == TOKEN_MEAN else max(sequences, 1.0) * model[3])
+    share = logp.dtype.type(whole / n if kinds[2] == SEQUENCE_MEAN else whole)
     if math.isnan(sums[RAW_AROUND]):  # sums around the first trained token's value do not cancel
         sums[RAW_AROUND] = log_ratio[start]
         sums[USED_AROUND] = log_ratio[start] if kinds[0] == TOKEN else mean
         if kinds[0] == FILTERED:
             sums[USED_AROUND] = log_weight[start]
     row = begin // length
-    work[9, WIDTH - 1], work[10, WIDTH - 1], flags[0, WIDTH - 1] = (
-        0,
-        0,
-        0,
-    )  # what stands before the first token
+    work[9, WIDTH - 1] = work[10, WIDTH - 1] = 0.0  # what stands before the first token
+    flags[0, WIDTH - 1] = 0
     for t in range(start, stop, CHUNK):
         e = min(t + CHUNK, stop)
         m = e - t

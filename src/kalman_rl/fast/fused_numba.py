@@ -14,24 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalman_rl.fast.filter_numba import BUCKETS, RATIO_LIMIT, gains
+from kalman_rl.fast.filter_numba import RATIO_LIMIT, gains, room_for_runs, scratch
 from kalman_rl.fast.fused_chunk import BUFFERS, CHUNK, RAW_AROUND, SURROGATE, WIDTH, constants
-from kalman_rl.fast.fused_loops import FREEDOMS, fused
-from kalman_rl.fast.jit import compiled
-from kalman_rl.fast.recipe import (
-    FILTERED,
-    METRICS,
-    SEQUENCE_MEAN,
-    SEQUENCE_SUM,
-    TOKEN,
-    TOKEN_MEAN,
-    Fused,
-    Recipe,
-)
+from kalman_rl.fast.fused_loops import fused
+from kalman_rl.fast.jit import EXACT, compiled
+from kalman_rl.fast.recipe import FILTERED, METRICS, SEQUENCE_SUM, TOKEN, Fused, Recipe
 
-NO_MARKS, NO_TABLE = np.empty(0, np.int64), np.empty(0)
+NO_TABLE = np.empty(0)
 NUMPY: dict[Any, Any] = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
-AGGREGATES = {SEQUENCE_MEAN: 0, TOKEN_MEAN: 1, SEQUENCE_SUM: 2}
 
 
 def run(
@@ -49,25 +39,20 @@ def run(
     advantage = advantage.detach().to(dtype)
     if advantage.dim() == 2 and advantage.stride(1) == 0 and length > 0:
         advantage = advantage[:, 0]
-    marks, most = NO_MARKS, rows
-    if segment is not None:
-        marks = _flat(segment.long())
-        most += int((segment[:, 1:] != segment[:, :-1]).sum())
+    marks, runs, order = room_for_runs(rows, segment)
     kinds, limits, model, numbers = _settings(recipe, dtype, advantage.dim() == 2)
     tokens, sequences = (-1.0, -1.0) if step is None else step
     log_ratio, log_weight, coefficient, gradient = (torch.empty(rows, length, dtype=dtype) for _ in range(4))
     gain = torch.empty(rows if filtered else 0, length, dtype=dtype)
     kept, found = torch.empty(rows, length, dtype=torch.bool), np.empty(len(METRICS), np.float32)
-    sums, (tiles, work, flags) = np.zeros(11), _scratch(numbers.dtype)
+    sums, (work, flags) = np.zeros(11), _buffers(numbers.dtype)
     sums[RAW_AROUND] = math.nan
-    places = np.empty(8 + 6 * most + 2 * BUCKETS + 2, np.int64)
-    fine = compiled(fused, FREEDOMS)(
+    fine = compiled(fused, EXACT)(
         _flat(logp), _flat(old), _flat(mask).view(np.uint8), _flat(advantage), marks, rows, length, kinds, limits,
         model, float(tokens), float(sequences), numbers,
         gains(recipe.process, 1.0, recipe.start, length) if filtered else NO_TABLE,
         *(_flat(x) for x in (log_ratio, log_weight, gain, coefficient)), _flat(kept).view(np.uint8),
-        _flat(gradient), sums, found, places[8 : 8 + 5 * most], places[8 + 5 * most :], places[:8],
-        tiles, work, work.view(f"i{work.itemsize}"), flags,
+        _flat(gradient), sums, found, runs, order, *scratch(), work, work.view(f"i{work.itemsize}"), flags,
     )  # fmt: skip
     if not fine:
         return None
@@ -87,7 +72,7 @@ def run(
 def _settings(recipe: Recipe, dtype: torch.dtype, per_token: bool) -> tuple[Any, Any, Any, Any]:
     """``kinds, limits, model, numbers`` of the kernel."""
     kind = NUMPY[dtype]
-    kinds = (recipe.ratio, recipe.trust, AGGREGATES[recipe.aggregate], per_token)
+    kinds = (recipe.ratio, recipe.trust, recipe.aggregate, per_token)
     divisor = recipe.length if recipe.aggregate == SEQUENCE_SUM else 1.0
     return (
         np.array(kinds, np.int64),
@@ -100,23 +85,15 @@ def _settings(recipe: Recipe, dtype: torch.dtype, per_token: bool) -> tuple[Any,
 _kept = threading.local()
 
 
-def _scratch(kind: Any) -> tuple[Any, Any, Any]:
-    """Tiles, buffers and flags of this thread in one block, each at the beginning of a line of the cache."""
+def _buffers(kind: Any) -> tuple[Any, Any]:
+    """Buffers and flags of this thread, each row at the beginning of a line of the cache."""
     if not hasattr(_kept, kind.name):
-        setattr(_kept, kind.name, _new_scratch(kind))
-    found: tuple[Any, Any, Any] = getattr(_kept, kind.name)
+        row = CHUNK + WIDTH
+        block = torch.empty(BUFFERS * row * kind.itemsize + 2 * row, dtype=torch.uint8).numpy()
+        work, flags = block[: -2 * row].view(kind), block[-2 * row :]
+        setattr(_kept, kind.name, (work.reshape(BUFFERS, row), flags.reshape(2, row)))
+    found: tuple[Any, Any] = getattr(_kept, kind.name)
     return found
-
-
-def _new_scratch(kind: Any) -> tuple[Any, Any, Any]:
-    row = CHUNK + WIDTH
-    tiles, work = 2 * 128 * 8, BUFFERS * row * kind.itemsize
-    block = torch.empty(tiles + work + 2 * row, dtype=torch.uint8).numpy()
-    return (
-        block[:tiles].view(np.float64),
-        block[tiles : tiles + work].view(kind).reshape(BUFFERS, row),
-        block[tiles + work :].reshape(2, row),
-    )
 
 
 def _flat(tensor: Tensor) -> Any:

@@ -1,7 +1,7 @@
 """Plain Python loops compiled by numba, where it is installed.
 
 A kernel is an ordinary function over one-dimensional arrays and numbers. It is compiled at its first call
-(half a second to a second each), and the machine code is kept beside the source, or in the user's cache.
+(a second or two, the fused objective eleven), and the machine code is kept beside the source, or in the user's cache.
 ``KALMAN_RL_NO_NUMBA=1`` in the environment switches every kernel off.
 """
 
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 SWITCH = "KALMAN_RL_NO_NUMBA"
-FREEDOMS = frozenset({"contract", "nsz", "arcp"})
+EXACT = frozenset({"contract", "nsz"})
+FREEDOMS = EXACT | {"arcp"}
 REORDER = FREEDOMS | {"reassoc"}
 
 
@@ -58,14 +61,17 @@ def _numba() -> Any | None:
     return None if numba.config.DISABLE_JIT else numba
 
 
+@functools.cache
+def module(name: str) -> ModuleType:
+    """A module of kernels by its name in this package; importing one imports its compiler."""
+    return importlib.import_module(f"kalman_rl.fast.{name}")
+
+
 def inner(function: Callable[..., Any], freedoms: frozenset[str] = FREEDOMS) -> Callable[..., Any]:
     """A part of kernels, compiled into each of them; needs numba when it is defined."""
-    numba: Any = _numba()
-    options = {"nogil": True, "error_model": "numpy", "fastmath": set(freedoms)}
-    kernel: Callable[..., Any] = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(
-        function
-    )
-    return kernel
+    return _njit(
+        function, freedoms, no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )  # half the time to compile
 
 
 @functools.cache
@@ -73,16 +79,22 @@ def compiled(function: Callable[..., Any], freedoms: frozenset[str] = FREEDOMS) 
     """The kernel in machine code: releases the interpreter's lock, starts no threads.
 
     Fused multiply-adds are allowed, dividing by way of a reciprocal, and treating -0 as 0; NaN and infinity keep
-    their meaning. ``REORDER`` also lets sums be taken in another order, as every matrix product does.
+    their meaning. ``EXACT`` divides by division; ``REORDER`` also lets sums be taken in another order, as every
+    matrix product does.
     """
-    numba: Any = _numba()
-    options = {"nogil": True, "error_model": "numpy", "fastmath": set(freedoms)}
     # numba looks at one file to see if machine code is still right; a kernel has parts in several.
     function.__qualname__ = f"{function.__name__}_{_sources()}"
     try:
-        kernel: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+        return _njit(function, freedoms, cache=True)
     except RuntimeError:  # neither the source's directory nor the user's cache can be written
-        kernel = numba.njit(**options)(function)
+        return _njit(function, freedoms)
+
+
+def _njit(function: Callable[..., Any], freedoms: frozenset[str], **options: bool) -> Callable[..., Any]:
+    numba: Any = _numba()
+    kernel: Callable[..., Any] = numba.njit(
+        nogil=True, error_model="numpy", fastmath=set(freedoms), **options
+    )(function)
     return kernel
 
 

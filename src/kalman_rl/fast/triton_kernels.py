@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from typing import Any
 
 import torch
+
+from kalman_rl.fast import jit
 
 SWITCH = "KALMAN_RL_NO_TRITON"
 """Environment variable: ``1`` switches every Triton kernel off."""
@@ -46,5 +47,5 @@ def means(*arguments: Any, gradient: bool = False) -> Any:
     """:func:`kalman_rl.fast.filter_triton.means`, differentiable if ``gradient``; None where Triton cannot."""
     if not usable(*arguments):
         return None
-    module = importlib.import_module("kalman_rl.fast.filter_triton")
+    module = jit.module("filter_triton")
     return module.Means.apply(*arguments) if gradient else module.means(*arguments)
