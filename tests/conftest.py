@@ -19,9 +19,9 @@ OFFLINE = {
 }
 os.environ.update(OFFLINE)
 collect_ignore = [
-    "verl_driver.py",
-    "triton_interpreted.py",
-    "triton_compiled.py",
+    "hosts/verl_driver.py",
+    "kernels/triton_interpreted.py",
+    "kernels/triton_compiled.py",
 ]  # for processes of their own
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 if PARALLEL:  # for subprocesses too

@@ -1,7 +1,7 @@
 """Advantages from a Kalman filter that runs over the rewards of a batch in their order, as published.
 
 Both filters restart from their prior at every call and keep nothing. What is wrong with them is measured in
-``tests/test_unbiased.py``; beliefs that outlive the batch and do not depend on order are in ``belief``.
+``tests/methods/test_unbiased.py``; beliefs that outlive the batch and do not depend on order are in ``belief``.
 """
 
 from __future__ import annotations

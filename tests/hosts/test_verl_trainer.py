@@ -1,0 +1,311 @@
+"""Beliefs about prompts on verl: names, counts and advantages by themselves, then the trainer inside verl.
+
+The second half reads what ``verl_driver.py`` did in a process of its own: it is run once, with the package's metadata
+as a wheel would install it, so that verl finds the entry point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("verl", exc_type=ImportError)
+pytest.importorskip("transfer_queue", exc_type=ImportError)
+from kalman_rl.belief import make_belief
+from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.integrations.state import STATE_FILE
+from kalman_rl.integrations.verl import tracker
+from kalman_rl.integrations.verl.tracker import (
+    PromptNames,
+    load_tracker,
+    make_tracking,
+    planned_counts,
+    read_settings,
+    rows_of,
+    save_tracker,
+    tracked_advantages,
+)
+from kalman_rl.methods import METHODS
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def tracking(**settings: Any) -> Any:
+    return make_tracking("tracked", read_settings(settings))
+
+
+# ---- by themselves
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"alocation": "fixed"}, "got 'alocation', .*did you mean 'allocation'"),
+    (None, "got None, expected settings by name"),
+    ({"completions_min": "1"}, "completions_min: got '1', expected at least 1"),
+    ({"completions_max": "32"}, "completions_min, completions_max: got 1, '32'"),
+    ({"allocation_objective": "x"}, "allocation_objective: got 'x'"),
+    ({"reward_range": "x"}, "reward_range: got 'x'"),
+    ({"allocation_objective": "light", "reward_range": "real"}, "objective: got 'light' with real-valued"),
+    ({"reward_noise_variance": -1.0}, "reward_noise_variance: got -1.0"),
+    ({"coverage_steps": 0}, "coverage_steps: got 0"),
+    ({"belief_options": ["rho"]}, "belief_options: got"),
+])  # fmt: skip
+def test_settings_are_checked_before_anything_is_sampled(settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^algorithm.kalman_rl(: |\.){message}"):
+        read_settings(settings)
+
+
+def test_names_come_from_columns() -> None:
+    names = PromptNames(("data_source", "index"))
+    found = names.of({"data_source": ["gsm8k", "math"], "index": [7, 7]})
+    assert found == ["gsm8k/7", "math/7"]
+    picture = {"type": "image", "image": object()}
+
+    def prompt(text: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [picture, {"type": "text", "text": text}]}]
+
+    names.check(found, [prompt("a"), prompt("b")])
+    picture = {"type": "image", "image": object()}  # the same picture, read again
+    names.check(found, [prompt("a"), prompt("b")])
+    with pytest.raises(ConfigError, match="got 'math/7' for two different prompts"):
+        names.check(found, [prompt("a"), prompt("c")])
+
+
+def test_counts_keep_their_sum() -> None:
+    books = tracking(allocation="predictive")
+    for step in range(4):
+        rewards = torch.tensor([1.0] * 4 + [0.0] * 4 + [0.0, 1.0] * 2, dtype=torch.float64)
+        books.belief.update(["easy"] * 4 + ["hard"] * 4 + ["mixed"] * 4, rewards, step=step)
+    names = ["easy", "mixed", "hard", "new"]
+    counts = dict(zip(names, planned_counts(books, names, step=4, n=6), strict=True))
+    assert sum(counts.values()) == 24 and min(counts.values()) >= 1
+    assert min(counts["mixed"], counts["new"]) > max(counts["easy"], counts["hard"])
+    twice = planned_counts(books, ["easy", "mixed", "easy", "hard"], step=4, n=6)
+    assert twice[0] == twice[2] == 6 and sum(twice) == 24
+    assert planned_counts(tracking(), names, step=4, n=6) == [6, 6, 6, 6]
+    assert planned_counts(books, ["hard"], step=5, n=6) == [6]  # a refill of one prompt
+    assert planned_counts(tracking(allocation="predictive", completions_min=4), names, step=0, n=2) == [2] * 4
+
+
+def test_only_the_last_output_of_a_session_counts() -> None:
+    """Agent loops may return several outputs; all of them are trained on the session's advantage."""
+    keys = ["u_0_0", "u_0_1", "u_1_0", "v_0_0", "pad_0_0"]
+    tags: list[dict[str, Any]] = [{}, {}, {}, {}, {"is_padding": True}]
+    rows = rows_of(keys, tags, ["p", "p", "p", "q", "p"])
+    assert rows.counted == [False, True, True, True, False] and rows.prompts == 2
+    reward = torch.tensor([9.0, 1.0, 0.0, 1.0, 5.0])
+    books = tracking()
+    found, metrics = tracked_advantages(books, rows, reward, global_step=3, n=2)
+    belief = make_belief("auto")
+    names, known = ["p", "p", "q"], torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    expected = belief.advantages(names, known, step=3).advantage
+    assert found.tolist() == [*expected[[0, 0, 1, 2]].tolist(), 0.0]
+    assert (metrics["budget/used"], metrics["budget/saved"]) == (3.0, 1.0)
+    assert len(books.belief) == 2 and books.last_step == 3
+
+
+def test_a_batch_of_padding_only() -> None:
+    rows = rows_of(["pad_0_0"], [{"is_padding": True}], ["p"])
+    found, metrics = tracked_advantages(tracking(), rows, torch.zeros(1), global_step=1, n=2)
+    assert found.tolist() == [0.0] and not metrics
+
+
+def test_prompts_of_unequal_groups_count_the_same() -> None:
+    keys, names = ["u_0_0", *(f"v_{i}_0" for i in range(3))], ["p", "q", "q", "q"]
+    rows = rows_of(keys, [{}] * 4, names)
+    reward = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    weighted, _ = tracked_advantages(tracking(allocation="predictive"), rows, reward, global_step=1, n=2)
+    plain, _ = tracked_advantages(tracking(), rows, reward, global_step=1, n=2)
+    torch.testing.assert_close(weighted, plain * torch.tensor([2.0, 2 / 3, 2 / 3, 2 / 3]).double())
+
+
+def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "global_step_7"
+    books = tracking()
+    books.belief.update(["p"], torch.tensor([1.0]), step=1)
+    save_tracker(folder, {"tracking": books.state_dict()})
+
+    def dies(part: str, state: Any) -> None:
+        (Path(part) / STATE_FILE).write_bytes(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(tracker, "save_state", dies)
+    with pytest.raises(RunError, match="no space"):
+        save_tracker(folder, {"tracking": {}})
+    assert [path.name for path in folder.iterdir()] == [STATE_FILE]
+    state = load_tracker(folder)
+    assert state is not None
+    again = tracking()
+    again.load_state_dict(state["tracking"])
+    assert again.belief.predict(["p"], step=2).mean == books.belief.predict(["p"], step=2).mean
+    (folder / STATE_FILE).write_bytes(b"half")
+    with pytest.raises(RunError, match="cannot be read"):
+        load_tracker(folder)
+    assert load_tracker(tmp_path) is None
+
+
+def test_beliefs_by_the_name_of_the_estimator() -> None:
+    assert type(make_tracking("k_grpo", read_settings({})).belief) is type(make_belief("auto"))
+    spo = make_tracking("spo", read_settings({"belief_options": {"rho": 0.9}})).belief
+    assert type(spo) is type(make_belief("spo"))
+    assert type(tracking(belief="beta").belief) is type(make_belief("beta"))
+    for settings, message in (
+        ({"belief": "betta"}, "did you mean 'beta'"),
+        ({"belief_options": {"q": 1}}, "options of belief 'auto'"),
+        ({"completions_min": 0}, "expected at least 1"),
+        ({"prompt_key": "index"}, "expected a list of columns"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tracking(**settings)
+
+
+# ---- inside verl
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the driver wrote."""
+    build = pytest.importorskip("hatchling.build")
+    folder = tmp_path_factory.mktemp("verl")
+    here = Path.cwd()
+    try:
+        os.chdir(ROOT)
+        wheel = folder / build.build_wheel(str(folder))
+    finally:
+        os.chdir(here)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if ".dist-info/" in name])
+    path = os.pathsep.join([str(folder), str(ROOT / "src"), str(ROOT)])
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # Ray starts many processes
+    env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    env.pop("VERL_USE_EXTERNAL_PLUGINS", None)
+    command = [sys.executable, "-W", "ignore", str(HERE / "verl_driver.py"), str(folder / "out.json")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    assert (folder / "out.json").is_file(), run.stderr[-3000:]
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    return found
+
+
+def part(driven: dict[str, Any], name: str) -> Any:
+    found = driven.get(name, {"ray": "did not start"})
+    if isinstance(found, dict) and found.get("ray"):
+        pytest.skip("Ray did not start on this machine")
+    assert not (isinstance(found, dict) and "error" in found), found["error"]
+    return found
+
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.mark.slow
+def test_verl_finds_the_plugin_in_a_ray_worker(driven: dict[str, Any]) -> None:
+    """The worker does nothing but ``import verl``; our trainer is not loaded there."""
+    found = part(driven, "plugin")
+    names = {f"kalman_rl/{name}" for name in METHODS}
+    assert set(found["losses"]) == names
+    assert set(found["estimators"]) == names | {"kalman_rl/tracked"}
+    assert not found["trainer"]
+
+
+@pytest.mark.slow
+def test_verl_takes_the_trainer_for_its_synchronous_one(driven: dict[str, Any]) -> None:
+    for step in part(driven, "steps"):
+        assert step["mode"] == ["sync", "ReplayBuffer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "equal"), [("steps", True), ("fixed", False)])
+def test_advantages_are_the_beliefs(driven: dict[str, Any], name: str, equal: bool) -> None:
+    """What verl's actor would read from the queue, recomputed from the rewards alone."""
+    belief = make_belief("auto")
+    for number, step in enumerate(part(driven, name), start=1):
+        rows = [i for i, padding in enumerate(step["padding"]) if not padding]
+        names = [step["name"][i] for i in rows]
+        reward = torch.tensor([step["reward"][i] for i in rows], dtype=torch.float64)
+        expected = belief.advantages(names, reward, step=number).advantage
+        belief.update(names, reward, step=number)
+        if equal:
+            size = Counter(names)
+            expected = expected * torch.tensor([len(names) / len(size) / size[name] for name in names])
+        found = [step["advantage"][i] for i in rows]
+        assert all(len(values) == 1 for values in found), "one advantage for all tokens of a completion"
+        torch.testing.assert_close(torch.tensor(found)[:, 0], expected.float(), rtol=1e-6, atol=1e-7)
+        assert expected.abs().max() > 0.1
+
+
+@pytest.mark.slow
+def test_padding_gets_no_advantage(driven: dict[str, Any]) -> None:
+    for step in part(driven, "steps"):
+        padding = [values for values, yes in zip(step["advantage"], step["padding"], strict=True) if yes]
+        assert len(padding) == 4 and all(values == [0.0] for values in padding)
+
+
+@pytest.mark.slow
+def test_counts_reach_verls_rollout_worker(driven: dict[str, Any]) -> None:
+    """verl's own worker runs as many sessions as the belief asks for, twelve in all; most go to the mixed prompt."""
+    counts = [Counter(name for name, _ in step["sessions"]) for step in part(driven, "steps")]
+    assert [sum(count.values()) for count in counts] == [12] * len(counts)
+    assert set(counts[0].values()) == {4}, "nothing is known at first"
+    assert counts[-1]["mixed"] > 2 * max(counts[-1]["easy"], counts[-1]["hard"]) > 0
+    for step, count in zip(part(driven, "steps"), counts, strict=True):
+        assert set(map(tuple, step["sessions"])) == {(name, i) for name in count for i in range(count[name])}
+        assert step["metrics"]["budget/used"] == 12 and step["metrics"]["budget/largest"] == max(
+            count.values()
+        )
+    for step in part(driven, "fixed"):
+        assert set(Counter(name for name, _ in step["sessions"]).values()) == {4}
+
+
+@pytest.mark.slow
+def test_metrics_have_trls_names(driven: dict[str, Any]) -> None:
+    names = {"budget/used", "budget/saved", "budget/prompts", "budget/largest", "groups/informative"}
+    names |= {"belief/coverage_90", "belief/retired", "belief/returned"}
+    assert set(part(driven, "steps")[0]["metrics"]) >= names
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_the_uninterrupted_one(driven: dict[str, Any]) -> None:
+    found = part(driven, "checkpoints")
+    assert found["files"] == ["actor", "data.pt", STATE_FILE] and found["loaded_step"] == 2
+    assert found["resumed"][0] == found["resumed"][1]
+    assert found["counts"][0] == found["counts"][1] and len(set(found["counts"][0].values())) > 1
+
+
+@pytest.mark.slow
+def test_a_crash_between_the_two_writes(driven: dict[str, Any]) -> None:
+    """verl's workers die while step 4 is saved: the run goes on from step 2 with step 2's belief."""
+    found = part(driven, "checkpoints")
+    assert found["crash"] == "the machine went away" and found["after_crash"]
+    assert found["resumed_at"] == 2 and found["known"] == 3 and not found["warned"]
+    assert found["fresh"] == 0
+    (warning,) = found["warned_fresh"]
+    assert "got a checkpoint without beliefs" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("estimator", "got 'grpo' with trainer_mode=kalman_rl, expected one of kalman_rl/tracked"),
+        ("filter", "algorithm.filter_groups.enable: got true"),
+        ("unknown", "did you mean 'allocation'"),
+        ("rounds", "expected fixed or predictive"),
+        ("belief", "expected 'spo'"),
+        ("kl", "reward_range=real"),
+        ("clip", "policy_loss.options.clip_ratio_low=0.1"),
+        ("same index", "got 'toy/0' for two different prompts"),
+        ("no column", "which has no question_id"),
+    ],
+)
+def test_settings_that_do_not_go_together(driven: dict[str, Any], case: str, message: str) -> None:
+    found = part(driven, "refusals")[case]
+    assert found.startswith("ConfigError") and message in found

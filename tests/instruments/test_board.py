@@ -1,0 +1,306 @@
+"""The board: who may ask for what, and that the page follows the run. Real server, real browser at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+
+from kalman_rl.board import Board  # noqa: E402
+from kalman_rl.board.page import POLICY, SCRIPT, shell  # noqa: E402
+from kalman_rl.board.serve import accepted_hosts, listen, serve  # noqa: E402
+from kalman_rl.board.source import Source  # noqa: E402
+from kalman_rl.errors import ConfigError, RunError  # noqa: E402
+from tests.instruments.report_runs import write_run  # noqa: E402
+
+TOKEN = "a-token"
+ROW = {"kind": "train", "loss": 0.0, "reward": 0.5, "entropy": 0.3, "ratio/noop": 0.0}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", {"method": "kpo", "task": "products", "seed": 0}, status="running")
+
+
+def ask(app: Board, path: str, method: str = "GET", host: str = "127.0.0.1:8000") -> Any:
+    """One request to the application without a server."""
+    import anyio
+
+    async def go() -> Any:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            return await client.request(method, path, headers={"Host": host})
+
+    return anyio.run(go)
+
+
+@pytest.fixture
+def app(run: Path) -> Board:
+    return Board(Source(run, least=0.0), TOKEN, accepted_hosts(8000), every=0.1)
+
+
+def grow(run: Path, step: int, **values: Any) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(ROW | {"step": step, "time": float(step), **values}) + "\n")
+
+
+# ---------------------------------------------------------------- who may ask for what
+
+
+def test_frame_and_report(app: Board) -> None:
+    frame = ask(app, f"/{TOKEN}/")
+    assert frame.status_code == 200 and "<iframe" in frame.text
+    assert frame.headers["content-security-policy"] == POLICY and "unsafe" not in POLICY
+    page = ask(app, f"/{TOKEN}/page")
+    assert page.status_code == 200 and "products" in page.text
+    assert page.headers["content-security-policy"] == "frame-ancestors 'self'"
+    for answer in (frame, page):
+        assert (
+            answer.headers["cache-control"] == "no-store"
+            and answer.headers["referrer-policy"] == "no-referrer"
+        )
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/page", f"/{TOKEN}", "/a-tokem/", "/a-tokem/page", f"/{TOKEN}x/page", "//", f"/x/{TOKEN}/"]
+)
+def test_wrong_token_is_not_found(app: Board, path: str) -> None:
+    assert ask(app, path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "127.0.0.1", "127.0.0.1:8001", "localhost.evil.example:8000", "127.0.0.1:8000.evil", ""],
+)
+def test_wrong_host_is_refused_before_the_token(app: Board, host: str) -> None:
+    for path in (f"/{TOKEN}/", "/nothing"):
+        assert ask(app, path, host=host).status_code == 400
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "LOCALHOST:8000", "[::1]:8000"])
+def test_own_hosts(app: Board, host: str) -> None:
+    assert ask(app, f"/{TOKEN}/", host=host).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE"])
+def test_get_only(app: Board, method: str) -> None:
+    answer = ask(app, f"/{TOKEN}/page", method)
+    assert answer.status_code == 405 and answer.headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize(
+    "path",
+    """
+    ../manifest.json ..%2fmanifest.json %2e%2e/%2e%2e/etc/passwd ..%252f..%252fetc%252fpasswd /etc/passwd
+    file?path=/etc/passwd manifest.json metrics.jsonl page/../../manifest.json page/ ....//etc/passwd
+    ..\\..\\etc\\passwd page%00 events/../page/x static/ get-artifact?path=../../etc/passwd .%00./etc/passwd
+    """.split(),
+)
+def test_no_file_is_served(app: Board, path: str) -> None:
+    answer = ask(app, f"/{TOKEN}/x/{path}")
+    assert answer.status_code == 404 and answer.text == "not found\n"
+    direct = ask(app, f"/{TOKEN}/{path}")
+    assert direct.status_code == 404 and direct.text == "not found\n"
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "", "192.168.0.1", "example.org", "127.0.0.2", "127.0.0.1 "]
+)
+def test_other_addresses_are_refused(run: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match="host: got"):
+        serve(run, host=host)
+
+
+def test_bad_settings(run: Path, tmp_path: Path) -> None:
+    for bad in ({"port": -1}, {"port": 65536}, {"every": 0.0}, {"every": float("nan")}):
+        with pytest.raises(ConfigError, match="got"):
+            serve(run, **bad)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="no manifest.json"):
+        serve(tmp_path / "nothing")
+    with listen("127.0.0.1", 0) as taken:
+        with pytest.raises(ConfigError, match="cannot listen"):
+            serve(run, port=taken.getsockname()[1])
+
+
+def test_a_name_cannot_break_the_frame() -> None:
+    frame = shell("</title><script>alert(1)</script>", '"><script>')
+    assert frame.count("<script>") == 1 and "alert(1)</script>" not in frame.replace(SCRIPT, "")
+
+
+# ---------------------------------------------------------------- following the run
+
+
+def test_page_follows_the_run_and_is_made_once_per_change(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kalman_rl.board import source as module
+
+    made = []
+    real = module.write_report
+    monkeypatch.setattr(module, "write_report", lambda *args: (made.append(1), real(*args))[1])
+    source = Source(run, least=0.0)
+    first, again = source.page()[1], source.page()[1]
+    assert first == again and len(made) == 1
+    before = source.look().version
+    grow(run, 41, reward=0.987)
+    assert source.look().version != before
+    assert source.page()[1] != first and len(made) == 2
+
+
+def test_reading_leaves_no_trace(run: Path) -> None:
+    def state() -> list[tuple[str, int]]:
+        return sorted((str(path), path.stat().st_mtime_ns) for path in [run, *run.rglob("*")])
+
+    before = state()
+    Source(run).page()
+    assert state() == before
+
+
+def test_half_written_last_line(run: Path) -> None:
+    whole = (run / "metrics.jsonl").read_bytes()
+    grow(run, 41)
+    line = (run / "metrics.jsonl").read_bytes()[len(whole) :]
+    for cut in (1, len(line) // 2, len(line) - 2):
+        (run / "metrics.jsonl").write_bytes(whole + line[:cut])
+        assert Source(run).page()[0] == 200
+
+
+def test_deleted_run_is_said(run: Path, app: Board) -> None:
+    assert ask(app, f"/{TOKEN}/page").status_code == 200
+    shutil.rmtree(run)
+    answer = ask(app, f"/{TOKEN}/page")
+    assert answer.status_code == 410 and "the run folder is gone" in answer.text
+    stream = ask(app, f"/{TOKEN}/events")  # ends by itself
+    assert "event: gone" in stream.text and "the run folder is gone" in stream.text
+
+
+def test_too_many_listeners(app: Board) -> None:
+    app._listeners = 16
+    assert ask(app, f"/{TOKEN}/events").status_code == 503
+
+
+# ---------------------------------------------------------------- a real server
+
+
+@pytest.fixture
+def served(run: Path) -> Iterator[str]:
+    """Address of a board on an ephemeral port, in a thread."""
+    import uvicorn
+
+    sock = listen("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    app = Board(Source(run, least=0.0), TOKEN, accepted_hosts(port), every=0.1)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
+    app.closing = lambda: server.should_exit
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    yield f"http://127.0.0.1:{port}/{TOKEN}/"
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+    sock.close()
+
+
+def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    name = ""
+    for line in lines:
+        if line.startswith("event: "):
+            name = line[7:]
+        elif line.startswith("data: "):
+            yield name, json.loads(line[6:])
+
+
+def test_stream_tells_changes_and_the_end(run: Path, served: str) -> None:
+    with httpx.stream("GET", served + "events", timeout=10) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        told = events(answer.iter_lines())
+        first = next(told)
+        grow(run, 41)
+        second = next(told)
+        assert first[0] == second[0] == "changed" and first[1]["version"] != second[1]["version"]
+        shutil.rmtree(run)
+        assert next(told)[0] == "gone"
+        assert next(told, None) is None
+
+
+def test_command_prints_the_address_and_ctrl_c_ends_it(run: Path) -> None:
+    command = [sys.executable, "-m", "kalman_rl.cli", "board", str(run), "--port", "0", "--every", "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            address = process.stdout.readline().split()[0]
+            assert len(address.rstrip("/").rpartition("/")[2]) == 32  # 24 random bytes
+            for attempt in range(50):
+                try:
+                    assert httpx.get(address + "page").status_code == 200
+                    break
+                except httpx.ConnectError:
+                    time.sleep(0.1 if attempt < 49 else 0)
+            with httpx.stream("GET", address + "events", timeout=10) as answer:
+                next(events(answer.iter_lines()))
+                os.kill(process.pid, signal.SIGINT)
+                assert process.wait(10) == 0
+            assert process.stderr.read() == "board closed\n"
+        finally:
+            process.kill()
+
+
+def wait_until(page: Any, condition: str, seconds: float = 20.0) -> None:
+    """Playwright's own waiting evaluates text inside the page, which the board's policy forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, condition
+        page.wait_for_timeout(50)
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/chromium"), reason="no chromium")
+def test_browser_keeps_place_and_open_sections(run: Path, served: str) -> None:
+    sync = pytest.importorskip("playwright.sync_api")
+    problems: list[str] = []
+    asked: list[str] = []
+    with sync.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": 400})
+        page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(served, wait_until="load")
+        wait_until(page, "!!document.querySelector('iframe').contentDocument.querySelector('details')")
+        page.evaluate(
+            """() => {
+              const inside = document.querySelector("iframe").contentDocument;
+              inside.querySelectorAll("details").forEach(part => { part.open = true; });
+              inside.defaultView.scrollTo(0, 300);
+              document.querySelector("iframe").dataset.old = "";
+            }"""
+        )
+        grow(run, 41, reward=0.9)
+        wait_until(
+            page,
+            "document.querySelectorAll('iframe').length === 1 && !document.querySelector('iframe[data-old]')",
+        )
+        state = page.evaluate(
+            """() => {
+              const inside = document.querySelector("iframe").contentDocument;
+              return [inside.defaultView.scrollY, [...inside.querySelectorAll("details")].every(part => part.open)];
+            }"""
+        )
+        assert state == [300, True]
+        shutil.rmtree(run)
+        wait_until(page, "document.querySelector('p').textContent.includes('gone')")
+        browser.close()
+    assert problems == []
+    assert all(url.startswith(served) for url in asked)
