@@ -31,11 +31,11 @@ from benchmarks.interleaved import Promise, Row, as_json, judge, table
 from benchmarks.peers import Peer, peers
 from benchmarks.published import KGrpoUpdate, kpo_filter
 from benchmarks.recursion import Q, R, batch, reference
-from kalman_rl.belief import KalmanPreferenceTracker
+from kalman_rl import KalmanPreferenceTracker
 from kalman_rl.belief.gram import prefix_predictions
-from kalman_rl.fast import jit
-from kalman_rl.hadamard import SRHT
-from kalman_rl.kalman import causal_filter, causal_mean
+from kalman_rl.kernels import jit
+from kalman_rl.numerics.hadamard import SRHT
+from kalman_rl.numerics.kalman import causal_filter, causal_mean
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((64, 1024), (256, 4096), (512, 16384))

@@ -17,7 +17,7 @@ import torch
 from benchmarks.interleaved import Row, table
 from benchmarks.published import kpo_filter
 from benchmarks.recursion import Q, R, batch, reference
-from kalman_rl.kalman import causal_mean
+from kalman_rl.numerics.kalman import causal_mean
 
 
 def where_it_breaks() -> list[str]:
@@ -79,8 +79,8 @@ def render(results: dict[str, Any]) -> str:
 def cold_start() -> str:
     """Seconds of the first filter in a fresh process: with empty cache, and with machine code at hand."""
     code = (
-        "import time, torch; from kalman_rl.kalman import causal_mean; z = torch.ones(4, 64); s = time.time(); "
-        "causal_mean(z, z > 0, process_noise=1.0, observation_noise=1.0); print(time.time() - s)"
+        "import time, torch; from kalman_rl.numerics.kalman import causal_mean; z = torch.ones(4, 64); "
+        "s = time.time(); causal_mean(z, z > 0, process_noise=1.0, observation_noise=1.0); print(time.time() - s)"
     )
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "NUMBA_CACHE_DIR": cache}

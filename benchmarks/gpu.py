@@ -27,9 +27,9 @@ from benchmarks.fused import batch as loss_batch
 from benchmarks.fused import check, ours, published
 from benchmarks.interleaved import Promise, Row, as_json, missed, table
 from benchmarks.recursion import batch, reference
-from kalman_rl.fast import triton_kernels
-from kalman_rl.kalman import causal_mean
+from kalman_rl.kernels import triton_support
 from kalman_rl.methods import make_method
+from kalman_rl.numerics.kalman import causal_mean
 
 Q, R = 1e-4, 1.0
 RESULTS = Path(__file__).parent / "results"
@@ -157,7 +157,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was checked or timed; run this on a machine with one")
         return 0
-    if not triton_kernels.usable(torch.zeros(1, device="cuda")):
+    if not triton_support.usable(torch.zeros(1, device="cuda")):
         print("a CUDA device but no Triton: the kernels cannot run; install triton")
         return 1
     torch.manual_seed(0)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kalman_rl.aggregate import Totals
-    from kalman_rl.belief.tracker import KalmanPreferenceTracker
     from kalman_rl.errors import KalmanRLError
     from kalman_rl.methods import METHODS, make_method
+    from kalman_rl.numerics.feature_filter import KalmanPreferenceTracker
     from kalman_rl.objective import Loss, Method, policy_loss
     from kalman_rl.rollouts import Rollouts
     from kalman_rl.sampling.adaptive import run_adaptive_sampling
@@ -25,7 +25,7 @@ _HOMES = {
     **dict.fromkeys(("METHODS", "make_method"), "methods"),
     **dict.fromkeys(("Loss", "Method", "policy_loss"), "objective"),
     **{"KalmanRLError": "errors", "Rollouts": "rollouts", "Totals": "aggregate"},
-    "KalmanPreferenceTracker": "belief.tracker",
+    "KalmanPreferenceTracker": "numerics.feature_filter",
     "SimulatedPreferenceEnv": "sampling.environment",
     "run_adaptive_sampling": "sampling.adaptive",
 }

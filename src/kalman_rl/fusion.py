@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kalman_rl import aggregate, ratio, trust
-from kalman_rl.fast import recipe
-from kalman_rl.fast.recipe import Recipe
+from kalman_rl.kernels.loss import plan as recipe
+from kalman_rl.kernels.loss.plan import Recipe
 from kalman_rl.learned_noise import AutoFiltered
 
 Part = Callable[..., Any]

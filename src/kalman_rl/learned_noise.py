@@ -2,7 +2,7 @@
 
 For the local-level model from a diffuse start, ``l_t`` given the tokens before it is ``N(m_t, R S_t)`` where
 m and S depend on ``q = Q / R`` alone. Filters for a fixed grid of q run side by side with R = 1 and keep the
-three sums of :mod:`kalman_rl.likelihood`.
+three sums of :mod:`kalman_rl.numerics.likelihood`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
-from kalman_rl.likelihood import pack, peak
+from kalman_rl.numerics.likelihood import pack, peak
 from kalman_rl.ratio import KalmanFiltered, Ratio, token_log_ratio
 from kalman_rl.rollouts import Rollouts
 

@@ -26,10 +26,10 @@ from kalman_rl import diagnosis
 from kalman_rl.aggregate import Totals, totals_of
 from kalman_rl.balance import Balance
 from kalman_rl.errors import ConfigError, ShapeError
-from kalman_rl.fast.fused import attach, enabled
-from kalman_rl.fast.fused import run as run_fused
-from kalman_rl.fast.recipe import METRICS
 from kalman_rl.fusion import recipe_of
+from kalman_rl.kernels.loss.dispatch import attach, enabled
+from kalman_rl.kernels.loss.dispatch import run as run_fused
+from kalman_rl.kernels.loss.plan import METRICS
 from kalman_rl.needs import need
 from kalman_rl.ratio import Ratio
 from kalman_rl.rollouts import Current, Rollouts, checked_top, masked_finite, masked_logp

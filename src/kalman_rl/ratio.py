@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
-from kalman_rl.kalman import Info, causal_filter
 from kalman_rl.needs import need
+from kalman_rl.numerics.kalman import Info, causal_filter
 from kalman_rl.rollouts import Rollouts
 
 

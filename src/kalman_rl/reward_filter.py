@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kalman_rl.advantage import known_rewards, only_known
 from kalman_rl.errors import NumericError
-from kalman_rl.kalman import causal_filter
+from kalman_rl.numerics.kalman import causal_filter
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
-from kalman_rl.kalman import Filtered, Gaussian, causal_filter
 from kalman_rl.learned_noise import check_memory, observed_series
+from kalman_rl.numerics.kalman import Filtered, Gaussian, causal_filter
 from kalman_rl.ratio import KalmanFiltered, Ratio, token_log_ratio
 from kalman_rl.rollouts import Rollouts
 

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
-from kalman_rl.kalman import causal_filter
 from kalman_rl.learned_noise import check_memory
-from kalman_rl.likelihood import pack, peak
+from kalman_rl.numerics.kalman import causal_filter
+from kalman_rl.numerics.likelihood import pack, peak
 from kalman_rl.ratio import Ratio, behaviour
 from kalman_rl.rollouts import Rollouts, masked_finite, masked_logp
 
@@ -109,7 +109,7 @@ def calibrate(log_ratio: Tensor, logp_old: Tensor, mask: Tensor) -> NoiseModel:
 
 
 def noise_sums(log_ratio: Tensor, logp_old: Tensor, mask: Tensor) -> Tensor:
-    """The sums of :mod:`kalman_rl.likelihood` for ``g = (rho + f) / (rho + 1)``, f = (1 - p)^2, over the grid
+    """The sums of :mod:`kalman_rl.numerics.likelihood` for ``g = (rho + f) / (rho + 1)``, f = (1 - p)^2, over the grid
     of rho = floor / scale: float64 (77,), additive, detached.
 
     Args: log_ratio: (B, T) noise, nats. logp_old: (B, T) nats, for p. mask: (B, T) bool, the tokens that count.

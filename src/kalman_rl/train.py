@@ -24,7 +24,6 @@ from transformers import PrinterCallback
 
 from kalman_rl.advantage import batch_leave_one_out, leave_one_out
 from kalman_rl.alarm.callback import CollapseAlarm
-from kalman_rl.allocator import keep_freed_memory
 from kalman_rl.callbacks import (
     Evaluate,
     Progress,
@@ -38,6 +37,7 @@ from kalman_rl.config import TrainConfig
 from kalman_rl.errors import ConfigError
 from kalman_rl.evaluation import evaluate
 from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
+from kalman_rl.kernels.memory import keep_freed_memory
 from kalman_rl.methods import make_method
 from kalman_rl.models import LoadedModel, load_model
 from kalman_rl.objective import Method

@@ -19,10 +19,10 @@ pytest.importorskip("trl")
 import pyarrow.parquet as parquet
 from safetensors.torch import load_file
 
-from kalman_rl.allocator import keep_freed_memory
 from kalman_rl.callbacks import Progress
 from kalman_rl.config import TrainConfig, build, to_toml, validate
 from kalman_rl.errors import ConfigError, RewardError
+from kalman_rl.kernels.memory import keep_freed_memory
 from kalman_rl.runs import Run, read_metrics
 from kalman_rl.train import train
 

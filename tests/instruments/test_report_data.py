@@ -17,8 +17,8 @@ from kalman_rl.belief import make_belief
 from kalman_rl.errors import RunError
 from kalman_rl.integrations.tracking import Budget, Tracking
 from kalman_rl.integrations.trl.records import LEVELS, MOST_PROMPTS, belief_record
-from kalman_rl.kalman import causal_filter
 from kalman_rl.methods import make_method
+from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.objective import policy_loss
 from kalman_rl.replay import replay
 from kalman_rl.report.alarm_section import MOST as MOST_ALARMS

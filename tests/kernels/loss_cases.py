@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kalman_rl import ratio, trust
 from kalman_rl.aggregate import SequenceSum, Totals, sequence_mean, token_mean
-from kalman_rl.fast.recipe import METRICS
+from kalman_rl.kernels.loss.plan import METRICS
 from kalman_rl.objective import Loss, Method, policy_loss
 from kalman_rl.rollouts import Rollouts
 

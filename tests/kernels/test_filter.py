@@ -20,8 +20,9 @@ from statsmodels.tsa.statespace.kalman_filter import KalmanFilter
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.fast import filter_numba, jit
-from kalman_rl.kalman import causal_filter, causal_filter_loop, causal_mean
+from kalman_rl.kernels import jit
+from kalman_rl.kernels.filter import cpu as filter_cpu
+from kalman_rl.numerics.kalman import causal_filter, causal_filter_loop, causal_mean
 
 pytestmark = pytest.mark.skipif(not jit.usable(), reason="numba is not installed or switched off")
 INF = math.inf
@@ -230,7 +231,7 @@ def example(rows: int = 5, length: int = 60) -> tuple[Tensor, Tensor, dict[str, 
 
 def test_it_is_used_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(filter_numba, "compiled", lambda f: calls.append(f) or jit.compiled(f))
+    monkeypatch.setattr(filter_cpu, "compiled", lambda f: calls.append(f) or jit.compiled(f))
     z, mask, options = example()
     causal_mean(z, mask, **options)
     assert calls
@@ -335,7 +336,7 @@ def test_no_directory_for_the_machine_code(tmp_path: Path) -> None:
     code = (
         "from numba.core import caching\n"
         "caching.CacheImpl._locator_classes = []\n"
-        "import torch; from kalman_rl.kalman import causal_mean\n"
+        "import torch; from kalman_rl.numerics.kalman import causal_mean\n"
         "z = torch.ones(2, 3)\n"
         "print(causal_mean(z, z > 0, process_noise=1.0, observation_noise=1.0)[0, 0].item())\n"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kalman_rl.fast import jit
+from kalman_rl.kernels import jit
 
 pytestmark = pytest.mark.skipif(not jit.usable(), reason="numba is not installed or switched off")
 RNG = np.random.default_rng(0)
@@ -13,7 +13,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def lanes():
-    from kalman_rl.fast import lanes
+    from kalman_rl.kernels.filter import lanes
 
     return lanes
 

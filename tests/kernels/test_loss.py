@@ -17,8 +17,8 @@ from kalman_rl import aggregate, fusion, ratio, trust
 from kalman_rl.aggregate import SequenceSum, sequence_mean, token_mean, totals_of
 from kalman_rl.correction import Truncated
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.fast import fused as fast
-from kalman_rl.fast import jit
+from kalman_rl.kernels import jit
+from kalman_rl.kernels.loss import dispatch as fast
 from kalman_rl.methods import METHODS
 from kalman_rl.objective import Loss, policy_loss
 from kalman_rl.rollouts import Current, Rollouts

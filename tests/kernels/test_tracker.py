@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.belief import KalmanPreferenceTracker, tracker
-from kalman_rl.fast import jit
+from kalman_rl import KalmanPreferenceTracker
+from kalman_rl.kernels import jit
+from kalman_rl.numerics import feature_filter as tracker
 
 pytestmark = pytest.mark.skipif(not jit.usable(), reason="numba is not installed or switched off")
 

@@ -16,10 +16,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kalman_rl.fast import filter_kernels as filters
-from kalman_rl.fast import fused_triton as fused
-from kalman_rl.fast import recipe
-from kalman_rl.fast.filter_triton import BLOCK, WARPS
+from kalman_rl.kernels.filter import cuda_kernels as filters
+from kalman_rl.kernels.filter.cuda import BLOCK, WARPS
+from kalman_rl.kernels.loss import cuda as fused
+from kalman_rl.kernels.loss import plan as recipe
 
 FLOATS = ("z", "logp", "old", "advantage", "constants", "table", "limits", "whole", "variance", "mean", "maps", "g",
           "out", "gains", "carried", "log_ratio", "log_weight", "coefficient", "gradient", "statistics")  # fmt: skip

@@ -16,9 +16,11 @@ from torch import Tensor
 from kalman_rl import trust
 from kalman_rl.aggregate import Totals
 from kalman_rl.errors import NumericError
-from kalman_rl.fast import filter_triton, fused_triton, jit, triton_kernels
-from kalman_rl.kalman import causal_filter_loop, causal_mean
+from kalman_rl.kernels import jit, triton_support
+from kalman_rl.kernels.filter import cuda as filter_cuda
+from kalman_rl.kernels.loss import cuda as loss_cuda
 from kalman_rl.methods import make_method
+from kalman_rl.numerics.kalman import causal_filter_loop, causal_mean
 from kalman_rl.objective import policy_loss
 from tests.kernels.loss_cases import AGGREGATES, RATIOS, TRUSTS, compare, composition, draw
 
@@ -35,7 +37,7 @@ MODELS = [
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks in a short row: the interpreter takes seconds for long ones."""
-    for module in (filter_triton, fused_triton):
+    for module in (filter_cuda, loss_cuda):
         monkeypatch.setattr(module, "BLOCK", 8)
 
 
@@ -57,18 +59,18 @@ def test_means_and_gradient_are_the_definitions(
 ) -> None:
     """Whole rows and rows in chunks; right and left padding, an empty row, holes, packed sequences."""
     split = number in (0, 3)
-    monkeypatch.setattr(filter_triton, "ROWS", 9 if split else 1)
-    monkeypatch.setattr(filter_triton, "LONG", 1)
+    monkeypatch.setattr(filter_cuda, "ROWS", 9 if split else 1)
+    monkeypatch.setattr(filter_cuda, "LONG", 1)
     dtype = [torch.float64, torch.float32][number % 2]
     z, mask, segment = batch(number, dtype, holes, packed)
     given = z.clone().requires_grad_()
-    mean = filter_triton.Means.apply(given, mask, segment, *MODELS[number].values())
+    mean = filter_cuda.Means.apply(given, mask, segment, *MODELS[number].values())
     wide = torch.where(mask, z, 0.0).double().requires_grad_()
     expected = causal_filter_loop(wide, mask, segment=segment, **MODELS[number]).state.mean
     weight = torch.randn(3, 27, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (mean.double() * weight).sum().backward()
     (expected * weight).sum().backward()
-    plan = filter_triton._plan(z, mask, segment, *MODELS[number].values())
+    plan = filter_cuda._plan(z, mask, segment, *MODELS[number].values())
     assert (plan.chunks > 1) == split and plan.holes == (holes or packed)
     tolerance = {"rtol": 0, "atol": 1e-14 if dtype == torch.float64 else 2e-6}
     torch.testing.assert_close(mean.double(), expected, **tolerance)
@@ -77,14 +79,14 @@ def test_means_and_gradient_are_the_definitions(
 
 def test_causal_mean_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    run = filter_triton._forward
-    monkeypatch.setattr(filter_triton, "_forward", lambda *a, **k: calls.append(1) or run(*a, **k))
+    run = filter_cuda._forward
+    monkeypatch.setattr(filter_cuda, "_forward", lambda *a, **k: calls.append(1) or run(*a, **k))
     z, mask, _ = batch(0, torch.float32, True, False)
     mean = causal_mean(z, mask, **MODELS[1])
     expected = causal_filter_loop(z.double(), mask, **MODELS[1]).state.mean
     torch.testing.assert_close(mean.double(), expected, rtol=0, atol=2e-6)
     assert mean.dtype == torch.float32 and calls == [1]
-    monkeypatch.setenv(triton_kernels.SWITCH, "1")
+    monkeypatch.setenv(triton_support.SWITCH, "1")
     causal_mean(z, mask, **MODELS[1])
     assert calls == [1]
 
@@ -100,12 +102,12 @@ def test_bad_observations_are_refused(bad: float) -> None:
 @pytest.mark.parametrize("q", [1e-8, 1e-2])
 def test_accuracy_in_float32(q: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unit data, with and without holes."""
-    monkeypatch.setattr(filter_triton, "BLOCK", 256)
+    monkeypatch.setattr(filter_cuda, "BLOCK", 256)
     g = torch.Generator().manual_seed(2)
     z, mask = torch.randn(1, 1024, generator=g) + 0.5, torch.rand(1, 1024, generator=g) < 0.7
     model = {"process_noise": q, "observation_noise": 1.0, "initial_mean": 0.0, "initial_variance": 1.0}
     for seen in (mask, torch.ones_like(mask)):
-        found = filter_triton.means(z, seen, None, *model.values())
+        found = filter_cuda.means(z, seen, None, *model.values())
         expected = causal_mean(z.double(), seen, **model)
         assert (found.double() - expected).abs().max() <= 5e-6
 

@@ -25,7 +25,7 @@ CORE = [
     "aggregate",
     "diagnosis",
     "errors",
-    "kalman",
+    "numerics.kalman",
     "methods",
     "objective",
     "penalty",

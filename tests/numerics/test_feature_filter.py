@@ -11,7 +11,7 @@ import torch
 from statsmodels.tsa.statespace.kalman_filter import KalmanFilter
 from torch import Tensor
 
-from kalman_rl.belief import KalmanPreferenceTracker
+from kalman_rl import KalmanPreferenceTracker
 from kalman_rl.belief.gram import prefix_predictions
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 

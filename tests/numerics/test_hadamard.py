@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.fast import jit
-from kalman_rl.hadamard import SRHT, hadamard_transform
+from kalman_rl.kernels import jit
+from kalman_rl.numerics.hadamard import SRHT, hadamard_transform
 
 SIZES = [2**k for k in range(13)]
 

@@ -16,8 +16,16 @@ from statsmodels.tsa.statespace.kalman_filter import KalmanFilter
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.fast import jit
-from kalman_rl.kalman import Filtered, Gaussian, Info, causal_filter, causal_filter_loop, predict, update
+from kalman_rl.kernels import jit
+from kalman_rl.numerics.kalman import (
+    Filtered,
+    Gaussian,
+    Info,
+    causal_filter,
+    causal_filter_loop,
+    predict,
+    update,
+)
 
 INF = math.inf
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kalman_rl import KalmanPreferenceTracker
 from kalman_rl.advantage import leave_one_out
 from kalman_rl.alarm import Rule, WatchOptions
 from kalman_rl.alarm.rule import false_alarm_rate
@@ -19,15 +20,14 @@ from kalman_rl.belief import (
     BetaBelief,
     BySource,
     GaussianBelief,
-    KalmanPreferenceTracker,
     RegressionBelief,
     SPOBelief,
     make_belief,
 )
 from kalman_rl.board.serve import listen
 from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError
-from kalman_rl.hadamard import SRHT
 from kalman_rl.integrations.tracking import Budget, Tracking
+from kalman_rl.numerics.hadamard import SRHT
 from kalman_rl.replay import replay
 from kalman_rl.report import write_report
 from kalman_rl.rollouts import Rollouts

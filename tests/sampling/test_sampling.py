@@ -17,7 +17,7 @@ from torch import Tensor
 from kalman_rl.belief.beta import BetaBelief
 from kalman_rl.belief.gaussian import GaussianBelief
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling import stop
 from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.coverage import Coverage

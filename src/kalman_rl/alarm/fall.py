@@ -15,7 +15,7 @@ import torch
 
 from kalman_rl.alarm.metrics import WATCHED
 from kalman_rl.alarm.rule import Alarm
-from kalman_rl.kalman import Gaussian, predict, update
+from kalman_rl.numerics.kalman import Gaussian, predict, update
 
 RATIO = 0.2
 MEMORY = 0.95

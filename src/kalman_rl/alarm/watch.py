@@ -23,7 +23,7 @@ from torch import Tensor
 from kalman_rl.alarm.metrics import WATCHED, Metric
 from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError
-from kalman_rl.kalman import Gaussian, predict, update
+from kalman_rl.numerics.kalman import Gaussian, predict, update
 
 RATIOS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """Bank of q, process noise over observation noise per step."""

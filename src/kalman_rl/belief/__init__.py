@@ -12,7 +12,6 @@ from kalman_rl.belief.gaussian import GaussianBelief
 from kalman_rl.belief.protocol import Advantages, Belief, Observed
 from kalman_rl.belief.regression import RegressionBelief
 from kalman_rl.belief.spo import SPOBelief
-from kalman_rl.belief.tracker import KalmanPreferenceTracker
 from kalman_rl.errors import ConfigError, unknown_name
 
 BELIEFS: dict[str, type[TableBelief]] = {
@@ -60,7 +59,6 @@ __all__ = [
     "BetaBelief",
     "BySource",
     "GaussianBelief",
-    "KalmanPreferenceTracker",
     "Observed",
     "RegressionBelief",
     "SPOBelief",

@@ -16,7 +16,7 @@ from kalman_rl.belief.protocol import Advantages, Observed
 from kalman_rl.belief.table import PromptTable, clock_of
 from kalman_rl.checks import saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.kalman import Gaussian, update
+from kalman_rl.numerics.kalman import Gaussian, update
 
 FORMAT = 1
 SAME_FEATURES = 0.02

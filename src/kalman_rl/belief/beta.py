@@ -16,7 +16,7 @@ from kalman_rl.belief.groups import Groups
 from kalman_rl.belief.table import PromptTable
 from kalman_rl.checks import is_real, saved
 from kalman_rl.errors import ConfigError, NumericError
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 
 FORGETTING = (1.0, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8)
 """Default bank of forgetting factors per step: memories from five steps to everything."""

@@ -13,7 +13,7 @@ from kalman_rl.belief.groups import group_rewards, unique_ids
 from kalman_rl.belief.protocol import Advantages, Observed
 from kalman_rl.checks import saved
 from kalman_rl.errors import ConfigError, ShapeError
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 
 
 class BySource:

@@ -8,7 +8,7 @@ import torch
 
 from kalman_rl.belief.base import Prior
 from kalman_rl.belief.groups import Groups
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 
 _LEAST_SHARE = 1e-6
 

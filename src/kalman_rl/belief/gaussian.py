@@ -13,7 +13,7 @@ from kalman_rl.belief.groups import Groups
 from kalman_rl.belief.table import PromptTable
 from kalman_rl.checks import is_real
 from kalman_rl.errors import ConfigError, NumericError
-from kalman_rl.kalman import Gaussian, update
+from kalman_rl.numerics.kalman import Gaussian, update
 
 
 class GaussianBelief(TableBelief):

@@ -17,7 +17,7 @@ No time passes between the parts of a step. The width of a scalar Gaussian with 
 counts only; a
 rule that should tell easy from hard must read a belief whose width depends on the rewards: every belief made
 by ``make_belief`` does (0/1 rewards: R = m(1-m); others: pooled R), and so does
-:class:`~kalman_rl.belief.tracker.KalmanPreferenceTracker` (its R is learned).
+:class:`~kalman_rl.numerics.feature_filter.KalmanPreferenceTracker` (its R is learned).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 
 
 class Advantages(NamedTuple):

@@ -17,7 +17,7 @@ from kalman_rl.belief.ridge import Features, Ridge
 from kalman_rl.belief.table import PromptTable
 from kalman_rl.checks import is_real, saved
 from kalman_rl.errors import ConfigError
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 
 PROCESS_NOISE = (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Default bank of Q per step, in squared reward scales."""

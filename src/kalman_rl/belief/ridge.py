@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.hadamard import SRHT
+from kalman_rl.numerics.hadamard import SRHT
 
 PRIOR_PRECISION = 8.0
 """Of each coefficient, for features of mean squared length 1, over the variance of values over prompts."""

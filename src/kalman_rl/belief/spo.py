@@ -16,7 +16,7 @@ from kalman_rl.belief.protocol import Observed
 from kalman_rl.belief.table import PromptTable
 from kalman_rl.checks import is_real
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 
 
 class SPOBelief(TableBelief):

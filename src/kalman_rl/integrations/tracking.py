@@ -17,7 +17,7 @@ from torch import Tensor
 from kalman_rl.belief.protocol import Belief
 from kalman_rl.checks import is_real, is_whole, saved
 from kalman_rl.errors import ConfigError, RunError, unknown_name
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.allocate import check_rounds
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.rounds import RoundPlan, Sampled

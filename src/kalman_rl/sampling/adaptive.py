@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.tracker import KalmanPreferenceTracker
 from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, RewardError, ShapeError
-from kalman_rl.kalman import Gaussian, update
+from kalman_rl.numerics.feature_filter import KalmanPreferenceTracker
+from kalman_rl.numerics.kalman import Gaussian, update
 from kalman_rl.sampling.allocate import check_rounds
 from kalman_rl.sampling.environment import PreferenceEnvironment
 from kalman_rl.sampling.stop import beta_from_moments

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import NumericError
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 
 Number = Tensor | float
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from kalman_rl import ratio
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.learned_noise import LOG_GRID, AutoFiltered
-from kalman_rl.likelihood import pack, peak, profile
 from kalman_rl.methods import make_method
+from kalman_rl.numerics.likelihood import pack, peak, profile
 from kalman_rl.ratio import KalmanFiltered
 from kalman_rl.robust_filter import RobustFiltered
 from kalman_rl.rollouts import Rollouts

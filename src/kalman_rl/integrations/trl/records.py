@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from kalman_rl.integrations.tracking import Tracking
-from kalman_rl.kalman import Gaussian
+from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.rounds import Sampled
 
 MOST_PROMPTS = 64

@@ -1,4 +1,4 @@
-"""Loss, gradient and metrics of a fused method for CPU tensors; the loops are in ``fused_loops``.
+"""Loss, gradient and metrics of a fused method for CPU tensors; the loops are in ``cpu_loops``.
 
 Importing this module imports numba.
 """
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalman_rl.fast.filter_numba import RATIO_LIMIT, gains, room_for_runs, scratch
-from kalman_rl.fast.fused_chunk import BUFFERS, CHUNK, RAW_AROUND, SURROGATE, WIDTH, constants
-from kalman_rl.fast.fused_loops import fused
-from kalman_rl.fast.jit import EXACT, compiled
-from kalman_rl.fast.recipe import FILTERED, METRICS, SEQUENCE_SUM, TOKEN, Fused, Recipe
+from kalman_rl.kernels.filter.cpu import RATIO_LIMIT, gains, room_for_runs, scratch
+from kalman_rl.kernels.jit import EXACT, compiled
+from kalman_rl.kernels.loss.cpu_chunk import BUFFERS, CHUNK, RAW_AROUND, SURROGATE, WIDTH, constants
+from kalman_rl.kernels.loss.cpu_loops import fused
+from kalman_rl.kernels.loss.plan import FILTERED, METRICS, SEQUENCE_SUM, TOKEN, Fused, Recipe
 
 NO_TABLE = np.empty(0)
 NUMPY: dict[Any, Any] = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
@@ -33,7 +33,7 @@ def run(
     segment: Tensor | None,
     step: Any,
 ) -> Fused | None:
-    """:func:`kalman_rl.fast.fused.run` for CPU tensors."""
+    """:func:`kalman_rl.kernels.loss.dispatch.run` for CPU tensors."""
     (rows, length), dtype = mask.shape, logp.dtype
     filtered = recipe.ratio == FILTERED
     advantage = advantage.detach().to(dtype)

@@ -1,4 +1,4 @@
-"""The scalar filter of :mod:`kalman_rl.kalman` for CPU tensors, compiled.
+"""The scalar filter of :mod:`kalman_rl.numerics.kalman` for CPU tensors, compiled.
 
 Each function returns None for input that it does not take, wrong input included: the caller then computes in
 torch, which says what is wrong. States are float64 whatever the type of the observations.
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.fast import filter_fields as field_loops
-from kalman_rl.fast.jit import compiled, module, usable
-from kalman_rl.fast.memory import empty_like
+from kalman_rl.kernels.filter import cpu_fields as field_loops
+from kalman_rl.kernels.jit import compiled, module, usable
+from kalman_rl.kernels.memory import empty_like
 
 Noise = Tensor | float
 RATIO_LIMIT = 100.0  # of Q / R in means_with_holes
@@ -61,7 +61,7 @@ def _means(
     flat, result = z.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance
-    good, start, loops = True, 0, module("filter_loops")
+    good, start, loops = True, 0, module("filter.cpu_loops")
     place, order, total = runs.place, runs.order, runs.total
     if noises is not None:
         q, r = noises
@@ -97,7 +97,7 @@ def gradients(
     runs = runs or find_runs(mask, segment)
     flat, result = gradient.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
-    start, loops, p0 = 0, module("filter_gradients"), model.initial_variance
+    start, loops, p0 = 0, module("filter.cpu_gradients"), model.initial_variance
     place, order, total = runs.place, runs.order, runs.total
     if noises is not None and runs.clean:
         start, table = runs.clean, gains(*noises, p0, runs.length)
@@ -190,17 +190,17 @@ def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
     rows, length = mask.shape
     marks, place, order = room_for_runs(rows, segment)
     flat = mask.contiguous().numpy().reshape(-1).view("uint8")
-    clean = compiled(module("filter_runs").find_runs)(flat, marks, rows, length, place, order)
+    clean = compiled(module("filter.segments").find_runs)(flat, marks, rows, length, place, order)
     return Runs(flat, place, order, clean, int(order[-1]), length)
 
 
 def room_for_runs(rows: int, segment: Tensor | None) -> tuple[Any, Any, Any]:
     """``segment, runs, order`` of the kernel ``find_runs``, the last two empty."""
-    np, marks, most = module("filter_runs").np, _no_marks(), rows
+    np, marks, most = module("filter.segments").np, _no_marks(), rows
     if segment is not None:
         marks = segment.detach().to(torch.int64).contiguous().numpy().reshape(-1)
         most += int((segment[:, 1:] != segment[:, :-1]).sum())
-    work = np.empty(6 * most + 2 * module("filter_runs").BUCKETS + 2, "int64")
+    work = np.empty(6 * most + 2 * module("filter.segments").BUCKETS + 2, "int64")
     return marks, work[: 5 * most], work[5 * most :]
 
 
@@ -219,7 +219,7 @@ def scratch() -> tuple[Any, Any]:
 
 @functools.cache
 def _no_marks() -> Any:
-    return module("filter_runs").np.empty(0, "int64")
+    return module("filter.segments").np.empty(0, "int64")
 
 
 def gains(q: float, r: float, p0: float, length: int) -> Any:
@@ -229,15 +229,15 @@ def gains(q: float, r: float, p0: float, length: int) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _table_of_fields(q: float, r: float, p0: float, length: int) -> Any:
-    table = module("filter_runs").np.empty(6 * length)
+    table = module("filter.segments").np.empty(6 * length)
     compiled(field_loops.table_of_fields)(q, r, p0, table, length)
     return table
 
 
 @functools.lru_cache(maxsize=8)
 def _gains(q: float, r: float, p0: float, length: int) -> Any:
-    table = module("filter_runs").np.empty(2 * length)
-    compiled(module("filter_loops").table_of_gains)(q, r, p0, table, length)
+    table = module("filter.segments").np.empty(2 * length)
+    compiled(module("filter.cpu_loops").table_of_gains)(q, r, p0, table, length)
     return table
 
 

@@ -1,8 +1,8 @@
 """Loss, gradient and metrics of a fused method in one pass over the tokens, compiled for the CPU.
 
-A *run* is one sequence, a row or a segment of a packed row, as in ``filter_runs``; arrays are flat. Its tokens
+A *run* is one sequence, a row or a segment of a packed row, as in ``segments``; arrays are flat. Its tokens
 from the first trained one to the last are taken by chunks, in buffers that stay in the cache; the loops
-over them, in ``fused_chunk``, go on to a multiple of a vector's width, over tokens that count as masked. States of the
+over them, in ``cpu_chunk``, go on to a multiple of a vector's width, over tokens that count as masked. States of the
 filter and sums of chunks are float64; the sums alone may be reordered.
 """
 
@@ -12,10 +12,12 @@ import math
 
 import numpy as np
 
-from kalman_rl.fast import filter_loops, filter_runs, jit
-from kalman_rl.fast import fused_chunk as chunk
-from kalman_rl.fast.filter_runs import ones, total
-from kalman_rl.fast.fused_chunk import (
+from kalman_rl.kernels import jit
+from kalman_rl.kernels.filter import cpu_loops as filter_loops
+from kalman_rl.kernels.filter import segments as filter_runs
+from kalman_rl.kernels.filter.segments import ones, total
+from kalman_rl.kernels.loss import cpu_chunk as chunk
+from kalman_rl.kernels.loss.cpu_chunk import (
     CAPPED,
     CHUNK,
     COUNT,
@@ -39,7 +41,7 @@ from kalman_rl.fast.fused_chunk import (
     WIDTH,
     exact,
 )  # fmt: skip
-from kalman_rl.fast.recipe import FILTERED, SEQUENCE, SEQUENCE_MEAN, TOKEN, TOKEN_MEAN
+from kalman_rl.kernels.loss.plan import FILTERED, SEQUENCE, SEQUENCE_MEAN, TOKEN, TOKEN_MEAN
 
 find_runs = jit.inner(filter_runs.find_runs)
 means_by_table = jit.inner(filter_loops.means_by_table)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kalman_rl.checks import is_real, is_whole, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.fast import jit
-from kalman_rl.fast.tracker_numba import Absorber
-from kalman_rl.hadamard import SRHT
-from kalman_rl.kalman import Gaussian
+from kalman_rl.kernels import jit
+from kalman_rl.kernels.tracker import Absorber
+from kalman_rl.numerics.hadamard import SRHT
+from kalman_rl.numerics.kalman import Gaussian
 
 FORMAT = 1
 _BLOCK = 64  # rows absorbed by one QR decomposition

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.fast import jit, triton_kernels
-from kalman_rl.fast.recipe import Fused, Recipe
+from kalman_rl.kernels import jit, triton_support
+from kalman_rl.kernels.loss.plan import Fused, Recipe
 
 SWITCH = "KALMAN_RL_FUSED"
 """Environment variable: ``0`` turns fused passes off, ``1`` (the default) uses them where they fit."""
@@ -35,9 +35,9 @@ def enabled() -> bool:
 def backend(*tensors: Tensor) -> ModuleType | None:
     """The module with the fused pass for these tensors, or None: other devices, no compiler, not plain memory."""
     if jit.usable(*tensors):
-        return jit.module("fused_numba")
-    if triton_kernels.usable(*tensors):
-        return jit.module("fused_triton")
+        return jit.module("loss.cpu")
+    if triton_support.usable(*tensors):
+        return jit.module("loss.cuda")
     return None
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kalman_rl.checks import is_whole, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.fast import hadamard_numba, jit
+from kalman_rl.kernels import hadamard as compiled_hadamard
+from kalman_rl.kernels import jit
 
 FORMAT = 1
 _BLOCK = 16  # up to this size a small matrix product is faster than passes over the memory
@@ -122,7 +123,7 @@ class SRHT:
             if fast:
                 flat = x.detach().reshape(-1, self.dimension_in).contiguous()
                 scale = 1 / math.sqrt(self.dimension_out)
-                kept = hadamard_numba.project(flat, self.signs, self.rows, self.padded, scale)
+                kept = compiled_hadamard.project(flat, self.signs, self.rows, self.padded, scale)
                 return kept.reshape(*x.shape[:-1], self.dimension_out)
         signed = x * self.signs.to(device=x.device, dtype=x.dtype)
         signed = torch.nn.functional.pad(signed, (0, self.padded - self.dimension_in))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.fast.jit import REORDER, compiled
+from kalman_rl.kernels.jit import REORDER, compiled
 
 Array = Any
 

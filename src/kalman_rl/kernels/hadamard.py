@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kalman_rl.fast.jit import compiled
+from kalman_rl.kernels.jit import compiled
 
 Array = Any
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.fast import filter_numba, triton_kernels
+from kalman_rl.kernels import triton_support
+from kalman_rl.kernels.filter import cpu as filter_cpu
 
 Noise = Tensor | float  # a variance: one number, or one per token
 
@@ -154,8 +155,8 @@ def causal_filter(
     fields = mean = None
     if not _wants_gradient(process_noise, observation_noise):
         values = observation.double() if moving else _at_least_single(observation)
-        fields = filter_numba.fields(values, mask, segment, *model)
-        mean = filter_numba.differentiable_means(values, mask, segment, *model) if moving else None
+        fields = filter_cpu.fields(values, mask, segment, *model)
+        mean = filter_cpu.differentiable_means(values, mask, segment, *model) if moving else None
     if fields is not None and not moving:
         return Filtered(Gaussian(*fields[:2]), Info(*fields[2:]))
     tokens = _prepare(observation, mask, process_noise, observation_noise, segment)
@@ -199,11 +200,11 @@ def causal_mean(
     noises = process_noise, observation_noise
     if not _wants_gradient(*noises):
         moving = _wants_gradient(observation)
-        run = filter_numba.differentiable_means if moving else filter_numba.means
+        run = filter_cpu.differentiable_means if moving else filter_cpu.means
         given = _at_least_single(observation), mask, segment, *noises, initial_mean, initial_variance
         mean = run(*given)
         if mean is None:
-            mean = triton_kernels.means(*given, gradient=moving)
+            mean = triton_support.means(*given, gradient=moving)
         if mean is not None:
             return mean
     return causal_filter(

@@ -1,6 +1,6 @@
-"""The scalar filter as loops over flat arrays, for :mod:`kalman_rl.fast.jit`.
+"""The scalar filter as loops over flat arrays, for :mod:`kalman_rl.kernels.jit`.
 
-Runs are those of ``filter_runs``. Eight of similar length are taken side by side, because one alone would wait for
+Runs are those of ``segments``. Eight of similar length are taken side by side, because one alone would wait for
 its own last addition.
 
 Importing this module imports numba.
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kalman_rl.fast.jit import inner
-from kalman_rl.fast.lanes import (
+from kalman_rl.kernels.filter.lanes import (
     choose,
     is_number,
     is_positive,
@@ -22,6 +21,7 @@ from kalman_rl.fast.lanes import (
     turn_in_seen,
     turn_out,
 )
+from kalman_rl.kernels.jit import inner
 
 Array = Any  # one-dimensional, contiguous
 

@@ -64,7 +64,7 @@ def _numba() -> Any | None:
 @functools.cache
 def module(name: str) -> ModuleType:
     """A module of kernels by its name in this package; importing one imports its compiler."""
-    return importlib.import_module(f"kalman_rl.fast.{name}")
+    return importlib.import_module(f"kalman_rl.kernels.{name}")
 
 
 def inner(function: Callable[..., Any], freedoms: frozenset[str] = FREEDOMS) -> Callable[..., Any]:
@@ -102,6 +102,6 @@ def _njit(function: Callable[..., Any], freedoms: frozenset[str], **options: boo
 def _sources() -> str:
     """Digest of the sources of all kernels."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -1,6 +1,6 @@
 """Loss, gradient and metrics of a fused method for CUDA tensors, in Triton.
 
-One program takes one row block by block: log-ratio, filter (see ``filter_kernels``), exp, trust region,
+One program takes one row block by block: log-ratio, filter (see ``kernels/filter/cuda_kernels``), exp, trust region,
 gradient, and the row's sums behind the metrics, which plain torch adds up in float64. Sums are per row and
 then over rows in a fixed order, so that a result repeats to the bit. Importing this module imports Triton.
 """
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kalman_rl.fast import recipe as kinds
-from kalman_rl.fast.filter_kernels import block_gains, last_of, mean_maps
-from kalman_rl.fast.filter_triton import BLOCK, WARPS, numbers_of, on, spans, table_size
-from kalman_rl.fast.recipe import Fused, Recipe
+from kalman_rl.kernels.filter.cuda import BLOCK, WARPS, numbers_of, on, spans, table_size
+from kalman_rl.kernels.filter.cuda_kernels import block_gains, last_of, mean_maps
+from kalman_rl.kernels.loss import plan as kinds
+from kalman_rl.kernels.loss.plan import Fused, Recipe
 
 ONE, TOKEN = tl.constexpr(kinds.ONE), tl.constexpr(kinds.TOKEN)
 SEQUENCE, FILTERED = tl.constexpr(kinds.SEQUENCE), tl.constexpr(kinds.FILTERED)
@@ -179,7 +179,7 @@ def run(
     segment: Tensor | None,
     step: Any,
 ) -> Fused | None:
-    """:func:`kalman_rl.fast.fused.run` for CUDA tensors. Packed rows are not taken."""
+    """:func:`kalman_rl.kernels.loss.dispatch.run` for CUDA tensors. Packed rows are not taken."""
     if segment is not None or not mask.numel():
         return None
     logp, old = logp.detach().contiguous(), old.detach().contiguous()

@@ -1,4 +1,4 @@
-"""Loops over one chunk of tokens, the parts of the kernel in ``fused_loops``.
+"""Loops over one chunk of tokens, the parts of the kernel in ``cpu_loops``.
 
 Each does one thing, so that it becomes vector instructions in the type of the log-probabilities. Importing this
 module imports numba.
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from kalman_rl.fast import jit
-from kalman_rl.fast.filter_runs import ones
-from kalman_rl.fast.recipe import CAP, CLIP, LOG_LIKELIHOOD
+from kalman_rl.kernels import jit
+from kalman_rl.kernels.filter.segments import ones
+from kalman_rl.kernels.loss.plan import CAP, CLIP, LOG_LIKELIHOOD
 
 CHUNK, WIDTH = 1024, 64  # WIDTH: tokens that a loop over numbers of four bytes takes at once
 BUFFERS = 11

@@ -1,4 +1,4 @@
-"""All that :func:`kalman_rl.kalman.causal_filter` returns, as loops; runs as in ``filter_runs``.
+"""All that :func:`kalman_rl.numerics.kalman.causal_filter` returns, as loops; runs as in ``segments``.
 
 Fields, each flat like z: mean, variance, gain, innovation, innovation variance, log-likelihood.
 """

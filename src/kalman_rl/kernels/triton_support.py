@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kalman_rl.fast import jit
+from kalman_rl.kernels import jit
 
 SWITCH = "KALMAN_RL_NO_TRITON"
 """Environment variable: ``1`` switches every Triton kernel off."""
@@ -44,8 +44,8 @@ def _triton() -> bool:
 
 
 def means(*arguments: Any, gradient: bool = False) -> Any:
-    """:func:`kalman_rl.fast.filter_triton.means`, differentiable if ``gradient``; None where Triton cannot."""
+    """:func:`kalman_rl.kernels.filter.cuda.means`, differentiable if ``gradient``; None where Triton cannot."""
     if not usable(*arguments):
         return None
-    module = jit.module("filter_triton")
+    module = jit.module("filter.cuda")
     return module.Means.apply(*arguments) if gradient else module.means(*arguments)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kalman_rl.fast.jit import REORDER, inner
+from kalman_rl.kernels.jit import REORDER, inner
 
 Array = Any  # one-dimensional, contiguous
 BUCKETS = 256  # of lengths, in find_runs

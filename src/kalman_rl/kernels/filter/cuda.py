@@ -1,6 +1,6 @@
-"""Means of the scalar filter of :mod:`kalman_rl.kalman` for CUDA tensors, and their gradient, in Triton.
+"""Means of the scalar filter of :mod:`kalman_rl.numerics.kalman` for CUDA tensors, and their gradient, in Triton.
 
-The kernels are in ``filter_kernels``. Importing this module imports Triton.
+The kernels are in ``kernels/filter/cuda_kernels``. Importing this module imports Triton.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kalman_rl.fast import triton_kernels
-from kalman_rl.fast.filter_kernels import (
+from kalman_rl.kernels import triton_support
+from kalman_rl.kernels.filter.cuda_kernels import (
     adjoint_kernel,
     carry_affine,
     carry_variance,
@@ -88,7 +88,7 @@ def _plan(
     z: Tensor, mask: Tensor, segment: Tensor | None, q: Any, r: Any, m0: float, p0: float
 ) -> Plan | None:
     numbers = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (q, r)]
-    if any(isinstance(x, Tensor) for x in numbers) or not triton_kernels.usable(z, mask, segment):
+    if any(isinstance(x, Tensor) for x in numbers) or not triton_support.usable(z, mask, segment):
         return None
     q, r = map(float, numbers)
     if not (q >= 0 and 0 < r < math.inf and p0 >= 0 and math.isfinite(m0)):

@@ -1,4 +1,4 @@
-"""The filter's loops transposed: gradients of the observations from those of the means; see ``filter_loops``.
+"""The filter's loops transposed: gradients of the observations from those of the means; see ``cpu_loops``.
 
 ``s_t = g_t + (1 - K_{t+1}) s_{t+1}``, ``dz_t = K_t s_t``; what is asked of the means behind the last observed
 token counts there. Importing this module imports numba.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kalman_rl.fast.filter_loops import find_noises, place, write_lengths
-from kalman_rl.fast.filter_runs import total
-from kalman_rl.fast.jit import inner
-from kalman_rl.fast.lanes import (
+from kalman_rl.kernels.filter.cpu_loops import find_noises, place, write_lengths
+from kalman_rl.kernels.filter.lanes import (
     choose,
     is_number,
     is_positive,
@@ -22,6 +20,8 @@ from kalman_rl.fast.lanes import (
     turn_in_mask,
     turn_out,
 )
+from kalman_rl.kernels.filter.segments import total
+from kalman_rl.kernels.jit import inner
 
 Array = Any
 
