@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.interleaved import ROUNDS, SAMPLE, Promise, Row, as_json, judge, table
 from benchmarks.published_loss import kpo_loss
 from kalman_rl.methods import make_method
-from kalman_rl.objective import Method, policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.loss import Method, policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 
 SHAPES = ((64, 1024), (256, 4096), (512, 8192))
 TARGET = 4.0

@@ -25,12 +25,12 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from kalman_rl.learned_noise import AutoFiltered
 from kalman_rl.methods import make_method
-from kalman_rl.ratio import KalmanFiltered
-from kalman_rl.robust_filter import RobustFiltered
-from kalman_rl.rollouts import Rollouts
-from kalman_rl.token_noise import NoiseFiltered, NoiseModel
+from kalman_rl.objectives.ratio.learned import AutoFiltered
+from kalman_rl.objectives.ratio.robust import RobustFiltered
+from kalman_rl.objectives.ratio.token_noise import NoiseFiltered, NoiseModel
+from kalman_rl.objectives.ratio.transforms import KalmanFiltered
+from kalman_rl.objectives.rollouts import Rollouts
 
 SEEDS, ROWS, LENGTH, PAST = range(100, 124), 32, 128, 10
 FLOOR, SCALE, START = 4e-4, 0.04, 0.1  # nats^2, nats^2, standard deviation of the first log-ratio

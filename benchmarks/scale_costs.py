@@ -31,8 +31,8 @@ import torch.distributed as dist
 from kalman_rl.belief import make_belief
 from kalman_rl.integrations.state import STATE_FILE, load_state, save_state
 from kalman_rl.methods import make_method
-from kalman_rl.objective import policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.loss import policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.rounds import RoundPlan
 

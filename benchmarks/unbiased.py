@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kalman_rl import advantage, aggregate, ratio, reward_filter, tracked, trust
+from kalman_rl import tracked
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objective import Method, estimate_advantage, policy_loss
-from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
+from kalman_rl.objectives import advantage, aggregate, ratio, trust
+from kalman_rl.objectives.loss import Method, estimate_advantage, policy_loss
+from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts
 
 RESULTS = Path(__file__).parent / "results" / "unbiased.json"
 TOLERANCE = 1e-12
@@ -163,15 +164,15 @@ ADVANTAGES: dict[str, Estimator] = {
     "length weighted (OPO)": plain_sum(advantage.LengthWeighted()),
     "optimal token baseline": plain_sum(advantage.OptimalTokenBaseline()),
     "optimal token baseline, loud tail": plain_sum(advantage.OptimalTokenBaseline(silent_tail=False)),
-    "group filter (KRPO)": plain_sum(reward_filter.GroupFilter()),
-    "group filter, invariant": plain_sum(reward_filter.GroupFilter(0.0, 0.25, 0.25, invariant=True)),
+    "group filter (KRPO)": plain_sum(advantage.GroupFilter()),
+    "group filter, invariant": plain_sum(advantage.GroupFilter(0.0, 0.25, 0.25, invariant=True)),
     "James-Stein": plain_sum(tracked.JamesStein()),
     "tracked, auto (K-GRPO), first batch": plain_sum(tracked.Tracked("auto")),
     "tracked, gaussian, first batch": plain_sum(tracked.Tracked("gaussian")),
     "tracked, beta, first batch": plain_sum(tracked.Tracked("beta")),
     "tracked, spo (SPO), first batch": plain_sum(tracked.Tracked("spo")),
-    "batch filter (K-Score)": plain_sum(reward_filter.BatchFilter()),
-    "batch filter (K-Score, published)": plain_sum(reward_filter.BatchFilter(adapt=0.9, final=True)),
+    "batch filter (K-Score)": plain_sum(advantage.BatchFilter()),
+    "batch filter (K-Score, published)": plain_sum(advantage.BatchFilter(adapt=0.9, final=True)),
 }
 AGGREGATIONS: dict[str, Estimator] = {
     "RLOO, sequence sum": _rloo(aggregate.SequenceSum(1.0)),

@@ -9,8 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from kalman_rl import cards
-from kalman_rl.methods import METHODS, make_method
+from kalman_rl.methods import METHODS, cards, make_method
 
 ROOT = Path(__file__).resolve().parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "methods.md"

@@ -7,12 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kalman_rl.aggregate import Totals
     from kalman_rl.errors import KalmanRLError
     from kalman_rl.methods import METHODS, make_method
     from kalman_rl.numerics.feature_filter import KalmanPreferenceTracker
-    from kalman_rl.objective import Loss, Method, policy_loss
-    from kalman_rl.rollouts import Rollouts
+    from kalman_rl.objectives.aggregate import Totals
+    from kalman_rl.objectives.loss import Loss, Method, policy_loss
+    from kalman_rl.objectives.rollouts import Rollouts
     from kalman_rl.sampling.adaptive import run_adaptive_sampling
     from kalman_rl.sampling.environment import SimulatedPreferenceEnv
 
@@ -23,8 +23,8 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 _HOMES = {
     **dict.fromkeys(("METHODS", "make_method"), "methods"),
-    **dict.fromkeys(("Loss", "Method", "policy_loss"), "objective"),
-    **{"KalmanRLError": "errors", "Rollouts": "rollouts", "Totals": "aggregate"},
+    **dict.fromkeys(("Loss", "Method", "policy_loss"), "objectives.loss"),
+    **{"KalmanRLError": "errors", "Rollouts": "objectives.rollouts", "Totals": "objectives.aggregate"},
     "KalmanPreferenceTracker": "numerics.feature_filter",
     "SimulatedPreferenceEnv": "sampling.environment",
     "run_adaptive_sampling": "sampling.adaptive",

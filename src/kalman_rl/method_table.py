@@ -6,9 +6,8 @@ import json
 import shutil
 from typing import Any
 
-from kalman_rl import cards
 from kalman_rl.errors import unknown_name
-from kalman_rl.methods import METHODS
+from kalman_rl.methods import METHODS, cards
 from kalman_rl.verify import Check, verify
 
 

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.balance import Balance
 from kalman_rl.checks import is_whole
 from kalman_rl.config import TrainConfig, build, load_toml
 from kalman_rl.disk import read_regular
 from kalman_rl.errors import ConfigError, KalmanRLError, RunError
 from kalman_rl.methods import make_method
-from kalman_rl.objective import Method, Tokens, needs_of, policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.loss import Method, Tokens, needs_of, policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
+from kalman_rl.objectives.trust.balance import Balance
 from kalman_rl.runs import read_manifest
 from kalman_rl.traces import TRACE_COLUMNS
 

@@ -1,6 +1,6 @@
 """An advantage that remembers: the baseline is a belief about the prompt, kept from step to step.
 
-As a part of a :class:`kalman_rl.objective.Method` it is only a name with options, so that methods stay frozen
+As a part of a :class:`kalman_rl.objectives.Method` it is only a name with options, so that methods stay frozen
 and can travel; the belief itself lives where prompts have names, in a trainer.
 """
 

@@ -22,7 +22,6 @@ import transformers
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from kalman_rl.advantage import batch_leave_one_out, leave_one_out
 from kalman_rl.alarm.callback import CollapseAlarm
 from kalman_rl.callbacks import (
     Evaluate,
@@ -40,8 +39,9 @@ from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make
 from kalman_rl.kernels.memory import keep_freed_memory
 from kalman_rl.methods import make_method
 from kalman_rl.models import LoadedModel, load_model
-from kalman_rl.objective import Method
-from kalman_rl.ratio import KalmanFiltered
+from kalman_rl.objectives.advantage.group import batch_leave_one_out, leave_one_out
+from kalman_rl.objectives.loss import Method
+from kalman_rl.objectives.ratio.transforms import KalmanFiltered
 from kalman_rl.runs import Run
 from kalman_rl.tasks import Task, guard_reward, load_reward, load_task, rows, with_noise
 from kalman_rl.tracked import JamesStein

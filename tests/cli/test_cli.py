@@ -349,7 +349,9 @@ def test_verify_exits_1_when_a_check_fails(
     assert re.search(r"pass  error .* tolerance .* recorded loss and gradient", text)
     assert "FAIL" not in text and re.search(r"(\d+) of \1 checks passed", text)
     monkeypatch.setenv("KALMAN_RL_FUSED", "0")  # the defect is in a part
-    monkeypatch.setattr("kalman_rl.trust.weight_of", lambda log_weight: log_weight.exp() * 1.001)
+    monkeypatch.setattr(
+        "kalman_rl.objectives.trust.clip.weight_of", lambda log_weight: log_weight.exp() * 1.001
+    )
     assert main(["methods", "grpo", "--verify"]) == 1
     assert "FAIL" in capsys.readouterr().out
     assert main(["methods", "grpo", "--verify", "--json"]) == 1

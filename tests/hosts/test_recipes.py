@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from kalman_rl import METHODS, make_method
-from kalman_rl.aggregate import sequence_mean, token_mean
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.integrations.recipes import common, prime_rl, skyrl, slime
-from kalman_rl.objective import policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.aggregate import sequence_mean, token_mean
+from kalman_rl.objectives.loss import policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 
 NAMES = [
     "grpo",

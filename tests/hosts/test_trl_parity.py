@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalman_rl import aggregate, correction, penalty, ratio, trust
-from kalman_rl.advantage import group_centred
-from kalman_rl.objective import Method, policy_loss
+from kalman_rl.objectives import aggregate, correction, penalty, ratio, trust
+from kalman_rl.objectives.advantage.group import group_centred
+from kalman_rl.objectives.loss import Method, policy_loss
 from tests.oracles.batches import Batch, make_batch
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError)

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalman_rl import advantage, aggregate, correction, divergence, penalty, ratio, trust
-from kalman_rl.advantage import group_centred
-from kalman_rl.objective import Loss, Method, estimate_advantage, policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives import advantage, aggregate, correction, penalty, ratio, trust
+from kalman_rl.objectives.advantage.group import group_centred
+from kalman_rl.objectives.loss import Loss, Method, estimate_advantage, policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
+from kalman_rl.objectives.trust import divergence
 from tests.oracles.batches import Batch, make_batch
 
 core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)

@@ -26,16 +26,16 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.workers.config import FSDPActorConfig, McoreActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
-from kalman_rl import advantage, aggregate
-from kalman_rl.balance import Balance
 from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.integrations.verl import KalmanPolicyLossConfig, plugin, register, registered
 from kalman_rl.integrations.verl.choice import LEARNED, choose
 from kalman_rl.integrations.verl.estimators import TRACKED
 from kalman_rl.integrations.verl.losses import _say_mode, choice_for
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objective import estimate_advantage, policy_loss, settled, step_statistics
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives import advantage, aggregate
+from kalman_rl.objectives.loss import estimate_advantage, policy_loss, settled, step_statistics
+from kalman_rl.objectives.rollouts import Rollouts
+from kalman_rl.objectives.trust.balance import Balance
 from tests.oracles.batches import Batch, make_batch
 
 LENGTH = 17

@@ -19,7 +19,8 @@ from kalman_rl.integrations.tracking import Budget, Tracking
 from kalman_rl.integrations.trl.records import LEVELS, MOST_PROMPTS, belief_record
 from kalman_rl.methods import make_method
 from kalman_rl.numerics.kalman import causal_filter
-from kalman_rl.objective import policy_loss
+from kalman_rl.objectives.loss import policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.replay import replay
 from kalman_rl.report.alarm_section import MOST as MOST_ALARMS
 from kalman_rl.report.belief_data import Beliefs, read_beliefs
@@ -30,7 +31,6 @@ from kalman_rl.report.positions import position_figure
 from kalman_rl.report.savings import mixed_share, savings
 from kalman_rl.report.series import with_interval
 from kalman_rl.report.token_data import MOST_OF_ONE, inspected, spread_out
-from kalman_rl.rollouts import Rollouts
 from kalman_rl.runs import Run
 from tests.instruments.report_runs import write_beliefs, write_run, write_trace
 

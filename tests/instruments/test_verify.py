@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from kalman_rl import ratio, trust
-from kalman_rl.advantage import group_centred
 from kalman_rl.errors import ConfigError
 from kalman_rl.methods import METHODS, make_method
+from kalman_rl.objectives import ratio, trust
+from kalman_rl.objectives.advantage.group import group_centred
 from kalman_rl.verify import golden, oracles, verify
 from kalman_rl.verify.check import Check, relative_error
 from kalman_rl.verify.literal import example

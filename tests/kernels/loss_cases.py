@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalman_rl import ratio, trust
-from kalman_rl.aggregate import SequenceSum, Totals, sequence_mean, token_mean
 from kalman_rl.kernels.loss.plan import METRICS
-from kalman_rl.objective import Loss, Method, policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives import ratio, trust
+from kalman_rl.objectives.aggregate import SequenceSum, Totals, sequence_mean, token_mean
+from kalman_rl.objectives.loss import Loss, Method, policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 
 INF = math.inf
 RATIOS = [

@@ -13,15 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl import aggregate, fusion, ratio, trust
-from kalman_rl.aggregate import SequenceSum, sequence_mean, token_mean, totals_of
-from kalman_rl.correction import Truncated
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.kernels import jit
 from kalman_rl.kernels.loss import dispatch as fast
 from kalman_rl.methods import METHODS
-from kalman_rl.objective import Loss, policy_loss
-from kalman_rl.rollouts import Current, Rollouts
+from kalman_rl.objectives import aggregate, ratio, trust
+from kalman_rl.objectives import fused as fusion
+from kalman_rl.objectives.aggregate import SequenceSum, sequence_mean, token_mean, totals_of
+from kalman_rl.objectives.correction import Truncated
+from kalman_rl.objectives.loss import Loss, policy_loss
+from kalman_rl.objectives.rollouts import Current, Rollouts
 from kalman_rl.verify import golden
 from tests.kernels.loss_cases import AGGREGATES, RATIOS, TRUSTS, Case, compare, composition, draw
 from tests.oracles.batches import CASES, TABLE, make_batch

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalman_rl import trust
-from kalman_rl.aggregate import Totals
 from kalman_rl.errors import NumericError
 from kalman_rl.kernels import jit, triton_support
 from kalman_rl.kernels.filter import cuda as filter_cuda
 from kalman_rl.kernels.loss import cuda as loss_cuda
 from kalman_rl.methods import make_method
 from kalman_rl.numerics.kalman import causal_filter_loop, causal_mean
-from kalman_rl.objective import policy_loss
+from kalman_rl.objectives import trust
+from kalman_rl.objectives.aggregate import Totals
+from kalman_rl.objectives.loss import policy_loss
 from tests.kernels.loss_cases import AGGREGATES, RATIOS, TRUSTS, compare, composition, draw
 
 assert os.environ["TRITON_INTERPRET"] == "1" and not jit.usable()

@@ -6,9 +6,8 @@ import re
 
 import pytest
 
-from kalman_rl import cards
 from kalman_rl.errors import ConfigError
-from kalman_rl.methods import METHODS
+from kalman_rl.methods import METHODS, cards
 
 every = pytest.mark.parametrize("name", list(METHODS))
 

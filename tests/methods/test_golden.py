@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalman_rl import balance, trust
+from kalman_rl.objectives import trust
 from kalman_rl.verify import golden
 
 RECORDS = golden.records()
@@ -54,13 +54,13 @@ def test_advantage(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("record", [r for r in RECORDS["policy_losses"] if r["method"] == "bapo"])
 def test_bapo_ends_with_the_recorded_bounds(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[trust.Clip] = []
-    settle = balance.Balance.settle
+    settle = trust.Balance.settle
 
-    def note(self: balance.Balance, statistics: Tensor) -> trust.Clip:
+    def note(self: trust.Balance, statistics: Tensor) -> trust.Clip:
         found.append(settle(self, statistics))
         return found[-1]
 
-    monkeypatch.setattr(balance.Balance, "settle", note)
+    monkeypatch.setattr(trust.Balance, "settle", note)
     golden.compare_loss(record)
     bounds = record["chosen_bounds"]
     assert 1 - found[0].low == pytest.approx(bounds["clip_low"], rel=1e-12)

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl import advantage, aggregate, correction, ratio, reward_filter, trust
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objective import Method, policy_loss
-from kalman_rl.rollouts import Current
+from kalman_rl.objectives import advantage, aggregate, correction, ratio, trust
+from kalman_rl.objectives.loss import Method, policy_loss
+from kalman_rl.objectives.rollouts import Current
 from tests.oracles.batches import TABLE, Batch, Outcome, make_batch, on_policy, run
 
 few = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -325,8 +325,8 @@ def test_reward_filters_without_drift_and_prior_are_running_means(seed: int) -> 
     expected = (reward - reward.cumsum(0) / n) / (NOISE / n).sqrt()
     for prior in (1e14, 1e20):
         for part in (
-            reward_filter.GroupFilter(0.0, NOISE, prior, epsilon=0.0),
-            reward_filter.BatchFilter(0.0, NOISE, prior, epsilon=0.0),
+            advantage.GroupFilter(0.0, NOISE, prior, epsilon=0.0),
+            advantage.BatchFilter(0.0, NOISE, prior, epsilon=0.0),
         ):
             found = part(reward, torch.zeros(8, dtype=torch.long))
             close(found, expected, rtol=1e-9, atol=1e-9)

@@ -27,14 +27,14 @@ from benchmarks.unbiased import (
 )
 from torch import Tensor
 
-from kalman_rl import advantage, reward_filter
-from kalman_rl.aggregate import SequenceSum
 from kalman_rl.methods import METHODS
-from kalman_rl.objective import Method, policy_loss
-from kalman_rl.penalty import KL, k1, k2, k3
-from kalman_rl.ratio import one
-from kalman_rl.rollouts import Rollouts
-from kalman_rl.trust import unclipped
+from kalman_rl.objectives import advantage
+from kalman_rl.objectives.aggregate import SequenceSum
+from kalman_rl.objectives.loss import Method, policy_loss
+from kalman_rl.objectives.penalty import KL, k1, k2, k3
+from kalman_rl.objectives.ratio.transforms import one
+from kalman_rl.objectives.rollouts import Rollouts
+from kalman_rl.objectives.trust.clip import unclipped
 
 ONE = {"vocabulary": 3, "length": 2, "prompts": 1, "group": 2}
 TWO = {"vocabulary": 2, "length": 3, "prompts": 2, "group": 2}
@@ -179,7 +179,7 @@ def test_krpo_at_its_published_group_size() -> None:
     chosen = torch.tensor(list(itertools.product(range(2), repeat=size)))
     probability = torch.tensor([1 - p, p], dtype=torch.float64)[chosen].prod(1)
     group = torch.arange(len(chosen)).repeat_interleave(size)
-    found = reward_filter.GroupFilter()(reward[chosen].flatten(), group).reshape(chosen.shape)
+    found = advantage.GroupFilter()(reward[chosen].flatten(), group).reshape(chosen.shape)
     mean = probability @ (found * (chosen.double() - p)).mean(1)  # score of a Bernoulli logit
     scale = float(mean) / (p * (1 - p) * 0.7)
     assert scale == pytest.approx(krpo_factor(size), rel=1e-12)
@@ -189,7 +189,7 @@ def test_krpo_at_its_published_group_size() -> None:
 @pytest.mark.parametrize("group", [2, 3])
 def test_krpo_without_order_has_a_known_factor(group: int) -> None:
     r, p = 0.3, 0.7
-    part = plain_sum(reward_filter.GroupFilter(0.0, r, p, invariant=True))
+    part = plain_sum(advantage.GroupFilter(0.0, r, p, invariant=True))
     found = judge(arbitrary(3, **(ONE | {"group": group})), part)
     assert found.residual < 1e-12
     assert found.scale == pytest.approx(1 / math.sqrt(1 / (1 / p + (group - 1) / r) + r), rel=1e-12)

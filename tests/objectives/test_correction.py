@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.aggregate import sequence_mean, token_mean, totals_of
-from kalman_rl.correction import CORRECTIONS, Masked, Truncated, mismatch
 from kalman_rl.errors import ConfigError, NumericError
-from kalman_rl.lookup import make
 from kalman_rl.methods import make_method
-from kalman_rl.objective import policy_loss
-from kalman_rl.penalty import KL
-from kalman_rl.ratio import BehaviourToken
-from kalman_rl.rollouts import Current, Rollouts
-from kalman_rl.trust import Trust
+from kalman_rl.objectives.aggregate import sequence_mean, token_mean, totals_of
+from kalman_rl.objectives.correction import CORRECTIONS, Masked, Truncated, mismatch
+from kalman_rl.objectives.loss import policy_loss
+from kalman_rl.objectives.penalty import KL
+from kalman_rl.objectives.ratio.transforms import BehaviourToken
+from kalman_rl.objectives.rollouts import Current, Rollouts
+from kalman_rl.objectives.trust.clip import Trust
+from kalman_rl.registry import make
 from tests.oracles.batches import Batch, make_batch
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.lookup import make
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.needs import NEEDS, need
-from kalman_rl.objective import needs_of, policy_loss
-from kalman_rl.rollouts import Current, LastLayerStep, Rollouts, score_energy
+from kalman_rl.objectives.inputs import NEEDS, need
+from kalman_rl.objectives.loss import needs_of, policy_loss
+from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts, score_energy
+from kalman_rl.registry import make
 
 # ---- needs
 

@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl import aggregate, ratio, trust
-from kalman_rl.aggregate import Totals, totals_of
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objective import Method, policy_loss, settled, step_statistics
-from kalman_rl.penalty import KL
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives import aggregate, ratio, trust
+from kalman_rl.objectives.aggregate import Totals, totals_of
+from kalman_rl.objectives.loss import Method, policy_loss, settled, step_statistics
+from kalman_rl.objectives.penalty import KL
+from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.tracked import JamesStein, Tracked
 from tests.oracles.batches import (
     CASES,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError
-from kalman_rl.penalty import KL, k1, k2, k3
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.penalty import KL, k1, k2, k3
+from kalman_rl.objectives.rollouts import Rollouts
 
 THETA = torch.tensor([0.4, -1.1, 0.0, 0.9, -0.3], dtype=torch.float64)
 REFERENCE = torch.log_softmax(torch.tensor([0.1, -0.6, 0.5, 0.2, 0.0], dtype=torch.float64), 0)

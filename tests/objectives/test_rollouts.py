@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalman_rl.errors import KalmanRLError, NumericError, ShapeError, unknown_name
-from kalman_rl.rollouts import Rollouts, masked_logp
+from kalman_rl.objectives.rollouts import Rollouts, masked_logp
 
 
 def make(**changes: Any) -> Rollouts:

@@ -11,23 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalman_rl import ratio
-from kalman_rl.advantage import ConstantBaseline, batch_leave_one_out
-from kalman_rl.aggregate import SequenceSum, Totals, token_mean
-from kalman_rl.balance import Balance
-from kalman_rl.correction import Masked, Truncated
-from kalman_rl.curvature import CurvatureMask
-from kalman_rl.divergence import DivergenceMask, log_complement
-from kalman_rl.learned_noise import AutoFiltered
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objective import Loss, Method, estimate_advantage, policy_loss
-from kalman_rl.penalty import KL, k2
-from kalman_rl.reward_filter import BatchFilter, GroupFilter
-from kalman_rl.robust_filter import RobustFiltered
-from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
-from kalman_rl.token_noise import NoiseFiltered
+from kalman_rl.objectives import ratio
+from kalman_rl.objectives.advantage.filtered import BatchFilter, GroupFilter
+from kalman_rl.objectives.advantage.group import ConstantBaseline, batch_leave_one_out
+from kalman_rl.objectives.aggregate import SequenceSum, Totals, token_mean
+from kalman_rl.objectives.correction import Masked, Truncated
+from kalman_rl.objectives.loss import Loss, Method, estimate_advantage, policy_loss
+from kalman_rl.objectives.penalty import KL, k2
+from kalman_rl.objectives.ratio.learned import AutoFiltered
+from kalman_rl.objectives.ratio.robust import RobustFiltered
+from kalman_rl.objectives.ratio.token_noise import NoiseFiltered
+from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts
+from kalman_rl.objectives.trust.balance import Balance
+from kalman_rl.objectives.trust.clip import Cap, Clip, GeometricClip, SoftGate
+from kalman_rl.objectives.trust.curvature import CurvatureMask
+from kalman_rl.objectives.trust.divergence import DivergenceMask, log_complement
 from kalman_rl.tracked import JamesStein, Tracked
-from kalman_rl.trust import Cap, Clip, GeometricClip, SoftGate
 from kalman_rl.verify.literal import LOOPS, lookup
 
 TABLE: dict[str, Method] = {name: make_method(name) for name in METHODS}

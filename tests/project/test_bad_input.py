@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from kalman_rl import KalmanPreferenceTracker
-from kalman_rl.advantage import leave_one_out
 from kalman_rl.alarm import Rule, WatchOptions
 from kalman_rl.alarm.rule import false_alarm_rate
 from kalman_rl.alarm.watch import Watch
@@ -28,9 +27,10 @@ from kalman_rl.board.serve import listen
 from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError
 from kalman_rl.integrations.tracking import Budget, Tracking
 from kalman_rl.numerics.hadamard import SRHT
+from kalman_rl.objectives.advantage.group import leave_one_out
+from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.replay import replay
 from kalman_rl.report import write_report
-from kalman_rl.rollouts import Rollouts
 from kalman_rl.sampling.adaptive import run_adaptive_sampling
 from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.coverage import Coverage

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from kalman_rl.cards import CHANGES, changes
 from kalman_rl.methods import METHODS
+from kalman_rl.methods.cards import CHANGES, changes
 
 pytest.importorskip("tyro")
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.advantage import leave_one_out
 from kalman_rl.belief import make_belief
 from kalman_rl.belief.beta import BetaBelief
 from kalman_rl.belief.gaussian import GaussianBelief
 from kalman_rl.belief.protocol import Belief
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.objectives.advantage.group import leave_one_out
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.implied import Implied, StopRule, implied_weight, never, when_mixed
 from kalman_rl.sampling.price import Price

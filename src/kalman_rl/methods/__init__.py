@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kalman_rl.lookup import make
 from kalman_rl.methods import by_advantage, by_filter, by_ratio, by_trust
-from kalman_rl.methods.knobs import translated
-from kalman_rl.objective import Method
+from kalman_rl.methods.aliases import translated
+from kalman_rl.objectives.loss import Method
+from kalman_rl.registry import make
 
 METHODS: dict[str, Callable[..., Method]] = {
     build.__name__: build
@@ -68,7 +68,7 @@ def make_method(name: str, **options: float | bool | None) -> Method:
         name: a key of METHODS.
         options: of the method's own function, units and ranges there.
 
-    Returns: the :class:`~kalman_rl.objective.Method`, for :func:`~kalman_rl.objective.policy_loss` and the trainers.
+    Returns: the :class:`~kalman_rl.objectives.Method`, for :func:`~kalman_rl.objectives.policy_loss` and the trainers.
     Raises: ConfigError for an unknown name or option, naming the nearest one; NumericError for a value
     out of range.
 

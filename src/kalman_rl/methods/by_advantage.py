@@ -1,15 +1,16 @@
 """Methods that differ in the advantage: who did better than expected.
 
 Options of most: ``low``, ``high`` >= 0, distances of the clip's ends from a ratio of 1; ``dual`` > 1 or None, see
-:class:`kalman_rl.trust.Clip`; ``epsilon`` >= 0, reward units, added to the group's standard deviation. Here
+:class:`kalman_rl.objectives.trust.Clip`; ``epsilon`` >= 0, reward units, added to the group's standard deviation. Here
 ``process_noise``, ``observation_noise`` and ``initial_variance`` are variances of rewards, in squared reward units
-(:mod:`kalman_rl.reward_filter`). NumericError for a value outside its range.
+(:mod:`kalman_rl.objectives.advantage.filtered`). NumericError for a value outside its range.
 """
 
 from __future__ import annotations
 
-from kalman_rl import advantage, aggregate, ratio, reward_filter, tracked, trust
-from kalman_rl.objective import Method
+from kalman_rl import tracked
+from kalman_rl.objectives import advantage, aggregate, ratio, trust
+from kalman_rl.objectives.loss import Method
 
 
 def reinforce(*, baseline: float = 0.0) -> Method:
@@ -112,12 +113,12 @@ def krpo(
 ) -> Method:
     """KRPO as published: a Kalman filter over the group's rewards in list order. Source: arXiv 2505.07527.
 
-    Depends on the order of the list and is not centred; see :class:`kalman_rl.reward_filter.GroupFilter`.
+    Depends on the order of the list and is not centred; see :class:`kalman_rl.objectives.advantage.GroupFilter`.
     Deviations: the published 0.01 k3 penalty is off (TRL: ``beta=0.01``).
     """
     return Method(
         "krpo",
-        reward_filter.GroupFilter(process_noise, observation_noise, initial_variance),
+        advantage.GroupFilter(process_noise, observation_noise, initial_variance),
         ratio.token,
         trust.Clip(low, high),
         aggregate.sequence_mean,
@@ -133,7 +134,7 @@ def krpo_invariant(
     """
     return Method(
         "krpo_invariant",
-        reward_filter.GroupFilter(0.0, observation_noise, initial_variance, invariant=True),
+        advantage.GroupFilter(0.0, observation_noise, initial_variance, invariant=True),
         ratio.token,
         trust.Clip(low, high),
         aggregate.sequence_mean,
@@ -157,7 +158,7 @@ def k_score(
     """
     return Method(
         "k_score",
-        reward_filter.BatchFilter(process_noise, observation_noise, initial_variance, adapt, final),
+        advantage.BatchFilter(process_noise, observation_noise, initial_variance, adapt, final),
         ratio.token,
         trust.Clip(low, high),
         aggregate.sequence_mean,

@@ -1,15 +1,15 @@
 """Methods that differ in the filter over the ratios: how the noise of a token's ratio is taken out.
 
 Options of all: ``process_noise`` Q >= 0 per token, ``observation_noise`` R > 0 and ``initial_variance`` P0 >= 0 or
-inf, variances of log-ratios in nats^2 (:class:`kalman_rl.ratio.KalmanFiltered`); ``low``, ``high`` >= 0, distances
-of the clip's ends from a filtered ratio of 1; ``epsilon`` >= 0, reward units, added to the group's standard
+inf, variances of log-ratios in nats^2 (:class:`kalman_rl.objectives.ratio.KalmanFiltered`); ``low``, ``high`` >= 0,
+distances of the clip's ends from a filtered ratio of 1; ``epsilon`` >= 0, reward units, added to the group's standard
 deviation; ``memory`` in [0, 1), the share of past statistics that an optimizer step keeps. NumericError outside.
 """
 
 from __future__ import annotations
 
-from kalman_rl import advantage, aggregate, learned_noise, ratio, robust_filter, token_noise, trust
-from kalman_rl.objective import Method
+from kalman_rl.objectives import advantage, aggregate, ratio, trust
+from kalman_rl.objectives.loss import Method
 
 
 def kpo(
@@ -96,7 +96,7 @@ def kpo_auto(
     return Method(
         "kpo_auto",
         advantage.GroupZScore(epsilon),
-        learned_noise.AutoFiltered(process_noise, observation_noise, memory),
+        ratio.AutoFiltered(process_noise, observation_noise, memory),
         trust.Clip(low, high),
         aggregate.sequence_mean,
     )
@@ -118,12 +118,12 @@ def kpo_noise(
     ``scale = 0`` is :func:`kpo_diffuse` with R = floor. Only ``floor : scale : Q`` matters to the weights.
     With ``behaviour`` the ratio is to the sampler, and floor and scale are learned from how trainer and
     sampler disagree on the same policy (``memory``); without, they are what you say, for example what
-    :func:`kalman_rl.token_noise.calibrate` found. The clip is kpo_diffuse's, for Q is as small.
+    :func:`kalman_rl.objectives.ratio.calibrate` found. The clip is kpo_diffuse's, for Q is as small.
     """
     return Method(
         "kpo_noise",
         advantage.GroupZScore(epsilon),
-        token_noise.NoiseFiltered(floor, scale, process_noise, behaviour=behaviour, memory=memory),
+        ratio.NoiseFiltered(floor, scale, process_noise, behaviour=behaviour, memory=memory),
         trust.Clip(low, high),
         aggregate.sequence_mean,
     )
@@ -150,7 +150,7 @@ def kpo_robust(
     return Method(
         "kpo_robust",
         advantage.GroupZScore(epsilon),
-        robust_filter.RobustFiltered(process_noise, observation_noise, initial_variance, threshold, memory),
+        ratio.RobustFiltered(process_noise, observation_noise, initial_variance, threshold, memory),
         trust.Clip(low, high),
         aggregate.sequence_mean,
     )

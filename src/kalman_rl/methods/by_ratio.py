@@ -7,8 +7,8 @@ deviation. NumericError for a value outside its range.
 
 from __future__ import annotations
 
-from kalman_rl import advantage, aggregate, ratio, trust
-from kalman_rl.objective import Method
+from kalman_rl.objectives import advantage, aggregate, ratio, trust
+from kalman_rl.objectives.loss import Method
 
 
 def gspo(*, low: float = 3e-4, high: float = 4e-4, epsilon: float = 1e-4) -> Method:

@@ -7,8 +7,8 @@ themselves (cispo), divergence (dppo_*). NumericError for a value outside its ra
 
 from __future__ import annotations
 
-from kalman_rl import advantage, aggregate, balance, curvature, divergence, penalty, ratio, trust
-from kalman_rl.objective import Method
+from kalman_rl.objectives import advantage, aggregate, penalty, ratio, trust
+from kalman_rl.objectives.loss import Method
 
 
 def cispo(*, high: float = 5.0, low: float = 0.0, epsilon: float = 1e-4) -> Method:
@@ -60,13 +60,13 @@ def dro(*, beta: float = 0.1, epsilon: float = 1e-4) -> Method:
 
 
 def _dppo(
-    name: str, distance: divergence.Divergence, low: float, high: float, cap: float, length: float
+    name: str, distance: trust.Divergence, low: float, high: float, cap: float, length: float
 ) -> Method:
     return Method(
         name,
         advantage.group_centred,
         ratio.BehaviourToken(),
-        divergence.DivergenceMask(distance, low, high, cap),
+        trust.DivergenceMask(distance, low, high, cap),
         aggregate.SequenceSum(length),
     )
 
@@ -76,12 +76,12 @@ def dppo_tv(*, low: float = 0.15, high: float = 0.15, cap: float = 1e4, length: 
 
     Source: arXiv 2602.04879. Dr.GRPO's advantage and constant ``length`` (tokens), as its authors recommend.
     """
-    return _dppo("dppo_tv", divergence.binary_tv, low, high, cap, length)
+    return _dppo("dppo_tv", trust.binary_tv, low, high, cap, length)
 
 
 def dppo_kl(*, low: float = 0.05, high: float = 0.05, cap: float = 1e4, length: float = 1024.0) -> Method:
     """DPPO, binary KL(sampler || policy) in nats. Source: arXiv 2602.04879. See :func:`dppo_tv`."""
-    return _dppo("dppo_kl", divergence.binary_kl, low, high, cap, length)
+    return _dppo("dppo_kl", trust.binary_kl, low, high, cap, length)
 
 
 def dppo_topk_tv(
@@ -91,14 +91,14 @@ def dppo_topk_tv(
 
     The number of tokens is the trainer's (``top_k``); the published value is not known to us.
     """
-    return _dppo("dppo_topk_tv", divergence.top_k_tv, low, high, cap, length)
+    return _dppo("dppo_topk_tv", trust.top_k_tv, low, high, cap, length)
 
 
 def dppo_topk_kl(
     *, low: float = 0.05, high: float = 0.05, cap: float = 1e4, length: float = 1024.0
 ) -> Method:
     """DPPO, KL on the sampler's top tokens and the rest, nats. arXiv 2602.04879. See :func:`dppo_topk_tv`."""
-    return _dppo("dppo_topk_kl", divergence.top_k_kl, low, high, cap, length)
+    return _dppo("dppo_topk_kl", trust.top_k_kl, low, high, cap, length)
 
 
 def bapo(
@@ -113,7 +113,7 @@ def bapo(
         "bapo",
         advantage.GroupZScore(epsilon),
         ratio.token,
-        balance.Balance(target, gradient=gradient, dual=dual),
+        trust.Balance(target, gradient=gradient, dual=dual),
         aggregate.token_mean,
     )
 
@@ -128,7 +128,7 @@ def bapo_published(*, target: float = 0.5, dual: float | None = 3.0, epsilon: fl
         "bapo_published",
         advantage.GroupZScore(epsilon),
         ratio.token,
-        balance.Balance(target, "quotient", "low", dual=dual),
+        trust.Balance(target, "quotient", "low", dual=dual),
         aggregate.token_mean,
     )
 
@@ -149,6 +149,6 @@ def capo(
         "capo",
         advantage.GroupZScore(epsilon),
         ratio.token,
-        curvature.CurvatureMask(objective, policy, trust.Clip(low, high)),
+        trust.CurvatureMask(objective, policy, trust.Clip(low, high)),
         aggregate.sequence_mean,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kalman_rl.errors import KalmanRLError
 from kalman_rl.methods import make_method
-from kalman_rl.objective import Method
+from kalman_rl.objectives.loss import Method
 from kalman_rl.replay import Batch, Field, batch_of, field_of, own_method
 from kalman_rl.report.data import clean
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import quantiles
 
-from kalman_rl import aggregate
+from kalman_rl.objectives import aggregate
 from kalman_rl.replay import own_method
 from kalman_rl.report.chart import Line, lines_chart
 from kalman_rl.report.data import Run

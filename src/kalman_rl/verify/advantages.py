@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl import advantage, reward_filter, tracked
-from kalman_rl.rollouts import Rollouts
+from kalman_rl import tracked
+from kalman_rl.objectives import advantage
+from kalman_rl.objectives.rollouts import Rollouts
 
 
 def _z_score(part: advantage.GroupZScore, reward: float, group: list[float]) -> float:
@@ -72,7 +73,7 @@ def _token_baseline(
 
 
 def _group_filter(
-    part: reward_filter.GroupFilter, r: list[float], group: list[int], rollouts: Rollouts
+    part: advantage.GroupFilter, r: list[float], group: list[int], rollouts: Rollouts
 ) -> Tensor:
     out = []
     for i, g in enumerate(group):
@@ -88,7 +89,7 @@ def _group_filter(
 
 
 def _batch_filter(
-    part: reward_filter.BatchFilter, r: list[float], group: list[int], rollouts: Rollouts
+    part: advantage.BatchFilter, r: list[float], group: list[int], rollouts: Rollouts
 ) -> Tensor:
     m, p, noise, states = 0.0, part.initial_variance, part.observation_noise, []
     for x in r:
@@ -137,8 +138,8 @@ BY_BATCH: dict[Any, Callable[..., Tensor]] = {
     advantage.Rescaled: _rescaled,
     advantage.LengthWeighted: _length_weighted,
     advantage.OptimalTokenBaseline: _token_baseline,
-    reward_filter.GroupFilter: _group_filter,
-    reward_filter.BatchFilter: _batch_filter,
+    advantage.GroupFilter: _group_filter,
+    advantage.BatchFilter: _batch_filter,
     tracked.JamesStein: _first_visit,
     tracked.Tracked: _tracked,
     advantage.batch_leave_one_out: _batch_mean,

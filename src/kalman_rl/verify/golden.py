@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl import aggregate, balance, divergence, penalty, ratio, trust
-from kalman_rl.advantage import GroupZScore, LengthWeighted, group_centred, leave_one_out
-from kalman_rl.objective import Method, policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives import aggregate, penalty, ratio, trust
+from kalman_rl.objectives.advantage.group import GroupZScore, LengthWeighted, group_centred, leave_one_out
+from kalman_rl.objectives.loss import Method, policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.verify.check import Check, relative_error
 
 TOLERANCE = {"float32": 2e-5, "sequence": 2e-8, "token": 1e-12}
@@ -56,10 +56,10 @@ def _kpo(config: Record) -> tuple[Any, Any]:
     return ratio.KalmanFiltered(config["kalman_Q"], config["kalman_R"], 0.0), limits
 
 
-def _dppo(distance: divergence.Divergence) -> Callable[[Record], tuple[Any, Any]]:
+def _dppo(distance: trust.Divergence) -> Callable[[Record], tuple[Any, Any]]:
     return lambda config: (
         ratio.BehaviourToken(),
-        divergence.DivergenceMask(
+        trust.DivergenceMask(
             distance, config["clip_ratio_low"], config["clip_ratio_high"], config["clip_ratio_c"]
         ),
     )
@@ -72,7 +72,7 @@ def _bapo(config: Record) -> tuple[Any, Any]:
         for suffix, key in (("", "start"), ("_end", "max"), ("_step", "step"))
     }
     dual = config["clip_ratio_c"]
-    return ratio.token, balance.Balance(config["adv_ratio_target"], "quotient", "low", dual=dual, **ends)
+    return ratio.token, trust.Balance(config["adv_ratio_target"], "quotient", "low", dual=dual, **ends)
 
 
 PARTS: dict[str, Callable[[Record], tuple[Any, Any]]] = {
@@ -87,8 +87,8 @@ PARTS: dict[str, Callable[[Record], tuple[Any, Any]]] = {
     "sapo": lambda config: (ratio.token, trust.SoftGate(config["tau_pos"], config["tau_neg"])),
     "gpg": lambda config: (ratio.one, trust.log_likelihood),
     "dro": lambda config: (ratio.one, trust.log_likelihood),
-    "dppo_tv": _dppo(divergence.binary_tv),
-    "dppo_kl": _dppo(divergence.binary_kl),
+    "dppo_tv": _dppo(trust.binary_tv),
+    "dppo_kl": _dppo(trust.binary_kl),
     "bapo": _bapo,
 }
 """Recorded method -> our ratio transform and trust region."""

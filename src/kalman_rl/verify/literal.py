@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl import aggregate, balance, curvature, divergence, penalty, ratio, trust
-from kalman_rl.learned_noise import AutoFiltered
-from kalman_rl.objective import Method
-from kalman_rl.robust_filter import RobustFiltered
-from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
-from kalman_rl.token_noise import NoiseFiltered
+from kalman_rl.objectives import aggregate, penalty, ratio, trust
+from kalman_rl.objectives.loss import Method
+from kalman_rl.objectives.ratio.learned import AutoFiltered
+from kalman_rl.objectives.ratio.robust import RobustFiltered
+from kalman_rl.objectives.ratio.token_noise import NoiseFiltered
+from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts
 
 
 class Example(NamedTuple):
@@ -195,15 +195,15 @@ def _geometric(part: trust.GeometricClip, terms: Terms) -> Tensor:
     return -terms.advantage * torch.stack(out)
 
 
-def _divergence(part: divergence.DivergenceMask, terms: Terms) -> Tensor:
+def _divergence(part: trust.DivergenceMask, terms: Terms) -> Tensor:
     p, mu = terms.logp.detach().exp(), terms.batch.rollouts.logp_old.exp()
-    if part.divergence in (divergence.binary_tv, divergence.binary_kl):
+    if part.divergence in (trust.binary_tv, trust.binary_kl):
         new, old = torch.stack([p, 1 - p], -1), torch.stack([mu, 1 - mu], -1)
     else:
         top = terms.batch.top_logp.exp(), terms.batch.rollouts.top_behaviour
         assert top[1] is not None
         new, old = (torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1) for q in (top[0], top[1].exp()))
-    if part.divergence in (divergence.binary_tv, divergence.top_k_tv):
+    if part.divergence in (trust.binary_tv, trust.top_k_tv):
         distance = (new - old).abs().sum(-1) / 2
     else:
         distance = torch.where(terms.batch.rollouts.mask, (old * (old / new).log()).sum(-1), 0.0)
@@ -212,11 +212,11 @@ def _divergence(part: divergence.DivergenceMask, terms: Terms) -> Tensor:
     return -a * terms.weight.detach().clamp(max=part.cap) * (~bad) * terms.logp
 
 
-def _balance(part: balance.Balance, terms: Terms) -> Tensor:
+def _balance(part: trust.Balance, terms: Terms) -> Tensor:
     return _ppo(balance_by_search(part, terms), terms)
 
 
-def balance_by_search(part: balance.Balance, terms: Terms) -> trust.Clip:
+def balance_by_search(part: trust.Balance, terms: Terms) -> trust.Clip:
     """The bounds, by evaluating the whole batch at every step of the search."""
     mask = terms.batch.rollouts.mask
     a, w = terms.advantage[mask], terms.weight.detach()[mask]
@@ -243,7 +243,7 @@ def balance_by_search(part: balance.Balance, terms: Terms) -> trust.Clip:
     return trust.Clip(1 - low, high - 1, part.dual)
 
 
-def _curvature(part: curvature.CurvatureMask, terms: Terms) -> Tensor:
+def _curvature(part: trust.CurvatureMask, terms: Terms) -> Tensor:
     step, a = terms.batch.step, terms.advantage
     along, eta = step.alignment, step.learning_rate
     shift = (eta * along) ** 2 / 2
@@ -260,9 +260,9 @@ LOSSES: dict[Any, Callable[[Any, Terms], Tensor]] = {
     trust.log_likelihood: _score,
     trust.SoftGate: _soft,
     trust.GeometricClip: _geometric,
-    divergence.DivergenceMask: _divergence,
-    balance.Balance: _balance,
-    curvature.CurvatureMask: _curvature,
+    trust.DivergenceMask: _divergence,
+    trust.Balance: _balance,
+    trust.CurvatureMask: _curvature,
 }
 """Trust region -> the loss it stands for."""
 

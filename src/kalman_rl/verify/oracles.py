@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl import aggregate, ratio, trust
-from kalman_rl.advantage import ConstantBaseline
 from kalman_rl.methods import make_method
-from kalman_rl.objective import Method, estimate_advantage, policy_loss
+from kalman_rl.objectives import aggregate, ratio, trust
+from kalman_rl.objectives.advantage.group import ConstantBaseline
+from kalman_rl.objectives.loss import Method, estimate_advantage, policy_loss
 from kalman_rl.verify.advantages import by_definition
 from kalman_rl.verify.check import Check, relative_error
 from kalman_rl.verify.literal import Example, example, literal_loss, log_weights

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.advantage import LengthWeighted, OptimalTokenBaseline, Rescaled, group_centred
 from kalman_rl.errors import NumericError, ShapeError
 from kalman_rl.methods import make_method
-from kalman_rl.objective import estimate_advantage
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.advantage.group import LengthWeighted, OptimalTokenBaseline, Rescaled, group_centred
+from kalman_rl.objectives.loss import estimate_advantage
+from kalman_rl.objectives.rollouts import Rollouts
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

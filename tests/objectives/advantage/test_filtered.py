@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.advantage import leave_one_out
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.reward_filter import BatchFilter, GroupFilter
+from kalman_rl.objectives.advantage.filtered import BatchFilter, GroupFilter
+from kalman_rl.objectives.advantage.group import leave_one_out
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
 numbers = st.one_of(st.floats(-20, 20), st.sampled_from([0.0, 1.0]), st.just(math.nan))

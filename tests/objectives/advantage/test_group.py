@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.advantage import (
+from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.methods import make_method
+from kalman_rl.objectives.advantage.filtered import GroupFilter
+from kalman_rl.objectives.advantage.group import (
     ConstantBaseline,
     GroupZScore,
     Rescaled,
@@ -22,11 +25,8 @@ from kalman_rl.advantage import (
     group_statistics,
     leave_one_out,
 )
-from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.methods import make_method
-from kalman_rl.objective import policy_loss
-from kalman_rl.reward_filter import GroupFilter
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.loss import policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
 ESTIMATORS: dict[str, Estimator] = {

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from statsmodels.tsa.statespace.structural import UnobservedComponents
 from torch import Tensor
 
-from kalman_rl import ratio
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.learned_noise import LOG_GRID, AutoFiltered
 from kalman_rl.methods import make_method
 from kalman_rl.numerics.likelihood import pack, peak, profile
-from kalman_rl.ratio import KalmanFiltered
-from kalman_rl.robust_filter import RobustFiltered
-from kalman_rl.rollouts import Rollouts
-from kalman_rl.token_noise import NoiseFiltered, NoiseModel, calibrate
+from kalman_rl.objectives import ratio
+from kalman_rl.objectives.ratio.learned import LOG_GRID, AutoFiltered
+from kalman_rl.objectives.ratio.robust import RobustFiltered
+from kalman_rl.objectives.ratio.token_noise import NoiseFiltered, NoiseModel, calibrate
+from kalman_rl.objectives.ratio.transforms import KalmanFiltered
+from kalman_rl.objectives.rollouts import Rollouts
 
 INF = math.inf
 quick = settings(max_examples=15, deadline=None, derandomize=True)

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.aggregate import sequence_mean, token_mean
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.methods import make_method
-from kalman_rl.objective import Method, policy_loss
-from kalman_rl.ratio import BehaviourToken, PrefixMinimum, token
-from kalman_rl.rollouts import Current, Rollouts
-from kalman_rl.trust import GeometricClip, SoftGate
+from kalman_rl.objectives.aggregate import sequence_mean, token_mean
+from kalman_rl.objectives.loss import Method, policy_loss
+from kalman_rl.objectives.ratio.transforms import BehaviourToken, PrefixMinimum, token
+from kalman_rl.objectives.rollouts import Current, Rollouts
+from kalman_rl.objectives.trust.clip import GeometricClip, SoftGate
 from tests.oracles.batches import make_batch
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)

@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl import objective, ratio
-from kalman_rl.aggregate import totals_of
-from kalman_rl.balance import Balance
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import make_method
-from kalman_rl.ratio import Ratio
-from kalman_rl.rollouts import Current, Rollouts
-from kalman_rl.trust import Clip
+from kalman_rl.objectives import loss as objective
+from kalman_rl.objectives import ratio
+from kalman_rl.objectives.aggregate import totals_of
+from kalman_rl.objectives.ratio.transforms import Ratio
+from kalman_rl.objectives.rollouts import Current, Rollouts
+from kalman_rl.objectives.trust.balance import Balance
+from kalman_rl.objectives.trust.clip import Clip
 from tests.oracles.batches import make_batch, run
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)

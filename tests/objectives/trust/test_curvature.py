@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kalman_rl import curvature
-from kalman_rl.curvature import Adam, CurvatureMask, last_layer_step, predicted_effect
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import make_method
-from kalman_rl.objective import policy_loss
-from kalman_rl.rollouts import Current, LastLayerStep
-from kalman_rl.trust import Clip
+from kalman_rl.objectives.loss import policy_loss
+from kalman_rl.objectives.rollouts import Current, LastLayerStep
+from kalman_rl.objectives.trust import curvature
+from kalman_rl.objectives.trust.clip import Clip
+from kalman_rl.objectives.trust.curvature import Adam, CurvatureMask, last_layer_step, predicted_effect
 from tests.oracles.batches import make_batch, run
 
 V, H, ROWS, LENGTH = 5, 3, 2, 4

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl import divergence as dv
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import make_method
-from kalman_rl.objective import policy_loss
-from kalman_rl.ratio import BehaviourToken
-from kalman_rl.rollouts import Current, Rollouts
-from kalman_rl.trust import Clip
+from kalman_rl.objectives.loss import policy_loss
+from kalman_rl.objectives.ratio.transforms import BehaviourToken
+from kalman_rl.objectives.rollouts import Current, Rollouts
+from kalman_rl.objectives.trust import divergence as dv
+from kalman_rl.objectives.trust.clip import Clip
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

@@ -8,11 +8,11 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from kalman_rl.aggregate import Totals
 from kalman_rl.errors import ConfigError
 from kalman_rl.methods import make_method
-from kalman_rl.objective import Method, needs_of
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.aggregate import Totals
+from kalman_rl.objectives.loss import Method, needs_of
+from kalman_rl.objectives.rollouts import Rollouts
 
 SUM = Totals(1.0, 1.0)
 """With ``token_mean`` these totals give the plain sum over tokens."""

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from kalman_rl.aggregate import token_mean
 from kalman_rl.errors import NumericError
 from kalman_rl.integrations.recipes.common import SUM, named, summed
-from kalman_rl.objective import policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.aggregate import token_mean
+from kalman_rl.objectives.loss import policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 
 
 def loss(inputs: Any, method: str = "kpo_diffuse", **options: Any) -> Any:

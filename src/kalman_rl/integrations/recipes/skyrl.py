@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.aggregate import token_mean
 from kalman_rl.errors import ConfigError
 from kalman_rl.integrations.recipes.common import SUM, checked, summed
 from kalman_rl.methods import make_method
-from kalman_rl.objective import Method, policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.aggregate import token_mean
+from kalman_rl.objectives.loss import Method, policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, float]]]
 

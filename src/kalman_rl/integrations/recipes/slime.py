@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kalman_rl.errors import ConfigError
 from kalman_rl.integrations.recipes.common import SUM, named, summed
-from kalman_rl.objective import policy_loss
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.loss import policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
 
 _OTHERS = ("use_kl_loss", "use_tis", "use_opsm", "get_mismatch_metrics", "entropy_coef")
 

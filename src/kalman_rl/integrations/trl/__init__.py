@@ -1,4 +1,4 @@
-"""TRL: ``KalmanGRPOTrainer(GRPOTrainer)`` runs any :class:`kalman_rl.objective.Method`."""
+"""TRL: ``KalmanGRPOTrainer(GRPOTrainer)`` runs any :class:`kalman_rl.objectives.Method`."""
 
 from kalman_rl.integrations.trl.config import KalmanGRPOConfig, check_host
 from kalman_rl.integrations.trl.ranks import last_good_checkpoint

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.curvature import Adam
-from kalman_rl.divergence import log_probabilities, top_k_with_sampled
+from kalman_rl.objectives.trust.curvature import Adam
+from kalman_rl.objectives.trust.divergence import log_probabilities, top_k_with_sampled
 
 
 class NextTokens(NamedTuple):

@@ -1,7 +1,7 @@
-"""TRL: ``KalmanGRPOTrainer(GRPOTrainer)`` runs any :class:`kalman_rl.objective.Method`.
+"""TRL: ``KalmanGRPOTrainer(GRPOTrainer)`` runs any :class:`kalman_rl.objectives.Method`.
 
 A few small overrides: rewards are noted as they pass, advantages come from the method, the loss is
-:func:`kalman_rl.objective.policy_loss`, a step's end is where a method learns, and the first step checks that
+:func:`kalman_rl.objectives.policy_loss`, a step's end is where a method learns, and the first step checks that
 this loss really ran. Inputs that a method needs beyond TRL's are made here or in ``forward``. Generation,
 reference model, PEFT, accelerate, FSDP, DeepSpeed, vLLM, logging and checkpoints are TRL's.
 """
@@ -18,10 +18,6 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig
 
-from kalman_rl import diagnosis
-from kalman_rl.aggregate import Totals
-from kalman_rl.balance import Balance
-from kalman_rl.curvature import last_layer_step
 from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.integrations.state import load_state, save_state
 from kalman_rl.integrations.tracking import Tracking
@@ -33,13 +29,17 @@ from kalman_rl.integrations.trl.config import (
 )
 from kalman_rl.integrations.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.integrations.trl.generation import tracked_generation
-from kalman_rl.integrations.trl.learning import Learning
 from kalman_rl.integrations.trl.ranks import RanksTrainer
-from kalman_rl.objective import Loss, Method, needs_of, policy_loss, step_statistics
-from kalman_rl.penalty import k3
-from kalman_rl.rollouts import Current, Rollouts, score_energy
+from kalman_rl.objectives import diagnostics
+from kalman_rl.objectives.aggregate import Totals
+from kalman_rl.objectives.learning import Learning
+from kalman_rl.objectives.loss import Loss, Method, needs_of, policy_loss, step_statistics
+from kalman_rl.objectives.penalty import k3
+from kalman_rl.objectives.rollouts import Current, Rollouts, score_energy
+from kalman_rl.objectives.trust.balance import Balance
+from kalman_rl.objectives.trust.clip import weight_of
+from kalman_rl.objectives.trust.curvature import last_layer_step
 from kalman_rl.tracked import Tracked
-from kalman_rl.trust import weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -373,12 +373,12 @@ class KalmanGRPOTrainer(RanksTrainer):
         )
 
     def _record(self, mode: str, loss: Loss, rollouts: Rollouts, entropy: Tensor) -> None:
-        metrics = loss.metrics | {"entropy": diagnosis.masked_mean(entropy, rollouts.mask)}
+        metrics = loss.metrics | {"entropy": diagnostics.masked_mean(entropy, rollouts.mask)}
         if rollouts.logp_reference is not None:
             ratio = loss.tokens.log_ratio
             drift = rollouts.logp_reference - rollouts.logp_old - ratio
             weight = weight_of(ratio) if self.args.use_bias_correction_kl else 1.0
-            metrics["kl"] = diagnosis.masked_mean(weight * k3(drift), rollouts.mask)
+            metrics["kl"] = diagnostics.masked_mean(weight * k3(drift), rollouts.mask)
         values = torch.stack([value.detach().float() for value in metrics.values()])
         for name, value in zip(
             metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True

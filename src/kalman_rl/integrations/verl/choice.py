@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from kalman_rl.errors import ConfigError
 from kalman_rl.methods import make_method
-from kalman_rl.methods.knobs import translated
-from kalman_rl.objective import Method, needs_of
+from kalman_rl.methods.aliases import translated
+from kalman_rl.objectives.loss import Method, needs_of
 
 AGGREGATIONS = ("verl", "method")
 

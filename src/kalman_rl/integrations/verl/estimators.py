@@ -17,9 +17,9 @@ from torch import Tensor
 from kalman_rl.errors import ConfigError
 from kalman_rl.integrations.verl.choice import parts_moved
 from kalman_rl.methods import make_method
-from kalman_rl.methods.knobs import translated
-from kalman_rl.objective import Method, needs_of
-from kalman_rl.rollouts import score_energy
+from kalman_rl.methods.aliases import translated
+from kalman_rl.objectives.loss import Method, needs_of
+from kalman_rl.objectives.rollouts import score_energy
 from kalman_rl.tracked import Tracked
 
 TRACKED = "tracked"

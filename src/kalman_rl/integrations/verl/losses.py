@@ -1,4 +1,4 @@
-"""verl calls, :func:`kalman_rl.objective.policy_loss` answers: one adapter for every method.
+"""verl calls, :func:`kalman_rl.objectives.policy_loss` answers: one adapter for every method.
 
 Aggregation is verl's. ``agg_loss`` is linear in the token losses, so its gradient at zero is the weight it
 gives to every token; these weights take the place of the method's own. Micro-batches, data-parallel ranks and
@@ -18,13 +18,13 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.config import ActorConfig
 
-from kalman_rl.aggregate import SequenceSum, Totals, sequence_mean, token_mean
-from kalman_rl.balance import Balance
 from kalman_rl.errors import ConfigError
 from kalman_rl.integrations.verl.choice import Choice, choose
 from kalman_rl.integrations.verl.config import PREFIX, KalmanPolicyLossConfig
-from kalman_rl.objective import Method, policy_loss, settled, step_statistics
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.aggregate import SequenceSum, Totals, sequence_mean, token_mean
+from kalman_rl.objectives.loss import Method, policy_loss, settled, step_statistics
+from kalman_rl.objectives.rollouts import Rollouts
+from kalman_rl.objectives.trust.balance import Balance
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ BUFFERS = 11
 COUNT, KEPT, LOW, CAPPED, PAIRS, RAW_SWITCH, USED_SWITCH = range(7)
 SURROGATE, WEIGHT, SQUARES, KL, LARGEST = range(5)
 RAW, RAW_SQUARES, RAW_AROUND, USED, USED_SQUARES, USED_AROUND = range(5, 11)
-LIMIT = 20.0  # kalman_rl.trust.LOG_WEIGHT_CAP
+LIMIT = 20.0  # kalman_rl.objectives.trust.clip.LOG_WEIGHT_CAP
 NEAR = 0.34  # less than half of log 2
 
 # Of a type: 1 / log 2; 1.5 2^(bits of the mantissa), which added to a number makes its last bits the nearest

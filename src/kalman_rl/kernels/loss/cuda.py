@@ -26,7 +26,7 @@ CLIP, CAP, LOG_LIKELIHOOD = (
     tl.constexpr(kinds.CAP),
     tl.constexpr(kinds.LOG_LIKELIHOOD),
 )
-LIMIT = tl.constexpr(20.0)  # kalman_rl.trust.LOG_WEIGHT_CAP
+LIMIT = tl.constexpr(20.0)  # kalman_rl.objectives.trust.clip.LOG_WEIGHT_CAP
 STATISTICS = 16
 (COUNT, KEPT, LOW, CAPPED, PAIRS, RAW_SWITCH, USED_SWITCH, SURROGATE, WEIGHT, SQUARES, KL, LARGEST, RAW, RAW_SPREAD,
  USED, USED_SPREAD) = range(STATISTICS)  # fmt: skip

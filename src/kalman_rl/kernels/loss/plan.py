@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
 
 class Fused(NamedTuple):
     """What a fused pass returns. ``value`` and ``gradient`` (B, T) of the surrogate with respect to logp;
-    the fields of :class:`kalman_rl.objective.Tokens`; ``metrics`` (12,) float32 in the order of ``METRICS``."""
+    the fields of :class:`kalman_rl.objectives.loss.Tokens`; ``metrics`` (12,) float32 in the order of ``METRICS``."""
 
     value: Tensor
     gradient: Tensor
@@ -62,4 +62,4 @@ METRICS = (
     "trust/clipped_high",
     "policy/kl_old",
 )
-"""Names of the metrics of a fused pass, as in :func:`kalman_rl.objective.policy_loss`."""
+"""Names of the metrics of a fused pass, as in :func:`kalman_rl.objectives.policy_loss`."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kalman_rl.advantage import known_rewards, only_known
 from kalman_rl.errors import NumericError
 from kalman_rl.numerics.kalman import causal_filter
+from kalman_rl.objectives.advantage.group import known_rewards, only_known
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.rollouts import Rollouts
 
 
 class Totals(NamedTuple):

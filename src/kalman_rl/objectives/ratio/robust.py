@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
-from kalman_rl.learned_noise import check_memory, observed_series
 from kalman_rl.numerics.kalman import Filtered, Gaussian, causal_filter
-from kalman_rl.ratio import KalmanFiltered, Ratio, token_log_ratio
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.ratio.learned import check_memory, observed_series
+from kalman_rl.objectives.ratio.transforms import KalmanFiltered, Ratio, token_log_ratio
+from kalman_rl.objectives.rollouts import Rollouts
 
 BINS = 256
 LOG_RANGE = (math.log(1e-9), math.log(1e3))
@@ -31,7 +31,7 @@ class RobustFiltered:
 
     One token moves the ratio by at most ``c K_t sqrt(S_t)``, however far off it is. The variance ignores the
     clipping, so the gains are those of the linear filter. A row without a spike is
-    :class:`kalman_rl.ratio.KalmanFiltered` to the last bit, and so is everything at ``c = inf`` (KPO with
+    :class:`kalman_rl.objectives.ratio.KalmanFiltered` to the last bit, and so is everything at ``c = inf`` (KPO with
     ``initial_variance = 0``); GRPO is ``Q = inf, c = inf``, and Q = 0 from a diffuse start with ``c = inf``
     ends in GSPO's ratio.
 

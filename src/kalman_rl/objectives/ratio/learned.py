@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError
 from kalman_rl.numerics.likelihood import pack, peak
-from kalman_rl.ratio import KalmanFiltered, Ratio, token_log_ratio
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.ratio.transforms import KalmanFiltered, Ratio, token_log_ratio
+from kalman_rl.objectives.rollouts import Rollouts
 
 LOG_GRID: tuple[float, ...] = (-math.inf, *(math.log(10) * (-8 + 10 * i / 31) for i in range(32)))
 """Natural logs of the grid of q: 0, then 32 values from 1e-8 to 1e2."""
@@ -31,7 +31,7 @@ def check_memory(memory: float) -> None:
 
 @dataclass(frozen=True)
 class AutoFiltered:
-    """:class:`kalman_rl.ratio.KalmanFiltered` from a diffuse start, with learned Q and R.
+    """:class:`kalman_rl.objectives.ratio.KalmanFiltered` from a diffuse start, with learned Q and R.
 
     Used as it is, it filters with its start values. A trainer learns::
 

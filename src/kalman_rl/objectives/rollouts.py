@@ -31,7 +31,7 @@ class Rollouts:
             from the trainer), or None if the sampler is the old policy.
         logp_reference: (B, T) log-probabilities under the reference policy, for penalties.
         top_behaviour: (B, T, k) log-probabilities under the sampler of k different tokens, the sampled one
-            among them (:func:`kalman_rl.divergence.top_k_with_sampled`), for top-k trust regions.
+            among them (:func:`kalman_rl.objectives.trust.top_k_with_sampled`), for top-k trust regions.
         collision: (B, T) ``sum_v pi_old(v)^2`` at each position, for the optimal token baseline.
         segment: (B, T) integers for packed rows: a change of value along T starts a new sequence.
         allow_empty: accept rows without any trained token; they contribute nothing.
@@ -147,7 +147,7 @@ class Rollouts:
 
 class LastLayerStep(NamedTuple):
     """What one optimizer step from each token alone would do in the last layer, (B, T) each: ``alignment``
-    ``v'u`` and ``curvature`` ``u'Fu``; see :func:`kalman_rl.curvature.last_layer_step`."""
+    ``v'u`` and ``curvature`` ``u'Fu``; see :func:`kalman_rl.objectives.trust.last_layer_step`."""
 
     alignment: Tensor
     curvature: Tensor

@@ -1,6 +1,6 @@
 """What a method may ask for beyond log-probabilities, rewards and groups, and how to supply it.
 
-A part of a method lists such inputs in ``needs``; :attr:`kalman_rl.objective.Method.needs` collects them, a
+A part of a method lists such inputs in ``needs``; :attr:`kalman_rl.objectives.loss.Method.needs` collects them, a
 trainer reads them before it starts, and :func:`need` refuses to go on without one.
 """
 

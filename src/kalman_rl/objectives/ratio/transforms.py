@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
-from kalman_rl.needs import need
 from kalman_rl.numerics.kalman import Info, causal_filter
-from kalman_rl.rollouts import Rollouts
+from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.rollouts import Rollouts
 
 
 class Ratio(NamedTuple):
@@ -69,7 +69,7 @@ def sequence_mean(logp: Tensor, rollouts: Rollouts) -> Ratio:
     """Sequence ratio: ``s_t = (1/n_i) sum_{u in i} l_u`` at every token of sequence i.
 
     Source: GSPO (arXiv 2507.18071). GSPO's gradient spreads ``s_i / n_i`` over the tokens, which is this
-    log-weight under :func:`kalman_rl.aggregate.sequence_mean`.
+    log-weight under :func:`kalman_rl.objectives.aggregate.sequence_mean`.
     """
     log_ratio = token_log_ratio(logp, rollouts)
     mean = rollouts.per_sequence_sum(log_ratio) / rollouts.lengths.clamp(min=1.0)

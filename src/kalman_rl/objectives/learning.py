@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from kalman_rl.errors import RunError
-from kalman_rl.objective import Method, settled
+from kalman_rl.objectives.loss import Method, settled
 
 Reduce = Callable[[Tensor], Tensor]
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.ratio import Ratio
-from kalman_rl.rollouts import Current, Rollouts
-from kalman_rl.trust import Clip, Trust, weight_of
+from kalman_rl.objectives.ratio.transforms import Ratio
+from kalman_rl.objectives.rollouts import Current, Rollouts
+from kalman_rl.objectives.trust.clip import Clip, Trust, weight_of
 
 Measure = Literal["share", "quotient"]
 First = Literal["high", "low"]
@@ -50,7 +50,7 @@ class Balance:
             ``low`` to its end, then ``high``.
         gradient: measure what the gradient sees instead of the loss value.
         low, low_end, low_step; high, high_end, high_step: the ratio bounds themselves and their steps.
-        dual: as in :class:`kalman_rl.trust.Clip`.
+        dual: as in :class:`kalman_rl.objectives.trust.Clip`.
 
     Raises: NumericError, ConfigError for a value outside its range.
     """

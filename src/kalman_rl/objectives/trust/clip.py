@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
-from kalman_rl.ratio import Ratio
-from kalman_rl.rollouts import Current, Rollouts
+from kalman_rl.objectives.ratio.transforms import Ratio
+from kalman_rl.objectives.rollouts import Current, Rollouts
 
 LOG_WEIGHT_CAP = 20.0
 """Log-weights above this are capped before ``exp`` (float32 overflows at 88.7); the share is logged."""
@@ -132,7 +132,7 @@ class GeometricClip:
         z_t = min(l_t, high) if A > 0, max(l_t, -low) if A < 0;    w = exp(sum_t z_t / n);    loss = -A w
 
     A clipped token loses its gradient, the others keep the sequence's weight; under
-    :func:`kalman_rl.aggregate.sequence_mean` that is the derivative ``w / n`` of the geometric mean.
+    :func:`kalman_rl.objectives.aggregate.sequence_mean` that is the derivative ``w / n`` of the geometric mean.
 
     Args:
         low, high: >= 0 in nats, the band of a token's log-ratio.

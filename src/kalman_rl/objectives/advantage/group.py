@@ -1,7 +1,7 @@
 """Advantages from outcome rewards: callables ``(reward, group) -> advantage``, each (B,), detached.
 
 A few look at more: they name it in ``needs`` and take it as keyword arguments, and the optimal token baseline
-gives one number per token (B, T). Those that run a filter over the rewards are in ``reward_filter``.
+gives one number per token (B, T). Those that run a filter over the rewards are in ``filtered``.
 
 A NaN reward is missing: it is left out of every baseline and its advantage is 0. Arithmetic is float64
 inside, so that equal rewards give exactly 0.

@@ -12,7 +12,7 @@ A token is kept if ``|m_H| < objective`` and ``m_F < policy``. With plain gradie
 matrix is ever formed. With Adam ``u`` needs the optimizer's moments of those rows and is taken in chunks.
 
 Source: CAPO (arXiv 2510.00819). Deviations: rank-one algebra, no (B, T, k, H) tensor; the sampled token is
-always among the k (:func:`kalman_rl.divergence.top_k_with_sampled`); ``u'Fu`` as a variance.
+always among the k (:func:`kalman_rl.objectives.trust.top_k_with_sampled`); ``u'Fu`` as a variance.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.needs import need
-from kalman_rl.ratio import Ratio
-from kalman_rl.rollouts import Current, LastLayerStep, Rollouts
-from kalman_rl.trust import Trust, TrustRegion
+from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.ratio.transforms import Ratio
+from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts
+from kalman_rl.objectives.trust.clip import Trust, TrustRegion
 
 CHUNK_NUMBERS = 1 << 22
 """Numbers (tokens x k x H) that the Adam step holds at a time: 16 MB in float32."""

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.needs import need
-from kalman_rl.ratio import Ratio, behaviour
-from kalman_rl.rollouts import Current, Rollouts
-from kalman_rl.trust import Trust, weight_of
+from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.ratio.transforms import Ratio, behaviour
+from kalman_rl.objectives.rollouts import Current, Rollouts
+from kalman_rl.objectives.trust.clip import Trust, weight_of
 
 Divergence = Callable[[Current, Rollouts], Tensor]
 
@@ -105,7 +105,7 @@ class DivergenceMask:
         low, high: thresholds >= 0, in probability (TV) or nats (KL); inf drops nothing.
         cap: upper bound > 0 of the weight.
 
-    The ratio beside it should be :class:`kalman_rl.ratio.BehaviourToken`.
+    The ratio beside it should be :class:`kalman_rl.objectives.ratio.BehaviourToken`.
     Needs: ``logp_behaviour``; the top-k divergences also ``top_behaviour`` and ``top_logp``.
     Raises: NumericError for a value outside its range.
     """

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError
-from kalman_rl.rollouts import Rollouts
-from kalman_rl.trust import weight_of
+from kalman_rl.objectives.rollouts import Rollouts
+from kalman_rl.objectives.trust.clip import weight_of
 
 
 def k1(difference: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from kalman_rl import aggregate, ratio, trust
 from kalman_rl.kernels.loss import plan as recipe
 from kalman_rl.kernels.loss.plan import Recipe
-from kalman_rl.learned_noise import AutoFiltered
+from kalman_rl.objectives import aggregate, ratio, trust
+from kalman_rl.objectives.ratio.learned import AutoFiltered
 
 Part = Callable[..., Any]
 

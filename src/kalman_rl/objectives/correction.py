@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError
-from kalman_rl.needs import need
-from kalman_rl.rollouts import Rollouts
-from kalman_rl.trust import weight_of
+from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.rollouts import Rollouts
+from kalman_rl.objectives.trust.clip import weight_of
 
 Level = Literal["token", "sequence", "geometric"]
 

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError
-from kalman_rl.learned_noise import check_memory
 from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.numerics.likelihood import pack, peak
-from kalman_rl.ratio import Ratio, behaviour
-from kalman_rl.rollouts import Rollouts, masked_finite, masked_logp
+from kalman_rl.objectives.ratio.learned import check_memory
+from kalman_rl.objectives.ratio.transforms import Ratio, behaviour
+from kalman_rl.objectives.rollouts import Rollouts, masked_finite, masked_logp
 
 LOG_GRID: tuple[float, ...] = (*(math.log(10) * (-8 + 12 * i / 36) for i in range(37)), math.inf)
 """Natural logs of floor / scale: 37 values from 1e-8 to 1e4, then inf, a constant noise."""
@@ -138,7 +138,7 @@ class NoiseFiltered:
 
         x_t = x_{t-1} + w_t,  Var w = Q;    l_t = x_t + v_t,  Var v_t = R_t
 
-    With ``scale = 0`` it is :class:`kalman_rl.ratio.KalmanFiltered` with R = floor, to the last bit (so KPO
+    With ``scale = 0`` it is :class:`kalman_rl.objectives.ratio.KalmanFiltered` with R = floor, to the last bit (so KPO
     with ``initial_variance = 0``). ``Q = inf`` is GRPO's token ratio. Q = 0 from a diffuse start ends in a
     weighted sequence mean, weights ``1 / R_t``, which is GSPO's where ``scale = 0``.
 
@@ -157,7 +157,7 @@ class NoiseFiltered:
         process_noise: Q in [0, inf], nats^2 per token.
         initial_variance: P0 in [0, inf]; inf believes the first token.
         behaviour: see above; then logp_behaviour is needed.
-        memory, least: as in :class:`kalman_rl.learned_noise.AutoFiltered`.
+        memory, least: as in :class:`kalman_rl.objectives.ratio.AutoFiltered`.
 
     Raises: NumericError for a value outside its range; ConfigError without a needed logp_behaviour.
     Source: ours.

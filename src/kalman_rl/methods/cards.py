@@ -18,8 +18,8 @@ from typing import Any
 
 from kalman_rl.errors import ConfigError, unknown_name
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.needs import NEEDS
-from kalman_rl.objective import Method
+from kalman_rl.objectives.inputs import NEEDS
+from kalman_rl.objectives.loss import Method
 
 TEXTS = ("equation", "use", "avoid", "deviations", "defaults")
 """Entries that every card has."""

@@ -22,18 +22,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl import diagnosis
-from kalman_rl.aggregate import Totals, totals_of
-from kalman_rl.balance import Balance
 from kalman_rl.errors import ConfigError, ShapeError
-from kalman_rl.fusion import recipe_of
 from kalman_rl.kernels.loss.dispatch import attach, enabled
 from kalman_rl.kernels.loss.dispatch import run as run_fused
 from kalman_rl.kernels.loss.plan import METRICS
-from kalman_rl.needs import need
-from kalman_rl.ratio import Ratio
-from kalman_rl.rollouts import Current, Rollouts, checked_top, masked_finite, masked_logp
-from kalman_rl.trust import LOG_WEIGHT_CAP, Trust, TrustRegion
+from kalman_rl.objectives import diagnostics
+from kalman_rl.objectives.aggregate import Totals, totals_of
+from kalman_rl.objectives.fused import recipe_of
+from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.ratio.transforms import Ratio
+from kalman_rl.objectives.rollouts import Current, Rollouts, checked_top, masked_finite, masked_logp
+from kalman_rl.objectives.trust.balance import Balance
+from kalman_rl.objectives.trust.clip import LOG_WEIGHT_CAP, Trust, TrustRegion
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ def policy_loss(
         rollouts: the batch; ``reward`` and ``group`` are needed only if ``advantage`` is not given.
         logp: (B, T) log-probabilities (nats) of the sampled tokens under the current policy, from a
             float32 log-softmax. What stands outside the mask is never read, NaN included. Methods with
-            more needs take a :class:`kalman_rl.rollouts.Current` here.
+            more needs take a :class:`kalman_rl.objectives.Current` here.
         advantage: (B,) or (B, T), if it was computed before (on the whole groups, for example).
         totals: counts of the whole optimizer step when this batch is a part of it; default: this batch.
         fused: False always takes the parts one after another, which is the definition. True and the default
-            take one compiled pass where :func:`kalman_rl.fusion.recipe_of` knows the method; the default
+            take one compiled pass where :func:`kalman_rl.objectives.fused.recipe_of` knows the method; the default
             also asks the environment (``KALMAN_RL_FUSED=0`` switches it off).
 
     Returns:
@@ -178,8 +178,8 @@ def _composed(
     value = surrogate + (carrier - carrier.detach())
     metrics = _metrics(ratio, trust, rollouts) | {"objective/surrogate": surrogate}
     if method.correction is not None:
-        metrics["correction/mean"] = diagnosis.masked_mean(factor, mask)
-        metrics["correction/effective_sample_size"] = diagnosis.effective_sample_size(factor, mask)
+        metrics["correction/mean"] = diagnostics.masked_mean(factor, mask)
+        metrics["correction/effective_sample_size"] = diagnostics.effective_sample_size(factor, mask)
     metrics["objective/fused"] = torch.zeros((), device=mask.device)
     gain = None if ratio.info is None else ratio.info.gain
     return Loss(
@@ -275,16 +275,16 @@ def _metrics(ratio: Ratio, trust: Trust, rollouts: Rollouts) -> dict[str, Tensor
     dropped = mask & ~trust.keep
     below = ratio.log_weight < 0
     return {
-        "ratio/raw_log_variance": diagnosis.masked_variance(ratio.log_ratio, mask),
-        "ratio/filtered_log_variance": diagnosis.masked_variance(ratio.log_weight, mask),
-        "ratio/effective_sample_size": diagnosis.effective_sample_size(trust.weight, mask),
-        "ratio/max_abs_log_ratio": diagnosis.max_abs(ratio.log_ratio, mask),
-        "ratio/capped": diagnosis.masked_mean(ratio.log_weight > LOG_WEIGHT_CAP, mask),
-        "ratio/raw_sign_switch": diagnosis.sign_switch(ratio.log_ratio, mask, sequence),
-        "ratio/filtered_sign_switch": diagnosis.sign_switch(ratio.log_weight, mask, sequence),
+        "ratio/raw_log_variance": diagnostics.masked_variance(ratio.log_ratio, mask),
+        "ratio/filtered_log_variance": diagnostics.masked_variance(ratio.log_weight, mask),
+        "ratio/effective_sample_size": diagnostics.effective_sample_size(trust.weight, mask),
+        "ratio/max_abs_log_ratio": diagnostics.max_abs(ratio.log_ratio, mask),
+        "ratio/capped": diagnostics.masked_mean(ratio.log_weight > LOG_WEIGHT_CAP, mask),
+        "ratio/raw_sign_switch": diagnostics.sign_switch(ratio.log_ratio, mask, sequence),
+        "ratio/filtered_sign_switch": diagnostics.sign_switch(ratio.log_weight, mask, sequence),
         "ratio/noop": (torch.where(mask, ratio.log_ratio, 0.0) == 0).all().float(),
-        "trust/kept": diagnosis.masked_mean(trust.keep, mask),
-        "trust/clipped_low": diagnosis.masked_mean(dropped & below, mask),
-        "trust/clipped_high": diagnosis.masked_mean(dropped & ~below, mask),
-        "policy/kl_old": diagnosis.kl_old(ratio.log_ratio, mask),
+        "trust/kept": diagnostics.masked_mean(trust.keep, mask),
+        "trust/clipped_low": diagnostics.masked_mean(dropped & below, mask),
+        "trust/clipped_high": diagnostics.masked_mean(dropped & ~below, mask),
+        "policy/kl_old": diagnostics.kl_old(ratio.log_ratio, mask),
     }

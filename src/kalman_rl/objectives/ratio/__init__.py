@@ -1,0 +1,49 @@
+"""Ratios: how likely the current policy is to produce a token, against the policy it was sampled from."""
+
+from kalman_rl.objectives.ratio.learned import (
+    AutoFiltered,
+    Series,
+    check_memory,
+    innovation_sums,
+    observed_series,
+)
+from kalman_rl.objectives.ratio.robust import BINS, LOG_RANGE, NORMAL_MEDIAN, RobustFiltered, clipped
+from kalman_rl.objectives.ratio.token_noise import NoiseFiltered, NoiseModel, calibrate, doubt, noise_sums
+from kalman_rl.objectives.ratio.transforms import (
+    BehaviourToken,
+    KalmanFiltered,
+    PrefixMinimum,
+    Ratio,
+    behaviour,
+    one,
+    sequence_mean,
+    token,
+    token_log_ratio,
+)
+
+__all__ = [
+    "BINS",
+    "LOG_RANGE",
+    "NORMAL_MEDIAN",
+    "AutoFiltered",
+    "BehaviourToken",
+    "KalmanFiltered",
+    "NoiseFiltered",
+    "NoiseModel",
+    "PrefixMinimum",
+    "Ratio",
+    "RobustFiltered",
+    "Series",
+    "behaviour",
+    "calibrate",
+    "check_memory",
+    "clipped",
+    "doubt",
+    "innovation_sums",
+    "noise_sums",
+    "observed_series",
+    "one",
+    "sequence_mean",
+    "token",
+    "token_log_ratio",
+]

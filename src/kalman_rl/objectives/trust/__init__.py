@@ -1,0 +1,66 @@
+"""Trust regions: which tokens may still move, and how far."""
+
+from kalman_rl.objectives.trust.balance import MAX_POINTS, Balance, First, Measure
+from kalman_rl.objectives.trust.clip import (
+    LOG_WEIGHT_CAP,
+    Cap,
+    Clip,
+    GeometricClip,
+    SoftGate,
+    Trust,
+    TrustRegion,
+    everything,
+    log_likelihood,
+    unclipped,
+    weight_of,
+)
+from kalman_rl.objectives.trust.curvature import (
+    CHUNK_NUMBERS,
+    Adam,
+    CurvatureMask,
+    last_layer_step,
+    predicted_effect,
+)
+from kalman_rl.objectives.trust.divergence import (
+    Divergence,
+    DivergenceMask,
+    binary_kl,
+    binary_tv,
+    log_complement,
+    log_probabilities,
+    top_k_kl,
+    top_k_tv,
+    top_k_with_sampled,
+)
+
+__all__ = [
+    "CHUNK_NUMBERS",
+    "LOG_WEIGHT_CAP",
+    "MAX_POINTS",
+    "Adam",
+    "Balance",
+    "Cap",
+    "Clip",
+    "CurvatureMask",
+    "Divergence",
+    "DivergenceMask",
+    "First",
+    "GeometricClip",
+    "Measure",
+    "SoftGate",
+    "Trust",
+    "TrustRegion",
+    "binary_kl",
+    "binary_tv",
+    "everything",
+    "last_layer_step",
+    "log_complement",
+    "log_likelihood",
+    "log_probabilities",
+    "predicted_effect",
+    "top_k_kl",
+    "top_k_tv",
+    "top_k_with_sampled",
+    "unclipped",
+    "weight_of",
+]
