@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kalman_rl.belief import make_belief
+from kalman_rl.beliefs import make_belief
 
 BATCH, GROUP = 512, 8
 

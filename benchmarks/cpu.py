@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.oracles.gram import prefix_predictions
 from torch import Tensor
 
 from benchmarks import fused
@@ -32,7 +33,6 @@ from benchmarks.peers import Peer, peers
 from benchmarks.published import KGrpoUpdate, kpo_filter
 from benchmarks.recursion import Q, R, batch, reference
 from kalman_rl import KalmanPreferenceTracker
-from kalman_rl.belief.gram import prefix_predictions
 from kalman_rl.kernels import jit
 from kalman_rl.numerics.hadamard import SRHT
 from kalman_rl.numerics.kalman import causal_filter, causal_mean

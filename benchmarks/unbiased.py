@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kalman_rl import tracked
+from kalman_rl.beliefs.advantage import JamesStein, Tracked
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import advantage, aggregate, ratio, trust
 from kalman_rl.objectives.loss import Method, estimate_advantage, policy_loss
@@ -166,11 +166,11 @@ ADVANTAGES: dict[str, Estimator] = {
     "optimal token baseline, loud tail": plain_sum(advantage.OptimalTokenBaseline(silent_tail=False)),
     "group filter (KRPO)": plain_sum(advantage.GroupFilter()),
     "group filter, invariant": plain_sum(advantage.GroupFilter(0.0, 0.25, 0.25, invariant=True)),
-    "James-Stein": plain_sum(tracked.JamesStein()),
-    "tracked, auto (K-GRPO), first batch": plain_sum(tracked.Tracked("auto")),
-    "tracked, gaussian, first batch": plain_sum(tracked.Tracked("gaussian")),
-    "tracked, beta, first batch": plain_sum(tracked.Tracked("beta")),
-    "tracked, spo (SPO), first batch": plain_sum(tracked.Tracked("spo")),
+    "James-Stein": plain_sum(JamesStein()),
+    "tracked, auto (K-GRPO), first batch": plain_sum(Tracked("auto")),
+    "tracked, gaussian, first batch": plain_sum(Tracked("gaussian")),
+    "tracked, beta, first batch": plain_sum(Tracked("beta")),
+    "tracked, spo (SPO), first batch": plain_sum(Tracked("spo")),
     "batch filter (K-Score)": plain_sum(advantage.BatchFilter()),
     "batch filter (K-Score, published)": plain_sum(advantage.BatchFilter(adapt=0.9, final=True)),
 }

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from kalman_rl.objectives.aggregate import Totals
     from kalman_rl.objectives.loss import Loss, Method, policy_loss
     from kalman_rl.objectives.rollouts import Rollouts
-    from kalman_rl.sampling.adaptive import run_adaptive_sampling
-    from kalman_rl.sampling.environment import SimulatedPreferenceEnv
+    from kalman_rl.sampling.one_prompt.environment import SimulatedPreferenceEnv
+    from kalman_rl.sampling.one_prompt.loop import run_adaptive_sampling
 
 try:
     __version__ = version("kalman-rl")
@@ -26,8 +26,8 @@ _HOMES = {
     **dict.fromkeys(("Loss", "Method", "policy_loss"), "objectives.loss"),
     **{"KalmanRLError": "errors", "Rollouts": "objectives.rollouts", "Totals": "objectives.aggregate"},
     "KalmanPreferenceTracker": "numerics.feature_filter",
-    "SimulatedPreferenceEnv": "sampling.environment",
-    "run_adaptive_sampling": "sampling.adaptive",
+    "SimulatedPreferenceEnv": "sampling.one_prompt.environment",
+    "run_adaptive_sampling": "sampling.one_prompt.loop",
 }
 
 

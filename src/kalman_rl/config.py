@@ -334,7 +334,7 @@ def _check_allocation(config: TrainConfig) -> None:
             f"objective: got 'light' with reward_noise = {config.reward_noise}, expected gradient; noisy groups are "
             "mixed from the second completion on"
         )
-    from kalman_rl.integrations.tracking import Budget  # here, because it brings in torch
+    from kalman_rl.sampling.budget import Budget  # here, because it brings in torch
 
     Budget(
         allocation=config.allocation,

@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from kalman_rl.alarm.callback import CollapseAlarm
+from kalman_rl.beliefs.advantage import JamesStein
 from kalman_rl.callbacks import (
     Evaluate,
     Progress,
@@ -44,7 +45,6 @@ from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.ratio.transforms import KalmanFiltered
 from kalman_rl.runs import Run
 from kalman_rl.tasks import Task, guard_reward, load_reward, load_task, rows, with_noise
-from kalman_rl.tracked import JamesStein
 
 BASELINES: dict[str, Callable[..., torch.Tensor]] = {
     "leave_one_out": leave_one_out,

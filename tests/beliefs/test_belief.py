@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.belief import BELIEFS, Belief, GaussianBelief, RegressionBelief, make_belief
-from kalman_rl.belief.groups import sum_of_others
+from kalman_rl.beliefs import BELIEFS, Belief, GaussianBelief, RegressionBelief, make_belief
+from kalman_rl.beliefs.groups import sum_of_others
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 
 NAN = math.nan

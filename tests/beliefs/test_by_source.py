@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kalman_rl.belief import BySource, RegressionBelief, make_belief
+from kalman_rl.beliefs import BySource, RegressionBelief, make_belief
 from kalman_rl.errors import ConfigError, NumericError
 
 

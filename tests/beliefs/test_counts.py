@@ -10,8 +10,8 @@ import scipy.special
 import scipy.stats
 import torch
 
-from kalman_rl.belief import BetaBelief, SPOBelief
-from kalman_rl.belief.beta import _log_beta
+from kalman_rl.beliefs import BetaBelief, SPOBelief
+from kalman_rl.beliefs.beta import _log_beta
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 
 DOUBLE = torch.float64

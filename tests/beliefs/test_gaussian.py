@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.tsa.statespace.kalman_filter import KalmanFilter
 
-from kalman_rl.belief import GaussianBelief, RegressionBelief
-from kalman_rl.belief.groups import group_rewards
-from kalman_rl.belief.noise import RewardNoise
+from kalman_rl.beliefs import GaussianBelief, RegressionBelief
+from kalman_rl.beliefs.groups import group_rewards
+from kalman_rl.beliefs.noise import RewardNoise
 from kalman_rl.objectives.advantage.group import leave_one_out
 
 NAN = math.nan

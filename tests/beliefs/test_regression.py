@@ -12,11 +12,11 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from kalman_rl.belief import BetaBelief, GaussianBelief, RegressionBelief, SPOBelief
-from kalman_rl.belief.bank import Evidence, LocalLevels
-from kalman_rl.belief.first_batch import leave_one_out_prior
-from kalman_rl.belief.groups import group_rewards
-from kalman_rl.belief.ridge import LEVEL_PRECISION, PRIOR_PRECISION, Features, Ridge
+from kalman_rl.beliefs import BetaBelief, GaussianBelief, RegressionBelief, SPOBelief
+from kalman_rl.beliefs.groups import group_rewards
+from kalman_rl.beliefs.mixture import Evidence, LocalLevels
+from kalman_rl.beliefs.ridge import LEVEL_PRECISION, PRIOR_PRECISION, Features, Ridge
+from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 
 DOUBLE = torch.float64
 

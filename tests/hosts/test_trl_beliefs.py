@@ -13,11 +13,11 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
-from kalman_rl.belief import make_belief
+from kalman_rl.beliefs import make_belief
 from kalman_rl.errors import ConfigError, NumericError, RunError
-from kalman_rl.integrations.tracking import Budget
 from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
 from kalman_rl.integrations.trl import rows as batches
+from kalman_rl.sampling.budget import Budget
 from tests.hosts.test_trl import ROWS, History, model_path, settings, tokenizer, two_ranks
 
 __all__ = ["model_path"]  # a fixture

@@ -20,7 +20,7 @@ import torch
 
 pytest.importorskip("verl", exc_type=ImportError)
 pytest.importorskip("transfer_queue", exc_type=ImportError)
-from kalman_rl.belief import make_belief
+from kalman_rl.beliefs import make_belief
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.integrations.state import STATE_FILE
 from kalman_rl.integrations.verl import tracker

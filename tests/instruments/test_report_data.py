@@ -13,10 +13,8 @@ import torch
 from kalman_rl import report
 from kalman_rl.alarm.journal import append_alarm
 from kalman_rl.alarm.rule import Alarm, Token
-from kalman_rl.belief import make_belief
+from kalman_rl.beliefs import make_belief
 from kalman_rl.errors import RunError
-from kalman_rl.integrations.tracking import Budget, Tracking
-from kalman_rl.integrations.trl.records import LEVELS, MOST_PROMPTS, belief_record
 from kalman_rl.methods import make_method
 from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.objectives.loss import policy_loss
@@ -32,6 +30,9 @@ from kalman_rl.report.savings import mixed_share, savings
 from kalman_rl.report.series import with_interval
 from kalman_rl.report.token_data import MOST_OF_ONE, inspected, spread_out
 from kalman_rl.runs import Run
+from kalman_rl.sampling.budget import Budget
+from kalman_rl.sampling.records import LEVELS, MOST_PROMPTS, belief_record
+from kalman_rl.sampling.tracking import Tracking
 from tests.instruments.report_runs import write_beliefs, write_run, write_trace
 
 # ---------------------------------------------------------------- seeds

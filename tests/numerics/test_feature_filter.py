@@ -12,8 +12,8 @@ from statsmodels.tsa.statespace.kalman_filter import KalmanFilter
 from torch import Tensor
 
 from kalman_rl import KalmanPreferenceTracker
-from kalman_rl.belief.gram import prefix_predictions
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from tests.oracles.gram import prefix_predictions
 
 NAN = math.nan
 

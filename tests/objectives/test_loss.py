@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kalman_rl.beliefs.advantage import JamesStein, Tracked
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import aggregate, ratio, trust
@@ -25,7 +26,6 @@ from kalman_rl.objectives.aggregate import Totals, totals_of
 from kalman_rl.objectives.loss import Method, policy_loss, settled, step_statistics
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.objectives.rollouts import Rollouts
-from kalman_rl.tracked import JamesStein, Tracked
 from tests.oracles.batches import (
     CASES,
     TABLE,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kalman_rl.beliefs.advantage import JamesStein, Tracked
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import ratio
 from kalman_rl.objectives.advantage.filtered import BatchFilter, GroupFilter
@@ -27,7 +28,6 @@ from kalman_rl.objectives.trust.balance import Balance
 from kalman_rl.objectives.trust.clip import Cap, Clip, GeometricClip, SoftGate
 from kalman_rl.objectives.trust.curvature import CurvatureMask
 from kalman_rl.objectives.trust.divergence import DivergenceMask, log_complement
-from kalman_rl.tracked import JamesStein, Tracked
 from kalman_rl.verify.literal import LOOPS, lookup
 
 TABLE: dict[str, Method] = {name: make_method(name) for name in METHODS}

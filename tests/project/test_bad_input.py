@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.beliefs.implied import StopRule
 
 from kalman_rl import KalmanPreferenceTracker
 from kalman_rl.alarm import Rule, WatchOptions
 from kalman_rl.alarm.rule import false_alarm_rate
 from kalman_rl.alarm.watch import Watch
-from kalman_rl.belief import (
+from kalman_rl.beliefs import (
     BetaBelief,
     BySource,
     GaussianBelief,
@@ -25,18 +26,18 @@ from kalman_rl.belief import (
 )
 from kalman_rl.board.serve import listen
 from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError
-from kalman_rl.integrations.tracking import Budget, Tracking
 from kalman_rl.numerics.hadamard import SRHT
 from kalman_rl.objectives.advantage.group import leave_one_out
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.replay import replay
 from kalman_rl.report import write_report
-from kalman_rl.sampling.adaptive import run_adaptive_sampling
 from kalman_rl.sampling.allocate import allocate
+from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import divide, gradient_gains, light_gains
-from kalman_rl.sampling.environment import SimulatedPreferenceEnv
-from kalman_rl.sampling.implied import StopRule
+from kalman_rl.sampling.gains import light_gain
+from kalman_rl.sampling.one_prompt.environment import SimulatedPreferenceEnv
+from kalman_rl.sampling.one_prompt.loop import run_adaptive_sampling
 from kalman_rl.sampling.price import Price
 from kalman_rl.sampling.rounds import RoundPlan
 from kalman_rl.sampling.select import (
@@ -46,7 +47,7 @@ from kalman_rl.sampling.select import (
     information_directed,
     theta_variance,
 )
-from kalman_rl.sampling.stop import light_gain
+from kalman_rl.sampling.tracking import Tracking
 from kalman_rl.tasks import load_reward, load_task
 
 tensor = torch.tensor

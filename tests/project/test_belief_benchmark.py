@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.belief_tasks import Task, perform
+from benchmarks.beliefs.tasks import Task, perform
 
 
 def gain(row: dict, name: str) -> float:

@@ -28,10 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "registry", "reading", "checks"),
     ("kernels",),
     ("numerics",),
-    ("belief",),
-    ("sampling",),
-    ("objectives", "selection"),
-    ("tracked",),
+    ("objectives", "beliefs"),
+    ("sampling", "selection"),
     ("methods",),
     ("verify",),
     ("disk", "checkpoints", "provenance", "traces"),
@@ -47,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("method_table", "doctor"),
     ("cli", "__main__"),
 )
-NUMERIC = {name for row in LAYERS[:8] for name in row} - {"kernels"}  # they compile with numba and Triton
+NUMERIC = {name for row in LAYERS[:6] for name in row} - {"kernels"}  # they compile with numba and Triton
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "numba", "pandas", "peft", "pyarrow", "ray")
 HEAVY += (
     "reasoning_gym",

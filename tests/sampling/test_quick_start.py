@@ -11,7 +11,7 @@ from torch import Tensor
 import kalman_rl
 from kalman_rl import KalmanPreferenceTracker, SimulatedPreferenceEnv, run_adaptive_sampling
 from kalman_rl.errors import ConfigError, NumericError, RewardError, ShapeError
-from kalman_rl.sampling.environment import PreferenceEnvironment
+from kalman_rl.sampling.one_prompt.environment import PreferenceEnvironment
 
 
 def test_the_quick_start_verbatim() -> None:
@@ -262,7 +262,7 @@ def has_even_digit(prompts: list[str], completions: list[str], **columns: object
 
 
 def test_a_language_model_is_an_environment(language_model: tuple) -> None:
-    from kalman_rl.sampling.lm_environment import LanguageModelEnvironment
+    from kalman_rl.sampling.one_prompt.language_model import LanguageModelEnvironment
 
     model, tokenizer = language_model
     model.train()
@@ -283,7 +283,7 @@ def test_a_language_model_is_an_environment(language_model: tuple) -> None:
 
 
 def test_sampling_follows_the_models_own_distribution(language_model: tuple) -> None:
-    from kalman_rl.sampling.lm_environment import LanguageModelEnvironment
+    from kalman_rl.sampling.one_prompt.language_model import LanguageModelEnvironment
 
     model, tokenizer = language_model
     env = LanguageModelEnvironment(model, tokenizer, "12>", has_even_digit, max_new_tokens=1)
@@ -307,7 +307,7 @@ def test_sampling_follows_the_models_own_distribution(language_model: tuple) -> 
 def test_rewards_of_a_language_model_that_cannot_be(
     language_model: tuple, reward: object, error: type, message: str
 ) -> None:
-    from kalman_rl.sampling.lm_environment import LanguageModelEnvironment
+    from kalman_rl.sampling.one_prompt.language_model import LanguageModelEnvironment
 
     env = LanguageModelEnvironment(*language_model, "12>", reward, max_new_tokens=2)
     with pytest.raises(error, match=message):
@@ -315,7 +315,7 @@ def test_rewards_of_a_language_model_that_cannot_be(
 
 
 def test_language_model_options_and_missing_rewards(language_model: tuple) -> None:
-    from kalman_rl.sampling.lm_environment import LanguageModelEnvironment
+    from kalman_rl.sampling.one_prompt.language_model import LanguageModelEnvironment
 
     for options, message in (
         ({"temperature": 0.0}, "temperature: got 0.0"),

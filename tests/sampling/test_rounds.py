@@ -9,18 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from benchmarks.beliefs.implied import Implied, StopRule, implied_weight, never, when_mixed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.belief import make_belief
-from kalman_rl.belief.beta import BetaBelief
-from kalman_rl.belief.gaussian import GaussianBelief
-from kalman_rl.belief.protocol import Belief
+from kalman_rl.beliefs import make_belief
+from kalman_rl.beliefs.beta import BetaBelief
+from kalman_rl.beliefs.gaussian import GaussianBelief
+from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.objectives.advantage.group import leave_one_out
 from kalman_rl.sampling.coverage import Coverage
-from kalman_rl.sampling.implied import Implied, StopRule, implied_weight, never, when_mixed
 from kalman_rl.sampling.price import Price
 from kalman_rl.sampling.rounds import RoundPlan, Sampled
 

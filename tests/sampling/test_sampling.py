@@ -14,14 +14,15 @@ from scipy import stats
 from scipy.special import entr
 from torch import Tensor
 
-from kalman_rl.belief.beta import BetaBelief
-from kalman_rl.belief.gaussian import GaussianBelief
+from kalman_rl.beliefs.beta import BetaBelief
+from kalman_rl.beliefs.gaussian import GaussianBelief
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.numerics.kalman import Gaussian
-from kalman_rl.sampling import stop
+from kalman_rl.sampling import gains as gain
 from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains, light_gains
+from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.price import Price
 from kalman_rl.sampling.select import (
     PromptSelector,
@@ -30,7 +31,6 @@ from kalman_rl.sampling.select import (
     information_directed,
     theta_variance,
 )
-from kalman_rl.sampling.signal import read_signal
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 shape = st.floats(0.1, 40.0)
@@ -55,7 +55,7 @@ def number(value: Tensor) -> float:
 def test_gradient_gain_is_the_expected_drop_of_the_variance_of_a_mean(a: float, b: float) -> None:
     for n, k in ((1, 1), (2, 4), (8, 3)):
         brute = expect(a, b, lambda p, n=n, k=k: p * (1 - p) / n - p * (1 - p) / (n + k)) / k
-        ours = number(stop.gradient_gain(stop.beta_signal(a, b), n, k))
+        ours = number(gain.gradient_gain(gain.beta_signal(a, b), n, k))
         assert ours == pytest.approx(brute, rel=1e-7)
 
 
@@ -77,7 +77,7 @@ def test_light_gain_by_enumerating_every_outcome(a: float, b: float, k: int) -> 
             mixed += chance * (successes + s > 0 and failures + f > 0)
         if successes and failures:
             mixed = 0.0  # it is mixed already
-        assert number(stop.light_gain(a, b, successes, failures, k)) == pytest.approx(mixed / k, abs=1e-12)
+        assert number(gain.light_gain(a, b, successes, failures, k)) == pytest.approx(mixed / k, abs=1e-12)
 
 
 def _log_beta(a: float, b: float) -> float:
@@ -99,16 +99,16 @@ def test_light_gains_add_up_to_the_probability_of_a_mixed_group(a: float, b: flo
 def test_beta_information_by_quadrature(a: float, b: float) -> None:
     """Entropy of the next reward minus its expected entropy once p is known."""
     brute = stats.bernoulli(a / (a + b)).entropy() - expect(a, b, lambda p: entr(p) + entr(1 - p))
-    assert number(stop.beta_information(a, b)) == pytest.approx(brute, rel=1e-6)
+    assert number(gain.beta_information(a, b)) == pytest.approx(brute, rel=1e-6)
 
 
 def test_gaussian_information_and_half_width() -> None:
     prior, noise, k = 0.7, 0.3, 5
     after = 1 / (1 / prior + k / noise)
     entropy = stats.norm(scale=math.sqrt(prior)).entropy() - stats.norm(scale=math.sqrt(after)).entropy()
-    assert number(stop.gaussian_information(prior, noise, k)) == pytest.approx(entropy, rel=1e-12)
+    assert number(gain.gaussian_information(prior, noise, k)) == pytest.approx(entropy, rel=1e-12)
     low, high = stats.norm(scale=math.sqrt(prior)).interval(0.9)
-    assert number(stop.half_width(prior, 0.9)) == pytest.approx((high - low) / 2, rel=1e-9)
+    assert number(gain.half_width(prior, 0.9)) == pytest.approx((high - low) / 2, rel=1e-9)
 
 
 @quick
@@ -118,7 +118,7 @@ def test_a_beta_comes_back_from_its_moments(a: float, b: float) -> None:
     truth = stats.beta(a, b)
     mean, variance = torch.tensor(truth.mean()), torch.tensor(truth.var())
     if 1e-3 < mean < 1 - 1e-3:
-        found = stop.beta_from_moments(Gaussian(mean.double(), variance.double()))
+        found = gain.beta_from_moments(Gaussian(mean.double(), variance.double()))
         assert [number(x) for x in found] == pytest.approx([a, b], rel=1e-6)
 
 
@@ -126,13 +126,13 @@ def test_a_beta_comes_back_from_its_moments(a: float, b: float) -> None:
     "mean, variance", [(-3.0, 0.1), (4.0, 1e-9), (0.5, math.inf), (0.0, 0.0), (1.0, 50.0)]
 )
 def test_moments_that_no_beta_has(mean: float, variance: float) -> None:
-    a, b = stop.beta_from_moments(Gaussian(torch.tensor(mean), torch.tensor(variance)))
-    assert a > 0 and b > 0 and a + b >= stop.SMALLEST_EVIDENCE - 1e-12
-    assert 0 < stop.beta_signal(a, b) < 0.25
+    a, b = gain.beta_from_moments(Gaussian(torch.tensor(mean), torch.tensor(variance)))
+    assert a > 0 and b > 0 and a + b >= gain.SMALLEST_EVIDENCE - 1e-12
+    assert 0 < gain.beta_signal(a, b) < 0.25
 
 
 def test_noisy_signal_and_its_reading_from_a_belief() -> None:
-    assert stop.noisy_signal(torch.tensor([1.25, 0.5]), 1.0).tolist() == [0.25, 0.0]
+    assert gain.noisy_signal(torch.tensor([1.25, 0.5]), 1.0).tolist() == [0.25, 0.0]
     belief = GaussianBelief(observation_noise=1.25, mean=0.0, variance=3.0)
     assert read_signal(belief, ["a"], step=0, reward="real", noise_variance=1.0).variance.item() == (
         pytest.approx(0.25)
@@ -146,18 +146,18 @@ def test_noisy_signal_and_its_reading_from_a_belief() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: stop.beta_signal(0.0, 1.0),
-        lambda: stop.beta_signal(1.0, math.nan),
-        lambda: stop.gradient_gain(-0.1, 2, 1),
-        lambda: stop.gradient_gain(0.1, -1, 1),
-        lambda: stop.gradient_gain(0.1, 2, 0),
-        lambda: stop.light_gain(1.0, 1.0, -1, 0, 1),
-        lambda: stop.light_gain(1.0, 1.0, 0, 0, 0),
-        lambda: stop.half_width(-1.0),
-        lambda: stop.half_width(1.0, 1.0),
-        lambda: stop.gaussian_information(1.0, 0.0),
-        lambda: stop.noisy_signal(math.inf),
-        lambda: stop.beta_from_moments(Gaussian(torch.tensor(math.nan), torch.tensor(1.0))),
+        lambda: gain.beta_signal(0.0, 1.0),
+        lambda: gain.beta_signal(1.0, math.nan),
+        lambda: gain.gradient_gain(-0.1, 2, 1),
+        lambda: gain.gradient_gain(0.1, -1, 1),
+        lambda: gain.gradient_gain(0.1, 2, 0),
+        lambda: gain.light_gain(1.0, 1.0, -1, 0, 1),
+        lambda: gain.light_gain(1.0, 1.0, 0, 0, 0),
+        lambda: gain.half_width(-1.0),
+        lambda: gain.half_width(1.0, 1.0),
+        lambda: gain.gaussian_information(1.0, 0.0),
+        lambda: gain.noisy_signal(math.inf),
+        lambda: gain.beta_from_moments(Gaussian(torch.tensor(math.nan), torch.tensor(1.0))),
     ],
 )
 def test_bad_numbers_are_named(call: object) -> None:
@@ -183,7 +183,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, int, list[int], list[int]]:
     light = draw(st.booleans())
     a = torch.tensor(draw(st.lists(st.floats(0.05, 5), min_size=size, max_size=size)), dtype=torch.float64)
     b = torch.tensor(draw(st.lists(st.floats(0.05, 5), min_size=size, max_size=size)), dtype=torch.float64)
-    gains = light_gains(a, b, n_max) if light else gradient_gains(stop.beta_signal(a, b), n_max)
+    gains = light_gains(a, b, n_max) if light else gradient_gains(gain.beta_signal(a, b), n_max)
     most = [draw(st.integers(0, n_max)) for _ in range(size)]
     least = [draw(st.integers(0, high)) for high in most]
     if sum(most) == 0:
@@ -248,7 +248,7 @@ def test_divide_is_fast_and_equal_prompts_share_evenly() -> None:
 def test_problems_that_cannot_be_divided(gains, total, least, most, error, message) -> None:
     with pytest.raises(error, match=message):
         divide(
-            gains.double(),
+            gain.double(),
             total,
             torch.tensor(least, dtype=torch.long),
             torch.tensor(most, dtype=torch.long),

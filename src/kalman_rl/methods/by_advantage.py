@@ -8,7 +8,7 @@ Options of most: ``low``, ``high`` >= 0, distances of the clip's ends from a rat
 
 from __future__ import annotations
 
-from kalman_rl import tracked
+from kalman_rl.beliefs.advantage import JamesStein, Tracked
 from kalman_rl.objectives import advantage, aggregate, ratio, trust
 from kalman_rl.objectives.loss import Method
 
@@ -177,7 +177,7 @@ def batch_mean() -> Method:
 
 def james_stein() -> Method:
     """Group means drawn towards each other as far as their noise says, without memory. Source: arXiv 2511.03710."""
-    return Method("james_stein", tracked.JamesStein(), ratio.one, trust.unclipped, aggregate.sequence_mean)
+    return Method("james_stein", JamesStein(), ratio.one, trust.unclipped, aggregate.sequence_mean)
 
 
 def spo(
@@ -186,11 +186,11 @@ def spo(
     """SPO: a success count per prompt that fades, its prediction as baseline; works with groups of one.
 
     Source: arXiv 2509.13232. ``rho`` is the memory per visit, None for 0.96. Deviations: see
-    :class:`kalman_rl.belief.SPOBelief`; its prioritised prompts and KL-driven memory are not part of the objective.
+    :class:`kalman_rl.beliefs.SPOBelief`; its prioritised prompts and KL-driven memory are not part of the objective.
     """
     options = () if rho is None else (("rho", rho),)
     return Method(
-        "spo", tracked.Tracked("spo", options), ratio.token, trust.Clip(low, high, dual), aggregate.token_mean
+        "spo", Tracked("spo", options), ratio.token, trust.Clip(low, high, dual), aggregate.token_mean
     )
 
 
@@ -200,6 +200,4 @@ def k_grpo(*, low: float = 0.2, high: float = 0.2) -> Method:
     The advantage is leave-one-out and exactly unbiased; noise, drift and prior are learned from the rewards. The
     published code of that name has no policy update; what it says of stopping is in ``kalman_rl.sampling``.
     """
-    return Method(
-        "k_grpo", tracked.Tracked("auto"), ratio.token, trust.Clip(low, high), aggregate.sequence_mean
-    )
+    return Method("k_grpo", Tracked("auto"), ratio.token, trust.Clip(low, high), aggregate.sequence_mean)

@@ -11,14 +11,14 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.groups import places_of
-from kalman_rl.belief.protocol import Belief
+from kalman_rl.beliefs.groups import places_of
+from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import Allocation, divide, divide_at_price, gradient_gains, light_gains
+from kalman_rl.sampling.learnability import Signal, check_objective, read_signal
 from kalman_rl.sampling.price import Price
-from kalman_rl.sampling.signal import Signal, check_objective, read_signal
 
 TIE_BREAK = 1e-9
 """Weight of the gradient gain in the light objective: decides where no group can become mixed any more."""
@@ -50,7 +50,7 @@ def allocate(
         objective: "gradient" (spend near p = 1/2) or "light" (spend on hard but solvable prompts).
         n_min, n_max: completions per prompt, 0 <= n_min <= n_max; with n_min 0 prompts can be skipped.
         features: None or (N, F).
-        reward, noise_variance: see :func:`~kalman_rl.sampling.signal.read_signal`.
+        reward, noise_variance: see :func:`~kalman_rl.sampling.learnability.read_signal`.
         coverage: prompts that are due get at least 1 completion ("light": 2, one alone is never mixed). Where
             ``total`` cannot pay for all of them, those that wait longest do. Visits are noted in it.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.sampling.stop import Number, gradient_gain, remaining_light_gains
+from kalman_rl.sampling.gains import Number, gradient_gain, remaining_light_gains
 
 
 class Allocation(NamedTuple):
@@ -27,7 +27,7 @@ class Allocation(NamedTuple):
 
 
 def gradient_gains(signal: Tensor, n_max: int) -> Tensor:
-    """Gains (N, n_max) for the gradient: :func:`~kalman_rl.sampling.stop.gradient_gain` with k = 1.
+    """Gains (N, n_max) for the gradient: :func:`~kalman_rl.sampling.gains.gradient_gain` with k = 1.
 
     Args: signal: (N,) >= 0, ``E[p (1 - p)]`` of each prompt. n_max: >= 1.
     Raises: ShapeError, NumericError, ConfigError for a value outside its range.

@@ -3,7 +3,7 @@
 A number of completions that depends on rewards is a stopping time, and the usual estimates over such a group
 are
 biased: "mean over tau" minus the group's mean over-weights prompts that are hard or easy by 2.4x
-(:mod:`~kalman_rl.sampling.implied`). Here the samples of a round take their baseline from the belief, from
+(`benchmarks/beliefs/implied.py`). Here the samples of a round take their baseline from the belief, from
 *earlier* rounds and, leaving themselves out, from their own round, and it is decided between rounds who goes
 on. Then every term of a round has mean ``g``, the prompt's gradient, whatever was decided before, and by
 Wald's identity
@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.base import check_features
-from kalman_rl.belief.groups import places_of
-from kalman_rl.belief.protocol import Belief
+from kalman_rl.beliefs.base import check_features
+from kalman_rl.beliefs.groups import places_of
+from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
 from kalman_rl.sampling.allocate import (
@@ -37,9 +37,9 @@ from kalman_rl.sampling.allocate import (
 )
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains
+from kalman_rl.sampling.gains import gradient_gain, light_gain, remaining_light_gains
+from kalman_rl.sampling.learnability import Signal, check_objective, read_signal
 from kalman_rl.sampling.price import Price
-from kalman_rl.sampling.signal import Signal, check_objective, read_signal
-from kalman_rl.sampling.stop import gradient_gain, light_gain, remaining_light_gains
 
 WEIGHTINGS = ("tau", "equal", "mean")
 
@@ -90,7 +90,7 @@ class RoundPlan:
         total: completions in all, used exactly. Exactly one of the three.
         rounds: completions per prompt and round; the last entry repeats.
         n_min, n_max: bounds on tau, 0 <= n_min <= n_max; with n_min 0 prompts can be skipped.
-        objective: "gradient" or "light", see :mod:`~kalman_rl.sampling.stop`.
+        objective: "gradient" or "light", see :mod:`~kalman_rl.sampling.gains`.
         weighting: "tau" = the sum over samples divided by the mean tau of the batch. Exact direction, weight
             of a prompt E[tau] over the mean tau (exact with ``total``; otherwise up to the covariance of tau
             and its batch mean, which shrinks like 1/N).
@@ -98,11 +98,11 @@ class RoundPlan:
             own size: exactly unbiased with weight 1 for every prompt that is sampled.
             "mean" = rounds, each group divided by its own tau. Not exact: a prompt whose tau varies weighs
             more than 1 (2.4 at p = 0.02 where sampling stops at the first mixed group); see
-            :func:`~kalman_rl.sampling.implied.implied_weight`.
+            ``implied_weight`` of `benchmarks/beliefs/implied.py`.
         max_rounds: None, or the number of rounds after which a plan with a total must be done; the last one
             asks for all that is left.
         features: None or (N, F), in the order of ids.
-        reward, noise_variance: see :func:`~kalman_rl.sampling.signal.read_signal`.
+        reward, noise_variance: see :func:`~kalman_rl.sampling.learnability.read_signal`.
         coverage: prompts that are due are sampled at least once; visits are noted in it.
 
     Raises: ConfigError for an option out of range, an empty pool, or a total that no counts can meet. ShapeError for

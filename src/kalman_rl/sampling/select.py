@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.base import check_features
-from kalman_rl.belief.groups import places_of
-from kalman_rl.belief.protocol import Belief
+from kalman_rl.beliefs.base import check_features
+from kalman_rl.beliefs.groups import places_of
+from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_whole, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
 from kalman_rl.sampling.coverage import Coverage
-from kalman_rl.sampling.signal import read_signal
-from kalman_rl.sampling.stop import beta_parameters
+from kalman_rl.sampling.gains import beta_parameters
+from kalman_rl.sampling.learnability import read_signal
 
 METHODS = ("greedy", "thompson", "ids", "weights", "uniform")
 _DRAWS = 64  # of the whole pool, for the expected best theta

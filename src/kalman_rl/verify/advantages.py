@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl import tracked
+from kalman_rl.beliefs.advantage import JamesStein, Tracked
 from kalman_rl.objectives import advantage
 from kalman_rl.objectives.rollouts import Rollouts
 
@@ -124,7 +124,7 @@ def _first_visit(part: Any, r: list[float], group: list[int], rollouts: Rollouts
     return _float64(out)
 
 
-def _tracked(part: tracked.Tracked, r: list[float], group: list[int], rollouts: Rollouts) -> Tensor:
+def _tracked(part: Tracked, r: list[float], group: list[int], rollouts: Rollouts) -> Tensor:
     if part.belief == "spo":  # one success and one failure, half each
         return _float64([x - 0.5 for x in r])
     return _first_visit(part, r, group, rollouts)
@@ -140,8 +140,8 @@ BY_BATCH: dict[Any, Callable[..., Tensor]] = {
     advantage.OptimalTokenBaseline: _token_baseline,
     advantage.GroupFilter: _group_filter,
     advantage.BatchFilter: _batch_filter,
-    tracked.JamesStein: _first_visit,
-    tracked.Tracked: _tracked,
+    JamesStein: _first_visit,
+    Tracked: _tracked,
     advantage.batch_leave_one_out: _batch_mean,
 }
 """Advantages that look at more than that."""

@@ -10,8 +10,8 @@ from typing import Any
 import trl
 from trl import GRPOConfig, GRPOTrainer
 
+from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.integrations.tracking import Budget
 from kalman_rl.integrations.trl_hooks import TESTED_TRL, moved
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.correction import CORRECTIONS
@@ -19,7 +19,7 @@ from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.objectives.trust.balance import Balance
 from kalman_rl.registry import make
-from kalman_rl.tracked import Tracked
+from kalman_rl.sampling.budget import Budget
 
 # TRL settings that the method replaces. Changing one would be silently ignored, so it is refused.
 _REPLACED = (

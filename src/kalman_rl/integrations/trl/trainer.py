@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig
 
+from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.integrations.state import load_state, save_state
-from kalman_rl.integrations.tracking import Tracking
 from kalman_rl.integrations.trl.config import (
     KalmanGRPOConfig,
     budget_of,
@@ -39,7 +39,7 @@ from kalman_rl.objectives.rollouts import Current, Rollouts, score_energy
 from kalman_rl.objectives.trust.balance import Balance
 from kalman_rl.objectives.trust.clip import weight_of
 from kalman_rl.objectives.trust.curvature import last_layer_step
-from kalman_rl.tracked import Tracked
+from kalman_rl.sampling.tracking import Tracking
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import ConfigError
 from kalman_rl.integrations.verl.choice import parts_moved
 from kalman_rl.methods import make_method
 from kalman_rl.methods.aliases import translated
 from kalman_rl.objectives.loss import Method, needs_of
 from kalman_rl.objectives.rollouts import score_energy
-from kalman_rl.tracked import Tracked
 
 TRACKED = "tracked"
 """Name of the estimator whose belief is chosen by ``algorithm.kalman_rl.belief``."""

@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.checks import is_whole
 from kalman_rl.disk import explained, sync
 from kalman_rl.errors import ConfigError, unknown_name
 from kalman_rl.integrations.state import STATE_FILE, load_state, save_state
-from kalman_rl.integrations.tracking import Budget, Tracking, fixed_groups, outcome_metrics
 from kalman_rl.integrations.verl.estimators import TRACKED
 from kalman_rl.methods import make_method
 from kalman_rl.sampling.allocate import allocate
-from kalman_rl.tracked import Tracked
+from kalman_rl.sampling.budget import Budget
+from kalman_rl.sampling.tracking import Tracking, fixed_groups, outcome_metrics
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TrackerSettings:
     """What stands under ``algorithm.kalman_rl``; names and meanings as in ``KalmanGRPOConfig``.
 
     Args:
-        belief, belief_options: a name of :func:`kalman_rl.belief.make_belief` and its options; read for the
+        belief, belief_options: a name of :func:`kalman_rl.beliefs.make_belief` and its options; read for the
             estimator ``kalman_rl/tracked``, while ``kalman_rl/k_grpo`` and ``kalman_rl/spo`` name their own.
         allocation: "fixed", ``rollout.n`` completions each, or "predictive", the same number in all, divided by what
             is believed before sampling.

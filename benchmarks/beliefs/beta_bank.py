@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import betaln
 
-from benchmarks.belief_competitors import Competitor
-from benchmarks.belief_world import Scenario, Visit
+from benchmarks.beliefs.competitors import Competitor
+from benchmarks.beliefs.world import Scenario, Visit
 
 MEMORY = np.array([0.5, 0.7, 0.85, 0.93, 0.97, 1.0])  # kept per epoch
 

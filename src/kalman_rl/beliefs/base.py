@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.groups import Groups, group_rewards, only_known, sum_of_others, unique_ids
-from kalman_rl.belief.noise import ROBUST_INFLATION, AdvantageScale, RewardNoise, restored
-from kalman_rl.belief.protocol import Advantages, Observed
-from kalman_rl.belief.table import PromptTable, clock_of
+from kalman_rl.beliefs.groups import Groups, group_rewards, only_known, sum_of_others, unique_ids
+from kalman_rl.beliefs.noise import ROBUST_INFLATION, AdvantageScale, RewardNoise, restored
+from kalman_rl.beliefs.protocol import Advantages, Observed
+from kalman_rl.beliefs.table import PromptTable, clock_of
 from kalman_rl.checks import saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.numerics.kalman import Gaussian, update

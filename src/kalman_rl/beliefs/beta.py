@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.bank import Evidence
-from kalman_rl.belief.base import Prior, TableBelief
-from kalman_rl.belief.first_batch import leave_one_out_prior
-from kalman_rl.belief.groups import Groups
-from kalman_rl.belief.table import PromptTable
+from kalman_rl.beliefs.base import Prior, TableBelief
+from kalman_rl.beliefs.groups import Groups
+from kalman_rl.beliefs.mixture import Evidence
+from kalman_rl.beliefs.shrinkage import leave_one_out_prior
+from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import is_real, saved
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.numerics.kalman import Gaussian

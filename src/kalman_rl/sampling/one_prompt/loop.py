@@ -14,8 +14,8 @@ from kalman_rl.errors import ConfigError, NumericError, RewardError, ShapeError
 from kalman_rl.numerics.feature_filter import KalmanPreferenceTracker
 from kalman_rl.numerics.kalman import Gaussian, update
 from kalman_rl.sampling.allocate import check_rounds
-from kalman_rl.sampling.environment import PreferenceEnvironment
-from kalman_rl.sampling.stop import beta_from_moments
+from kalman_rl.sampling.gains import beta_from_moments
+from kalman_rl.sampling.one_prompt.environment import PreferenceEnvironment
 
 LARGEST_BINARY_VARIANCE = 0.25
 """Variance of a fair 0/1 reward: what one reward of an unknown prompt is worth at most."""
@@ -62,7 +62,7 @@ def run_adaptive_sampling(
     stops after the same number of completions whatever its difficulty.
 
     Args:
-        env: the prompt, see :class:`~kalman_rl.sampling.environment.PreferenceEnvironment`.
+        env: the prompt, see :class:`~kalman_rl.sampling.one_prompt.environment.PreferenceEnvironment`.
         tracker: learns from every round; ``gap`` units of time pass for it at the start.
         threshold: nats, > 0 and finite.
         rounds: completions per round; the last entry repeats.

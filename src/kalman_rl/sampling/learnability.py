@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kalman_rl.belief.protocol import Belief
+from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_real
 from kalman_rl.errors import ConfigError, NumericError, unknown_name
-from kalman_rl.sampling.stop import beta_from_moments, beta_signal, noisy_signal
+from kalman_rl.sampling.gains import beta_from_moments, beta_signal, noisy_signal
 
 OBJECTIVES = ("gradient", "light")
 REWARDS = ("unit", "real")
@@ -38,7 +38,7 @@ def read_signal(
     """Ask a belief about each id.
 
     Args:
-        belief, ids, step, features: as in :class:`~kalman_rl.belief.protocol.Belief`.
+        belief, ids, step, features: as in :class:`~kalman_rl.beliefs.protocol.Belief`.
         reward: "unit" for rewards in [0, 1]: the Beta of the value's moments gives ``E[p (1 - p)]``, for 0/1
             rewards exactly the variance and for other rewards in [0, 1] a bound. "real" for any others: the
             noise variance R the belief predicts with, minus ``noise_variance``.

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.belief_competitors import (
+from benchmarks.beliefs.beta_bank import BetaCompetitor
+from benchmarks.beliefs.competitors import (
     Ceiling,
     Competitor,
     Constant,
@@ -22,8 +23,7 @@ from benchmarks.belief_competitors import (
     Oracle,
     Spo,
 )
-from benchmarks.belief_world import Scenario, Visit, World
-from benchmarks.beta_bank import BetaCompetitor
+from benchmarks.beliefs.world import Scenario, Visit, World
 
 Z90 = 1.6448536269514722
 Build = Callable[[Scenario, int], list[Competitor]]

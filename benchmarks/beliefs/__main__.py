@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results" / "beliefs"
 Row = dict[str, Any]
 
 
@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = measure(
             options.tables, quick=options.quick, seeds=seeds, jobs=options.jobs, command=command.strip()
         )
-    from benchmarks.belief_report import render
+    from benchmarks.beliefs.report import render
 
     text = render(results)
     print(text)
     if out is not None:
-        from benchmarks.belief_figures import draw
+        from benchmarks.beliefs.figures import draw
 
         out.mkdir(parents=True, exist_ok=True)
         if not options.render:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(tables: Sequence[int], *, quick: bool, seeds: int, jobs: int = 1, command: str = "") -> Row:
     """Run the tasks and return everything as plain JSON types."""
-    from benchmarks.belief_tasks import tasks
+    from benchmarks.beliefs.tasks import tasks
 
     began, todo = time.perf_counter(), tasks(tables, quick=quick, seeds=seeds)
     done = []
@@ -95,12 +95,12 @@ def measure(tables: Sequence[int], *, quick: bool, seeds: int, jobs: int = 1, co
 def _answers(todo: Sequence[Any], jobs: int) -> Iterator[Row]:
     if jobs == 1:
         _one_thread()
-        from benchmarks.belief_tasks import perform
+        from benchmarks.beliefs.tasks import perform
 
         yield from map(perform, todo)
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    from benchmarks.belief_tasks import perform
+    from benchmarks.beliefs.tasks import perform
 
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         for future in as_completed([pool.submit(perform, task) for task in todo]):

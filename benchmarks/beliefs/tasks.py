@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import belief_allocation, belief_selection, belief_weights
-from benchmarks.belief_competitors import (
+from benchmarks.beliefs import allocation, selection, weights
+from benchmarks.beliefs.competitors import (
     Competitor,
     GroupMean,
     GroupStd,
@@ -21,16 +21,16 @@ from benchmarks.belief_competitors import (
     Oracle,
     Spo,
 )
-from benchmarks.belief_estimation import Ours, Stats, numpy_methods, run
-from benchmarks.belief_rounds import POINTS as ROUND_POINTS
-from benchmarks.belief_rounds import play_rounds
-from benchmarks.belief_rules import rules
-from benchmarks.belief_training import TUNING_SEEDS, start_reward, tuned
-from benchmarks.belief_world import Scenario
+from benchmarks.beliefs.estimation import Ours, Stats, numpy_methods, run
+from benchmarks.beliefs.rounds import POINTS as ROUND_POINTS
+from benchmarks.beliefs.rounds import play_rounds
+from benchmarks.beliefs.rules import rules
+from benchmarks.beliefs.training import TUNING_SEEDS, start_reward, tuned
+from benchmarks.beliefs.world import Scenario
 from benchmarks.intervals import over_seeds
-from kalman_rl.belief.beta import BetaBelief
-from kalman_rl.belief.gaussian import GaussianBelief
-from kalman_rl.belief.regression import RegressionBelief
+from kalman_rl.beliefs.beta import BetaBelief
+from kalman_rl.beliefs.gaussian import GaussianBelief
+from kalman_rl.beliefs.regression import RegressionBelief
 
 Row = dict[str, Any]
 
@@ -82,11 +82,11 @@ def tasks(tables: Sequence[int], *, quick: bool, seeds: int) -> list[Task]:
         out += [Task(5, "weights", {}, 1)]
         out += [Task(5, "train", c, seeds) for c in (TRAIN[4:] if quick else TRAIN)]
     if 6 in tables:
-        pools = belief_allocation.POOLS[:1] if quick else belief_allocation.POOLS
+        pools = allocation.POOLS[:1] if quick else allocation.POOLS
         out += [Task(6, "allocation", {"pool": p.name}, seeds) for p in pools]
         out += [Task(6, "rounds", {"pool": p.name}, 1 if quick else seeds) for p in pools[:1]]  # 12 s a world
         out += [Task(6, "log_det", {"prompts": 20 if quick else 200}, 1)]
-        banks = [belief_selection.Bank(steps=8)] if quick else belief_selection.BANKS
+        banks = [selection.Bank(steps=8)] if quick else selection.BANKS
         out += [Task(6, "selection", asdict(b), seeds) for b in banks]
     return sorted(out, key=lambda t: -_ORDER.index(t.kind))
 
@@ -189,7 +189,7 @@ def _summary(stats: Stats) -> dict[str, Row]:
 
 
 def _weights(cell: Row, seeds: range) -> Row:
-    return {"rows": belief_weights.table()}
+    return {"rows": weights.table()}
 
 
 def _train(cell: Row, seeds: range) -> Row:
@@ -215,15 +215,15 @@ def _train(cell: Row, seeds: range) -> Row:
 # ---- section 6
 
 
-def _pool(name: str) -> belief_allocation.Pool:
-    return next(p for p in belief_allocation.POOLS if p.name == name)
+def _pool(name: str) -> allocation.Pool:
+    return next(p for p in allocation.POOLS if p.name == name)
 
 
-def _reference(pool: belief_allocation.Pool, seeds: range) -> tuple[np.ndarray, np.ndarray]:
+def _reference(pool: allocation.Pool, seeds: range) -> tuple[np.ndarray, np.ndarray]:
     rule = rules()[0]
-    fixed = belief_allocation.play(rule, pool, seeds)["loo"]
-    eight = rule.points.index(float(belief_allocation.REFERENCE))
-    return belief_allocation.quality(fixed["cosine"][eight]), fixed["mixed"][eight]
+    fixed = allocation.play(rule, pool, seeds)["loo"]
+    eight = rule.points.index(float(allocation.REFERENCE))
+    return allocation.quality(fixed["cosine"][eight]), fixed["mixed"][eight]
 
 
 def _allocation(cell: Row, seeds: range) -> Row:
@@ -231,7 +231,7 @@ def _allocation(cell: Row, seeds: range) -> Row:
     wanted = _reference(pool, seeds)
     rows = {}
     for rule in rules():
-        for baseline, out in belief_allocation.play(rule, pool, seeds).items():
+        for baseline, out in allocation.play(rule, pool, seeds).items():
             rows[f"{rule.name} [{baseline}]"] = _saving(out, wanted)
     return {"rows": rows, "reference": [over_seeds(x) for x in wanted]}
 
@@ -247,9 +247,9 @@ def _rounds(cell: Row, seeds: range) -> Row:
 
 
 def _saving(out: dict[str, np.ndarray], wanted: tuple[np.ndarray, np.ndarray]) -> Row:
-    gradient = belief_allocation.savings(out["n"], belief_allocation.quality(out["cosine"]), wanted[0])
-    mixed = belief_allocation.savings(out["n"], out["mixed"], wanted[1])
-    near = int(np.abs(out["n"].mean(1) - belief_allocation.REFERENCE).argmin())
+    gradient = allocation.savings(out["n"], allocation.quality(out["cosine"]), wanted[0])
+    mixed = allocation.savings(out["n"], out["mixed"], wanted[1])
+    near = int(np.abs(out["n"].mean(1) - allocation.REFERENCE).argmin())
     row = {
         "gradient": over_seeds(gradient) if _reached(gradient) else None,
         "informative": over_seeds(mixed) if _reached(mixed) else None,
@@ -269,15 +269,15 @@ def _reached(values: np.ndarray) -> bool:
 
 
 def _log_det(cell: Row, seeds: range) -> Row:
-    return {"rows": belief_allocation.log_det_table(cell["prompts"])}
+    return {"rows": allocation.log_det_table(cell["prompts"])}
 
 
 def _selection(cell: Row, seeds: range) -> Row:
-    bank = belief_selection.Bank(**cell)
+    bank = selection.Bank(**cell)
     rows = {}
-    for method in belief_selection.METHODS:
+    for method in selection.METHODS:
         few = seeds[: 3 if method == "ids" else len(seeds)]  # ids costs 10 s a world, the others below 1
-        got = np.array([belief_selection.play(method, bank, s) for s in few])
+        got = np.array([selection.play(method, bank, s) for s in few])
         rows[method] = {"signal": over_seeds(got[:, 0]), "cover": over_seeds(got[:, 1])}
     return {"name": bank.name, "rows": rows}
 

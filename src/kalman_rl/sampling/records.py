@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kalman_rl.integrations.tracking import Tracking
 from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.rounds import Sampled
+from kalman_rl.sampling.tracking import Tracking
 
 MOST_PROMPTS = 64
 """Prompts written down per batch. Of more, those with the smallest checksum of their id, so that the same ones

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.base import Prior, TableBelief
-from kalman_rl.belief.groups import Groups
-from kalman_rl.belief.table import PromptTable
+from kalman_rl.beliefs.base import Prior, TableBelief
+from kalman_rl.beliefs.groups import Groups
+from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import is_real
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.numerics.kalman import Gaussian, update
@@ -35,7 +35,7 @@ class GaussianBelief(TableBelief):
     Raises: NumericError, ConfigError for a value outside its range.
 
     Limits: ``variance=inf`` with one visit is RLOO; ``variance=0, process_noise=0`` a constant baseline. Late
-    rewards: see :class:`~kalman_rl.belief.protocol.Belief`. Source: Kalman (1960).
+    rewards: see :class:`~kalman_rl.beliefs.protocol.Belief`. Source: Kalman (1960).
 
     >>> belief = GaussianBelief(process_noise=0.0, observation_noise=0.25, mean=0.5, variance=0.25)
     >>> belief.update(["a", "a"], torch.tensor([1.0, 1.0]), step=0).innovation

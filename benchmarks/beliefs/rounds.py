@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from benchmarks.belief_allocation import REFERENCE, Pool, _Truth
-from kalman_rl.belief.beta import BetaBelief
+from benchmarks.beliefs.allocation import REFERENCE, Pool, _Truth
+from kalman_rl.beliefs.beta import BetaBelief
 from kalman_rl.sampling.price import Price
 from kalman_rl.sampling.rounds import RoundPlan
 

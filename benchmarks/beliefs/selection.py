@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kalman_rl.belief.beta import BetaBelief
+from kalman_rl.beliefs.beta import BetaBelief
+from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.select import PromptSelector
-from kalman_rl.sampling.signal import read_signal
 
 
 @dataclass(frozen=True)

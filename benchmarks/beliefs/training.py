@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.belief_competitors import Competitor
-from benchmarks.belief_world import ACTIONS, LATENT, WIDTH, Scenario, Visit
+from benchmarks.beliefs.competitors import Competitor
+from benchmarks.beliefs.world import ACTIONS, LATENT, WIDTH, Scenario, Visit
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 8.0, 20.0)
 TUNING_SEEDS = tuple(range(1000, 1004))

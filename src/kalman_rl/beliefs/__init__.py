@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from kalman_rl.belief.base import TableBelief
-from kalman_rl.belief.beta import BetaBelief
-from kalman_rl.belief.by_source import BySource
-from kalman_rl.belief.gaussian import GaussianBelief
-from kalman_rl.belief.protocol import Advantages, Belief, Observed
-from kalman_rl.belief.regression import RegressionBelief
-from kalman_rl.belief.spo import SPOBelief
+from kalman_rl.beliefs.base import TableBelief
+from kalman_rl.beliefs.beta import BetaBelief
+from kalman_rl.beliefs.by_source import BySource
+from kalman_rl.beliefs.gaussian import GaussianBelief
+from kalman_rl.beliefs.protocol import Advantages, Belief, Observed
+from kalman_rl.beliefs.regression import RegressionBelief
+from kalman_rl.beliefs.spo import SPOBelief
 from kalman_rl.errors import ConfigError, unknown_name
 
 BELIEFS: dict[str, type[TableBelief]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.belief_rules import Draws, Rule
-from benchmarks.belief_world import ACTIONS
-from benchmarks.beta_bank import BetaBank
+from benchmarks.beliefs.beta_bank import BetaBank
+from benchmarks.beliefs.rules import Draws, Rule
+from benchmarks.beliefs.world import ACTIONS
 
 BINS = (0.0, 0.02, 0.2, 0.5, 0.8, 0.98, 1.0)
 REFERENCE = 8

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.groups import Groups
+from kalman_rl.beliefs.groups import Groups
 from kalman_rl.errors import ConfigError
 
 BINARY_FLOOR = 0.01

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.bank import Evidence, LocalLevels
-from kalman_rl.belief.base import Prior, TableBelief, prompt_features
-from kalman_rl.belief.first_batch import leave_one_out_prior
-from kalman_rl.belief.groups import Groups
-from kalman_rl.belief.ridge import Features, Ridge
-from kalman_rl.belief.table import PromptTable
+from kalman_rl.beliefs.base import Prior, TableBelief, prompt_features
+from kalman_rl.beliefs.groups import Groups
+from kalman_rl.beliefs.mixture import Evidence, LocalLevels
+from kalman_rl.beliefs.ridge import Features, Ridge
+from kalman_rl.beliefs.shrinkage import leave_one_out_prior
+from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import is_real, saved
 from kalman_rl.errors import ConfigError
 from kalman_rl.numerics.kalman import Gaussian
@@ -33,13 +33,13 @@ class RegressionBelief(TableBelief):
 
     A prompt never visited starts from ``f_t(x)`` with variance ``tau^2 + x' Sigma x``. Between visits its
     value is carried by ``f_t(x) - f_s(x)`` and its variance grows by Q per step. Each batch updates the
-    filters (:mod:`kalman_rl.belief.bank`: every pair of Q and tau^2 at once, weighted by how well it
+    filters (:mod:`kalman_rl.beliefs.mixture`: every pair of Q and tau^2 at once, weighted by how well it
     predicted all prompts) and the regression (from y minus the filters' part, with weight ``1 / (R/n +
     P)``). Without features f is a common level that drifts.
 
     For 0/1 rewards R is ``m (1 - m)``, Q is multiplied by ``16 (m (1 - m))^2`` and tau^2 comes from the
     spread of first visits. Otherwise R is pooled within groups, and heavy tails switch to clipped rewards
-    (:mod:`kalman_rl.belief.noise`). The first batch is baselined by leave-one-out shrinkage.
+    (:mod:`kalman_rl.beliefs.noise`). The first batch is baselined by leave-one-out shrinkage.
 
     Args:
         dimension: features wider than this are projected to it (SRHT).

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.belief import make_belief
-from kalman_rl.belief.protocol import Belief
+from kalman_rl.beliefs import make_belief
+from kalman_rl.beliefs.protocol import Belief
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Tracked:
     """``A = (r - b) / scale``, b the leave-one-out prediction of the prompt's value (B,).
 
     Args:
-        belief: a name that :func:`kalman_rl.belief.make_belief` knows.
+        belief: a name that :func:`kalman_rl.beliefs.make_belief` knows.
         options: its options, as (name, value) pairs.
 
     Called on rewards and groups alone, every group is a prompt never seen before: the first batch of a run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.belief_targets import find
+from benchmarks.beliefs.targets import find
 
 Row = dict[str, Any]
 OURS, PLAIN, DARK, PALE, WARN = "#1b6ca8", "#8d99a6", "#2f3a45", "#c9d3dc", "#c8553d"
@@ -34,7 +34,7 @@ def draw(results: Row, out: Path) -> list[Path]:
     for name, make in (("error", _error), ("compute", _compute), ("robustness", _robustness)):
         figure = make(results, plt)
         if figure is not None:
-            path = out / f"beliefs_{name}.png"
+            path = out / f"{name}.png"
             figure.savefig(path, dpi=130, bbox_inches="tight", facecolor="white")
             plt.close(figure)
             written.append(path)

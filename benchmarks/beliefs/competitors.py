@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.belief_world import Scenario, Visit
+from benchmarks.beliefs.world import Scenario, Visit
 
 
 class Competitor:

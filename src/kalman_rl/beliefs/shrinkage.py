@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from kalman_rl.belief.base import Prior
-from kalman_rl.belief.groups import Groups
+from kalman_rl.beliefs.base import Prior
+from kalman_rl.beliefs.groups import Groups
 from kalman_rl.numerics.kalman import Gaussian
 
 _LEAST_SHARE = 1e-6

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.base import FORMAT, TableBelief, check_features
-from kalman_rl.belief.groups import group_rewards, unique_ids
-from kalman_rl.belief.protocol import Advantages, Observed
+from kalman_rl.beliefs.base import FORMAT, TableBelief, check_features
+from kalman_rl.beliefs.groups import group_rewards, unique_ids
+from kalman_rl.beliefs.protocol import Advantages, Observed
 from kalman_rl.checks import saved
 from kalman_rl.errors import ConfigError, ShapeError
 from kalman_rl.numerics.kalman import Gaussian
@@ -28,7 +28,7 @@ class BySource:
 
     Raises: what the beliefs raise, and ShapeError for a source that cannot be hashed.
 
-    >>> from kalman_rl.belief.gaussian import GaussianBelief
+    >>> from kalman_rl.beliefs.gaussian import GaussianBelief
     >>> belief = BySource(GaussianBelief, lambda name: name.partition("/")[0])
     >>> _ = belief.update(["maths/1", "code/1"], torch.tensor([1.0, 0.0]), step=0)
     >>> sorted(belief.sources)
@@ -45,17 +45,17 @@ class BySource:
         return sum(len(belief) for belief in self.sources.values())
 
     def predict(self, ids: Sequence[Hashable], *, step: int, features: Tensor | None = None) -> Gaussian:
-        """See :class:`~kalman_rl.belief.protocol.Belief`."""
+        """See :class:`~kalman_rl.beliefs.protocol.Belief`."""
         return self._gathered(ids, step, features, "predict")
 
     def predictive(self, ids: Sequence[Hashable], *, step: int, features: Tensor | None = None) -> Gaussian:
-        """See :class:`~kalman_rl.belief.protocol.Belief`."""
+        """See :class:`~kalman_rl.beliefs.protocol.Belief`."""
         return self._gathered(ids, step, features, "predictive")
 
     def advantages(
         self, ids: Sequence[Hashable], reward: Tensor, *, step: int, features: Tensor | None = None
     ) -> Advantages:
-        """See :class:`~kalman_rl.belief.protocol.Belief`; ``scale`` is (n,)."""
+        """See :class:`~kalman_rl.beliefs.protocol.Belief`; ``scale`` is (n,)."""
         split = self._split(ids, features, reward)
         out = torch.zeros(3, len(ids), dtype=torch.float64)
         for name, rows in split.items():
@@ -75,7 +75,7 @@ class BySource:
         features: Tensor | None = None,
         part: int = 0,
     ) -> Observed:
-        """See :class:`~kalman_rl.belief.protocol.Belief`; ids come out source by source."""
+        """See :class:`~kalman_rl.beliefs.protocol.Belief`; ids come out source by source."""
         batches = []
         for name, rows in self._split(ids, features, reward).items():
             belief = self.sources[name] if name in self.sources else self._make()
@@ -90,12 +90,12 @@ class BySource:
         return Observed([name for o in seen for name in o.ids], *(torch.cat(f) for f in list(zip(*seen))[1:]))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every source; see :class:`~kalman_rl.belief.protocol.Belief`."""
+        """The state of every source; see :class:`~kalman_rl.beliefs.protocol.Belief`."""
         states = [(name, belief.state_dict()) for name, belief in self.sources.items()]
         return {"format": FORMAT, "kind": type(self).__name__, "sources": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become the saved beliefs; see :class:`~kalman_rl.belief.protocol.Belief`."""
+        """Become the saved beliefs; see :class:`~kalman_rl.beliefs.protocol.Belief`."""
         got = saved("belief state", state, "format", "kind")
         if got != (FORMAT, type(self).__name__):
             raise ConfigError(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.belief.base import Prior, TableBelief
-from kalman_rl.belief.beta import refuse_outside_unit_interval
-from kalman_rl.belief.groups import Groups, unique_ids
-from kalman_rl.belief.protocol import Observed
-from kalman_rl.belief.table import PromptTable
+from kalman_rl.beliefs.base import Prior, TableBelief
+from kalman_rl.beliefs.beta import refuse_outside_unit_interval
+from kalman_rl.beliefs.groups import Groups, unique_ids
+from kalman_rl.beliefs.protocol import Observed
+from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import is_real
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.numerics.kalman import Gaussian

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kalman_rl.sampling.divide import divide, gradient_gains
-from kalman_rl.sampling.stop import beta_signal, gradient_gain, half_width, light_gain
+from kalman_rl.sampling.gains import beta_signal, gradient_gain, half_width, light_gain
 
 MOST = 32
 

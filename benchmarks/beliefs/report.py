@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.belief_claims import sentences
-from benchmarks.belief_targets import TOLERANCE, find, verdicts
+from benchmarks.beliefs.claims import sentences
+from benchmarks.beliefs.targets import TOLERANCE, find, verdicts
 from benchmarks.intervals import Mean, text
 
 Row = dict[str, Any]
