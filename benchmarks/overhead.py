@@ -61,7 +61,7 @@ def one(kind: str, name: str, cache: Path) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, trainer
+    from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, trainer
     from kalman_rl.models import load_model
     from kalman_rl.tasks import guard_reward, load_task
 

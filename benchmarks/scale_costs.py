@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from kalman_rl.beliefs import make_belief
-from kalman_rl.integrations.state import STATE_FILE, load_state, save_state
+from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts

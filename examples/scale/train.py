@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, last_good_checkpoint
+from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, last_good_checkpoint
 from kalman_rl.tasks import guard_reward, load_reward, rows
 
 VLLM: dict[str, dict[str, Any]] = {

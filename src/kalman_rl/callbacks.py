@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kalman_rl.integrations.trl import TokenBatch
+from kalman_rl.hosts.trl import TokenBatch
 from kalman_rl.runs import Run
 
 

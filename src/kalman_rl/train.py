@@ -36,7 +36,7 @@ from kalman_rl.callbacks import (
 from kalman_rl.config import TrainConfig
 from kalman_rl.errors import ConfigError
 from kalman_rl.evaluation import evaluate
-from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
+from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
 from kalman_rl.kernels.memory import keep_freed_memory
 from kalman_rl.methods import make_method
 from kalman_rl.models import LoadedModel, load_model

@@ -20,7 +20,7 @@ from kalman_rl.alarm.callback import CollapseAlarm
 from kalman_rl.alarm.journal import FILE, read_alarms
 from kalman_rl.config import TrainConfig, build, to_toml, validate
 from kalman_rl.errors import ConfigError
-from kalman_rl.integrations.trl import SafeSink, make_sinks
+from kalman_rl.hosts.trl import SafeSink, make_sinks
 from kalman_rl.runs import Run, read_manifest, read_metrics
 
 SMALL: dict[str, Any] = {
@@ -105,7 +105,7 @@ def test_as_a_callback_of_the_trainer(model_path: str, tmp_path: Path) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer
+    from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer
 
     alarm = CollapseAlarm("checkpoint", **EAGER)  # type: ignore[arg-type]
     trainer = KalmanGRPOTrainer(

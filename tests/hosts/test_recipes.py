@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kalman_rl import METHODS, make_method
 from kalman_rl.errors import ConfigError, NumericError
-from kalman_rl.integrations.recipes import common, prime_rl, skyrl, slime
+from kalman_rl.hosts.recipes import common, prime_rl, skyrl, slime
 from kalman_rl.objectives.aggregate import sequence_mean, token_mean
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts

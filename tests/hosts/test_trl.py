@@ -25,8 +25,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from kalman_rl import METHODS, make_method
 from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.integrations import trl as adapter
-from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
+from kalman_rl.hosts import trl as adapter
+from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
 from tests.hosts.tiny_llama import model, tokenizer
 
 ROWS = [{"prompt": f"{a}{b}>", "prompt_id": f"p{a}{b}"} for a in range(4) for b in range(4)]

@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 
 from kalman_rl.beliefs import make_belief
 from kalman_rl.errors import ConfigError, NumericError, RunError
-from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
-from kalman_rl.integrations.trl import rows as batches
+from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
+from kalman_rl.hosts.trl import rows as batches
 from kalman_rl.sampling.budget import Budget
 from tests.hosts.test_trl import ROWS, History, model_path, settings, tokenizer, two_ranks
 

@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM
 
 from kalman_rl import METHODS, make_method
 from kalman_rl.errors import ConfigError, RunError
-from kalman_rl.integrations.state import STATE_FILE, load_state, save_state
-from kalman_rl.integrations.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
-from kalman_rl.integrations.trl.forward import head_moments, next_tokens
+from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
+from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
+from kalman_rl.hosts.trl.forward import head_moments, next_tokens
 from kalman_rl.models import load_model
 from kalman_rl.objectives.learning import Learning
 from kalman_rl.objectives.loss import step_statistics

@@ -23,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kalman_rl.errors import RewardError, RunError
-from kalman_rl.integrations.state import STATE_FILE, load_state, save_state
-from kalman_rl.integrations.trl import last_good_checkpoint
-from kalman_rl.integrations.trl.ranks import lost_process
+from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
+from kalman_rl.hosts.trl import last_good_checkpoint
+from kalman_rl.hosts.trl.ranks import lost_process
 from tests.hosts.test_trl import model_path
 from tests.hosts.test_trl_beliefs import flat, trained
 

@@ -27,10 +27,10 @@ from verl.workers.config import FSDPActorConfig, McoreActorConfig, PolicyLossCon
 from verl.workers.utils.losses import ppo_loss
 
 from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.integrations.verl import KalmanPolicyLossConfig, plugin, register, registered
-from kalman_rl.integrations.verl.choice import LEARNED, choose
-from kalman_rl.integrations.verl.estimators import TRACKED
-from kalman_rl.integrations.verl.losses import _say_mode, choice_for
+from kalman_rl.hosts.verl import KalmanPolicyLossConfig, plugin, register, registered
+from kalman_rl.hosts.verl.choice import LEARNED, choose
+from kalman_rl.hosts.verl.estimators import TRACKED
+from kalman_rl.hosts.verl.losses import _say_mode, choice_for
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import advantage, aggregate
 from kalman_rl.objectives.loss import estimate_advantage, policy_loss, settled, step_statistics
@@ -385,7 +385,7 @@ def composed(*overrides: str) -> Iterator[Any]:
 
 
 P = "actor_rollout_ref.actor.policy_loss"
-TARGET = f"{P}._target_=kalman_rl.integrations.verl.KalmanPolicyLossConfig"
+TARGET = f"{P}._target_=kalman_rl.hosts.verl.KalmanPolicyLossConfig"
 
 
 def test_one_line_selects_a_loss() -> None:

@@ -22,16 +22,14 @@ pytest.importorskip("verl", exc_type=ImportError)
 pytest.importorskip("transfer_queue", exc_type=ImportError)
 from kalman_rl.beliefs import make_belief
 from kalman_rl.errors import ConfigError, RunError
-from kalman_rl.integrations.state import STATE_FILE
-from kalman_rl.integrations.verl import tracker
-from kalman_rl.integrations.verl.tracker import (
+from kalman_rl.hosts import state as state_file
+from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
+from kalman_rl.hosts.verl.tracker import (
     PromptNames,
-    load_tracker,
     make_tracking,
     planned_counts,
     read_settings,
     rows_of,
-    save_tracker,
     tracked_advantages,
 )
 from kalman_rl.methods import METHODS
@@ -132,25 +130,25 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
     folder = tmp_path / "global_step_7"
     books = tracking()
     books.belief.update(["p"], torch.tensor([1.0]), step=1)
-    save_tracker(folder, {"tracking": books.state_dict()})
+    save_state(folder, {"tracking": books.state_dict()})
 
-    def dies(part: str, state: Any) -> None:
-        (Path(part) / STATE_FILE).write_bytes(b"half")
+    def dies(tensors: Any, path: str, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
         raise OSError("no space")
 
-    monkeypatch.setattr(tracker, "save_state", dies)
+    monkeypatch.setattr(state_file, "save_file", dies)
     with pytest.raises(RunError, match="no space"):
-        save_tracker(folder, {"tracking": {}})
+        save_state(folder, {"tracking": {}})
     assert [path.name for path in folder.iterdir()] == [STATE_FILE]
-    state = load_tracker(folder)
+    state = load_state(folder)
     assert state is not None
     again = tracking()
     again.load_state_dict(state["tracking"])
     assert again.belief.predict(["p"], step=2).mean == books.belief.predict(["p"], step=2).mean
     (folder / STATE_FILE).write_bytes(b"half")
     with pytest.raises(RunError, match="cannot be read"):
-        load_tracker(folder)
-    assert load_tracker(tmp_path) is None
+        load_state(folder)
+    assert load_state(tmp_path) is None
 
 
 def test_beliefs_by_the_name_of_the_estimator() -> None:

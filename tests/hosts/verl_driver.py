@@ -24,7 +24,7 @@ from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1 import AgentLoopWorkerTQ, get_trainer_cls
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-import kalman_rl.integrations.verl.trainer  # registers it
+import kalman_rl.hosts.verl.trainer  # registers it
 
 N, PROMPTS = 4, ("easy", "hard", "mixed")
 
@@ -151,7 +151,7 @@ def one_step(trainer: Any, multiple: int) -> dict[str, Any]:
     trainer._compute_advantage(batch, metrics)
     fields = ["index", "advantages", "rm_scores"]
     data = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=fields)
-    kalman = kalman_rl.integrations.verl.trainer.plain(data["index"])
+    kalman = kalman_rl.hosts.verl.trainer.plain(data["index"])
     out = {
         "mode": [trainer.trainer_mode, type(trainer.replay_buffer).__name__],
         "name": [PROMPTS[i] for i in kalman],
@@ -179,7 +179,7 @@ def plugin_in_a_worker() -> dict[str, Any]:
         return {
             "losses": losses,
             "estimators": estimators,
-            "trainer": "kalman_rl.integrations.verl.trainer" in sys.modules,
+            "trainer": "kalman_rl.hosts.verl.trainer" in sys.modules,
         }
 
     found: dict[str, Any] = ray.get(look.remote(), timeout=150)
@@ -191,7 +191,7 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     warned: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("kalman_rl.integrations.verl.trainer").addHandler(handler)
+    logging.getLogger("kalman_rl.hosts.verl.trainer").addHandler(handler)
     config = composed(folder, "+algorithm.kalman_rl.allocation=predictive")
     first = make_trainer(config)
     for _ in range(2):

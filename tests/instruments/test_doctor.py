@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kalman_rl.doctor import Finding, Plan, doctor, examine, hosts, machine, reward, versions
-from kalman_rl.integrations import trl_hooks
+from kalman_rl.hosts.trl import hooks as trl_hooks
 
 ROWS = [{"prompt": f"{a} + 1 =", "answer": str(a + 1)} for a in range(1, 9)]
 GOOD_TRAINER = "\n".join(
@@ -189,7 +189,7 @@ def test_a_moved_hook_is_named(stub: Any) -> None:
 def test_the_table_of_hooks_is_complete() -> None:
     """Whatever the trainer overrides of TRL's own stands in the table, and TRL has it as the table says."""
     trl = pytest.importorskip("trl")
-    from kalman_rl.integrations.trl import KalmanGRPOTrainer
+    from kalman_rl.hosts.trl import KalmanGRPOTrainer
 
     overridden = {
         n for n, v in vars(KalmanGRPOTrainer).items() if callable(v) and hasattr(trl.GRPOTrainer, n)
@@ -207,7 +207,7 @@ def plugin_finding(monkeypatch: pytest.MonkeyPatch, registered: Any, known: dict
         package.__spec__ = types.SimpleNamespace(name=name)  # type: ignore[assignment]
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setitem(sys.modules, core.__name__, core)
-    ours = types.ModuleType("kalman_rl.integrations.verl")
+    ours = types.ModuleType("kalman_rl.hosts.verl")
     ours.registered = registered  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, ours.__name__, ours)
     (finding,) = hosts.plugin(Plan())
@@ -221,9 +221,7 @@ def test_verl_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VERL_USE_EXTERNAL_PLUGINS", raising=False)
     check = lambda known: plugin_finding(monkeypatch, lambda: names, known)  # noqa: E731
     assert check({}).found.startswith("plugin not installed")
-    entries.append(
-        types.SimpleNamespace(name="kalman_rl", value="kalman_rl.integrations.verl", load=lambda: None)
-    )
+    entries.append(types.SimpleNamespace(name="kalman_rl", value="kalman_rl.hosts.verl", load=lambda: None))
     good = check({"kalman_rl/kpo": len})
     assert good.status == "ok" and good.found.startswith("1 losses and 1 advantage estimators")
     lost = check({"vanilla": len})

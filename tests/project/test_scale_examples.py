@@ -18,8 +18,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.integrations.trl import KalmanGRPOConfig
-from kalman_rl.integrations.trl.config import budget_of, check_combination, resolve_method
+from kalman_rl.hosts.trl import KalmanGRPOConfig
+from kalman_rl.hosts.trl.config import budget_of, check_combination, resolve_method
 from kalman_rl.objectives.correction import Truncated
 from tests.hosts.test_trl import model_path
 

@@ -248,7 +248,7 @@ def test_divide_is_fast_and_equal_prompts_share_evenly() -> None:
 def test_problems_that_cannot_be_divided(gains, total, least, most, error, message) -> None:
     with pytest.raises(error, match=message):
         divide(
-            gain.double(),
+            gains.double(),
             total,
             torch.tensor(least, dtype=torch.long),
             torch.tensor(most, dtype=torch.long),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from kalman_rl.doctor.finding import Finding, Plan, explain
-from kalman_rl.integrations import trl_hooks
+from kalman_rl.hosts.trl import hooks as trl_hooks
 
 GROUP = "verl.plugins"
 SWITCH = "VERL_USE_EXTERNAL_PLUGINS"
@@ -41,7 +41,7 @@ def plugin(plan: Plan) -> Iterator[Finding]:
             "verl plugin",
             "warning",
             f"plugin not installed: no entry point of group {GROUP} names kalman_rl, so verl knows none of our losses",
-            "reinstall kalman-rl, or set VERL_USE_EXTERNAL_MODULES=kalman_rl.integrations.verl",
+            "reinstall kalman-rl, or set VERL_USE_EXTERNAL_MODULES=kalman_rl.hosts.verl",
         )
         return
     entry = declared[0]
@@ -57,7 +57,7 @@ def plugin(plan: Plan) -> Iterator[Finding]:
     try:
         from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
-        from kalman_rl.integrations.verl import registered  # type: ignore[import-not-found,unused-ignore]
+        from kalman_rl.hosts.verl import registered  # type: ignore[import-not-found,unused-ignore]
 
         names = registered()
         missing = sorted(set(names["losses"]) - set(POLICY_LOSS_REGISTRY))

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from trl import GRPOTrainer
 
 from kalman_rl.errors import KalmanRLError, RunError
-from kalman_rl.integrations.state import STATE_FILE, load_state
+from kalman_rl.hosts.state import STATE_FILE, load_state
 
 
 class RanksTrainer(GRPOTrainer):

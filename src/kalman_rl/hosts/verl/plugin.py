@@ -42,8 +42,8 @@ def register() -> None:
     check_host()
     from verl.trainer.ppo import core_algos
 
-    from kalman_rl.integrations.verl.estimators import TRACKED, make_estimator
-    from kalman_rl.integrations.verl.losses import make_loss
+    from kalman_rl.hosts.verl.estimators import TRACKED, make_estimator
+    from kalman_rl.hosts.verl.losses import make_loss
     from kalman_rl.methods import METHODS
 
     _fill(core_algos.POLICY_LOSS_REGISTRY, list(METHODS), make_loss, core_algos.register_policy_loss)

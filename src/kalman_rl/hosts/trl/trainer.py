@@ -20,16 +20,16 @@ from trl import GRPOConfig
 
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.integrations.state import load_state, save_state
-from kalman_rl.integrations.trl.config import (
+from kalman_rl.hosts.state import load_state, save_state
+from kalman_rl.hosts.trl.config import (
     KalmanGRPOConfig,
     budget_of,
     check_combination,
     resolve_method,
 )
-from kalman_rl.integrations.trl.forward import NextTokens, head_moments, next_tokens
-from kalman_rl.integrations.trl.generation import tracked_generation
-from kalman_rl.integrations.trl.ranks import RanksTrainer
+from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
+from kalman_rl.hosts.trl.generation import tracked_generation
+from kalman_rl.hosts.trl.ranks import RanksTrainer
 from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals
 from kalman_rl.objectives.learning import Learning

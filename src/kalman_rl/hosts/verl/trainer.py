@@ -1,7 +1,7 @@
 """verl's synchronous trainer with beliefs about prompts.
 
 Select it with ``trainer.v1.trainer_mode=kalman_rl``, after telling verl where it is:
-``VERL_USE_EXTERNAL_MODULES=kalman_rl.integrations.verl.trainer``. The belief lives in the driver, the one process that
+``VERL_USE_EXTERNAL_MODULES=kalman_rl.hosts.verl.trainer``. The belief lives in the driver, the one process that
 sees all rewards; workers know nothing of it.
 """
 
@@ -19,19 +19,18 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils import tensordict_utils as tu
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.integrations.verl import plugin
-from kalman_rl.integrations.verl.config import PREFIX
-from kalman_rl.integrations.verl.estimators import TRACKED, TRACKER, options_in, remembers
-from kalman_rl.integrations.verl.losses import check_actor
-from kalman_rl.integrations.verl.tracker import (
+from kalman_rl.hosts.state import load_state, save_state
+from kalman_rl.hosts.verl import plugin
+from kalman_rl.hosts.verl.config import PREFIX
+from kalman_rl.hosts.verl.estimators import TRACKED, TRACKER, options_in, remembers
+from kalman_rl.hosts.verl.losses import check_actor
+from kalman_rl.hosts.verl.tracker import (
     PromptNames,
     Rows,
-    load_tracker,
     make_tracking,
     planned_counts,
     read_settings,
     rows_of,
-    save_tracker,
     tracked_advantages,
 )
 
@@ -113,14 +112,14 @@ class KalmanPPOTrainer(PPOTrainerSync):
     def _save_checkpoint(self) -> None:
         # First the belief: verl names a checkpoint the latest when all else is written, so a crash in between leaves
         # a folder that nothing points to.
-        save_tracker(self._folder(), {"tracking": self.tracking.state_dict()})
+        save_state(self._folder(), {"tracking": self.tracking.state_dict()})
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         if not self.global_steps:
             return
-        state = load_tracker(self._folder())
+        state = load_state(self._folder())
         if state is None:
             logger.warning(
                 "%s: got a checkpoint without beliefs, expected those of the run; every prompt starts unknown, which "

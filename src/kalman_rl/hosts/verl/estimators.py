@@ -1,7 +1,7 @@
 """Advantages of our methods as verl's estimators.
 
 An estimator of verl sees rewards, a mask and a fresh number for every prompt of the batch: enough for groups,
-not for memory. What remembers prompts runs inside :class:`~kalman_rl.integrations.verl.trainer.KalmanPPOTrainer`,
+not for memory. What remembers prompts runs inside :class:`~kalman_rl.hosts.verl.trainer.KalmanPPOTrainer`,
 which leaves the way to its belief in ``TRACKER`` while verl calls the estimator.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import ConfigError
-from kalman_rl.integrations.verl.choice import parts_moved
+from kalman_rl.hosts.verl.choice import parts_moved
 from kalman_rl.methods import make_method
 from kalman_rl.methods.aliases import translated
 from kalman_rl.objectives.loss import Method, needs_of
@@ -130,6 +130,6 @@ def _tracker(name: str) -> Callable[[Tensor], Tensor]:
         raise ConfigError(
             f"adv_estimator: got kalman_rl/{name} under verl's own trainer, expected trainer.v1.trainer_mode=kalman_rl "
             "because its beliefs are kept by prompt and verl's estimators see no names of prompts; load that trainer "
-            "with VERL_USE_EXTERNAL_MODULES=kalman_rl.integrations.verl.trainer"
+            "with VERL_USE_EXTERNAL_MODULES=kalman_rl.hosts.verl.trainer"
         )
     return tracker

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.integrations.recipes.common import SUM, checked, summed
+from kalman_rl.hosts.recipes.common import SUM, checked, summed
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.aggregate import token_mean
 from kalman_rl.objectives.loss import Method, policy_loss

@@ -6,12 +6,9 @@ Nothing here touches verl or Ray; the trainer fetches the columns and hands them
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +16,8 @@ from torch import Tensor
 
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.checks import is_whole
-from kalman_rl.disk import explained, sync
 from kalman_rl.errors import ConfigError, unknown_name
-from kalman_rl.integrations.state import STATE_FILE, load_state, save_state
-from kalman_rl.integrations.verl.estimators import TRACKED
+from kalman_rl.hosts.verl.estimators import TRACKED
 from kalman_rl.methods import make_method
 from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.budget import Budget
@@ -232,20 +227,3 @@ def tracked_advantages(
     sessions = [session for session, yes in zip(rows.session, rows.counted) if yes]
     found = dict(zip(sessions, (sampled.advantage * sampled.weight).tolist()))
     return torch.tensor([found.get(session, 0.0) for session in rows.session], dtype=torch.float64), metrics
-
-
-def save_tracker(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write the state into a checkpoint folder, whole or not at all. Raises: RunError."""
-    with explained(folder, "write"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as part:
-            save_state(part, dict(state))
-            with open(Path(part) / STATE_FILE, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(Path(part) / STATE_FILE, folder / STATE_FILE)
-        sync(folder)
-
-
-def load_tracker(folder: Path) -> dict[str, Any] | None:
-    """Read it back; None where there is none. Raises: RunError for a damaged file."""
-    return load_state(folder)

@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.integrations.trl_hooks import TESTED_TRL, moved
+from kalman_rl.hosts.trl.hooks import TESTED_TRL, moved
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.correction import CORRECTIONS
 from kalman_rl.objectives.loss import Method

@@ -1,6 +1,6 @@
 """slime: a loss by import path (read at 0.3.1, August 2026).
 
-    --loss-type custom_loss --custom-loss-function-path kalman_rl.integrations.recipes.slime.loss
+    --loss-type custom_loss --custom-loss-function-path kalman_rl.hosts.recipes.slime.loss
     --custom-config-path kalman_rl.yaml      # kalman_rl_method: kpo_diffuse, kalman_rl_options: {process_noise: 1e-4}
 
 slime passes logits of packed samples and a function that reduces per-token values to its loss. That function is
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.integrations.recipes.common import SUM, named, summed
+from kalman_rl.hosts.recipes.common import SUM, named, summed
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
 

@@ -19,8 +19,8 @@ from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.config import ActorConfig
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.integrations.verl.choice import Choice, choose
-from kalman_rl.integrations.verl.config import PREFIX, KalmanPolicyLossConfig
+from kalman_rl.hosts.verl.choice import Choice, choose
+from kalman_rl.hosts.verl.config import PREFIX, KalmanPolicyLossConfig
 from kalman_rl.objectives.aggregate import SequenceSum, Totals, sequence_mean, token_mean
 from kalman_rl.objectives.loss import Method, policy_loss, settled, step_statistics
 from kalman_rl.objectives.rollouts import Rollouts

@@ -8,7 +8,7 @@ from typing import Any, Optional
 from verl.workers.config import PolicyLossConfig
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.integrations.verl.choice import Choice, choose
+from kalman_rl.hosts.verl.choice import Choice, choose
 
 PREFIX = "kalman_rl/"
 KNOBS = (
@@ -28,7 +28,7 @@ KNOBS = (
 class KalmanPolicyLossConfig(PolicyLossConfig):
     """verl's PolicyLossConfig with the options of a method of ours.
 
-    Select it with ``actor_rollout_ref.actor.policy_loss._target_=kalman_rl.integrations.verl.KalmanPolicyLossConfig``.
+    Select it with ``actor_rollout_ref.actor.policy_loss._target_=kalman_rl.hosts.verl.KalmanPolicyLossConfig``.
 
     Args:
         loss_mode: ``kalman_rl/NAME``, NAME a key of :data:`kalman_rl.METHODS`.
@@ -39,7 +39,7 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
         old_is_sampler: the old log-probabilities are the sampler's, as in verl's bypass mode.
         kalman_Q, kalman_R, is_clip: names of KPO's published fork: Q, R, and whether there is a clip.
 
-    Raises: ConfigError at construction, see :func:`kalman_rl.integrations.verl.choice.choose`.
+    Raises: ConfigError at construction, see :func:`kalman_rl.hosts.verl.choice.choose`.
     """
 
     options: dict[str, Any] = field(default_factory=dict)

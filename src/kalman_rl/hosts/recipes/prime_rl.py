@@ -2,7 +2,7 @@
 
     [trainer.loss]
     type = "custom"
-    import_path = "kalman_rl.integrations.recipes.prime_rl.loss"
+    import_path = "kalman_rl.hosts.recipes.prime_rl.loss"
     kwargs = { method = "kpo_diffuse", process_noise = 1e-4 }
 
 It is called for one sequence at a time with 1-D tensors and returns a sum over tokens; the host divides by the count
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kalman_rl.errors import NumericError
-from kalman_rl.integrations.recipes.common import SUM, named, summed
+from kalman_rl.hosts.recipes.common import SUM, named, summed
 from kalman_rl.objectives.aggregate import token_mean
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.integrations.trl import rows as batches
+from kalman_rl.hosts.trl import rows as batches
 from kalman_rl.sampling.records import belief_record
 from kalman_rl.sampling.rounds import Sampled
 from kalman_rl.sampling.tracking import Tracking, fixed_groups, outcome_metrics

@@ -6,8 +6,10 @@ the file's header, where format 1 had it: safetensors allows 100 MB there, which
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,38 @@ _JSON = "json"
 """Name of the tensor of bytes; paths of the others begin with a slash."""
 
 
-def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Write a nested dictionary of tensors, numbers, texts and lists into a checkpoint folder, whole or not at all."""
+def save_state(folder: str | Path, state: Mapping[str, Any]) -> None:
+    """Write a nested dictionary of tensors, numbers, texts and lists into a checkpoint folder, whole or not at all.
+
+    Raises: RunError if the folder cannot be made or written.
+    """
+    folder = Path(folder)
     tensors: dict[str, Tensor] = {}
-    plain = _without_tensors(state, "", tensors)
+    plain = _without_tensors(dict(state), "", tensors)
     tensors[_JSON] = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
     header = {"kalman_rl": json.dumps({"format": FORMAT})}
-    temporary = Path(folder) / f".tmp-{STATE_FILE}"
-    save_file(tensors, str(temporary), metadata=header)
-    os.replace(temporary, Path(folder) / STATE_FILE)
+    temporary = folder / f".tmp-{STATE_FILE}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(temporary), metadata=header)
+        _sync(temporary)
+        os.replace(temporary, folder / STATE_FILE)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(f"{folder / STATE_FILE}: cannot write: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Make the content of a file or the entries of a folder durable (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_state(folder: str | Path) -> dict[str, Any] | None:
