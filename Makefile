@@ -67,15 +67,15 @@ format: install ## rewrite the sources in the house format
 	@$(PY) -m ruff check --fix --exit-zero --quiet .
 	@$(PY) -m ruff format .
 
-$(PEERS): benchmarks/peers.txt | install
-	@$(PIP) install --no-deps --upgrade --target $(PEERS) -r benchmarks/peers.txt; touch $(PEERS)
+$(PEERS): benchmarks/speed/peers.txt | install
+	@$(PIP) install --no-deps --upgrade --target $(PEERS) -r benchmarks/speed/peers.txt; touch $(PEERS)
 
 bench: install ## speed on one CPU thread, as ratios to peers; writes benchmarks/results (two minutes)
 	@$(MAKE) --no-print-directory $(PEERS) || echo "bench: going on without the peers"
-	@$(BENCH) -m benchmarks.cpu $(BENCH_ARGS)
+	@$(BENCH) -m benchmarks.speed.cpu $(BENCH_ARGS)
 
 bench-gpu: install ## the same on a CUDA device
-	@$(BENCH) -m benchmarks.gpu $(BENCH_ARGS)
+	@$(BENCH) -m benchmarks.speed.gpu $(BENCH_ARGS)
 
 readme: install ## write the table of methods into README.md and the cards into docs/methods.md
 	@$(PY) tools/readme.py >/dev/null

@@ -91,7 +91,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kalman_rl.tasks.tiny import character_tokenizer
+    from kalman_rl.engine.models.tiny import character_tokenizer
 
     path = tmp_path_factory.mktemp("model")
     tokenizer = character_tokenizer()

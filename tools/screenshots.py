@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.config import TrainConfig, labels, to_toml, validate
-from kalman_rl.report import write_report
+from kalman_rl.engine.config import TrainConfig, labels, to_toml, validate
+from kalman_rl.instruments.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECTS = (
@@ -61,8 +61,8 @@ def beliefs_run(folder: Path) -> TrainConfig:
 
 def trained(config: TrainConfig) -> Path:
     """The run directory, trained now unless it is finished."""
-    from kalman_rl.runs import Run, read_manifest
-    from kalman_rl.train import train
+    from kalman_rl.engine.runs.run import Run, read_manifest
+    from kalman_rl.engine.train import train
 
     assert config.run is not None
     there = config.run / "manifest.json"

@@ -10,7 +10,7 @@ import torch
 
 from kalman_rl.beliefs.beta import BetaBelief
 from kalman_rl.sampling.learnability import read_signal
-from kalman_rl.sampling.select import PromptSelector
+from kalman_rl.sampling.prompts import PromptSelector
 
 
 @dataclass(frozen=True)

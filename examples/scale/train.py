@@ -17,8 +17,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from kalman_rl.engine.tasks import guard_reward, load_reward, rows
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, last_good_checkpoint
-from kalman_rl.tasks import guard_reward, load_reward, rows
 
 VLLM: dict[str, dict[str, Any]] = {
     "none": {},

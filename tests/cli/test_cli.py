@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from kalman_rl.cli import default_run, main
-from kalman_rl.config import DemoConfig, StressConfig, TrainConfig, build, load_toml
+from kalman_rl.cli.main import default_run, main
+from kalman_rl.engine.config import DemoConfig, StressConfig, TrainConfig, build, load_toml
+from kalman_rl.engine.runs.run import Run, read_manifest
 from kalman_rl.errors import RewardError
 from kalman_rl.methods import METHODS
-from kalman_rl.runs import Run, read_manifest
 
 # Users' scripts depend on these: removing or renaming one is a breaking change.
 TRAIN_FLAGS = {
@@ -89,7 +89,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     search = {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
-        [sys.executable, "-m", "kalman_rl.cli", *arguments],
+        [sys.executable, "-m", "kalman_rl.cli.main", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | search | environment,
@@ -140,7 +140,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from kalman_rl.cli import main; main(['train', '--help']); main(['--version']); "
+        "import sys; from kalman_rl.cli.main import main; main(['train', '--help']); main(['--version']); "
         "heavy = {'torch', 'numpy', 'pyarrow', 'transformers', 'trl'}; "
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
@@ -271,8 +271,8 @@ def test_resume_without_a_status_or_a_checkpoint(
     del manifest["status"]
     Path("x/manifest.json").write_text(json.dumps(manifest))
     assert main(["resume", "x"]) == 0 and calls[-1][2] == {"resume": True}
-    monkeypatch.delitem(sys.modules, "kalman_rl.train")
-    train = pytest.importorskip("kalman_rl.train")
+    monkeypatch.delitem(sys.modules, "kalman_rl.engine.train")
+    train = pytest.importorskip("kalman_rl.engine.train")
     monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("loads a model in vain"))
     assert main(["resume", "x"]) == 1
     assert capsys.readouterr().err.startswith("error: x: got no intact checkpoint, expected at least one")
@@ -437,7 +437,7 @@ def test_exit_codes_of_the_process() -> None:
 def test_a_closed_pipe_is_quiet() -> None:
     search = {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
-        [sys.executable, "-m", "kalman_rl.cli", "methods"],
+        [sys.executable, "-m", "kalman_rl.cli.main", "methods"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | search,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from statsmodels.tsa.statespace.structural import UnobservedComponents
 
-from kalman_rl.alarm import (
+from kalman_rl.engine.collapse import (
     WATCHED,
     Fall,
     Judge,
@@ -29,10 +29,10 @@ from kalman_rl.alarm import (
     WatchOptions,
     false_alarm_rate,
 )
-from kalman_rl.alarm import watch as watch_module
-from kalman_rl.alarm.journal import FILE, append_alarm, keep_alarms, read_alarms
-from kalman_rl.alarm.offline import alarms_of, period_of, runs_below, show_alarms
-from kalman_rl.alarm.rule import Alarm, Token
+from kalman_rl.engine.collapse import watch as watch_module
+from kalman_rl.engine.collapse.journal import FILE, append_alarm, keep_alarms, read_alarms
+from kalman_rl.engine.collapse.offline import alarms_of, period_of, runs_below, show_alarms
+from kalman_rl.engine.collapse.rule import Alarm, Token
 from kalman_rl.errors import ConfigError, NumericError, RunError
 
 PLAIN = Metric("plain", "x", "same", 0.0, rising="wait", falling="hurry")
@@ -346,7 +346,7 @@ def test_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(6)
     level = np.r_[np.full(80, 0.5), np.full(40, 0.3)]
     run = recorded(tmp_path / "run", level * np.exp(0.03 * rng.normal(size=120)))
-    from kalman_rl.cli import main
+    from kalman_rl.cli.main import main
 
     assert period_of(run) == 6
     first = alarms_of(run)[0]
@@ -366,7 +366,7 @@ def test_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_tokens_come_from_the_traces(tmp_path: Path) -> None:
     import pyarrow.parquet
 
-    from kalman_rl.alarm.offline import traced_tokens
+    from kalman_rl.engine.collapse.offline import traced_tokens
     from tests.instruments.report_runs import write_run, write_trace
 
     run = write_run(tmp_path / "run", {"method": "kpo"})
@@ -392,7 +392,7 @@ def test_tokens_come_from_the_traces(tmp_path: Path) -> None:
 pytest.importorskip("trl")
 from transformers import TrainerControl, TrainerState  # noqa: E402
 
-from kalman_rl.alarm.callback import CollapseAlarm  # noqa: E402
+from kalman_rl.engine.collapse.callback import CollapseAlarm  # noqa: E402
 
 EAGER = {"rule": Rule(band=1.0, k=2, n=2, rest=2), "options": WatchOptions(warm_up=4)}
 

@@ -14,14 +14,14 @@ pytest.importorskip("trl")
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from kalman_rl import train as train_module
-from kalman_rl.alarm import Rule, WatchOptions
-from kalman_rl.alarm.callback import CollapseAlarm
-from kalman_rl.alarm.journal import FILE, read_alarms
-from kalman_rl.config import TrainConfig, build, to_toml, validate
+from kalman_rl.engine import train as train_module
+from kalman_rl.engine.collapse import Rule, WatchOptions
+from kalman_rl.engine.collapse.callback import CollapseAlarm
+from kalman_rl.engine.collapse.journal import FILE, read_alarms
+from kalman_rl.engine.config import TrainConfig, build, to_toml, validate
+from kalman_rl.engine.runs.run import Run, read_manifest, read_metrics
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import SafeSink, make_sinks
-from kalman_rl.runs import Run, read_manifest, read_metrics
 
 SMALL: dict[str, Any] = {
     "dtype": "float32",

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kalman_rl.config import (
+from kalman_rl.engine.config import (
     REPORTERS,
     DemoConfig,
     StressConfig,
@@ -24,8 +24,8 @@ from kalman_rl.config import (
     to_toml,
     validate,
 )
+from kalman_rl.engine.reading import MAX_TOML_BYTES
 from kalman_rl.errors import ConfigError
-from kalman_rl.reading import MAX_TOML_BYTES
 
 KINDS = (TrainConfig, StressConfig, DemoConfig)
 

@@ -18,10 +18,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
-from kalman_rl import models  # noqa: E402
+from kalman_rl.engine.models import load as models  # noqa: E402
+from kalman_rl.engine.models import tiny  # noqa: E402
+from kalman_rl.engine.models.load import LoadedModel, load_model, stop_tokens  # noqa: E402
+from kalman_rl.engine.tasks import Task, load_task  # noqa: E402
 from kalman_rl.errors import AdapterError, ConfigError, RunError  # noqa: E402
-from kalman_rl.models import LoadedModel, load_model, stop_tokens  # noqa: E402
-from kalman_rl.tasks import Task, load_task, tiny  # noqa: E402
 
 
 def silent(text: str) -> None:

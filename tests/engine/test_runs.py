@@ -20,10 +20,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalman_rl.checkpoints import SEAL, verify_checkpoint
+from kalman_rl.engine.runs.checkpoints import SEAL, verify_checkpoint
+from kalman_rl.engine.runs.run import Run, name_problem, read_manifest, read_metrics
+from kalman_rl.engine.runs.traces import NULLABLE, TRACE_COLUMNS
 from kalman_rl.errors import RunError, ShapeError
-from kalman_rl.runs import Run, name_problem, read_manifest, read_metrics
-from kalman_rl.traces import NULLABLE, TRACE_COLUMNS
 
 LABELS = {"method": "kpo", "seed": 3}
 
@@ -170,7 +170,7 @@ def test_second_writer_in_this_process(run: Run) -> None:
 def test_second_writer_in_another_process(run: Run) -> None:
     run.close()
     code = (
-        "import sys, time; from kalman_rl.runs import Run; run = Run.open(sys.argv[1]); "
+        "import sys, time; from kalman_rl.engine.runs.run import Run; run = Run.open(sys.argv[1]); "
         "print('open', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(run.path)]

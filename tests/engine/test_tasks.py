@@ -15,10 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalman_rl.engine.tasks import TASKS, Task, from_verl, guard_reward, load_reward, load_task, rows
+from kalman_rl.engine.tasks.gym import GYM
+from kalman_rl.engine.tasks.task import held_out
 from kalman_rl.errors import AdapterError, ConfigError, RewardError
-from kalman_rl.tasks import TASKS, Task, from_verl, guard_reward, load_reward, load_task, rows
-from kalman_rl.tasks.gym import GYM
-from kalman_rl.tasks.task import held_out
 
 
 def score(task: Task, replies: list[str], data: list[dict[str, Any]]) -> list[float | None]:

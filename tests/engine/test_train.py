@@ -19,12 +19,12 @@ pytest.importorskip("trl")
 import pyarrow.parquet as parquet
 from safetensors.torch import load_file
 
-from kalman_rl.callbacks import Progress
-from kalman_rl.config import TrainConfig, build, to_toml, validate
+from kalman_rl.engine.callbacks import Progress
+from kalman_rl.engine.config import TrainConfig, build, to_toml, validate
+from kalman_rl.engine.runs.run import Run, read_metrics
+from kalman_rl.engine.train import train
 from kalman_rl.errors import ConfigError, RewardError
 from kalman_rl.kernels.memory import keep_freed_memory
-from kalman_rl.runs import Run, read_metrics
-from kalman_rl.train import train
 
 SMALL: dict[str, Any] = {
     "dtype": "float32",  # not what this CPU happens to be fast at
@@ -149,7 +149,7 @@ def test_ctrl_c_finishes_saves_and_exits_130(model_path: str, rewards_module: Pa
         "eval-every": 0,
         "reward": "my_rewards:digits",
     }
-    command = [sys.executable, "-m", "kalman_rl.cli", "train"]
+    command = [sys.executable, "-m", "kalman_rl.cli.main", "train"]
     command += [word for k, v in flags.items() for word in (f"--{k}", str(v))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
     deadline = time.monotonic() + 120

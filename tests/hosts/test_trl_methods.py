@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from kalman_rl import METHODS, make_method
+from kalman_rl.engine.models.load import load_model
+from kalman_rl.engine.tasks import load_task
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
 from kalman_rl.hosts.trl.forward import head_moments, next_tokens
-from kalman_rl.models import load_model
 from kalman_rl.objectives.learning import Learning
 from kalman_rl.objectives.loss import step_statistics
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.objectives.trust.clip import Clip
 from kalman_rl.objectives.trust.curvature import CurvatureMask
-from kalman_rl.tasks import load_task
 from tests.hosts.test_trl import (
     assert_same_training,
     model_path,

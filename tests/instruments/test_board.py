@@ -20,11 +20,11 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
-from kalman_rl.board import Board  # noqa: E402
-from kalman_rl.board.page import POLICY, SCRIPT, shell  # noqa: E402
-from kalman_rl.board.serve import accepted_hosts, listen, serve  # noqa: E402
-from kalman_rl.board.source import Source  # noqa: E402
 from kalman_rl.errors import ConfigError, RunError  # noqa: E402
+from kalman_rl.instruments.board import Board  # noqa: E402
+from kalman_rl.instruments.board.page import POLICY, SCRIPT, shell  # noqa: E402
+from kalman_rl.instruments.board.serve import accepted_hosts, listen, serve  # noqa: E402
+from kalman_rl.instruments.board.source import Source  # noqa: E402
 from tests.instruments.report_runs import write_run  # noqa: E402
 
 TOKEN = "a-token"
@@ -146,7 +146,7 @@ def test_a_name_cannot_break_the_frame() -> None:
 
 
 def test_page_follows_the_run_and_is_made_once_per_change(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kalman_rl.board import source as module
+    from kalman_rl.instruments.board import source as module
 
     made = []
     real = module.write_report
@@ -237,7 +237,7 @@ def test_stream_tells_changes_and_the_end(run: Path, served: str) -> None:
 
 
 def test_command_prints_the_address_and_ctrl_c_ends_it(run: Path) -> None:
-    command = [sys.executable, "-m", "kalman_rl.cli", "board", str(run), "--port", "0", "--every", "0.2"]
+    command = [sys.executable, "-m", "kalman_rl.cli.main", "board", str(run), "--port", "0", "--every", "0.2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stderr is not None

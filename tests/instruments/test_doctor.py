@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from kalman_rl.doctor import Finding, Plan, doctor, examine, hosts, machine, reward, versions
 from kalman_rl.hosts.trl import hooks as trl_hooks
+from kalman_rl.instruments.doctor import Finding, Plan, doctor, examine, hosts, machine, reward, versions
 
 ROWS = [{"prompt": f"{a} + 1 =", "answer": str(a + 1)} for a in range(1, 9)]
 GOOD_TRAINER = "\n".join(
@@ -73,7 +73,7 @@ def test_this_environment_is_sound(data: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "kalman_rl.doctor",
+        "kalman_rl.instruments.doctor",
         "--json",
         "--data",
         str(data),

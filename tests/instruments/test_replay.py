@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from kalman_rl.cli import main
-from kalman_rl.config import TrainConfig, labels, to_toml
+from kalman_rl.cli.main import main
+from kalman_rl.cli.replay import as_text, step_range
+from kalman_rl.engine.config import TrainConfig, labels, to_toml
+from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.instruments.replay import replay
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives.diagnostics import effective_sample_size
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
-from kalman_rl.replay import replay
-from kalman_rl.replay_text import as_text, step_range
-from kalman_rl.runs import Run
 
 pytest.importorskip("pyarrow")
 

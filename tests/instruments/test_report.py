@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalman_rl.engine.runs.reading import clean, find_runs, read_run
 from kalman_rl.errors import ConfigError, RunError
-from kalman_rl.report import write_figure, write_report
-from kalman_rl.report.data import clean, find_runs, read_run
-from kalman_rl.report.page import SCRIPTS
-from kalman_rl.report.study import arm, split
-from kalman_rl.report.summary import Summary, summarise
+from kalman_rl.instruments.report import write_figure, write_report
+from kalman_rl.instruments.report.page import SCRIPTS
+from kalman_rl.instruments.report.sections.summary import Summary, summarise
+from kalman_rl.instruments.report.stats.study import arm, split
 from tests.instruments.report_runs import (
     EVERY_METHOD_WORKS,
     HOSTILE,

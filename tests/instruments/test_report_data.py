@@ -10,26 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from kalman_rl import report
-from kalman_rl.alarm.journal import append_alarm
-from kalman_rl.alarm.rule import Alarm, Token
 from kalman_rl.beliefs import make_belief
+from kalman_rl.engine.collapse.journal import append_alarm
+from kalman_rl.engine.collapse.rule import Alarm, Token
+from kalman_rl.engine.runs.beliefs import Beliefs, read_beliefs
+from kalman_rl.engine.runs.reading import read_run
+from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import RunError
+from kalman_rl.instruments import report
+from kalman_rl.instruments.replay import replay
+from kalman_rl.instruments.report.page import as_json, page
+from kalman_rl.instruments.report.sections.collapse import MOST as MOST_ALARMS
+from kalman_rl.instruments.report.sections.positions import position_figure
+from kalman_rl.instruments.report.sections.tokens import MOST_OF_ONE, inspected, spread_out
+from kalman_rl.instruments.report.stats.pool import pooled
+from kalman_rl.instruments.report.stats.savings import mixed_share, savings
+from kalman_rl.instruments.report.stats.series import with_interval
 from kalman_rl.methods import make_method
 from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
-from kalman_rl.replay import replay
-from kalman_rl.report.alarm_section import MOST as MOST_ALARMS
-from kalman_rl.report.belief_data import Beliefs, read_beliefs
-from kalman_rl.report.data import read_run
-from kalman_rl.report.page import as_json, page
-from kalman_rl.report.pool import pooled
-from kalman_rl.report.positions import position_figure
-from kalman_rl.report.savings import mixed_share, savings
-from kalman_rl.report.series import with_interval
-from kalman_rl.report.token_data import MOST_OF_ONE, inspected, spread_out
-from kalman_rl.runs import Run
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.records import LEVELS, MOST_PROMPTS, belief_record
 from kalman_rl.sampling.tracking import Tracking

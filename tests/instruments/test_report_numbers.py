@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalman_rl.report.axis import log_axis, nice_ticks
-from kalman_rl.report.chart import Line, lines_chart, spread
-from kalman_rl.report.intervals import newcombe, t_interval, t_quantile, wilson
-from kalman_rl.report.series import MOST_POINTS, cycle_of, over_seeds, smooth, thin
+from kalman_rl.instruments.report.charts.axis import log_axis, nice_ticks
+from kalman_rl.instruments.report.charts.chart import Line, lines_chart, spread
+from kalman_rl.instruments.report.stats.intervals import newcombe, t_interval, t_quantile, wilson
+from kalman_rl.instruments.report.stats.series import MOST_POINTS, cycle_of, over_seeds, smooth, thin
 
 
 def test_intervals_agree_with_other_libraries() -> None:

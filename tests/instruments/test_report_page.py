@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kalman_rl.report import write_report
+from kalman_rl.instruments.report import write_report
 from tests.instruments.report_runs import (
     HOSTILE,
     hostile_payloads,

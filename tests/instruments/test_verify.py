@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from kalman_rl.errors import ConfigError
+from kalman_rl.instruments.verify import golden, oracles, verify
+from kalman_rl.instruments.verify.check import Check, relative_error
+from kalman_rl.instruments.verify.definitions import example
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import ratio, trust
 from kalman_rl.objectives.advantage.group import group_centred
-from kalman_rl.verify import golden, oracles, verify
-from kalman_rl.verify.check import Check, relative_error
-from kalman_rl.verify.literal import example
 
 RECORDED = set(METHODS) - {
     # Ours, or without a published implementation that we have run.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.instruments.verify import golden
 from kalman_rl.kernels import jit
 from kalman_rl.kernels.loss import dispatch as fast
 from kalman_rl.methods import METHODS
@@ -23,7 +24,6 @@ from kalman_rl.objectives.aggregate import SequenceSum, sequence_mean, token_mea
 from kalman_rl.objectives.correction import Truncated
 from kalman_rl.objectives.loss import Loss, policy_loss
 from kalman_rl.objectives.rollouts import Current, Rollouts
-from kalman_rl.verify import golden
 from tests.kernels.loss_cases import AGGREGATES, RATIOS, TRUSTS, Case, compare, composition, draw
 from tests.oracles.batches import CASES, TABLE, make_batch
 

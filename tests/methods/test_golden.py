@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kalman_rl.instruments.verify import golden
 from kalman_rl.objectives import trust
-from kalman_rl.verify import golden
 
 RECORDS = golden.records()
 

@@ -1,6 +1,6 @@
 """Expected gradients by enumeration: what passes, what up to a factor, what is biased and how far.
 
-``benchmarks/unbiased.py`` publishes the table; the functions are the same.
+``benchmarks/learning/unbiased.py`` publishes the table; the functions are the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from benchmarks.unbiased import (
+from benchmarks.learning.unbiased import (
     ADVANTAGES,
     AGGREGATIONS,
     RESULTS,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.advantage import JamesStein, Tracked
+from kalman_rl.instruments.verify.definitions import LOOPS, lookup
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import ratio
 from kalman_rl.objectives.advantage.filtered import BatchFilter, GroupFilter
@@ -28,7 +29,6 @@ from kalman_rl.objectives.trust.balance import Balance
 from kalman_rl.objectives.trust.clip import Cap, Clip, GeometricClip, SoftGate
 from kalman_rl.objectives.trust.curvature import CurvatureMask
 from kalman_rl.objectives.trust.divergence import DivergenceMask, log_complement
-from kalman_rl.verify.literal import LOOPS, lookup
 
 TABLE: dict[str, Method] = {name: make_method(name) for name in METHODS}
 """Every method of the package with its defaults."""

@@ -13,9 +13,6 @@ import torch
 from benchmarks.beliefs.implied import StopRule
 
 from kalman_rl import KalmanPreferenceTracker
-from kalman_rl.alarm import Rule, WatchOptions
-from kalman_rl.alarm.rule import false_alarm_rate
-from kalman_rl.alarm.watch import Watch
 from kalman_rl.beliefs import (
     BetaBelief,
     BySource,
@@ -24,13 +21,17 @@ from kalman_rl.beliefs import (
     SPOBelief,
     make_belief,
 )
-from kalman_rl.board.serve import listen
+from kalman_rl.engine.collapse import Rule, WatchOptions
+from kalman_rl.engine.collapse.rule import false_alarm_rate
+from kalman_rl.engine.collapse.watch import Watch
+from kalman_rl.engine.tasks import load_reward, load_task
 from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError
+from kalman_rl.instruments.board.serve import listen
+from kalman_rl.instruments.replay import replay
+from kalman_rl.instruments.report import write_report
 from kalman_rl.numerics.hadamard import SRHT
 from kalman_rl.objectives.advantage.group import leave_one_out
 from kalman_rl.objectives.rollouts import Rollouts
-from kalman_rl.replay import replay
-from kalman_rl.report import write_report
 from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
@@ -39,16 +40,15 @@ from kalman_rl.sampling.gains import light_gain
 from kalman_rl.sampling.one_prompt.environment import SimulatedPreferenceEnv
 from kalman_rl.sampling.one_prompt.loop import run_adaptive_sampling
 from kalman_rl.sampling.price import Price
-from kalman_rl.sampling.rounds import RoundPlan
-from kalman_rl.sampling.select import (
+from kalman_rl.sampling.prompts import (
     PromptSelector,
     best_mixture,
     draw_beta,
     information_directed,
     theta_variance,
 )
+from kalman_rl.sampling.rounds import RoundPlan
 from kalman_rl.sampling.tracking import Tracking
-from kalman_rl.tasks import load_reward, load_task
 
 tensor = torch.tensor
 IDS, REWARD = ["a", "a", "b"], tensor([1.0, 0.0, 1.0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("trl")
-from benchmarks import scale_costs
+from benchmarks.speed import scale_costs
 
 
 def test_costs_of_a_small_table() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from benchmarks import interleaved
-from benchmarks.interleaved import Promise, judge, missed, ratios, table
+from benchmarks.speed import interleaved
+from benchmarks.speed.interleaved import Promise, judge, missed, ratios, table
 
 
 def work(steps: int):
@@ -55,7 +55,7 @@ def test_scaled_candidates() -> None:
 
 @pytest.mark.slow
 def test_the_command_runs(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
-    from benchmarks import cpu
+    from benchmarks.speed import cpu
 
     assert cpu.main(["--quick", "--only", "filters", "trackers", "--out", str(tmp_path)]) == 0
     assert "published KPO filter" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains, light_gains
 from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.price import Price
-from kalman_rl.sampling.select import (
+from kalman_rl.sampling.prompts import (
     PromptSelector,
     best_mixture,
     draw_beta,

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl import selection as sl
 from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.sampling import selection as sl
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

@@ -88,7 +88,7 @@ class AutoFiltered:
     def statistics(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
         """Sums over the innovations of this part of a step, float64 (67,), additive over parts.
 
-        Cost: one pass over time on (grid, sequences) numbers; see ``benchmarks/ratio_filters.py``.
+        Cost: one pass over time on (grid, sequences) numbers; see ``benchmarks/learning/ratio_filters.py``.
         """
         series = observed_series(token_log_ratio(logp, rollouts).double(), rollouts)
         return innovation_sums(series, LOG_GRID)

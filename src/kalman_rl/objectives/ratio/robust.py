@@ -44,7 +44,7 @@ class RobustFiltered:
     Args:
         process_noise, observation_noise, initial_variance: as in KalmanFiltered, at the start. P0 = R, the
             default, halves the first token and clips it; inf takes it as it is, and a spike there is believed
-            for the rest of the sequence (``benchmarks/ratio_filters.py``), so a diffuse start is not robust.
+            for the rest of the sequence (``benchmarks/learning/ratio_filters.py``), so a diffuse start is not robust.
         threshold: c > 0 or inf. At 2 a normal noise loses about 1 % of efficiency, by Huber's
             location estimate.
         memory: in [0, 1), the share of the past statistics a step keeps.

@@ -1,6 +1,0 @@
-"""The board: the report of a run, served on this machine and renewed while the run goes on."""
-
-from kalman_rl.board.app import Board
-from kalman_rl.board.serve import serve
-
-__all__ = ["Board", "serve"]

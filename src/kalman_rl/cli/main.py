@@ -1,0 +1,404 @@
+"""The command ``kalman-rl``: one dataclass per verb, its fields are its flags.
+
+Nothing here computes. Heavy modules are imported by the verb that needs them, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import tyro
+
+from kalman_rl.engine.config import (
+    DemoConfig,
+    StressConfig,
+    TrainConfig,
+    build,
+    labels,
+    load_toml,
+    notes,
+    to_toml,
+    validate,
+)
+from kalman_rl.errors import ConfigError, KalmanRLError, NumericError
+
+DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
+
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model on a task and write a run directory.
+
+    Settings come from the defaults, then each --config file in order, then the flags: the last one wins.
+    """
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """TOML file with settings, under the names of the flags with _ for -; may be given several times."""
+    dry_run: Switch = False
+    """Print the resolved settings as TOML and stop."""
+
+    def __call__(self) -> int:
+        config = self.settings
+        if config.run is None:
+            config = dataclasses.replace(config, run=default_run(config))
+        validate(config)
+        if not config.quiet:
+            for note in notes(config):
+                print(f"note: {note}", file=sys.stderr)
+        if self.dry_run:
+            print(to_toml(config), end="")
+            return 0
+        from kalman_rl.engine.runs.run import Run
+        from kalman_rl.engine.train import train
+
+        assert config.run is not None
+        task = None
+        if config.data is not None or config.reward is not None:
+            from kalman_rl.engine.train import chosen_task
+
+            task = chosen_task(config)  # bad rows or rewards leave no run behind
+        with Run.create(config.run, to_toml(config), labels(config)) as run:
+            return train(config, run, task=task)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue an interrupted run from its newest intact checkpoint, with its own settings."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run."""
+    quiet: Switch = False
+    """Print errors only."""
+
+    def __call__(self) -> int:
+        from kalman_rl.engine.runs.run import Run
+
+        with Run.open(self.run) as run:
+            if run.manifest.get("status") == "finished":
+                print(f"{self.run}: this run is finished; there is nothing to continue", file=sys.stderr)
+                return 0
+            config = build(TrainConfig, load_toml(self.run / "config.toml"))
+            config = dataclasses.replace(config, run=self.run, quiet=config.quiet or self.quiet)
+            validate(config)
+            from kalman_rl.engine.train import train
+
+            return train(config, run, resume=True)
+
+
+@dataclass(frozen=True)
+class Stress:
+    """Compare methods under harsher and harsher conditions, with many tiny runs."""
+
+    settings: Annotated[StressConfig, tyro.conf.arg(name="")] = field(default_factory=StressConfig)
+
+    def __call__(self) -> int:
+        validate(self.settings)
+        from kalman_rl.cli.stress import stress
+
+        return stress(self.settings)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train, evaluate and report a small run on this machine, in minutes and without a download."""
+
+    settings: Annotated[DemoConfig, tyro.conf.arg(name="")] = field(default_factory=DemoConfig)
+
+    def __call__(self) -> int:
+        validate(self.settings)
+        from kalman_rl.cli.demo import demo
+
+        return demo(self.settings)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a page that shows one run or compares several; it opens in a browser, offline."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs, or of a stress study."""
+    output: Path | None = None
+    """File to write. Unset: report.html in the first directory."""
+
+    def __call__(self) -> int:
+        if not self.runs:
+            raise ConfigError("RUNS: got none, expected the directory of at least one run")
+        from kalman_rl.instruments.report import write_report
+
+        print(write_report(list(self.runs), self.output))
+        return 0
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods, or show one: equation, factors, options, needs, deviations, when to use it."""
+
+    name: tyro.conf.Positional[str] = ""
+    """Method to show. Unset: all of them in a table."""
+    cite: Switch = False
+    """Print BibTeX."""
+    verify: Switch = False
+    """Run its checks against published code and definitions here and now; exit code 1 if one fails."""
+    json: Switch = False
+    """Print JSON, with every method's options and defaults."""
+
+    def __call__(self) -> int:
+        from kalman_rl.cli.methods import show_methods
+
+        return show_methods(self.name, cite=self.cite, verify=self.verify, as_json=self.json)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Recompute any method on the stored tokens of a run, without model or GPU, and compare two."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run."""
+    method: str
+    """Method to compute."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Options of the method, such as low=0.05."""
+    against: str = ""
+    """Second method, with its defaults. Unset: what the run recorded."""
+    steps: str = ""
+    """First and last optimizer step, as 3-20, or one step. Unset: all that were stored."""
+    top: int = 20
+    """How many tokens to list on which the two disagree most."""
+    json: Switch = False
+    """Print JSON."""
+
+    def __call__(self) -> int:
+        from kalman_rl.cli.replay import show_replay
+
+        return show_replay(self.run, self.method, self.options, self.against, self.steps, self.top, self.json)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Read recorded runs and print the collapse warnings that would have come: metric, step, tokens, advice."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs, or of a study."""
+    band: float | None = None
+    """Standard deviations beyond which a value is outside. Unset: the default of training."""
+    k: int | None = None
+    """Values outside, on the same side, that make an alarm."""
+    n: int | None = None
+    """Newest values of a metric among which they are counted."""
+    json: Switch = False
+    """Print JSON."""
+
+    def __call__(self) -> int:
+        if not self.runs:
+            raise ConfigError("RUNS: got none, expected the directory of at least one run")
+        from kalman_rl.engine.collapse import Rule, WatchOptions
+        from kalman_rl.engine.collapse.offline import runs_below, show_alarms
+
+        given = {name: getattr(self, name) for name in ("band", "k", "n") if getattr(self, name) is not None}
+        try:
+            rule = Rule(**given)
+        except NumericError as error:  # here it is a wrong setting, not a wrong number in the data
+            raise ConfigError(str(error)) from None
+        return show_alarms(runs_below(list(self.runs)), rule, WatchOptions(), self.json)
+
+
+@dataclass(frozen=True)
+class Board:
+    """Serve the report of a run on this machine, live while the run goes on; Ctrl-C ends it.
+
+    The address holds a random token and only this machine can reach it.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Directory of a run, or of a study."""
+    port: int = 0
+    """Port on 127.0.0.1; 0 takes a free one."""
+    host: str = "127.0.0.1"
+    """Loopback address to listen on: 127.0.0.1, localhost or ::1."""
+    every: float = 2.0
+    """Seconds between looks at the run's files."""
+    open: Switch = False
+    """Open the page in the browser."""
+
+    def __call__(self) -> int:
+        from kalman_rl.instruments.board import serve
+
+        return serve(self.run, host=self.host, port=self.port, every=self.every, browser=self.open)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look at versions, hosts, devices, disk and your reward before a run; exit code 1 if something will fail."""
+
+    task: str | None = None
+    """Built-in task whose reward to try on three rows."""
+    data: Path | None = None
+    """JSONL or Parquet file of your own rows; replaces the task."""
+    reward: str | None = None
+    """Your reward function as MODULE:FUNCTION, tried on three rows. Naming it runs its code."""
+    config: Path | None = None
+    """TOML file of the run you plan: it is checked, and used for the estimates."""
+    run: Path = Path("runs")
+    """Folder that runs go to: its disk, and the pace of earlier runs in it."""
+    json: Switch = False
+    """Print JSON."""
+
+    def __call__(self) -> int:
+        from kalman_rl.instruments.doctor import Plan, doctor
+
+        plan = Plan(task=self.task, data=self.data, reward=self.reward, config=self.config, run=self.run)
+        return doctor(plan, as_json=self.json)
+
+
+VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Alarm, Board, Replay, Methods, Doctor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage or settings), 3 (a collapse alarm
+    stopped the run), 130 (Ctrl-C).
+
+    Errors are one line on stderr; the environment variable KALMAN_RL_TRACEBACK=1 lets them through.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debugging = os.environ.get("KALMAN_RL_TRACEBACK") == "1"
+    try:
+        return _main(arguments)
+    except SystemExit as stop:  # --help, and usage errors, which tyro has explained
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe went away, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debugging:
+            raise
+        expected = isinstance(error, KalmanRLError)
+        text = (
+            str(error) if expected else f"{type(error).__name__}: {error} (KALMAN_RL_TRACEBACK=1 shows where)"
+        )
+        print("error: " + _one_line(text), file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def default_run(config: TrainConfig, now: datetime | None = None) -> Path:
+    """``runs/TASK-METHOD-TIME``: where a run goes that names no directory.
+
+    >>> default_run(TrainConfig(), datetime(2026, 1, 2, 3, 4, 5)).as_posix()
+    'runs/products-kpo_diffuse-20260102T030405Z'
+    """
+    source = config.task if config.data is None else config.data.stem
+    source = re.sub(r"[^A-Za-z0-9_]+", "-", source).strip("-")[:40] or "task"
+    return Path("runs") / f"{source}-{config.method}-{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments:
+        with contextlib.suppress(SystemExit):
+            _parse(["--help"])
+        return 2
+    if arguments == ["--version"]:
+        from kalman_rl import __version__
+
+        print(f"kalman-rl {__version__}")
+        return 0
+    layers = [load_toml(path) for path in _config_files(arguments)]
+    base = build(TrainConfig, *layers)
+    verb = _parse(arguments, base)
+    if isinstance(verb, Train):
+        flags = _changed(base, verb.settings)
+        verb = dataclasses.replace(verb, settings=build(TrainConfig, *layers, flags))
+    code: int = verb()
+    return code
+
+
+def _parse(arguments: list[str], base: TrainConfig | None = None) -> Any:
+    """The verb that the arguments ask for; ``base`` holds the values of flags of ``train`` not given."""
+    defaults: dict[type, Any] = {verb: verb() for verb in (Stress, Demo, Methods, Doctor)}
+    defaults[Train] = Train(base or TrainConfig())
+    choices = []
+    for verb in VERBS:
+        given: dict[str, Any] = {"default": defaults[verb]} if verb in defaults else {}
+        choices.append(Annotated[verb, tyro.conf.subcommand(verb.__name__.lower(), **given)])
+    anyone: Any = Union[tuple(choices)]  # noqa: UP007
+    return tyro.cli(
+        anyone,
+        prog="kalman-rl",
+        description=DESCRIPTION + " `kalman-rl --version` prints the version.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=_registry(),
+    )
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Teach tyro one spelling: numbers by name, as ``process_noise=1e-4 low=0.05``."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def options(
+        kind: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        if kind.type_origin is not dict:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[KEY=NUMBER ...]",
+            instance_from_str=_named_numbers,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [f"{key}={number}" for key, number in value.items()],
+        )
+
+    return registry
+
+
+def _named_numbers(words: list[str]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            raise ValueError(f"got {word!r}, expected KEY=NUMBER, e.g. process_noise=1e-4") from None
+    return numbers
+
+
+def _config_files(arguments: list[str]) -> list[Path]:
+    """Files named by --config, which must be read before the other flags can be."""
+    follows = itertools.pairwise(arguments)
+    spaced = [(i, word) for i, (flag, word) in enumerate(follows) if flag == "--config"]
+    joined = [(i, word.partition("=")[2]) for i, word in enumerate(arguments) if word.startswith("--config=")]
+    return [Path(word) for _, word in sorted(spaced + joined)] if arguments[0] == "train" else []
+
+
+def _changed(base: TrainConfig, settings: TrainConfig) -> dict[str, Any]:
+    """The settings that flags gave. Options given equal to the ones in a file were given all the same."""
+    return {
+        spec.name: value
+        for spec in dataclasses.fields(base)
+        if (value := getattr(settings, spec.name)) != (old := getattr(base, spec.name))
+        or (isinstance(value, dict) and value is not old)
+    }
+
+
+def _one_line(text: str) -> str:
+    """Text that cannot move the cursor, colour the terminal or break the line."""
+    return "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

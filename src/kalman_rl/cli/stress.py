@@ -1,0 +1,167 @@
+"""The off-policy stress study: many tiny runs, the same prompts and seeds, methods side by side.
+
+The task is sort16 on the 113k-parameter model: 512 completions per generation batch, cut into 64. The
+conditions differ in how far the policy moves away from its samples before it gets new ones.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from kalman_rl.engine.config import StressConfig, TrainConfig, labels, to_toml, validate
+from kalman_rl.errors import RunError
+
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "A": {"iterations": 1, "learning_rate": 1e-4},  # 8 updates per generation batch
+    "B": {"iterations": 4, "learning_rate": 1e-4},  # 4 passes, so 32 updates per generation batch
+    "C": {"iterations": 1, "learning_rate": 3e-4},  # 8 updates with steps three times as long
+}
+
+
+def stress(config: StressConfig) -> int:
+    """Run every (condition, method, seed) that is not finished yet, print the table, write the report.
+
+    A study that was interrupted goes on where it stopped: finished runs are kept, others start anew.
+
+    Raises: RunError if the study's directory cannot be used. Returns: exit code, 130 after Ctrl-C.
+    """
+    plans = plan(config)
+    todo = [p for p in plans if not _finished(p)]
+    if len(todo) < len(plans) and not config.quiet:
+        print(f"{len(plans) - len(todo)} of {len(plans)} runs are there already", file=sys.stderr)
+    jobs = min(config.jobs or os.cpu_count() or 1, max(len(todo), 1))
+    _prepare(config)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(run_one, p) for p in todo]
+        codes = []
+        try:
+            for done in as_completed(running):
+                codes.append(done.result())
+                if codes[-1]:
+                    break
+        except KeyboardInterrupt:
+            codes.append(130)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    if 130 in codes:
+        print(f"stopped; the same command goes on with what is left in {config.run}", file=sys.stderr)
+        return 130
+    print(table([config.run]))
+    return max(codes, default=0)
+
+
+def plan(config: StressConfig) -> list[TrainConfig]:
+    """One training configuration per (seed, condition, method), seeds outermost."""
+    plans = []
+    for seed in range(config.first_seed, config.first_seed + config.seeds):
+        for condition in config.conditions:
+            for method in config.methods:
+                plans.append(
+                    TrainConfig(
+                        method=method,
+                        model="tiny",
+                        task="sort16",
+                        run=Path(config.run) / "runs" / f"{condition}-{method}-seed{seed}",
+                        seed=seed,
+                        steps=config.steps,
+                        prompts_per_generation=config.rollouts // 8,
+                        completions_per_prompt=8,
+                        updates_per_generation=config.rollouts // config.minibatch,
+                        warmup_steps=min(20, config.steps // 2),
+                        lora_rank=0,
+                        dtype="float32",  # the same study on every machine
+                        eval_every=max(config.steps // 8, 1),
+                        eval_prompts=config.eval_prompts,
+                        eval_samples=1,
+                        save_every=0,
+                        traces_per_step=1,
+                        threads=1,
+                        log_every=max(config.steps // 96, 1),
+                        quiet=config.quiet,
+                        **CONDITIONS[condition],
+                    )
+                )
+    for p in plans:
+        validate(p)
+    return plans
+
+
+def run_one(config: TrainConfig) -> int:
+    """One run of the study, in a process of its own."""
+    from kalman_rl.engine.runs.run import Run
+    from kalman_rl.engine.train import train
+
+    assert config.run is not None
+    name = config.run.name
+    condition = name.partition("-")[0]
+    grouped = {"condition": condition, **labels(config)}
+    with Run.create(config.run, to_toml(config), grouped, overwrite=True) as run:
+        return train(config, run, cache=_cache(config.run.parent.parent), prefix=f"{name:<22} ")
+
+
+def table(paths: list[Path]) -> str:
+    """Final accuracies per condition and method, with the interval that ties are judged by."""
+    from kalman_rl.engine.runs.reading import find_runs
+    from kalman_rl.instruments.report.stats.study import ACCURACIES, split
+
+    _, study = split(find_runs(paths))
+    if study is None:
+        raise RunError(f"{paths[0]}: got no runs of a stress study, expected some below runs/")
+    lines = [
+        f"{'':4}{'method':<15}{'sampled':>8}  {'95 % interval':<15}{'min..max':<14}{'greedy':>7}"
+        f"  {'start':>6}  seeds"
+    ]
+    for condition in study.conditions:
+        for arm in study.under(condition):
+            numbers = [arm.measured.get(key) for key in ACCURACIES]
+            sampled, greedy = numbers
+            if sampled is None or greedy is None:
+                lines.append(f"{condition:<4}{arm.method:<15}no finished run")
+                continue
+            low, high = sampled.noise or (float("nan"), float("nan"))
+            spread = f"{min(sampled.finals):.2f}..{max(sampled.finals):.2f}"
+            interval = f"{low:.3f}..{high:.3f}"
+            lines.append(
+                f"{condition:<4}{arm.method:<15}{sampled.mean:>8.3f}  {interval:<15}{spread:<14}"
+                f"{greedy.mean:>7.3f}  {sampled.start or 0.0:>6.3f}  {len(sampled.finals)}"
+            )
+    lines.append("interval: the wider of Student's t over seeds and Wilson over held-out answers")
+    return "\n".join(lines)
+
+
+def _prepare(config: StressConfig) -> None:
+    """Warm-start the shared tiny model once, before several processes would do it side by side."""
+    import torch
+
+    from kalman_rl.engine.models.load import load_model
+    from kalman_rl.engine.tasks import load_task
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        say = (lambda text: None) if config.quiet else lambda text: print(text, file=sys.stderr, flush=True)
+        load_model("tiny", cache=_cache(config.run), task=load_task("sort16"), seed=0, progress=say)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cache(study: Path) -> Path:
+    return Path(study).parent / ".cache"
+
+
+def _finished(config: TrainConfig) -> bool:
+    """Whether this very run is complete: same settings, marked as finished."""
+    from kalman_rl.engine.runs.run import read_manifest
+
+    assert config.run is not None
+    try:
+        manifest = read_manifest(config.run)
+        same = (config.run / "config.toml").read_text() == to_toml(config)
+    except (RunError, OSError):
+        return False
+    return same and manifest.get("status") == "finished"

@@ -1,0 +1,209 @@
+"""What happens around the training loop: metrics to disk, evaluation, traces, progress, stopping."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kalman_rl.engine.runs.run import Run
+from kalman_rl.hosts.trl import TokenBatch
+
+
+class WriteMetrics(TrainerCallback):
+    """Append every log of the trainer to the run's ``metrics.jsonl`` and show it as progress."""
+
+    def __init__(self, run: Run, show: Callable[[int, dict[str, float]], None]) -> None:
+        self.run, self.show = run, show
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "train_runtime" in logs:
+            return
+        numbers = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
+        if state.is_world_process_zero:
+            self.run.log("train", state.global_step, **numbers)
+            self.show(state.global_step, numbers)
+
+
+class Evaluate(TrainerCallback):
+    """Evaluate every ``every`` optimizer steps; the first and last evaluation are the caller's."""
+
+    def __init__(self, evaluate: Callable[[int], None], every: int) -> None:
+        self.evaluate, self.every = evaluate, every
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.evaluate(state.global_step)
+
+
+class SealCheckpoints(TrainerCallback):
+    """Mark a checkpoint as complete, with checksums, once everything in it is written."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.run.seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the generation batch at hand, save, stop. A second Ctrl-C stops at once.
+
+    The stop waits for the end of the generation batch because TRL's checkpoints do not hold the rollouts:
+    resumed inside a batch, a run would generate for the same prompts again.
+    """
+
+    def __init__(self, cycle: int) -> None:
+        self.cycle, self.requested = cycle, False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._request)
+            except ValueError:  # not the main thread: the host decides about signals
+                break
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(
+            "\nstopping after this generation batch; once more to stop at once", file=sys.stderr, flush=True
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.requested and state.global_step % self.cycle == 0:
+            control.should_save = control.should_training_stop = True
+
+
+class Progress:
+    """One line per logged step on stderr: step, reward, loss, ratio spread, speed, time left."""
+
+    def __init__(self, total: int, *, quiet: bool = False, prefix: str = "") -> None:
+        self.total, self.quiet, self.prefix = total, quiet, prefix
+        self.start = time.monotonic()
+        self.first_step: int | None = None
+        self.live = sys.stderr.isatty() and not prefix  # several processes would overwrite each other
+
+    def say(self, text: str) -> None:
+        """A line of its own, which a live line gives way to."""
+        if not self.quiet:
+            wipe = "\r\x1b[2K" if self.live else ""
+            print(f"{wipe}{self.prefix}{text}", file=sys.stderr, flush=True)
+
+    def begin(self) -> None:
+        """Start the clock of the estimate, after whatever came before training."""
+        self.start = time.monotonic()
+
+    def __call__(self, step: int, logs: dict[str, float]) -> None:
+        if self.quiet:
+            return
+        if self.first_step is None:
+            self.first_step = step - 1
+        done = max(step - self.first_step, 1)
+        seconds = (time.monotonic() - self.start) / done
+        left = int(seconds * max(self.total - step, 0))
+        width = len(str(self.total))
+        fields = [f"{self.prefix}step {step:>{width}}/{self.total}"]
+        for label, name, form in (
+            ("reward", "reward", ".3f"),
+            ("loss", "loss", "+.4f"),
+            ("log-ratio var", "ratio/raw_log_variance", ".1e"),
+            ("filtered", "ratio/filtered_log_variance", ".1e"),
+            ("kept", "trust/kept", ".0%"),
+        ):
+            value = logs.get(name, math.nan)
+            if not math.isnan(value):
+                fields.append(f"{label} {value:{form}}")
+        fields.append(f"{seconds:.2f} s/step")
+        fields.append(f"{left // 60}:{left % 60:02d} left")
+        line = "  ".join(fields)
+        if self.live:
+            print(f"\r\x1b[2K{line}", end="" if step < self.total else "\n", file=sys.stderr, flush=True)
+        elif step == self.total or step % max(self.total // 20, 1) == 0:
+            print(line, file=sys.stderr, flush=True)
+
+
+class TraceTokens:
+    """Observer of the trainer: keep a few completions per step, token by token, and write them as Parquet."""
+
+    def __init__(self, run: Run, tokenizer: Any, per_step: int, every: int = 1) -> None:
+        self.run, self.tokenizer, self.per_step, self.every = run, tokenizer, per_step, max(every, 1)
+        self.step = -1
+
+    def __call__(self, batch: TokenBatch) -> None:
+        step = batch.step + 1  # the step that this micro-batch belongs to
+        if not self.per_step or step == self.step or step % self.every:
+            return
+        self.step = step
+        columns: dict[str, list[Any]] = {}
+        for row in range(min(self.per_step, len(batch.logp))):
+            for name, values in self._sequence(batch, row, step).items():
+                columns.setdefault(name, []).extend(values)
+        if columns.get("step"):
+            self.run.write_traces(step, columns)
+
+    def _sequence(self, batch: TokenBatch, row: int, step: int) -> dict[str, list[Any]]:
+        rollouts, tokens = batch.rollouts, batch.loss.tokens
+        keep = rollouts.mask[row]
+        ids = batch.inputs["completion_ids"][row][keep].tolist()
+        pick: Callable[[torch.Tensor], list[Any]] = lambda values: values[row][keep].tolist()  # noqa: E731
+        missing = [None] * len(ids)
+        reward = float(batch.inputs["rewards"][row])
+        return {
+            "step": [step] * len(ids),
+            "sequence": [row] * len(ids),
+            "prompt_id": [str(batch.inputs["prompt_id"][row])] * len(ids),
+            "prompt": [str(batch.inputs["prompt"][row])] * len(ids),
+            "completion": [self.tokenizer.decode(ids)] * len(ids),
+            "position": keep.nonzero().flatten().tolist(),
+            "token_id": ids,
+            "token": [self.tokenizer.decode([i]) for i in ids],
+            "logp_old": pick(rollouts.logp_old),
+            "logp_behaviour": missing if rollouts.logp_behaviour is None else pick(rollouts.logp_behaviour),
+            "logp": pick(batch.logp),
+            "log_ratio": pick(tokens.log_ratio),
+            "filtered_log_ratio": pick(tokens.log_weight),
+            "gain": missing if tokens.gain is None else pick(tokens.gain),
+            "coefficient": pick(tokens.coefficient),
+            "kept": pick(tokens.kept),
+            "advantage": [float(batch.inputs["advantages"][row].float().flatten()[0])] * len(ids),
+            "reward": [None if math.isnan(reward) else reward] * len(ids),
+        }
+
+
+class WriteBeliefs:
+    """Observer of a tracked run: append what is believed of the prompts to ``beliefs.jsonl``."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        self.run.append("beliefs.jsonl", record)

@@ -1,0 +1,74 @@
+"""Checkpoints that can be trusted: ``complete.json``, written last, holds the SHA-256 of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from kalman_rl.engine.runs.files import FORMAT, explained, read_json, read_regular, sync, write_file
+from kalman_rl.errors import RunError
+
+SEAL = "complete.json"
+
+CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Sync every file of a checkpoint to disk, then write ``complete.json`` with their sizes and SHA-256.
+
+    Raises: RunError if ``trainer_state.json`` is missing or something is neither file nor directory.
+    """
+    content = _checkpoint_content(Path(folder), flush=True)
+    write_file(Path(folder) / SEAL, content)
+    sync(Path(folder).parent)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Check that a checkpoint is exactly what was sealed. Raises: RunError saying what differs."""
+    folder = Path(folder)
+    if not (folder / SEAL).is_file():
+        raise RunError(f"{folder}: has no {SEAL}: the save was cut short")
+    sealed = read_json(folder / SEAL)
+    if sealed.get("format") != FORMAT:
+        raise RunError(f"{folder}: got a checkpoint of format {sealed.get('format')!r}, expected {FORMAT}")
+    content = _checkpoint_content(folder)
+    if read_regular(folder / SEAL) != content:
+        then, now = sealed.get("files"), json.loads(content)["files"]
+        names = now.keys() | (then.keys() if isinstance(then, dict) else set())
+        changed = sorted(n for n in names if not isinstance(then, dict) or then.get(n) != now.get(n)) or [
+            SEAL
+        ]
+        raise RunError(f"{folder}: changed since it was saved: {', '.join(changed[:5])}")
+
+
+def _checkpoint_content(folder: Path, *, flush: bool = False) -> bytes:
+    """What ``complete.json`` has to say, byte for byte, about the files that are there now."""
+    match = CHECKPOINT.fullmatch(folder.name)
+    if not match:
+        raise RunError(f"{folder}: got the name {folder.name!r}, expected checkpoint-N")
+    files: dict[str, dict[str, Any]] = {}
+    with explained(folder, "read"):
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode) and path.name.startswith(".tmp-"):
+                continue
+            if stat.S_ISREG(mode) and name != SEAL:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
+                    if flush:
+                        os.fsync(file.fileno())
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise RunError(f"{path}: got a link or device in a checkpoint, expected files only")
+            elif flush and stat.S_ISDIR(mode):
+                sync(path)
+    if "trainer_state.json" not in files:
+        raise RunError(f"{folder}: got no trainer_state.json, expected a complete checkpoint")
+    content = {"format": FORMAT, "step": int(match[1]), "files": files}
+    return (json.dumps(content, indent=1) + "\n").encode()

@@ -1,0 +1,362 @@
+"""The run directory: the only place that training writes to, and all reading and writing of it.
+
+Files appear complete or not at all (written beside, synced, renamed); ``metrics.jsonl`` grows by whole
+lines; a checkpoint counts once ``complete.json``, written last, holds the SHA-256 of every file in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kalman_rl.engine.runs.checkpoints import CHECKPOINT, SEAL, seal_checkpoint, verify_checkpoint
+from kalman_rl.engine.runs.files import FORMAT, explained, read_json, read_regular, write_all, write_file
+from kalman_rl.engine.runs.manifest import new_manifest, redacted, redacted_toml
+from kalman_rl.engine.runs.traces import trace_table
+from kalman_rl.errors import RunError
+
+STATUSES = ("running", "finished", "interrupted", "failed")
+
+_LOCK = ".lock"
+logger = logging.getLogger("kalman_rl")
+
+
+class Run:
+    """A run directory opened for writing by this process, and by no other until :meth:`close`.
+
+    As a context manager it closes the run; an exception marks a run that is still "running" as failed
+    (KeyboardInterrupt: interrupted).
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], lock: Any) -> None:
+        """Internal: use :meth:`create` or :meth:`open`."""
+        self.path, self.manifest, self._lock = path, manifest, lock
+        self._lost = 0  # rows that did not fit on the disk since the last one that did
+        self._warned = False
+        self._before = 0.0  # seconds on the run's clock when this process took over
+        self._start = time.monotonic()
+        self._metrics: int | None = None
+
+    @classmethod
+    def create(
+        cls, path: Path, config_toml: str, labels: Mapping[str, Any], *, overwrite: bool = False
+    ) -> Run:
+        """Make a new run directory, with parents.
+
+        Args:
+            path: its last part has 1 to 100 of A-Z a-z 0-9 . _ - and does not start with a dot.
+            config_toml: the resolved configuration, kept as ``config.toml``.
+            labels: what the report groups by, e.g. method, seed; the seed also becomes an entry of its own.
+            overwrite: replace a run that is there; a directory that is no run is never replaced.
+
+        Raises: RunError if it exists, cannot be written, or another process writes it.
+        """
+        path = Path(path)
+        if problem := name_problem(path):
+            raise RunError(f"run: {problem}")
+        _refuse_existing(path, overwrite)
+        with explained(path, "create"):
+            path.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(path)
+        try:
+            _refuse_existing(path, overwrite)  # again: another process may have been quicker
+            with explained(path, "create"):
+                for old in _contents(path):
+                    if (
+                        old.name != "manifest.json"
+                    ):  # replaced last, so that it stays a run that may be replaced
+                        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+                run = cls(path, new_manifest(labels), lock)
+                run.update_manifest()
+                write_file(path / "config.toml", redacted_toml(config_toml).encode())
+                (path / "checkpoints").mkdir()
+                run._open_metrics()
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open a run to continue it.
+
+        Raises: RunError if it is no run, of a newer format, or another process writes it.
+        """
+        path = Path(path)
+        read_manifest(path)
+        lock = _acquire(path)
+        try:
+            run = cls(path, read_manifest(path), lock)
+            with explained(path, "open"):
+                for leftover in path.rglob(".tmp-*"):  # of a process that was killed while writing
+                    if leftover.is_file():
+                        leftover.unlink()
+                run._open_metrics()
+            rows = read_metrics(path)
+            run._before = float(rows[-1].get("time", 0)) if rows else 0.0
+            run.update_manifest(pid=os.getpid())
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    def log(self, kind: str, step: int, **values: Any) -> None:
+        """Append one row to ``metrics.jsonl``; what is not a finite number becomes null.
+
+        A full disk does not stop the run: one warning, and a row of kind "gap" with the number of rows lost
+        as soon as there is room again.
+
+        Args: kind: of the row, e.g. "train", "eval". step: optimizer step. values: numbers by name.
+        Raises: RunError after the run was closed.
+        """
+        stamp = {"step": int(step), "time": round(self._before + time.monotonic() - self._start, 3)}
+        rows = [{"kind": kind, **stamp, **{name: _finite(value) for name, value in values.items()}}]
+        if self._metrics is None:
+            raise RunError(f"{self.path}: got a metric after the run was closed, expected it before finish()")
+        if self._lost:
+            rows.insert(0, {"kind": "gap", **stamp, "rows_lost": self._lost})
+        end = os.fstat(self._metrics).st_size
+        try:
+            write_all(self._metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            self._lost = 0
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._metrics, end)  # no half line in front of the next row
+            self._lost += 1
+            self._warn_once(self.path / "metrics.jsonl", error)
+
+    def write_traces(self, step: int, columns: Mapping[str, Sequence[Any]]) -> Path | None:
+        """Write ``traces/step-000012.parquet``, one row per token, with the columns of ``TRACE_COLUMNS``.
+
+        Args:
+            columns: equally long lists; ``step`` and the nullable ones may be left out.
+
+        Returns: the file, or None if it could not be written (one warning; the run goes on).
+        Raises: ShapeError for missing, unknown, ragged or wrongly typed columns.
+        """
+        import pyarrow.parquet  # here, because it takes longer to import than all else in this file
+
+        path = self.path / "traces" / f"step-{step:06d}.parquet"
+        temporary = path.with_name(f".tmp-{path.name}")
+        table = trace_table(step, columns)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            pyarrow.parquet.write_table(table, temporary, compression="zstd")
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            self._warn_once(path, error)
+            return None
+        return path
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append a row to the JSON lines file ``name``; if that fails, one warning, and the run goes on."""
+        path = self.path / name
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            handle = os.open(path, flags, 0o644)
+            try:
+                write_all(handle, (json.dumps(row) + "\n").encode())
+            finally:
+                os.close(handle)
+        except OSError as error:
+            self._warn_once(path, error)
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change entries of ``manifest.json``; a reader sees the old file or the new one."""
+        manifest = redacted({**self.manifest, **changes})
+        write_file(self.path / "manifest.json", (json.dumps(manifest, indent=2, default=str) + "\n").encode())
+        self.manifest = manifest
+
+    def finish(self, status: str, seconds: float | None = None) -> None:
+        """Record how the run ended ("finished", "interrupted" or "failed") and close it.
+
+        Args:
+            status: how it ended.
+            seconds: time spent by this process (default: since it opened the run); a resumed run adds up.
+
+        Raises: RunError for another status, or a manifest that cannot be written; the files are closed all the same.
+        """
+        if status not in STATUSES[1:]:
+            raise RunError(f"status: got {status!r}, expected one of {', '.join(STATUSES[1:])}")
+        seconds = time.monotonic() - self._start if seconds is None else seconds
+        try:
+            self.update_manifest(status=status, seconds=round(self._before + seconds, 3))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Release the files and the lock; closing twice is harmless."""
+        if self._metrics is not None:
+            os.close(self._metrics)
+            self._metrics = None
+        self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is not None and self._metrics is not None and self.manifest.get("status") == "running":
+                self.finish("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+        finally:
+            self.close()
+
+    def seal_checkpoint(self, folder: Path) -> None:
+        """Mark ``checkpoints/checkpoint-N`` as complete; see :func:`seal_checkpoint`."""
+        seal_checkpoint(folder)
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints that were completely written, oldest first; contents are not verified."""
+        return [folder for folder in self._folders() if (folder / SEAL).is_file()]
+
+    def latest_checkpoint(self) -> Path:
+        """The newest checkpoint whose contents verify; says which newer ones were skipped, and why.
+
+        Raises: RunError if there is none.
+        """
+        for folder in reversed(self._folders()):
+            try:
+                verify_checkpoint(folder)
+                return folder
+            except RunError as error:
+                logger.warning("skipped a checkpoint: %s", error)
+        raise RunError(
+            f"{self.path}: got no intact checkpoint, expected at least one to continue from; "
+            "start again with `kalman-rl train` and another --run"
+        )
+
+    def truncate_metrics(self, step: int) -> int:
+        """Drop the rows after ``step``, which a run resumed there writes again; returns how many.
+
+        Also drops lines that are no rows, such as one cut short by a kill, and says so.
+        """
+        rows, bad = _parse_metrics(self.path)
+        kept = [row for row in rows if row["step"] <= step]
+        if bad:
+            logger.warning("%s: dropped %d unreadable line(s)", self.path / "metrics.jsonl", bad)
+        write_file(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+        with explained(self.path, "open"):
+            self._open_metrics()
+        self._before, self._start = float(kept[-1].get("time", 0)) if kept else 0.0, time.monotonic()
+        return len(rows) - len(kept)
+
+    def _folders(self) -> list[Path]:
+        with explained(self.path, "read"):
+            parent = self.path / "checkpoints"
+            found = [path for path in parent.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+    def _open_metrics(self) -> None:
+        if self._metrics is not None:
+            os.close(self._metrics)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._metrics = os.open(self.path / "metrics.jsonl", flags, 0o644)
+
+    def _warn_once(self, path: Path, error: OSError) -> None:
+        if not self._warned:
+            logger.warning("cannot write %s (%s); the run goes on without it", path, error.strerror or error)
+        self._warned = True
+
+
+def name_problem(path: Path) -> str | None:
+    """What is wrong with the last part of a run's path, or None.
+
+    >>> name_problem(Path("runs/products-kpo")) is None
+    True
+    """
+    name = Path(path).name
+    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
+        return None
+    return f"got {name[:120]!r} as a run's name, expected 1 to 100 of A-Z a-z 0-9 . _ - and no leading dot"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The run's ``manifest.json``. Raises: RunError if there is none, or it is of a newer format."""
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path}: no such run directory")
+    if not os.path.lexists(path / "manifest.json"):
+        raise RunError(
+            f"{path}: got no manifest.json, expected a run; give the directory that training wrote"
+        )
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise RunError(
+            f"{path}: got a run of format {manifest.get('format')!r}, expected {FORMAT}; use the "
+            "version of kalman-rl that wrote it"
+        )
+    return manifest
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of the run's ``metrics.jsonl``; lines that are no rows (a torn last one) are skipped, aloud."""
+    rows, bad = _parse_metrics(path)
+    if bad:
+        logger.warning("%s: skipped %d unreadable line(s)", Path(path) / "metrics.jsonl", bad)
+    return rows
+
+
+def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows, and the number of lines that are none."""
+    rows, bad = [], 0
+    for line in read_regular(Path(path) / "metrics.jsonl", None).splitlines():
+        try:
+            row = json.loads(line, parse_constant=lambda name: None)
+            valid = isinstance(row["kind"], str) and type(row["step"]) is int and row.get("time", 0) >= 0
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            valid = False
+        if valid:
+            rows.append(row)
+        else:
+            bad += 1
+    return rows, bad
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    with explained(path, "create"):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: exists and is no directory; choose another --run")
+        there = _contents(path) if path.exists() else []
+    if there and not overwrite:
+        raise RunError(f"{path}: exists; choose another --run, or continue it with `kalman-rl resume {path}`")
+    if there and not (path / "manifest.json").is_file():
+        raise RunError(f"{path}: exists and is no run, so it is not replaced; choose another --run")
+
+
+def _contents(path: Path) -> list[Path]:
+    return [entry for entry in path.iterdir() if entry.name != _LOCK]
+
+
+def _acquire(path: Path) -> Any:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / _LOCK)
+    with explained(path, "lock"):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            try:
+                who = f"process {read_manifest(path).get('pid')}"
+            except RunError:
+                who = "another process"
+            raise RunError(f"{path}: {who} is writing this run; wait for it, or stop it") from None
+    return lock
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        value = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,240 @@
+"""The user's own questions from a JSON Lines or Parquet file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kalman_rl.engine.tasks.task import Reward, Row, Task, first_line, make_prompt_id
+from kalman_rl.errors import ConfigError
+
+# Names under which TRL passes its own arguments to a reward function; a column of that name would collide.
+RESERVED = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+}
+SPLITS = {"train": "train", "test": "test", "validation": "test", "val": "test", "eval": "test"}
+
+
+def rows(
+    path: str | Path,
+    *,
+    reward: Reward | None = None,
+    test_share: float = 0.1,
+    max_completion_tokens: int = 64,
+    stop: str | None = None,
+) -> Task:
+    """Task made of the rows of a ``.jsonl`` or ``.parquet`` file.
+
+    Args:
+        path: file with a ``prompt`` column of texts; optional columns are ``answer``, ``prompt_id`` (else a
+            hash of the row's content) and ``split`` ("train" or "test"). All other columns are passed to the
+            reward.
+        reward: TRL-style reward function; when None a reply earns 1 if its first line, stripped, equals the
+            stripped ``answer``, else 0.
+        test_share: part of the different prompts kept aside when there is no ``split`` column, 0 to below 1.
+            Which ones depends on their content, not on their order.
+        max_completion_tokens: longest reply to sample, in tokens.
+        stop: text at which a reply ends; the newline when the default reward is used.
+
+    Raises:
+        ConfigError: the file is missing, empty, not UTF-8, not JSON, lacks a column, or gives one
+            ``prompt_id`` to two different rows. The message names file and line.
+    """
+    file = Path(path).expanduser()
+    if not 0 <= test_share < 1:
+        raise ConfigError(f"test_share: got {test_share}, expected 0 <= share < 1; {file}")
+    located = list(_reader(file)(file))
+    if not located:
+        raise ConfigError(
+            f"rows: got an empty file, expected at least one row with a 'prompt' column; {file}"
+        )
+    columns = list(dict.fromkeys(name for _, row in located for name in row))
+    _check_columns(columns, file, needs_answer=reward is None)
+    name = file.stem
+    cleaned = [(where, _clean(name, where, row, columns, reward is None)) for where, row in located]
+    merged, notes = _merge(cleaned)
+    train, test, more = _by_column(merged) if "split" in columns else _by_share(merged, test_share, file)
+    if not train:
+        raise ConfigError(f"split: got no row to train on, expected some with split 'train'; {file}")
+    return Task(
+        name=name,
+        train=train,
+        test=test,
+        reward=reward or first_line_reward,
+        max_completion_tokens=max_completion_tokens,
+        stop="\n" if reward is None and stop is None else stop,
+        notes=(*notes, *more),
+    )
+
+
+def first_line_reward(completions: list[str], answer: list[str], **columns: Any) -> list[float | None]:
+    """Reward 1 when the first line of the reply, stripped, equals the stripped answer, else 0.
+
+    >>> first_line_reward([" 45\\n", "54"], answer=["45", "45"])
+    [1.0, 0.0]
+    """
+    return [
+        float(first_line(reply) == right.strip()) for reply, right in zip(completions, answer, strict=True)
+    ]
+
+
+def _json_lines(file: Path) -> Iterator[tuple[str, Row]]:
+    for number, raw in enumerate(_read(file).split(b"\n"), start=1):
+        where = f"{file}:{number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"rows: got bytes that are not UTF-8 ({error.reason} at byte {error.start}), expected UTF-8 "
+                f"text; {where}; save the file as UTF-8"
+            ) from error
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(
+                f"rows: got invalid JSON ({error}), expected one object per line; {where}"
+            ) from error
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f'rows: got a {type(row).__name__}, expected an object such as {{"prompt": ...}}; {where}'
+            )
+        yield where, row
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    _read(file, 4)
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(
+            f"rows: got a file that Parquet cannot read ({error}), expected Parquet; {file}"
+        ) from error
+    for number, row in enumerate(table.to_pylist()):
+        yield f"{file} row {number}", row
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".parquet": _parquet,
+}
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[tuple[str, Row]]]:
+    if file.suffix not in READERS:
+        raise ConfigError(
+            f"rows: got a file named {file.name!r}, expected one ending in {', '.join(READERS)}; {file}"
+        )
+    return READERS[file.suffix]
+
+
+def _read(file: Path, count: int = -1) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise ConfigError(f"rows: got {error.strerror or error}, expected a readable file; {file}") from error
+
+
+def _check_columns(columns: list[str], file: Path, *, needs_answer: bool) -> None:
+    if "prompt" not in columns:
+        raise ConfigError(
+            f"prompt: got only the columns {', '.join(columns)}, expected one named 'prompt'; {file}"
+        )
+    if needs_answer and "answer" not in columns:
+        raise ConfigError(
+            f"answer: got only the columns {', '.join(columns)}, expected one named 'answer'; {file}; add "
+            "it, or give a reward of your own with --reward module:function"
+        )
+    taken = RESERVED.intersection(columns)
+    if taken:
+        raise ConfigError(
+            f"columns: got {', '.join(sorted(taken))}, names the trainer itself uses; {file}; rename"
+        )
+
+
+def _clean(name: str, where: str, row: Row, columns: list[str], needs_answer: bool) -> Row:
+    """One row with every column, a checked prompt and answer, and a prompt_id."""
+    row = {column: row.get(column) for column in columns}
+    prompt = row["prompt"]
+    if not isinstance(prompt, str) or not prompt:
+        raise ConfigError(f"prompt: got {prompt!r}, expected a text that is not empty; {where}")
+    answer = row.setdefault("answer", "")
+    if needs_answer:
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise ConfigError(f"answer: got {answer!r}, expected a text or a number; {where}")
+        row["answer"] = str(answer)
+        if "\n" in row["answer"].strip() or not row["answer"].strip():
+            raise ConfigError(
+                f"answer: got {answer!r}, expected one line of text, as only the first line of a reply is "
+                f"compared; {where}; shorten it, or give a reward of your own with --reward module:function"
+            )
+    content = {key: value for key, value in row.items() if key not in ("split", "prompt_id")}
+    given = row.get("prompt_id")
+    row["prompt_id"] = make_prompt_id(name, _spell(content)) if given is None else str(given)
+    return row
+
+
+def _spell(content: Row) -> str:
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, default=repr)
+
+
+def _merge(located: list[tuple[str, Row]]) -> tuple[list[Row], list[str]]:
+    """Drops exact repetitions; two different rows under one prompt_id are an error."""
+    kept: dict[str, tuple[str, Row]] = {}
+    for where, row in located:
+        first_where, first = kept.setdefault(row["prompt_id"], (where, row))
+        if _spell(first) != _spell(row):
+            raise ConfigError(
+                f"prompt_id: got {row['prompt_id']!r} for two different rows, expected one row per "
+                f"prompt_id; {where} and {first_where}; make the ids unique, or leave the column out"
+            )
+    dropped = len(located) - len(kept)
+    return [row for _, row in kept.values()], [f"{dropped} repeated rows were dropped"] if dropped else []
+
+
+def _by_column(merged: list[Row]) -> tuple[list[Row], list[Row], list[str]]:
+    sides: dict[str, list[Row]] = {"train": [], "test": []}
+    for row in merged:
+        split = row.pop("split")
+        if split not in SPLITS:
+            raise ConfigError(
+                f"split: got {split!r}, expected 'train' or 'test'; prompt {row['prompt'][:60]!r}"
+            )
+        sides[SPLITS[split]].append(row)
+    seen = {row["prompt"] for row in sides["test"]}
+    train = [row for row in sides["train"] if row["prompt"] not in seen]
+    leaked = len(sides["train"]) - len(train)
+    notes = [f"{leaked} training rows were dropped: their prompt is also in the test split"] if leaked else []
+    return (
+        train,
+        sides["test"],
+        notes + ([] if sides["test"] else ["no test rows: there is nothing to evaluate on"]),
+    )
+
+
+def _by_share(merged: list[Row], share: float, file: Path) -> tuple[list[Row], list[Row], list[str]]:
+    prompts = sorted({row["prompt"] for row in merged}, key=lambda prompt: make_prompt_id("held out", prompt))
+    count = max(1, round(share * len(prompts))) if share else 0
+    if count >= len(prompts):
+        raise ConfigError(
+            f"rows: got {len(prompts)} different prompts, expected at least 2 to keep one aside for testing; "
+            f"{file}; add rows, or set test_share to 0"
+        )
+    kept = set(prompts[:count])
+    train = [row for row in merged if row["prompt"] not in kept]
+    test = [row for row in merged if row["prompt"] in kept]
+    return train, test, [] if test else ["no test rows: there is nothing to evaluate on"]

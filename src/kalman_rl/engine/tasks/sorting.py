@@ -1,0 +1,87 @@
+"""Sorting random digits: a task small enough for a character model on one CPU core.
+
+``sort12`` and ``sort16`` ask for one length, so all their questions are about as hard. ``sort_mixed`` asks for
+4 to 24 digits: after the warm start short ones are mostly right and long ones hardly ever, as in the pools of
+real training data.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from kalman_rl.checks import is_whole
+from kalman_rl.engine.tasks.task import Row, Task, held_out, make_prompt_id
+from kalman_rl.errors import ConfigError
+
+TEST_SHARE = 1 / 16
+DEFAULT_TRAIN, DEFAULT_TEST = 4096, 256
+
+
+def sorting(
+    digits: int, *, seed: int = 0, train_size: int | None = None, test_size: int | None = None
+) -> Task:
+    """Digits in, the same digits in ascending order out: ``"730184962503>"`` to ``"001233456789"``.
+
+    Args:
+        digits: how many digits to sort; there are ``10**digits`` questions.
+        seed: which questions are drawn; the split does not depend on it.
+        train_size: training rows, 4096 when None.
+        test_size: test rows, 256 when None.
+
+    Raises: ConfigError for fewer than 8 digits or a size below 1.
+    """
+    if not is_whole(digits, 8):
+        raise ConfigError(
+            f"digits: got {digits!r}, expected at least 8; with fewer the questions soon run out"
+        )
+    return _sorting(f"sort{digits}", range(digits, digits + 1), seed, train_size, test_size)
+
+
+def sorting_mixed(*, seed: int = 0, train_size: int | None = None, test_size: int | None = None) -> Task:
+    """Sorting of 4 to 24 digits, every length equally often: a pool with a wide spread of difficulty.
+
+    Args: as in :func:`sorting`.
+    """
+    return _sorting("sort_mixed", range(4, 25), seed, train_size, test_size)
+
+
+def _sorting(name: str, lengths: range, seed: int, train_size: int | None, test_size: int | None) -> Task:
+    for argument, size in {"train_size": train_size, "test_size": test_size}.items():
+        if size is not None and not is_whole(size, 1):
+            raise ConfigError(f"{argument}: got {size!r}, expected at least 1; task {name!r}")
+
+    def fresh(count: int, seed: int) -> list[Row]:
+        return _draw(name, lengths, count, f"train {seed}", test=False)
+
+    return Task(
+        name=name,
+        train=fresh(train_size or DEFAULT_TRAIN, seed),
+        test=_draw(name, lengths, test_size or DEFAULT_TEST, f"test {seed}", test=True),
+        reward=exact_reply,
+        max_completion_tokens=lengths[-1] + 1,
+        fresh=fresh,
+    )
+
+
+def exact_reply(completions: list[str], answer: list[str], **columns: Any) -> list[float | None]:
+    """Reward 1 when the whole reply equals the answer, else 0."""
+    return [float(reply == right) for reply, right in zip(completions, answer, strict=True)]
+
+
+def _draw(name: str, lengths: range, count: int, stream: str, *, test: bool) -> list[Row]:
+    rng = random.Random(f"{name} {stream}")
+    questions: dict[str, None] = {}
+    while len(questions) < count:
+        digits = lengths[0] if len(lengths) == 1 else rng.choice(lengths)
+        question = "".join(rng.choices("0123456789", k=digits))
+        if held_out(question, TEST_SHARE) is test:
+            questions[question] = None
+    return [
+        {
+            "prompt": f"{question}>",
+            "prompt_id": make_prompt_id(name, question),
+            "answer": "".join(sorted(question)),
+        }
+        for question in questions
+    ]

@@ -1,0 +1,287 @@
+"""The main job: a configuration becomes a trained model in a run directory, through TRL.
+
+Read top to bottom: task, model, trainer, held-out evaluation before, training, evaluation after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers import PrinterCallback
+
+from kalman_rl.beliefs.advantage import JamesStein
+from kalman_rl.engine.callbacks import (
+    Evaluate,
+    Progress,
+    SealCheckpoints,
+    StopOnSignal,
+    TraceTokens,
+    WriteBeliefs,
+    WriteMetrics,
+)
+from kalman_rl.engine.collapse.callback import CollapseAlarm
+from kalman_rl.engine.config import TrainConfig
+from kalman_rl.engine.evaluation import evaluate
+from kalman_rl.engine.models.load import LoadedModel, load_model
+from kalman_rl.engine.runs.run import Run
+from kalman_rl.engine.tasks import Task, guard_reward, load_reward, load_task, rows, with_noise
+from kalman_rl.errors import ConfigError
+from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
+from kalman_rl.kernels.memory import keep_freed_memory
+from kalman_rl.methods import make_method
+from kalman_rl.objectives.advantage.group import batch_leave_one_out, leave_one_out
+from kalman_rl.objectives.loss import Method
+from kalman_rl.objectives.ratio.transforms import KalmanFiltered
+
+BASELINES: dict[str, Callable[..., torch.Tensor]] = {
+    "leave_one_out": leave_one_out,
+    "batch_mean": batch_leave_one_out,
+    "james_stein": JamesStein(),
+}
+"""Advantages that a configuration may put in the place of the method's own."""
+
+LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
+
+
+def train(
+    config: TrainConfig,
+    run: Run,
+    *,
+    resume: bool = False,
+    cache: Path | None = None,
+    prefix: str = "",
+    task: Task | None = None,
+) -> int:
+    """Train as configured into ``run``; returns the exit code (0, 3 if an alarm stopped it, 130 after Ctrl-C).
+
+    Converted and warm-started weights are kept in ``cache``, by default ``.cache`` beside the run. ``task`` is what
+    :func:`chosen_task` gives, where it was called before.
+
+    Raises: ConfigError, RewardError, RunError and AdapterError with nothing written lost.
+    """
+    start = time.monotonic()
+    progress = Progress(config.steps, quiet=config.quiet, prefix=prefix)
+    say = progress.say
+    checkpoint = run.latest_checkpoint() if resume else None  # before a model is loaded in vain
+    keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    task = task or chosen_task(config)
+    cache = cache or run.path.parent / ".cache"
+    loaded = load_model(config.model, cache=cache, dtype=config.dtype, task=task, seed=0, progress=say)
+    for note in loaded.notes:
+        say(note)
+    method = make_method(config.method, **config.method_options)
+    if config.advantage in BASELINES:
+        method = dataclasses.replace(method, advantage=BASELINES[config.advantage])
+    max_tokens = config.max_completion_tokens or task.max_completion_tokens
+    _warn_short(method, max_tokens, say)
+    run.update_manifest(
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        threads=torch.get_num_threads(),
+        train_rows=len(task.train),
+        test_rows=len(task.test),
+    )
+
+    cycle = config.updates_per_generation * config.iterations
+    stop = StopOnSignal(cycle)
+    trainer = build_trainer(config, method, task, loaded, run, max_tokens)
+    trainer.observers.append(TraceTokens(run, loaded.tokenizer, config.traces_per_step))
+    if trainer.tracking is not None:
+        trainer.tracking.observers.append(WriteBeliefs(run))
+
+    held_out_reward = guard_reward(task.reward)
+
+    def measure(step: int) -> None:
+        def accuracy(prompts: list[dict[str, Any]]) -> dict[str, float]:
+            return evaluate(
+                trainer.model,
+                loaded.tokenizer,
+                prompts,
+                held_out_reward,
+                max_completion_tokens=max_tokens,
+                temperature=config.temperature,
+                samples=config.eval_samples,
+            )
+
+        result = accuracy(task.test[: config.eval_prompts])
+        if config.pool_prompts:
+            pool = accuracy(task.train[: config.pool_prompts])
+            result |= {name.replace("eval/", "pool/"): value for name, value in pool.items()}
+        run.log("eval", step, **result)
+        say(
+            f"held-out at step {step}: sampled {result['eval/sampled_accuracy']:.3f}, "
+            f"greedy {result['eval/greedy_accuracy']:.3f} ({int(result['eval/count'])} prompts)"
+        )
+
+    for callback in (
+        WriteMetrics(run, progress),
+        Evaluate(measure, config.eval_every),
+        SealCheckpoints(run),
+        stop,
+    ):
+        trainer.add_callback(callback)
+    alarm = None if config.alarm == "off" else CollapseAlarm(config.alarm, run.path, say=say)
+    for callback in (*([alarm] if alarm else []), *make_sinks(config.report_to, say)):
+        trainer.add_callback(callback)
+
+    if checkpoint is not None:
+        step = int(checkpoint.name.rpartition("-")[2])
+        run.truncate_metrics(step)
+        say(f"continuing from step {step}")
+    else:
+        measure(0)
+    run.update_manifest(status="running")
+    progress.begin()
+    status = "failed"
+    try:
+        with stop, _quiet_third_parties():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        halted = stop.requested or (alarm is not None and alarm.stopped)
+        status = "interrupted" if halted and trainer.state.global_step < config.steps else "finished"
+        if status == "finished":
+            measure(trainer.state.global_step)
+            trainer.save_model(str(run.path / "model"))
+            loaded.tokenizer.save_pretrained(str(run.path / "model"))
+    except KeyboardInterrupt:
+        status = "interrupted"
+    finally:
+        run.finish(status, time.monotonic() - start)
+    if status == "interrupted":
+        say(f"stopped at step {trainer.state.global_step}; continue with: kalman-rl resume {run.path}")
+        return 3 if alarm is not None and alarm.stopped and not stop.requested else 130
+    say(f"finished {config.steps} steps in {time.monotonic() - start:.0f} s: {run.path}")
+    return 0
+
+
+def build_trainer(
+    config: TrainConfig, method: Method, task: Task, loaded: LoadedModel, run: Run, max_tokens: int
+) -> KalmanGRPOTrainer:
+    """The TRL trainer for a configuration: our words to TRL's, nothing else."""
+    micro_batches = config.updates_per_generation * config.gradient_accumulation
+    rollouts = config.prompts_per_generation * config.completions_per_prompt
+    cycle = config.updates_per_generation * config.iterations
+    save_every = -(-config.save_every // cycle) * cycle  # only between generation batches
+    bf16 = loaded.dtype == torch.bfloat16
+    args = KalmanGRPOConfig(
+        output_dir=str(run.path / "checkpoints"),
+        method=config.method,
+        method_options=config.method_options,
+        per_device_train_batch_size=rollouts // micro_batches,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        steps_per_generation=micro_batches,
+        num_iterations=config.iterations,
+        num_generations=config.completions_per_prompt,
+        belief=config.belief if config.advantage == "tracked" else None,
+        prompt_features=config.prompt_features,
+        allocation=config.allocation,
+        allocation_objective=config.objective,
+        budget=config.budget,
+        rounds=list(config.rounds),
+        completions_min=config.completions_min,
+        completions_max=config.completions_max,
+        max_rounds=config.max_rounds,
+        coverage_steps=config.coverage_steps,
+        reward_range="real" if config.reward_noise else "unit",
+        reward_noise_variance=config.reward_noise**2,
+        max_completion_length=max_tokens,
+        temperature=config.temperature,
+        max_steps=config.steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        beta=config.kl,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=bf16,
+        gradient_checkpointing=False,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=max(save_every, 1),
+        save_total_limit=3,
+        logging_steps=config.log_every,
+        report_to="none",  # trackers come as guarded callbacks
+        disable_tqdm=True,
+    )
+    peft_config = None
+    if config.lora_rank:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules=LORA_TARGETS,
+            task_type="CAUSAL_LM",
+        )
+    trainer = KalmanGRPOTrainer(
+        model=loaded.model,
+        reward_funcs=with_noise(guard_reward(task.reward), config.reward_noise),
+        args=args,
+        train_dataset=Dataset.from_list(task.train),
+        processing_class=loaded.tokenizer,
+        peft_config=peft_config,
+        method=method,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def chosen_task(config: TrainConfig) -> Task:
+    """The task that a configuration names, with its own rows and reward.
+
+    Raises: ConfigError, RewardError for rows, rewards or sizes that do not fit.
+    """
+    reward = load_reward(config.reward) if config.reward else None
+    if config.data is not None:
+        task = rows(config.data, reward=reward)
+    else:
+        task = load_task(config.task, train_size=config.train_size, test_size=config.test_size)
+        if reward is not None:
+            task = dataclasses.replace(task, reward=reward)
+    if len(task.train) < config.prompts_per_generation:
+        raise ConfigError(
+            f"prompts_per_generation: got {config.prompts_per_generation}, expected at most the "
+            f"{len(task.train)} training rows of task {task.name!r}; lower it or add rows"
+        )
+    return task
+
+
+def _warn_short(method: Method, max_tokens: int, say: Any) -> None:
+    """Say aloud when a zero-start filter cannot leave ratio 1 within the completions."""
+    ratio = method.ratio
+    if isinstance(ratio, KalmanFiltered) and ratio.initial_variance == 0:
+        constants = ratio.time_constants(max_tokens)
+        if constants < 0.5:
+            say(
+                f"note: {method.name} with a zero start and Q/R = "
+                f"{ratio.process_noise / ratio.observation_noise:g} has {constants:.2g} filter time "
+                f"constants in {max_tokens} tokens (< 0.5): the ratio stays at 1 and the clip never "
+                "acts. kpo_diffuse, or a larger process_noise, avoids this"
+            )
+
+
+@contextlib.contextmanager
+def _quiet_third_parties() -> Any:
+    """Keep known, harmless warnings of the host libraries off the user's screen."""
+    with warnings.catch_warnings():
+        for module in ("torch", "transformers", "trl", "peft", "accelerate"):
+            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+        yield

@@ -1,0 +1,122 @@
+"""Serve the board on this machine, in a process of its own that only reads the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import sys
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kalman_rl.checks import is_real, is_whole
+from kalman_rl.errors import AdapterError, ConfigError, RunError
+from kalman_rl.instruments.board.app import Board
+from kalman_rl.instruments.board.source import Source
+
+LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "::1": "::1"}
+"""Accepted names and the address each binds to."""
+
+
+def serve(
+    run: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    every: float = 2.0,
+    browser: bool = False,
+    say: Callable[[str], None] = lambda text: print(text, flush=True),
+) -> int:
+    """Serve until Ctrl-C; returns the exit code 0.
+
+    Args:
+        run: directory of a run, or of a study.
+        host: a loopback address; nothing else is accepted.
+        port: 0 takes a free one.
+        every: in [0.1, 3600], seconds between looks at the run's files.
+        browser: open the page.
+        say: what the address is given to.
+
+    Raises: ConfigError for a setting out of range; RunError without a run there; AdapterError without the server.
+    """
+    sock = listen(host, port)
+    with contextlib.closing(sock):
+        source = _source(run, every)
+        try:
+            import uvicorn
+        except ImportError as error:
+            raise AdapterError(
+                'uvicorn: got no such package, expected 0.34 or later for the board; install "kalman-rl[board]"'
+            ) from error
+        bound = sock.getsockname()[1]
+        token = secrets.token_urlsafe(24)
+        app = Board(source, token, accepted_hosts(bound), every=every)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,  # it would write the token into a log
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=64,
+            timeout_graceful_shutdown=2,
+        )
+        server = uvicorn.Server(config)
+        app.closing = lambda: server.should_exit
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{bound}/{token}/"
+        say(f"{address}  (only this machine can open it; Ctrl-C ends it)")
+        if browser:
+            webbrowser.open(address)
+        _be_nice()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[sock])
+    print("board closed", file=sys.stderr)
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket on a loopback address. Raises: ConfigError for another address, or a port that is taken."""
+    if not isinstance(host, str) or host not in LOOPBACK:
+        raise ConfigError(
+            f"host: got {host!r}, expected 127.0.0.1, localhost or ::1 because the page shows everything in the run; "
+            "to see it from elsewhere, forward the port over ssh"
+        )
+    if not is_whole(port, 0, 65535):
+        raise ConfigError(f"port: got {port!r}, expected 0 to 65535; 0 takes a free one")
+    family = socket.AF_INET6 if ":" in LOOPBACK[host] else socket.AF_INET
+    sock: Any = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((LOOPBACK[host], port))
+        sock.listen(64)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"port: cannot listen on {host}:{port}: {error.strerror}; take another --port"
+        ) from None
+    return sock
+
+
+def accepted_hosts(port: int) -> list[str]:
+    """Host headers of the board's own address."""
+    return [f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")]
+
+
+def _source(run: Path, every: float) -> Source:
+    if not (is_real(every) and 0.1 <= every <= 3600):
+        raise ConfigError(f"every: got {every!r}, expected 0.1 to 3600 seconds")
+    source = Source(Path(run), least=every)
+    if not source.look().version:
+        raise RunError(f"{run}: got no manifest.json there or below, expected the directory of a run")
+    return source
+
+
+def _be_nice() -> None:
+    """Training goes first where both share processors."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(10)

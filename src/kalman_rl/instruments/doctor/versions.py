@@ -1,0 +1,140 @@
+"""Versions of Python and of the host libraries, against the ranges that the package's own metadata declares."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any, NamedTuple
+
+from kalman_rl.instruments.doctor.finding import Finding, Plan, explain
+
+PACKAGE = "kalman-rl"
+LIBRARIES = ("torch", "numba", "triton", "accelerate", "transformers", "trl", "verl")
+_OUR_TESTS = {"test", "dev"}  # their ranges say what is tested here, not what works
+
+
+class Need(NamedTuple):
+    """Range of a library as declared ("" if none), and the extras that ask for it (none: always needed)."""
+
+    range: str
+    extras: tuple[str, ...]
+
+
+def python(plan: Plan) -> Iterator[Finding]:
+    """This Python against Requires-Python."""
+    version = platform.python_version()
+    try:
+        declared = next(iter(metadata.metadata(PACKAGE).get_all("Requires-Python") or ()), "")
+    except metadata.PackageNotFoundError:
+        yield Finding(
+            "python",
+            "warning",
+            f"{version}; {PACKAGE} is not installed, only on the path, so no ranges are known",
+            "pip install it (an editable install will do)",
+        )
+        return
+    except Exception as error:  # metadata can be damaged in many ways
+        yield Finding(
+            "python", "problem", f"{version}; metadata of {PACKAGE}: {explain(error)}", "reinstall it"
+        )
+        return
+    fits = inside(version, declared)
+    found = f"{version} ({sys.executable}), expected {declared or 'any'}"
+    yield Finding(
+        "python", "ok" if fits is not False else "problem", found, "" if fits else f"take {declared}"
+    )
+
+
+def library(name: str, plan: Plan) -> Iterator[Finding]:
+    """One library: is it there, in the declared range, and does it import?"""
+    need = declared_need(name)
+    installed = _installed(name)
+    if installed is None and importlib.util.find_spec(name) is None:
+        yield _absent(name, need)
+        return
+    expected = f", expected {need.range}" if need.range else ""
+    found = f"{installed or 'of unknown version'}{expected}"
+    start = time.monotonic()
+    try:
+        module = importlib.import_module(name)
+    except BaseException as error:  # SystemExit too: whatever happens is what we came to see
+        yield Finding(
+            name,
+            "problem",
+            f"{found}; importing it failed: {explain(error)}",
+            f"pip install --force-reinstall '{name}{need.range}'",
+        )
+        return
+    found += f"; imports in {time.monotonic() - start:.1f} s"
+    version = str(getattr(module, "__version__", "")).partition("+")[0]
+    if installed and version and version != installed.partition("+")[0]:
+        where = getattr(module, "__file__", "nowhere")
+        advice = "two copies are mixed up: remove the one that should not be found first"
+        yield Finding(name, "warning", f"{found}, but what imports is {version} from {where}", advice)
+    elif installed and inside(installed, need.range) is False:
+        tests_only = need.extras and not set(need.extras) - _OUR_TESTS
+        yield Finding(
+            name, "warning" if tests_only else "problem", found, f"pip install '{name}{need.range}'"
+        )
+    else:
+        yield Finding(name, "ok", found)
+
+
+def declared_need(name: str) -> Need:
+    """What the installed metadata of this package asks of a library."""
+    try:
+        from packaging.requirements import Requirement
+
+        about = metadata.metadata(PACKAGE)
+        lines = about.get_all("Requires-Dist") or []
+        extras = about.get_all("Provides-Extra") or []
+        wanted = [item for item in map(Requirement, lines) if item.name == name]
+    except Exception:  # the check of Python says so once
+        return Need("", ("unknown",))
+    if any(item.marker is None for item in wanted):
+        return Need(str(wanted[0].specifier), ())
+    asking = [
+        extra
+        for extra in extras
+        if any(item.marker is not None and item.marker.evaluate({"extra": extra}) for item in wanted)
+    ]
+    ranges = list(dict.fromkeys(str(item.specifier) for item in wanted))
+    return Need(",".join(ranges), tuple(asking))
+
+
+def inside(version: str, declared: str) -> bool | None:
+    """Whether a version lies in a range; None if that cannot be told.
+
+    >>> inside("2.13.0+cpu", ">=2.7"), inside("1.17.0", "==1.16.*"), inside("?", ">=1")
+    (True, False, None)
+    """
+    try:
+        from packaging.specifiers import SpecifierSet
+        from packaging.version import Version
+
+        return SpecifierSet(declared).contains(Version(version), prereleases=True)
+    except Exception:  # no packaging, or not a version
+        return None
+
+
+def _installed(name: str) -> str | None:
+    try:
+        version: Any = metadata.version(name)
+    except Exception:  # not installed, or its metadata is damaged: the import will tell
+        return None
+    return str(version) if version else None
+
+
+def _absent(name: str, need: Need) -> Finding:
+    if not need.extras:
+        return Finding(name, "problem", "not installed", f"pip install '{name}{need.range}'")
+    extra = next((e for e in need.extras if e not in _OUR_TESTS), need.extras[0])
+    advice = f"pip install '{PACKAGE}[{extra}]'"
+    if "train" in need.extras:
+        return Finding(name, "warning", "not installed; training through TRL needs it", advice)
+    return Finding(name, "ok", f"not installed; optional ({advice})")

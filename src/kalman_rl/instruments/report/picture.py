@@ -1,0 +1,163 @@
+"""One picture for documents: the main run's held-out accuracy beside the stress study's curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kalman_rl.engine.runs.reading import Run, find_runs
+from kalman_rl.errors import AdapterError, RunError
+from kalman_rl.instruments.report.charts.chart import spread
+from kalman_rl.instruments.report.sections.stress import learning_lines
+from kalman_rl.instruments.report.stats.intervals import wilson
+from kalman_rl.instruments.report.stats.study import (
+    ACCURACIES,
+    SAMPLED,
+    Study,
+    answers,
+    colours,
+    evaluations,
+    split,
+)
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#a79a00", "#3b3f46")
+INK, MUTED, RULE = "#1f2328", "#5f6670", "#e3ded2"
+PREFERRED = ("A", "C")
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "svg.hashsalt": "kalman-rl",
+}
+
+
+def write_figure(runs: Sequence[Path], output_png: Path) -> Path:
+    """Draw held-out accuracy of the first main run, and stress curves of A and C (or the outer two).
+
+    Args:
+        runs: as for :func:`kalman_rl.instruments.report.write_report`.
+        output_png: the file; its suffix chooses the format (``.png``, ``.svg``, ``.pdf``).
+
+    Returns: the path of the picture.
+    Raises: AdapterError without matplotlib; RunError if there is nothing to draw or it cannot be written.
+    """
+    main, study = split(find_runs(runs))
+    shown = [run for run in main if evaluations(run, SAMPLED)][:1]
+    conditions = _two(study)
+    if not shown and not conditions:
+        raise RunError(
+            "figure: got runs without held-out accuracy and without a stress study, expected either; "
+            "train with evaluation"
+        )
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise AdapterError(
+            "matplotlib: got no such package, expected it for pictures; pip install matplotlib"
+        ) from error
+    with rc_context(STYLE):
+        widths = [1.15] * len(shown) + [1.0] * len(conditions)
+        figure = Figure(figsize=(4.3 * sum(widths), 3.7), layout="constrained", facecolor="white")
+        axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        if shown:
+            _main(axes[0], shown[0])
+        if study:
+            _stress(axes[len(shown) :], study, conditions)
+        layout: Any = figure.get_layout_engine()
+        layout.set(wspace=0.06, w_pad=0.12, h_pad=0.1)
+        target = Path(output_png)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(target, dpi=200)
+        except (OSError, ValueError) as error:
+            raise RunError(f"figure: got {error}, expected a writable picture file; {target}") from error
+    return target
+
+
+def _two(study: Study | None) -> list[str]:
+    if study is None:
+        return []
+    preferred = [condition for condition in PREFERRED if condition in study.conditions]
+    return (
+        preferred if len(preferred) == 2 else list(dict.fromkeys([study.conditions[0], study.conditions[-1]]))
+    )
+
+
+def _main(axes: Any, run: Run) -> None:
+    ends = []
+    for index, (key, kind) in enumerate(ACCURACIES.items()):
+        rows = evaluations(run, key)
+        if rows:
+            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+            axes.plot(
+                steps,
+                values,
+                color=PALETTE[index],
+                marker="o",
+                markersize=3.5,
+                lw=1.8,
+                ls="--" if index else "-",
+            )
+            known = [(row["step"], *wilson(row[key], count)) for row in rows if (count := answers(row, key))]
+            if known:
+                axes.fill_between(*zip(*known), color=PALETTE[index], alpha=0.13, lw=0)
+            ends.append((values[-1], kind, index))
+    axes.set(title=" on ".join(run.labels[k] for k in ("model", "task") if k in run.labels) or run.name,
+             xlabel="update", ylabel="held-out accuracy", ylim=(0, 1))  # fmt: skip
+    _finish(axes, ends)
+
+
+def _stress(axes: Sequence[Any], study: Study, conditions: Sequence[str]) -> None:
+    palette = colours(study.methods)
+    highest = 0.0
+    for index, (panel, condition) in enumerate(zip(axes, conditions)):
+        what, lines = learning_lines(study, condition, palette)
+        ends = []
+        for line in lines:
+            colour = PALETTE[line.colour]
+            panel.plot(*zip(*line.points), color=colour, lw=1.8, ls="--" if line.dashed else "-")
+            if line.band:
+                panel.fill_between(*zip(*line.band), color=colour, alpha=0.13, lw=0)
+            known = [value for _, value in line.points if math.isfinite(value)]
+            highest = max([highest, *known, *(high for _, _, high in line.band)])
+            if known:
+                ends.append((known[-1], line.name, line.colour))
+        panel.set(title=f"Stress, condition {condition}", xlabel="update")
+        if index == 0:
+            panel.set_ylabel("sampled held-out accuracy" if what == "accuracy" else "training reward")
+        panel.ends = ends
+    for panel in axes:
+        panel.set_ylim(0, 1.05 * highest or 1)
+        _finish(panel, panel.ends)
+
+
+def _finish(axes: Any, ends: list[tuple[float, str, int]]) -> None:
+    """Light grid, and names beside the line ends."""
+    axes.grid(axis="y", color=RULE, lw=0.8)
+    axes.set_axisbelow(True)
+    low, high = axes.get_ylim()
+    ends = sorted(ends)
+    places = spread([value for value, _, _ in ends], 0.062 * (high - low), low, high)
+    for place, (_, name, colour) in zip(places, ends):
+        axes.annotate(
+            name.replace("$", r"\$"),
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=9.5,
+            color=PALETTE[colour],
+            annotation_clip=False,
+        )

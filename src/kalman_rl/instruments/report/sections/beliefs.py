@@ -1,0 +1,256 @@
+"""Section 2: what was believed of the prompts, what they got, and what a fixed number would have cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from markupsafe import Markup
+
+from kalman_rl.engine.runs.beliefs import BANDS, HOPELESS, LEARNED, Beliefs, Visit, read_beliefs
+from kalman_rl.engine.runs.reading import Run, clean
+from kalman_rl.instruments.report.charts.chart import Line, lines_chart
+from kalman_rl.instruments.report.charts.sparkline import belief_line
+from kalman_rl.instruments.report.stats.intervals import wilson
+from kalman_rl.instruments.report.stats.metrics import Figure
+from kalman_rl.instruments.report.stats.savings import Saving, beta_of, mixed_share, savings
+from kalman_rl.instruments.report.stats.series import Point, smooth, window_of
+from kalman_rl.instruments.report.words import counted, decimal
+
+MOST_PROMPTS = 12
+BINS = 8
+BAND_COLOURS = {"learned": 2, "undecided": 7, "hopeless": 1}
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt as the table shows it."""
+
+    text: str
+    line: Markup
+    mean: str
+    interval: str
+    band: str
+    spent: int
+    visits: int
+    following: str
+    order: float
+
+
+@dataclass
+class BeliefSection:
+    """One run's beliefs: charts, the table of prompts, and the savings in words."""
+
+    run: str
+    lead: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    prompts: list[PromptRow] = field(default_factory=list)
+    prompts_note: str = ""
+    savings: list[dict[str, str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def belief_section(runs: Sequence[Run], notes: list[tuple[str, str]]) -> BeliefSection | None:
+    """The section of the first run that has beliefs, None if there is none; problems go to ``notes``."""
+    for run in runs:
+        problems: list[str] = []
+        beliefs = read_beliefs(run.path, problems)
+        notes += [(run.name, problem) for problem in problems]
+        if beliefs:
+            return _section(run, beliefs)
+    return None
+
+
+def _section(run: Run, beliefs: Beliefs) -> BeliefSection:
+    prompts = beliefs.prompts
+    section = BeliefSection(clean(run.name, 60))
+    section.lead = _lead(beliefs, prompts)
+    for figure in (_bands(beliefs), _calibration(beliefs), _allocation(beliefs), _informative(beliefs)):
+        if isinstance(figure, Figure):
+            section.figures.append(figure)
+        elif figure:
+            section.missing.append(figure)
+    section.savings = [_saved(saving) for saving in savings(beliefs)]
+    section.prompts = _rows(beliefs, prompts)
+    section.prompts_note = _note(beliefs, prompts)
+    return section
+
+
+def _lead(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> list[str]:
+    used = sum(batch.used for batch in beliefs.batches)
+    text = (
+        f"{counted(len(beliefs.batches), 'generation batch', 'generation batches')} drew {used:,.0f} completions; "
+        f"{counted(len(prompts), 'prompt')} came up and {'was' if len(prompts) == 1 else 'were'} followed."
+    )
+    if not beliefs.unit or not prompts:
+        return [text]
+    last = [visits[-1].band for visits in prompts.values()]
+    told = ", ".join(f"{last.count(band)} {band}" for band in BANDS)
+    return [text, f"At the end: {told}."]
+
+
+def _bands(beliefs: Beliefs) -> Figure | str:
+    if not beliefs.unit:
+        return "Rewards are not confined to 0 to 1, so prompts are not called learned or hopeless."
+    now: dict[str, str] = {}
+    lines: dict[str, list[Point]] = {band: [] for band in BANDS}
+    for batch in beliefs.batches:
+        now |= {name: visit.band for name, visit in batch.visits.items()}
+        for band, points in lines.items():
+            if now:
+                points.append((batch.step, sum(value == band for value in now.values()) / len(now)))
+    note = (
+        f"Learned: the 90% interval of the success rate lies above {LEARNED:g}; hopeless: below {HOPELESS:g}; "
+        "undecided: neither. Of the prompts seen so far."
+    )
+    drawn = [Line(band, points, BAND_COLOURS[band]) for band, points in lines.items()]
+    return Figure(
+        "Learned, undecided, hopeless", note, lines_chart(drawn, y_label="share of prompts", y_range=(0, 1))
+    )
+
+
+def _calibration(beliefs: Beliefs) -> Figure | str:
+    inside: dict[float, float] = {}
+    judged = sum(batch.judged for batch in beliefs.batches)
+    for batch in beliefs.batches:
+        for level, count in batch.inside.items():
+            inside[level] = inside.get(level, 0.0) + count
+    if not inside or judged < 1:
+        return "No coverage was recorded, so the intervals' calibration is not drawn."
+    levels = sorted(inside)
+    points = [(100 * level, min(1.0, inside[level] / judged)) for level in levels]
+    bars = [(x, *wilson(share, judged)) for x, share in points]
+    ideal = [(x, x / 100) for x, _ in points]
+    said = f"{inside[0.9] / judged:.0%} of" if 0.9 in inside else "Of"
+    note = (
+        f"Predicted intervals against what came: {said} {judged:,.0f} first rounds had their mean inside the 90% "
+        "interval. Above the dashed line, intervals are too wide; below, too narrow. A mean of few completions takes "
+        "few values, so the narrow intervals are judged roughly."
+    )
+    lines = [
+        Line("ideal", ideal, 7, dashed=True),
+        Line("observed", points, 0, whiskers=bars, dots=True),
+    ]
+    chart = lines_chart(lines, y_label="share inside", x_label="predicted interval, %", y_range=(0.4, 1.0))
+    return Figure("Calibration", note, chart)
+
+
+def _allocation(beliefs: Beliefs) -> Figure | str:
+    visits = [visit for batch in beliefs.batches for visit in batch.visits.values()]
+    if beliefs.allocation == "fixed":
+        return "Every prompt got the same number of completions, so there is no allocation to draw."
+    if not beliefs.unit or len(visits) < BINS:
+        return ""
+    bins: dict[int, list[float]] = {}
+    for visit in visits:
+        bins.setdefault(min(BINS - 1, max(0, int(BINS * visit.mean))), []).append(visit.n)
+    points, bars = [], []
+    for place, counts in sorted(bins.items()):
+        x = 100 * (place + 0.5) / BINS
+        ordered = sorted(counts)
+        points.append((x, fmean(counts)))
+        bars.append((x, ordered[int(0.1 * (len(ordered) - 1))], ordered[math.ceil(0.9 * (len(ordered) - 1))]))
+    fixed = sum(batch.rows for batch in beliefs.batches) / max(
+        1.0, sum(batch.prompts for batch in beliefs.batches)
+    )
+    note = (
+        "Completions of a prompt in one batch by the success rate predicted for it; bars hold eight in ten."
+    )
+    lines = [Line("mean", points, 0, whiskers=bars, dots=True)]
+    chart = lines_chart(
+        lines, y_label="completions", x_label="predicted success rate, %", y_range=(0.0,),
+        reference=(fixed, f"fixed: {fixed:.3g}"), labels=False,
+    )  # fmt: skip
+    return Figure("Where completions went", note, chart)
+
+
+def _informative(beliefs: Beliefs) -> Figure | str:
+    if not beliefs.unit:
+        return ""
+    observed: list[Point] = []
+    expected: list[Point] = []
+    for batch in beliefs.batches:
+        if not batch.visits or not batch.prompts:
+            continue
+        fixed = batch.rows / batch.prompts
+        visits = batch.visits.values()
+        observed.append((batch.step, fmean(visit.mixed for visit in visits)))
+        expected.append((batch.step, fmean(mixed_share(fixed, beta_of(visit)) for visit in visits)))
+    if not observed:
+        return ""
+    window = window_of(len(observed))
+    lines = [Line("as drawn", smooth(observed, window), 0, behind=observed if window > 1 else [])]
+    note = "Prompts of a batch whose completions earned different rewards, so that they teach something."
+    if beliefs.allocation != "fixed":
+        lines.append(Line("fixed, expected", smooth(expected, window), 7, dashed=True))
+        note += " Dashed: expected from the beliefs had the batch been shared out evenly."
+    chart = lines_chart(lines, y_label="share of prompts", y_range=(0.0, 1.0), labels=len(lines) > 1)
+    return Figure("Informative groups", note, chart)
+
+
+def _saved(saving: Saving) -> dict[str, str]:
+    if math.isinf(saving.fixed):
+        return {
+            "equality": saving.equality,
+            "used": decimal(saving.used, 1),
+            "fixed": "over 4096",
+            "share": "–",
+        }
+    share = saving.share
+    word = f"{share:.0%} saved" if share >= 0 else f"{-share:.0%} more"
+    return {
+        "equality": saving.equality,
+        "used": decimal(saving.used, 1),
+        "fixed": decimal(saving.fixed, 1),
+        "share": word,
+    }
+
+
+def _rows(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> list[PromptRow]:
+    """Prompts spread over the range of what is believed of them, the lowest first."""
+    ordered = sorted(prompts, key=lambda name: (prompts[name][-1].after, name))
+    count = min(MOST_PROMPTS, len(ordered))
+    chosen = [ordered[round(i * (len(ordered) - 1) / max(1, count - 1))] for i in range(count)]
+    every = [visit for name in chosen for visit in prompts[name]]
+    steps = (beliefs.batches[0].step, beliefs.batches[-1].step)
+    limits = (0.0, 1.0)
+    if not beliefs.unit and every:
+        limits = (min(visit.interval[0] for visit in every), max(visit.interval[1] for visit in every))
+    return [
+        _row(beliefs.texts.get(name) or name, prompts[name], steps, limits, beliefs.unit) for name in chosen
+    ]
+
+
+def _row(
+    text: str, visits: list[Visit], steps: tuple[float, float], limits: tuple[float, float], unit: bool
+) -> PromptRow:
+    last = visits[-1]
+    low, high = last.interval
+    if unit:
+        low, high = max(0.0, low), min(1.0, high)
+    return PromptRow(
+        text=text,
+        line=belief_line(visits, steps, limits, text),
+        mean=decimal(last.after),
+        interval=f"{decimal(low)} to {decimal(high)}",
+        band=last.band if unit else "",
+        spent=round(sum(visit.n for visit in visits)),
+        visits=len(visits),
+        following=f"{last.next:.0f}" if math.isfinite(last.next) else "–",
+        order=last.after,
+    )
+
+
+def _note(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> str:
+    text = (
+        "Line: posterior mean of the prompt's value after each batch it was in; band: its central 90%; dots: the "
+        "mean reward of the batch, larger for more completions. Next: completions if the batch came up again."
+    )
+    most = sum(batch.prompts > len(batch.visits) for batch in beliefs.batches)
+    if len(prompts) > MOST_PROMPTS:
+        text += f" Shown: {MOST_PROMPTS} of {len(prompts)} followed prompts, spread over what is believed of them."
+    if most:
+        text += f" In {most} batches the run wrote down a sample of the prompts only."
+    return text

@@ -1,0 +1,58 @@
+"""What the collapse alarm said while the runs went on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kalman_rl.engine.collapse.journal import read_alarms
+from kalman_rl.engine.collapse.rule import Alarm
+from kalman_rl.engine.runs.reading import Run, clean
+
+MOST = 40
+
+
+@dataclass(frozen=True)
+class Line:
+    """One alarm as shown; texts are safe."""
+
+    run: str
+    step: int
+    sentence: str
+    tokens: tuple[str, ...]
+    advice: str
+
+
+@dataclass(frozen=True)
+class AlarmSection:
+    """The first alarms of every run, at most MOST in all, and a sentence about the rest."""
+
+    lines: list[Line]
+    note: str
+
+
+def alarm_section(runs: Sequence[Run]) -> AlarmSection | None:
+    """The section, or None if no run recorded an alarm."""
+    found = [(run, alarm) for run in runs for alarm in read_alarms(run.path)]
+    if not found:
+        return None
+    found.sort(key=lambda pair: pair[1].step)
+    lines = [
+        Line(
+            run=run.name,
+            step=alarm.step,
+            sentence=_happened(alarm),
+            tokens=tuple(f"{clean(t.text, 24)} ({t.log_ratio:+.2f})" for t in alarm.tokens),
+            advice=clean(alarm.advice, 200),
+        )
+        for run, alarm in found[:MOST]
+    ]
+    note = "" if len(found) <= MOST else f"The first {MOST} of {len(found)} alarms are shown."
+    return AlarmSection(lines, note)
+
+
+def _happened(alarm: Alarm) -> str:
+    moved = (
+        f"{clean(alarm.metric)} {clean(alarm.direction)}: {alarm.value:.3g}, expected {alarm.expected:.3g}"
+    )
+    return f"{moved} ({alarm.z:+.1f} deviations, {alarm.outside} of {alarm.of} outside)"

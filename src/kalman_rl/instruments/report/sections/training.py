@@ -1,0 +1,282 @@
+"""Section 1: held-out accuracy, training curves, and a table of before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from kalman_rl.engine.runs.reading import Run
+from kalman_rl.instruments.report.charts.chart import Line, lines_chart
+from kalman_rl.instruments.report.stats.intervals import wilson
+from kalman_rl.instruments.report.stats.metrics import (
+    COSTS,
+    CUMULATIVE,
+    LEARNING,
+    RATIOS,
+    Figure,
+    Metric,
+    Panel,
+)
+from kalman_rl.instruments.report.stats.pool import Group
+from kalman_rl.instruments.report.stats.series import (
+    Band,
+    Point,
+    cycle_of,
+    finite,
+    series,
+    smooth,
+    window_of,
+    with_interval,
+)
+from kalman_rl.instruments.report.stats.study import (
+    ACCURACIES,
+    COLOUR_OF,
+    GREEDY,
+    SAMPLED,
+    Arm,
+    Measured,
+    answers,
+    colours,
+    evaluations,
+    flat,
+    noop_share,
+    trend,
+)
+from kalman_rl.instruments.report.words import counted, decimal, duration, listing, signed
+
+WIDE, FULL, NARROW = 660, 1056, 344
+FEW_EVALUATIONS = 16
+IN_TRAINING = {
+    "reward": "Training reward",
+    "entropy": "Entropy, nats",
+    "completions/mean_length": "Completion length, tokens",
+    "trust/kept": "Clipped share",
+}
+RATIO_NOTE = "Updates at which every log-ratio is zero are left out."
+
+
+@dataclass(frozen=True)
+class Change:
+    """One cell of the before-and-after table, as shown."""
+
+    before: str
+    after: str
+    change: str
+    interval: str = ""
+
+
+@dataclass
+class MainSection:
+    """Section 1: held-out accuracy, training curves, before and after."""
+
+    figure: Figure | None = None
+    learning: list[Figure] = field(default_factory=list)
+    ratios: list[Figure] = field(default_factory=list)
+    costs: list[Figure] = field(default_factory=list)
+    table: list[tuple[str, dict[str, Change]]] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
+    spent: list[tuple[str, list[str]]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    several: bool = False
+    legend: list[tuple[str, int]] = field(default_factory=list)
+    bands: str = ""
+
+
+def main_section(groups: Sequence[Group], arms: Sequence[Arm]) -> MainSection:
+    """Charts and tables of the main runs; ``arms`` are the groups' measured accuracies."""
+    palette = palette_of(groups)
+    section = MainSection(several=len(groups) > 1, bands=_bands(groups))
+    section.legend = list(palette.items()) if section.several else []
+    section.figure = _held_out(groups, palette)
+    if section.figure is None:
+        section.missing.append("No held-out evaluation was recorded, so there is no accuracy to draw.")
+    absent = []
+    for metrics, figures in ((LEARNING, section.learning), (RATIOS, section.ratios), (COSTS, section.costs)):
+        for metric in metrics:
+            figure = _small(metric, groups, palette)
+            if figure:
+                figures.append(figure)
+            else:
+                absent.append(metric.title[0].lower() + metric.title[1:])
+    if absent:
+        section.missing.append(f"Not recorded, so not drawn: {listing(absent).replace('kL', 'KL')}.")
+    titles = [_with_seeds(group) for group in groups]
+    section.table = [(name, _before_after(group, arm)) for group, arm, name in zip(groups, arms, titles)]
+    section.rows = list(dict.fromkeys(what for _, rows in section.table for what in rows))
+    section.spent = _table([_spent(group) for group in groups])
+    return section
+
+
+def _table(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """Rows over all that any column has, with a dash where one has nothing."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [column.get(name, "–") for column in columns]) for name in names]
+
+
+def palette_of(groups: Sequence[Group]) -> dict[str, int]:
+    """A colour for each group: that of its method, or by turns where some have none of their own."""
+    names = [group.name for group in groups]
+    known = all(name in COLOUR_OF for name in names)
+    return colours(names) if known else {name: index for index, name in enumerate(names)}
+
+
+def _with_seeds(group: Group) -> str:
+    return f"{group.name} ({counted(group.seeds, 'seed')})" if group.seeds > 1 else group.name
+
+
+def _bands(groups: Sequence[Group]) -> str:
+    sizes = {group.seeds for group in groups}
+    if max(sizes) < 2:
+        return ""
+    told = [f"{_with_seeds(group)}" for group in groups if group.seeds > 1]
+    kind = "95% interval of the mean by Student's t"
+    pair = " (of two seeds: their range)" if 2 in sizes else ""
+    return f"Runs that differ only by seed are one line, the mean: {listing(told)}. Band: {kind}{pair}."
+
+
+def _held_out(groups: Sequence[Group], palette: dict[str, int]) -> Figure | None:
+    lines: list[Line] = []
+    counts: set[str] = set()
+    single = len(groups) == 1
+    for group in groups:
+        for key, kind in ACCURACIES.items():
+            many = [evaluations(run, key) for run in group.runs]
+            many = [rows for rows in many if rows]
+            if not many:
+                continue
+            counts |= {f"{count:.0f}" for rows in many for row in rows if (count := answers(row, key))}
+            whiskers: list[Band] = []
+            if len(many) > 1:
+                points, band = with_interval([[(row["step"], row[key]) for row in rows] for rows in many])
+                band = [(step, max(0.0, low), min(1.0, high)) for step, low, high in band]
+            else:
+                points, band = [(row["step"], row[key]) for row in many[0]], []
+                spread = [(row["step"], *wilson(row[key], n)) for row in many[0] if (n := answers(row, key))]
+                few = len(points) <= FEW_EVALUATIONS
+                whiskers, band = (spread, []) if few and single else ([], spread if single else [])
+            lines.append(
+                Line(
+                    kind if single else group.name if key == SAMPLED else f"{group.name}, {kind}",
+                    points,
+                    (0 if key == SAMPLED else 1) if single else palette[group.name],
+                    band=band,
+                    whiskers=whiskers,
+                    dashed=key == GREEDY,
+                    dots=len(points) <= FEW_EVALUATIONS,
+                )
+            )
+    if not lines:
+        return None
+    label = "share of correct answers"
+    width = WIDE if single else FULL
+    wide = lines_chart(lines, width=width, height=350, y_label=label, y_range=(0.0, 1.0), names=34)
+    narrow = lines_chart(lines, width=NARROW, height=270, y_label=label, y_range=(0.0, 1.0), labels=single)
+    return Figure("Held-out accuracy", _held_out_note(groups, counts), wide, narrow)
+
+
+def _held_out_note(groups: Sequence[Group], counts: set[str]) -> str:
+    if len(groups) > 1:
+        note = "Solid: sampled; dashed: greedy."
+        return note if any(group.seeds > 1 for group in groups) else f"{note} Intervals are in the table."
+    if groups[0].seeds > 1:
+        return f"Mean and band over {counted(groups[0].seeds, 'seed')}."
+    if not counts:
+        return "The number of answers was not recorded, so there are no intervals."
+    return f"Bars: 95% Wilson intervals from {' or '.join(sorted(counts))} answers."
+
+
+def _small(metric: Metric, groups: Sequence[Group], palette: dict[str, int]) -> Figure | None:
+    lines = []
+    single = len(groups) == 1
+    for group in groups:
+        for index, panel in enumerate(metric.panels):
+            many = [pair for run in group.runs if (pair := _panel(run, metric, panel))]
+            if not many:
+                continue
+            name = panel.name if single else group.name if index == 0 else f"{group.name}, {panel.name}"
+            colour = index if single else palette[group.name]
+            if len(many) > 1:
+                points, band = with_interval([points for points, _ in many], log=metric.log)
+                band = [(step, *metric.inside(low, high)) for step, low, high in band]
+                lines.append(Line(name, points, colour, band=band, dashed=panel.dashed))
+            else:
+                points, raw = many[0]
+                lines.append(Line(name, points, colour, behind=raw if single else [], dashed=panel.dashed))
+    if not lines:
+        return None
+    note = metric.note
+    if metric.of_ratio and any(noop_share(run) for group in groups for run in group.runs):
+        note += f" {RATIO_NOTE}"
+    chart = lines_chart(
+        lines,
+        width=NARROW,
+        y_label=metric.unit,
+        log=metric.log,
+        y_range=metric.y_range,
+        labels=single and len(lines) > 1,
+    )
+    return Figure(metric.title, note, chart)
+
+
+def _panel(run: Run, metric: Metric, panel: Panel) -> tuple[list[Point], list[Point]] | None:
+    """Smoothed points, and the raw ones if smoothing did anything; None without a finite value."""
+    ratio = panel.key.startswith(("ratio/", "trust/", "policy/"))
+    points = series(run.train, panel.key, panel.change, skip_noop=ratio)
+    if not finite(points):
+        return None
+    window = window_of(len(points), cycle_of(run.train) if metric.of_ratio else 1)
+    window = 1 if panel.key in CUMULATIVE else window
+    return smooth(points, window), points if window > 1 else []
+
+
+def _before_after(group: Group, arm: Arm) -> dict[str, Change]:
+    """Accuracies at the first and last evaluation; training metrics in the first and last tenth."""
+    rows = {
+        f"{kind.capitalize()} accuracy": _change(arm.measured[key])
+        for key, kind in ACCURACIES.items()
+        if key in arm.measured
+    }
+    for key, label in IN_TRAINING.items():
+        pairs = [trend(run, key, kept=key == "trust/kept") for run in group.runs]
+        known = [pair for pair in pairs if pair]
+        if known:
+            before, after = (fmean(pair[side] for pair in known) for side in (0, 1))
+            rows[label] = Change(decimal(before), decimal(after), signed(after - before))
+    return rows
+
+
+def _change(numbers: Measured) -> Change:
+    after = decimal(numbers.mean)
+    if numbers.start is None:
+        return Change("–", after, "–")
+    interval = f"{signed(numbers.change[0])} to {signed(numbers.change[1])}" if numbers.change else ""
+    return Change(decimal(numbers.start), after, signed(numbers.mean - numbers.start), interval)
+
+
+def _spent(group: Group) -> dict[str, str]:
+    """What a run of the group took: means over its seeds."""
+    times = [run.seconds for run in group.runs if run.seconds is not None and run.seconds >= 0]
+    tokens = [points[-1][1] for run in group.runs if finite(points := series(run.train, "num_tokens"))]
+    drawn = [count for run in group.runs if (count := _completions(run)) is not None]
+    table = {"Updates": f"{fmean(run.steps for run in group.runs):,.0f}"}
+    if drawn:
+        table["Completions sampled"] = f"{fmean(drawn):,.0f}"
+    if tokens:
+        table["Tokens sampled"] = f"{fmean(tokens):,.0f}"
+    if times:
+        table["Time"] = duration(fmean(times))
+    return table
+
+
+def _completions(run: Run) -> float | None:
+    """Completions sampled for training: as booked, or from the settings of a run with a fixed number."""
+    if booked := finite(series(run.train, "budget/used")):
+        return sum(booked)
+    settings = flat(run.config)
+    names = ("prompts_per_generation", "completions_per_prompt", "updates_per_generation", "iterations")
+    if not all(settings.get(name, "").isdigit() for name in names) or not run.steps:
+        return None
+    prompts, each, updates, passes = (int(settings[name]) for name in names)
+    return math.ceil(run.steps / max(1, updates * passes)) * prompts * each

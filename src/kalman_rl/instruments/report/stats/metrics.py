@@ -1,0 +1,161 @@
+"""Which training metrics the page draws, and how: one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from kalman_rl.instruments.report.stats.series import complement, same
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A titled chart; ``narrow`` is the same chart drawn for small screens."""
+
+    title: str
+    note: str
+    chart: Markup
+    narrow: Markup | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One line of a small chart: its name, the metric, and what to do with the value."""
+
+    name: str
+    key: str
+    change: Callable[[float], float] = same
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A small chart of the training log; ``y_range`` are values that the axis must include."""
+
+    title: str
+    note: str
+    unit: str
+    panels: Sequence[Panel]
+    log: bool = False
+    y_range: Sequence[float] = ()
+
+    @property
+    def of_ratio(self) -> bool:
+        """Only defined where some log-ratio is not zero."""
+        return any(panel.key.startswith(("ratio/", "trust/", "policy/")) for panel in self.panels)
+
+    def inside(self, low: float, high: float) -> tuple[float, float]:
+        """An interval cut to the values the metric can have."""
+        floor = 0.0 if self.y_range and self.y_range[0] == 0 else -math.inf
+        ceiling = 1.0 if self.unit.startswith("share") else math.inf
+        return max(low, floor), min(high, ceiling)
+
+
+REWARD = Metric(
+    "Training reward",
+    "Mean reward of the completions drawn for each update.",
+    "reward",
+    [Panel("reward", "reward")],
+    y_range=(0.0,),
+)
+ENTROPY = Metric(
+    "Entropy",
+    "Mean entropy of the next token; near zero, sampling has become deterministic.",
+    "nats per token",
+    [Panel("entropy", "entropy")],
+    y_range=(0.0,),
+)
+KL = Metric(
+    "KL to the old policy",
+    "How far the policy has moved since its batch was started (k3 estimate).",
+    "nats per token",
+    [Panel("KL", "policy/kl_old")],
+    y_range=(0.0,),
+)
+VARIANCE = Metric(
+    "Variance of the log-ratio",
+    "Before and after the method's transform. Log scale; zero has a row of its own.",
+    "nats²",
+    [
+        Panel("filtered", "ratio/filtered_log_variance"),
+        Panel("raw", "ratio/raw_log_variance", dashed=True),
+    ],
+    log=True,
+)
+SAMPLE_SIZE = Metric(
+    "Effective sample size",
+    "Kish's share of the tokens that the weights leave; 1 means equal weights.",
+    "share of tokens",
+    [Panel("share", "ratio/effective_sample_size")],
+    y_range=(0.0, 1.0),
+)
+CLIPPED = Metric(
+    "Clipped share",
+    "Tokens without gradient because they left the trust region.",
+    "share of tokens",
+    [Panel("clipped", "trust/kept", complement)],
+    y_range=(0.0,),
+)
+FILTERED = Metric(
+    "Variance of the filtered log-ratio",
+    "After the method's transform. Log scale; zero has a row of its own.",
+    "nats²",
+    VARIANCE.panels[:1],
+    log=True,
+)
+
+SIGN_SWITCH = Metric(
+    "Sign switches of the log-ratio",
+    "Neighbouring tokens whose log-ratio changes sign: 0.5 for white noise, less the more is smoothed.",
+    "share of neighbours",
+    [
+        Panel("filtered", "ratio/filtered_sign_switch"),
+        Panel("raw", "ratio/raw_sign_switch", dashed=True),
+    ],
+    y_range=(0.0,),
+)
+REFERENCE = Metric(
+    "KL to the reference",
+    "How far the policy is from the model that training started with (k3 estimate).",
+    "nats per token",
+    [Panel("KL", "kl")],
+    y_range=(0.0,),
+)
+LARGEST = Metric(
+    "Largest log-ratio",
+    "The single token whose probability moved most in each update.",
+    "nats",
+    [Panel("largest", "ratio/max_abs_log_ratio")],
+    y_range=(0.0,),
+)
+LENGTH = Metric(
+    "Completion length",
+    "Mean number of tokens of the completions drawn for each update.",
+    "tokens",
+    [Panel("length", "completions/mean_length")],
+    y_range=(0.0,),
+)
+TOKENS = Metric(
+    "Tokens sampled",
+    "Prompt and completion tokens so far, as the trainer counts them.",
+    "tokens",
+    [Panel("tokens", "num_tokens")],
+    y_range=(0.0,),
+)
+CLOCK = Metric(
+    "Time",
+    "On the run's clock, evaluations and checkpoints included.",
+    "seconds",
+    [Panel("time", "time")],
+    y_range=(0.0,),
+)
+
+LEARNING = (REWARD, ENTROPY, LENGTH)
+RATIOS = (VARIANCE, SAMPLE_SIZE, CLIPPED, SIGN_SWITCH, LARGEST, KL, REFERENCE)
+COSTS = (CLOCK, TOKENS)
+CUMULATIVE = frozenset({"num_tokens", "time"})
+"""Series that only grow: never smoothed."""
+STRESS = (FILTERED, CLIPPED, KL)
