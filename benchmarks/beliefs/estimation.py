@@ -24,8 +24,8 @@ from benchmarks.beliefs.competitors import (
     Spo,
 )
 from benchmarks.beliefs.world import Scenario, Visit, World
+from kalman_rl.sampling.gains import NINETY
 
-Z90 = 1.6448536269514722
 Build = Callable[[Scenario, int], list[Competitor]]
 Stats = dict[str, dict[str, np.ndarray]]
 
@@ -122,7 +122,7 @@ def run(scenario: Scenario, seeds: Sequence[int], build: Build, *, gradients: bo
                     for key, value in _gradient(visit, method, baseline, *truth).items():
                         into.setdefault(key, []).append(value)
                 if name == method.name and (interval := method.interval()) is not None:
-                    inside = np.abs(visit.value - interval[0]) <= Z90 * np.sqrt(interval[1])
+                    inside = np.abs(visit.value - interval[0]) <= NINETY * np.sqrt(interval[1])
                     into.setdefault("coverage", []).append(inside.mean(1))
             method.absorb(visit)
     return {

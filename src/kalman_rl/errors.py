@@ -38,6 +38,16 @@ class AdapterError(KalmanRLError, ImportError):
     """A host library (TRL, verl, a model package) is missing or of an untested version."""
 
 
+def one_line(text: object, limit: int | None = None) -> str:
+    r"""Text that cannot move the cursor, colour the terminal or break the line; cut at ``limit`` characters.
+
+    >>> one_line("a\n\x1b[31mb")
+    'a  [31mb'
+    """
+    flat = "".join(char if char.isprintable() else " " for char in " ".join(str(text).split()))
+    return flat if limit is None or len(flat) <= limit else flat[: limit - 3] + "..."
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """Error for a name that is not in a table, pointing at the nearest one.
 

@@ -30,7 +30,7 @@ from kalman_rl.engine.config import (
     to_toml,
     validate,
 )
-from kalman_rl.errors import ConfigError, KalmanRLError, NumericError
+from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, one_line
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
 
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = (
             str(error) if expected else f"{type(error).__name__}: {error} (KALMAN_RL_TRACEBACK=1 shows where)"
         )
-        print("error: " + _one_line(text), file=sys.stderr)
+        print("error: " + one_line(text), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 
@@ -393,11 +393,6 @@ def _changed(base: TrainConfig, settings: TrainConfig) -> dict[str, Any]:
         if (value := getattr(settings, spec.name)) != (old := getattr(base, spec.name))
         or (isinstance(value, dict) and value is not old)
     }
-
-
-def _one_line(text: str) -> str:
-    """Text that cannot move the cursor, colour the terminal or break the line."""
-    return "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
 
 
 if __name__ == "__main__":

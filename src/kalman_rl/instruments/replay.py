@@ -23,7 +23,7 @@ from kalman_rl.engine.config import TrainConfig, build, load_toml
 from kalman_rl.engine.runs.files import read_regular
 from kalman_rl.engine.runs.run import read_manifest
 from kalman_rl.engine.runs.traces import TRACE_COLUMNS
-from kalman_rl.errors import ConfigError, KalmanRLError, RunError
+from kalman_rl.errors import ConfigError, KalmanRLError, RunError, one_line
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.loss import Method, Tokens, needs_of, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
@@ -244,7 +244,7 @@ def _read(path: Path) -> Batch:
         columns = {name: table[name].to_pylist() for name in _COLUMNS}
         return batch_of(columns)
     except (pyarrow.ArrowException, OSError, ValueError, KalmanRLError, TypeError) as error:
-        raise RunError(f"{path}: damaged trace: {' '.join(str(error).split())[:300]}") from None
+        raise RunError(f"{path}: damaged trace: {one_line(error, 300)}") from None
 
 
 def batch_of(columns: dict[str, list[Any]]) -> Batch:

@@ -28,6 +28,10 @@ SMALLEST_MEAN = 1e-3
 """A matched Beta has its mean in [1e-3, 1 - 1e-3]: nothing is impossible because a Gaussian says so."""
 
 
+NINETY = NormalDist().inv_cdf(0.95)
+"""Half of the central 90 % interval of a Gaussian in standard deviations."""
+
+
 def beta_from_moments(value: Gaussian) -> tuple[Tensor, Tensor]:
     """The Beta(a, b) with a belief's mean m and variance P: ``a + b = m (1 - m) / P - 1``, ``a = m (a + b)``.
 

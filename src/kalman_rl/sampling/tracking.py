@@ -20,10 +20,8 @@ from kalman_rl.errors import RunError
 from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
+from kalman_rl.sampling.gains import NINETY
 from kalman_rl.sampling.rounds import RoundPlan, Sampled
-
-NINETY = 1.6448536269514722
-"""Half-width of the central 90 % interval in standard deviations."""
 
 
 @dataclass

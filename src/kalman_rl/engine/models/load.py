@@ -20,7 +20,7 @@ import torch
 
 from kalman_rl.engine.models.tiny import check_spelling, recipe_code, warm_start_steps, warm_started
 from kalman_rl.engine.tasks.task import Task
-from kalman_rl.errors import AdapterError, ConfigError, RunError, unknown_name
+from kalman_rl.errors import AdapterError, ConfigError, RunError, one_line, unknown_name
 
 Progress = Callable[[str], None]
 
@@ -257,7 +257,7 @@ def _from_cache(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
         return _load(path, dtype)
     except Exception as error:
         raise RunError(
-            f"cache: cannot read {path} ({_one_line(error)}); delete it and start again"
+            f"cache: cannot read {path} ({one_line(error, 300)}); delete it and start again"
         ) from error
 
 
@@ -265,7 +265,7 @@ def _from_user(path: str, dtype: torch.dtype, kind: type[Exception], expected: s
     try:
         return _load(path, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise kind(f"model: cannot load {path!r} ({_one_line(error)}), {expected}") from error
+        raise kind(f"model: cannot load {path!r} ({one_line(error, 300)}), {expected}") from error
 
 
 def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -350,7 +350,7 @@ def _publish(build: Callable[[Path], None], target: Path) -> None:
                 raise
     except OSError as error:
         raise RunError(
-            f"cache: cannot write {target} ({_one_line(error)}); free some space or choose another directory"
+            f"cache: cannot write {target} ({one_line(error, 300)}); free some space or choose another directory"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -370,7 +370,3 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]

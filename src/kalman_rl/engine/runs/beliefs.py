@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kalman_rl.engine.runs.reading import clean, number
+from kalman_rl.sampling.gains import NINETY
 
 MOST_LINES, LONGEST_LINE = 200_000, 4_000_000
 LISTS = ("n", "reward", "mean", "sd", "noise", "after", "after_sd")
-NINETY = 1.6448536269514722
 LEARNED, HOPELESS = 0.8, 0.2
 """A prompt is learned if its whole 90 % interval lies above the one, hopeless if it lies below the other."""
 BANDS = ("learned", "undecided", "hopeless")

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from kalman_rl.errors import unknown_name
+from kalman_rl.errors import one_line, unknown_name
 
 logger = logging.getLogger("kalman_rl")
 
@@ -81,7 +81,7 @@ def _warn(text: str) -> None:
 
 
 def _dropped(name: str, where: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error, 300)
     return (
         f"report_to: {name} failed in {where} ({type(error).__name__}: {reason}); the run goes on without it"
     )

@@ -15,7 +15,8 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from kalman_rl.instruments.doctor.finding import Finding, Plan, one_line
+from kalman_rl.errors import one_line
+from kalman_rl.instruments.doctor.finding import Finding, Plan
 
 __all__ = ["Finding", "Plan", "doctor", "examine"]
 

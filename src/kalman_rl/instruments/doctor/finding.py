@@ -6,6 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kalman_rl.errors import one_line
+
+MAX_CHARACTERS = 600
+"""Of one line of a finding."""
+
 Status = Literal["ok", "warning", "problem"]
 
 
@@ -35,8 +40,10 @@ class Finding:
         warning  disk          1 GB free
                                do: make room
         """
-        lines = [f"{self.status:<8} {self.check:<13} {one_line(self.found)}"]
-        return "\n".join(lines + [f"{'':<22} do: {one_line(self.advice)}"] * bool(self.advice))
+        lines = [f"{self.status:<8} {self.check:<13} {one_line(self.found, MAX_CHARACTERS)}"]
+        return "\n".join(
+            lines + [f"{'':<22} do: {one_line(self.advice, MAX_CHARACTERS)}"] * bool(self.advice)
+        )
 
 
 @dataclass
@@ -62,20 +69,11 @@ class Plan:
     seconds_per_reward: float | None = None
 
 
-def one_line(text: str, limit: int = 600) -> str:
-    r"""Text that cannot move the cursor, colour the terminal or break the line.
-
-    >>> one_line("a\n\x1b[31mb")
-    'a  [31mb'
-    """
-    flat = "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
-
-
 def explain(error: BaseException) -> str:
     """Type and text of an exception, on one line.
 
     >>> explain(ValueError("no"))
     'ValueError: no'
     """
-    return one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return one_line(text, MAX_CHARACTERS)

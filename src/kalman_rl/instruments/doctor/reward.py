@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from kalman_rl.instruments.doctor.finding import Finding, Plan, one_line
+from kalman_rl.errors import one_line
+from kalman_rl.instruments.doctor.finding import Finding, Plan
 
 ROWS = 3
 SLOW = 1.0  # seconds per reward

@@ -15,7 +15,7 @@ from kalman_rl.instruments.report.charts.chart import Line, lines_chart
 from kalman_rl.instruments.report.charts.sparkline import belief_line
 from kalman_rl.instruments.report.stats.intervals import wilson
 from kalman_rl.instruments.report.stats.metrics import Figure
-from kalman_rl.instruments.report.stats.savings import Saving, beta_of, mixed_share, savings
+from kalman_rl.instruments.report.stats.savings import Saving, beta_shapes, mixed_share, savings
 from kalman_rl.instruments.report.stats.series import Point, smooth, window_of
 from kalman_rl.instruments.report.words import counted, decimal
 
@@ -175,9 +175,9 @@ def _informative(beliefs: Beliefs) -> Figure | str:
         if not batch.visits or not batch.prompts:
             continue
         fixed = batch.rows / batch.prompts
-        visits = batch.visits.values()
+        visits = list(batch.visits.values())
         observed.append((batch.step, fmean(visit.mixed for visit in visits)))
-        expected.append((batch.step, fmean(mixed_share(fixed, beta_of(visit)) for visit in visits)))
+        expected.append((batch.step, fmean(mixed_share(fixed, shape) for shape in beta_shapes(visits))))
     if not observed:
         return ""
     window = window_of(len(observed))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.engine.runs.reading import clean
-from kalman_rl.errors import KalmanRLError
+from kalman_rl.errors import KalmanRLError, one_line
 from kalman_rl.instruments.replay import Batch, Field, batch_of, field_of, own_method
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.loss import Method
@@ -40,7 +40,7 @@ def on_tokens(run: Path, completions: Sequence[dict[str, list[Any]]]) -> tuple[d
     except (KalmanRLError, ValueError, TypeError, KeyError) as error:
         for columns in completions:
             columns["by"] = [_as_recorded(columns)]
-        why = clean(" ".join(str(error).split()), 160)
+        why = clean(one_line(error), 160)
         return {"methods": methods[:1]}, [f"Other methods are not shown: the traces lack something ({why})."]
     for field, method in zip(fields, [own, *others]):
         _deal(field, completions, method)

@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from kalman_rl.engine.runs.beliefs import Beliefs, Visit
+from kalman_rl.numerics.kalman import Gaussian
+from kalman_rl.sampling.gains import beta_from_moments, beta_signal
 
 MOST = 4096.0
 MOST_VISITS = 3_000
 """Of more, every second, third... is counted; it changes the second digit at most."""
-SMALLEST_EVIDENCE = 0.3
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ def savings(beliefs: Beliefs) -> list[Saving]:
         return []
     visits = visits[:: math.ceil(len(visits) / MOST_VISITS)]
     used = sum(visit.n for visit in visits) / len(visits)
-    shapes = [beta_of(visit) for visit in visits]
+    shapes = beta_shapes(visits)
     result = []
-    signal = [a * b / ((a + b) * (a + b + 1)) for a, b in shapes]
+    signal = beta_signal(*torch.tensor(shapes, dtype=torch.float64).T).tolist()
     error = sum(s / max(visit.n, 0.5) for s, visit in zip(signal, visits))
     if error > 0:
         result.append(Saving("the same expected error of the gradient", used, sum(signal) / error))
@@ -53,12 +56,12 @@ def savings(beliefs: Beliefs) -> list[Saving]:
     return result
 
 
-def beta_of(visit: Visit) -> tuple[float, float]:
-    """Beta(a, b) of the posterior's moments; the evidence a + b is at least 0.3."""
-    mean = min(max(visit.after, 1e-3), 1 - 1e-3)
-    variance = max(visit.after_sd**2, 1e-12)
-    evidence = max(mean * (1 - mean) / variance - 1, SMALLEST_EVIDENCE)
-    return mean * evidence, (1 - mean) * evidence
+def beta_shapes(visits: Sequence[Visit]) -> list[tuple[float, float]]:
+    """Beta(a, b) with the posterior's moments, one per visit; see :func:`beta_from_moments`."""
+    mean = torch.tensor([visit.after for visit in visits], dtype=torch.float64)
+    deviation = torch.tensor([visit.after_sd for visit in visits], dtype=torch.float64)
+    a, b = beta_from_moments(Gaussian(mean, deviation.square()))
+    return list(zip(a.tolist(), b.tolist()))
 
 
 def mixed_share(size: float, shape: tuple[float, float]) -> float:
