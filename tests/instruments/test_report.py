@@ -349,7 +349,7 @@ def test_bad_paths_are_named(tmp_path: Path) -> None:
     for output in (tmp_path, file / "page.html"):
         with pytest.raises(RunError, match="expected a writable file"):
             write_report([run], output)
-    assert not list(tmp_path.glob(".report-*"))
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:

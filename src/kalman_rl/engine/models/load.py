@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 from kalman_rl.engine.models.tiny import check_spelling, recipe_code, warm_start_steps, warm_started
+from kalman_rl.engine.runs.files import replacing
 from kalman_rl.engine.tasks.task import Task
 from kalman_rl.errors import AdapterError, ConfigError, RunError, one_line, unknown_name
 
@@ -328,32 +327,21 @@ def _complete(directory: Path) -> bool:
 
 
 def _publish(build: Callable[[Path], None], target: Path) -> None:
-    """Builds a directory beside ``target`` and renames it, so that nobody ever sees half of it."""
+    """Builds a directory, whole or not at all; one that another process published meanwhile is as good as ours."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        with replacing(target) as temporary:
+            temporary.mkdir()
+            with _quiet_transformers():
+                build(temporary)
+            if not _complete(target) and target.exists():
+                shutil.rmtree(target)
     except OSError as error:
-        raise RunError(
-            f"cache: cannot write to {target.parent} ({error.strerror}); choose another directory"
-        ) from error
-    try:
-        with _quiet_transformers():
-            build(temporary)
-        temporary.chmod(0o755)
-        if not _complete(target) and target.exists():
-            shutil.rmtree(target)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            # Another process was faster; its copy is as good as ours.
-            if not _complete(target):
-                raise
-    except OSError as error:
-        raise RunError(
-            f"cache: cannot write {target} ({one_line(error, 300)}); free some space or choose another directory"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not _complete(target):
+            raise RunError(
+                f"cache: cannot write {target} ({one_line(error, 300)}); "
+                "free some space or choose another directory"
+            ) from error
 
 
 @contextmanager

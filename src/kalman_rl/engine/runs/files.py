@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -34,21 +35,33 @@ def explained(path: Path, action: str, needed: int | None = None) -> Iterator[No
         raise RunError(f"{path}: cannot {action}: {reason}") from error
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a file by ``data``, so that after a crash at any time either version is there, whole."""
-    temporary = path.with_name(f".tmp-{path.name}")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` at which to make a file or a folder; it becomes ``path`` if nothing is raised.
+
+    After a crash at any time the old version or the new one is there, whole. Two processes that write the same
+    path do not meet. A folder replaces nothing, or an empty folder.
+
+    Raises: OSError as the system does.
+    """
+    temporary = path.parent / f".tmp-{secrets.token_hex(4)}-{path.name}"
     try:
-        with explained(path, "write", len(data)):
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync(path.parent)
-    except BaseException:
+        yield temporary
+        for made in [temporary, *temporary.rglob("*")]:
+            sync(made)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a file by ``data``, whole or not at all. Raises: RunError with path, reason and free space."""
+    with explained(path, "write", len(data)), replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -57,9 +70,9 @@ def write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def sync(folder: Path) -> None:
-    """Make the entries of a folder durable (fsync)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the content of a file or the entries of a folder durable (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

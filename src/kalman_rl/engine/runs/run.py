@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.runs.checkpoints import CHECKPOINT, SEAL, seal_checkpoint, verify_checkpoint
-from kalman_rl.engine.runs.files import FORMAT, explained, read_json, read_regular, write_all, write_file
+from kalman_rl.engine.runs.files import (
+    FORMAT,
+    explained,
+    read_json,
+    read_regular,
+    replacing,
+    write_all,
+    write_file,
+)
 from kalman_rl.engine.runs.manifest import new_manifest, redacted, redacted_toml
 from kalman_rl.engine.runs.traces import trace_table
 from kalman_rl.errors import RunError
@@ -146,15 +154,12 @@ class Run:
         import pyarrow.parquet  # here, because it takes longer to import than all else in this file
 
         path = self.path / "traces" / f"step-{step:06d}.parquet"
-        temporary = path.with_name(f".tmp-{path.name}")
         table = trace_table(step, columns)
         try:
             path.parent.mkdir(exist_ok=True)
-            pyarrow.parquet.write_table(table, temporary, compression="zstd")
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                pyarrow.parquet.write_table(table, temporary, compression="zstd")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             self._warn_once(path, error)
             return None
         return path

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from kalman_rl.engine.runs.files import replacing
 from kalman_rl.engine.runs.reading import Run, find_runs
 from kalman_rl.errors import AdapterError, RunError
 from kalman_rl.instruments.report.sections.beliefs import belief_section
@@ -284,18 +282,10 @@ def _run_row(run: Run) -> dict[str, str]:
 
 
 def _write(target: Path, page: str) -> None:
-    """Write beside the target and rename, so that a page is whole or absent."""
-    temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".report-", suffix=".html")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         raise RunError(f"report: got {error.strerror or error}, expected a writable file; {target}; "
                        "choose another output") from error  # fmt: skip
