@@ -37,7 +37,7 @@ TRAIN_FLAGS = {
         "--completions-min",
         "--completions-max",
         "--coverage-steps",
-        *("--reward-noise", "--pool-prompts", "--alarm"),
+        *("--reward-noise", "--pool-prompts", "--collapse"),
     ),
 }
 FLAGS = {

@@ -64,7 +64,7 @@ def test_stop_saves_and_exits_3_and_the_run_goes_on(
     model_path: str, tmp_path: Path, eager: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run"
-    config, code = start(model_path, path, alarm="stop", save_every=0)
+    config, code = start(model_path, path, collapse="stop", save_every=0)
     assert code == 3 and read_manifest(path)["status"] == "interrupted"
     alarms = read_alarms(path)
     assert {alarm.step for alarm in alarms} == {5} and "entropy" in {alarm.metric for alarm in alarms}
@@ -76,7 +76,7 @@ def test_stop_saves_and_exits_3_and_the_run_goes_on(
     assert "alarm: step 5: entropy" in said and f"kalman-rl resume {path}" in said
     with Run.open(path) as run:
         assert run.latest_checkpoint().name == "checkpoint-6"  # the end of the generation batch
-        assert train_module.train(dataclasses.replace(config, alarm="off"), run, resume=True) == 0
+        assert train_module.train(dataclasses.replace(config, collapse="off"), run, resume=True) == 0
     assert [row["step"] for row in read_metrics(path) if row["kind"] == "train"] == list(range(1, 13))
     assert read_alarms(path) == alarms
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_raises_the_alarms_of_the_uninterrupted_one(
     model_path: str, tmp_path: Path, eager: None
 ) -> None:
     path = tmp_path / "run"
-    config, code = start(model_path, path, alarm="warn", quiet=True)
+    config, code = start(model_path, path, collapse="warn", quiet=True)
     assert code == 0
     whole = (path / FILE).read_text()
     assert {alarm.step for alarm in read_alarms(path)} >= {5, 9}

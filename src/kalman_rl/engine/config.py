@@ -131,8 +131,8 @@ class TrainConfig:
     """Held-out questions of the task. Unset: the task's own number."""
     report_to: str = "none"
     """Tracker to report to besides metrics.jsonl, by TRL's name for it: none, tensorboard, wandb, ..."""
-    alarm: Literal["off", "warn", "checkpoint", "stop"] = "off"
-    """Watch the run's metrics for a collapse: warn, also save a checkpoint, or also stop there (exit code 3)."""
+    collapse: Literal["off", "warn", "checkpoint", "stop"] = "off"
+    """When the reward falls below half of its best: warn, also save a checkpoint, or also stop there (exit code 3)."""
     threads: int | None = number(None, 1, 4_096)
     """CPU threads. Unset: PyTorch's choice."""
     log_every: int = number(1, 1, 10_000_000)

@@ -137,7 +137,7 @@ def train(
         stop,
     ):
         trainer.add_callback(callback)
-    alarm = None if config.alarm == "off" else CollapseAlarm(config.alarm, run.path, say=say)
+    alarm = None if config.collapse == "off" else CollapseAlarm(config.collapse, run.path, say=say)
     for callback in (*([alarm] if alarm else []), *make_sinks(config.report_to, say)):
         trainer.add_callback(callback)
 
