@@ -52,7 +52,7 @@ def test_multiplication() -> None:
 
 def test_the_page_quotes_the_measurement() -> None:
     root = Path(__file__).parents[2]
-    costs = json.loads((root / "benchmarks" / "results" / "scale_costs.json").read_text())
+    costs = json.loads((root / "benchmarks" / "results" / "speed" / "scale_costs.json").read_text())
     page = " ".join((root / "docs" / "scale.md").read_text(encoding="utf-8").split())
     belief, file, short, long = costs["belief"][-1], costs["checkpoint"], *costs["tokens"]
     assert costs["at_scale"] == pytest.approx(scale_costs.at_scale(costs))
