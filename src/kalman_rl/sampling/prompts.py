@@ -10,13 +10,16 @@ ids        information-directed sampling (Russo and Van Roy 2018): see :func:`in
 weights    at random with weights ``sqrt(p (1 - p)) + 0.05`` at the mean p (as SPO, arXiv 2509.13232)
 uniform    at random
 =========  ==============================================================================================
+
+:class:`PromptSelector` does this for a pool. For rows that are sampled already, :func:`score` says by the logit of
+success what each still teaches, and :func:`select` keeps the best of every pool of difficulty (:func:`quantile_pools`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -234,21 +237,136 @@ def draw_beta(a: Tensor, b: Tensor, draws: int, generator: torch.Generator) -> T
         return torch.distributions.Beta(a, b).sample(torch.Size([draws]))
 
 
+def success_margin(mean: Tensor) -> Tensor:
+    """``m = log(p / (1 - p))`` (N,) of success probabilities, as a belief has them; -inf at 0, inf at 1.
+
+    Raises: NumericError outside [0, 1]. Detached.
+    """
+    mean = _vector("mean", mean)
+    _every("mean", mean, (mean >= 0) & (mean <= 1), "success probabilities in [0, 1]")
+    return mean.log() - torch.log1p(-mean)
+
+
+def log_score(margin: Tensor, damping: float = 0.1) -> Tensor:
+    """``log(g^2 / (h + damping))`` (N,), accurate for any margin, infinite ones included; detached.
+
+    Args: margin: (N,); NaN is refused. damping: >= 0; 0 gives exactly ``-m``.
+    Raises: ShapeError, NumericError.
+    """
+    margin = _vector("margin", margin)
+    _every("margin", margin, ~margin.isnan(), "numbers; leave rows without an estimate out")
+    _in_range("damping", damping, 0 <= damping < math.inf, "a finite number >= 0")
+    if damping == 0:
+        return -margin
+    dtype, margin = margin.dtype, margin.double()  # a damping of 1e-50 is not 0
+    small = torch.exp(-margin.abs())
+    # e = exp(-|m|):  m < 0:  1 / (e + d (1 + e)^2);   m >= 0:  e^2 / (e + d (1 + e)^2)
+    below = torch.log(small + damping * (1 + small).square())
+    return (-2 * margin.clamp(min=0.0) - below).to(dtype)
+
+
+def score(
+    margin: Tensor,
+    *,
+    damping: float = 0.1,
+    variance: Tensor | None = None,
+    penalty: float = 1.0,
+    limit: float = math.inf,
+) -> Tensor:
+    """Signal against curvature, ``g^2 / (h + damping) / (1 + penalty Var m)``, 0 where ``m < -limit``; (N,), detached.
+
+    g and h are gradient and curvature of ``softplus(-m)``; half the score is about what a Newton step on m gains. It
+    is largest for confident errors, **where wrong labels sit too**: with margins N(2, 2) and a tenth of the labels
+    flipped, 79 % of the best-scored twentieth are flipped, 51 % with limit 3, 18 % with limit 1 (the test computes it).
+
+    Args:
+        margin: (N,), NaN refused.
+        damping: >= 0; the score never exceeds ``1 / damping``. At 0 it overflows to inf for very negative m.
+        variance: (N,) >= 0, variance of the margin over dropout, checkpoints or a belief: an unstable error
+            teaches less. None = 0.
+        penalty: >= 0, weight of that variance.
+        limit: >= 0; errors more confident than this (in logits) are taken for wrong labels and get 0.
+
+    Raises: ShapeError, NumericError.
+    Source: SAGE (arXiv 2602.01207), reconstructed from its abstract; formulas and defaults are ours.
+
+    >>> score(torch.tensor([-9.0, -2.0, 0.0, 2.0]), limit=6.0)
+    tensor([0.0000, 3.7845, 0.7143, 0.0693])
+    """
+    _in_range("limit", limit, limit >= 0, "a number of logits >= 0, or inf")
+    _in_range("penalty", penalty, 0 <= penalty < math.inf, "a finite number >= 0")
+    found = log_score(margin, damping).exp()
+    if variance is not None:
+        variance = _vector("variance", variance, len(found))
+        _every("variance", variance, (variance >= 0) & variance.isfinite(), "finite variances >= 0")
+        found = found / (1 + penalty * variance)
+    return torch.where(margin < -limit, 0.0, found)
+
+
+def quantile_pools(difficulty: Tensor, count: int) -> Tensor:
+    """Pool numbers (N,), 0 to count - 1 from the lowest value: about equally many rows in each.
+
+    Equal values share a pool, so pools may be uneven or empty. Raises: ShapeError, NumericError.
+
+    >>> quantile_pools(torch.tensor([0.9, 0.1, 0.5, 0.7]), 2)
+    tensor([1, 0, 0, 1])
+    """
+    difficulty = _vector("difficulty", difficulty)
+    _every("difficulty", difficulty, ~difficulty.isnan(), "numbers")
+    _in_range("count", count, count >= 1, "a number of pools >= 1")
+    ordered, rows = difficulty.sort().values, len(difficulty)
+    starts = [
+        ordered[math.ceil(i * rows / count)] for i in range(1, count) if math.ceil(i * rows / count) < rows
+    ]
+    edges = torch.stack(starts) if starts else difficulty.new_zeros(0)
+    return torch.bucketize(difficulty, edges, right=True)
+
+
+class Selection(NamedTuple):
+    """``keep`` (N,) bool, and the ``weight`` (N,) of each row's loss: 0 where not kept, 1 on average."""
+
+    keep: Tensor
+    weight: Tensor
+
+
+def select(scores: Tensor, pool: Tensor, fraction: float) -> Selection:
+    """Keep the best-scored fraction of every pool; weights make up for the rest, so no row has to be dropped.
+
+    A pool of n rows keeps ``ceil(fraction n)`` of them, but only rows with a score > 0; the earlier row wins
+    a tie. Each pool keeps its share of the batch, ``weight = n / kept``. A pool without candidates hands its
+    share to the others; if no pool has any, every row is kept with weight 1.
+
+    Args: scores: (N,) >= 0, finite. pool: (N,) integers, from :func:`quantile_pools`. fraction: in (0, 1].
+    Raises: ShapeError, NumericError.
+
+    >>> select(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([0, 0, 1, 1]), 0.5)
+    Selection(keep=tensor([ True, False,  True, False]), weight=tensor([2., 0., 2., 0.]))
+    """
+    scores = _vector("scores", scores)
+    _every("scores", scores, (scores >= 0) & scores.isfinite(), "finite scores >= 0; set damping > 0")
+    _in_range("fraction", fraction, 0 < fraction <= 1, "a share in (0, 1]")
+    if pool.shape != scores.shape:
+        raise ShapeError(f"pool: got shape {tuple(pool.shape)}, expected {tuple(scores.shape)} like scores")
+    keep, weight = torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(scores)
+    for number in torch.unique(pool):
+        rows = (pool == number).nonzero().flatten()
+        order = rows[scores[rows].argsort(descending=True, stable=True)]
+        best = order[: math.ceil(fraction * len(rows) - 1e-9)]
+        best = best[scores[best] > 0]
+        keep[best] = True
+        weight[best] = len(rows) / max(len(best), 1)
+    if not keep.any():
+        return Selection(torch.ones_like(keep), torch.ones_like(weight))
+    return Selection(keep, weight * (len(weight) / weight.sum()))
+
+
 def _check_actions(regret: Tensor, information: Tensor) -> None:
     for name, values in (("regret", regret), ("information", information)):
-        if (
-            not isinstance(values, Tensor)
-            or values.dim() != 1
-            or not len(values)
-            or len(values) != len(regret)
-        ):
+        if not isinstance(values, Tensor) or values.dim() != 1 or not 0 < len(values) == len(regret):
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ShapeError(
-                f"{name}: got {got}, expected tensors (N,), N >= 1, regret and information alike"
-            )
-        if not (values.isfinite() & (values >= 0)).all():
-            bad = values[~(values.isfinite() & (values >= 0))][0].item()
-            raise NumericError(f"{name}: got {bad}, expected finite numbers >= 0")
+            expected = "tensors (N,), N >= 1, regret and information alike"
+            raise ShapeError(f"{name}: got {got}, expected {expected}")
+        _every(name, values, values.isfinite() & (values >= 0), "finite numbers >= 0")
 
 
 def _frontier(regret: Tensor, information: Tensor) -> Tensor:
@@ -258,3 +376,23 @@ def _frontier(regret: Tensor, information: Tensor) -> Tensor:
     known = information[order]
     before = torch.cat((known.new_full((1,), -math.inf), known.cummax(0).values[:-1]))
     return order[known > before]
+
+
+def _vector(name: str, values: Tensor, rows: int | None = None) -> Tensor:
+    """(N,) numbers, detached, in float32 at least."""
+    if values.dim() != 1 or (rows is not None and len(values) != rows):
+        expected = "(N,)" if rows is None else f"({rows},)"
+        raise ShapeError(f"{name}: got shape {tuple(values.shape)}, expected {expected}: one number a row")
+    return values.detach() if values.dtype == torch.float64 else values.detach().float()
+
+
+def _every(name: str, values: Tensor, legal: Tensor, expected: str) -> None:
+    if not legal.all():
+        wrong = (~legal).nonzero().flatten().tolist()
+        told = f"{values[wrong[0]].item()} at row {wrong[0]} ({len(wrong)} such rows)"
+        raise NumericError(f"{name}: got {told}, expected {expected}")
+
+
+def _in_range(name: str, value: float, legal: bool, expected: str) -> None:
+    if not legal:
+        raise NumericError(f"{name}: got {value}, expected {expected}")

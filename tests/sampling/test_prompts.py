@@ -1,4 +1,4 @@
-"""Data selection against mpmath, autograd and brute force; and what wrong labels do to it."""
+"""Scores and pools of prompts against mpmath, autograd and brute force; and what wrong labels do to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.sampling import selection as sl
+from kalman_rl.sampling import prompts as sl
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -31,43 +31,10 @@ def double(values: list[float]) -> Tensor:
 # ---- margins
 
 
-@quick
-@given(seed=seeds, normalised=st.booleans(), beta=st.sampled_from([0.1, 2.0]))
-def test_pair_margin_is_dpos(seed: int, normalised: bool, beta: float) -> None:
-    g = torch.Generator().manual_seed(seed)
-    w, l, rw, rl = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(4))  # noqa: E741
-    lengths = torch.randint(1, 50, (2, 7), generator=g)
-    given_lengths = {"length_chosen": lengths[0], "length_rejected": lengths[1]} if normalised else {}
-    ours = sl.pair_margin(w, l, rw, rl, beta=beta, **given_lengths)
-    for i in range(7):
-        n = lengths[:, i].tolist() if normalised else [1, 1]
-        expected = beta * ((w[i] - rw[i]) / n[0] - (l[i] - rl[i]) / n[1])
-        assert ours[i].item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-14)
-
-
-def test_long_pairs_dominate_unless_lengths_are_given() -> None:
-    """The same improvement per token, ten times as long: ten times the margin, or the same."""
-    short, long = -1.0 * torch.tensor([10.0, 100.0]), -1.2 * torch.tensor([10.0, 100.0])
-    n = torch.tensor([10, 100])
-    plain = sl.pair_margin(short, long, long, long, beta=1.0)
-    even = sl.pair_margin(short, long, long, long, beta=1.0, length_chosen=n, length_rejected=n)
-    torch.testing.assert_close(plain[1], 10 * plain[0])
-    torch.testing.assert_close(even[1], even[0])
-
-
 def test_success_margin_is_the_logit() -> None:
     p = torch.linspace(0, 1, 21, dtype=torch.float64)
     np.testing.assert_allclose(sl.success_margin(p).numpy(), scipy.special.logit(p.numpy()), rtol=1e-12)
     assert sl.success_margin(torch.tensor([0.0, 1.0])).tolist() == [-math.inf, math.inf]
-
-
-@quick
-@given(s=st.integers(0, 40), f=st.integers(0, 40), prior=st.sampled_from([0.5, 1.0, 3.0]))
-def test_counted_margin_is_the_logit_of_a_beta_posteriors_mean(s: int, f: int, prior: float) -> None:
-    mean = scipy.stats.beta(s + prior, f + prior).mean()
-    ours = sl.counted_margin(double([s]), double([f]), prior=prior)
-    assert ours.item() == pytest.approx(scipy.special.logit(mean), rel=1e-9, abs=1e-12)
-    torch.testing.assert_close(ours, sl.success_margin(double([mean])))
 
 
 # ---- score
@@ -213,43 +180,9 @@ def test_quantile_pools(seed: int, count: int, levels: int) -> None:
         assert sizes.max() - sizes.min() <= 1
 
 
-@quick
-@given(values=st.lists(st.floats(-5, 5), min_size=1, max_size=20))
-def test_edge_pools(values: list[float]) -> None:
-    edges = [-1.0, 0.0, 2.5]
-    assert sl.edge_pools(double(values), edges).tolist() == [sum(edge <= x for edge in edges) for x in values]
-    assert sl.edge_pools(double(values), []).tolist() == [0] * len(values)
-
-
 def test_infinite_difficulties_have_pools_of_their_own_end() -> None:
     values = double([math.inf, 0.0, -math.inf, 1.0])
-    assert sl.edge_pools(values, [0.0]).tolist() == [1, 1, 0, 1]
     assert sl.quantile_pools(values, 2).tolist() == [1, 0, 0, 1]
-
-
-def test_refreshed_every_few_steps_and_when_the_rows_change() -> None:
-    calls = []
-
-    def assign(difficulty: Tensor) -> Tensor:
-        calls.append(len(difficulty))
-        return sl.quantile_pools(difficulty, 2)
-
-    pool = None
-    for step in range(7):
-        pool = sl.refreshed(pool, torch.arange(4.0) * (-1) ** step, step, 3, assign)
-    assert calls == [4, 4, 4] and pool is not None and pool.tolist() == [0, 0, 1, 1]
-    sl.refreshed(pool, torch.arange(5.0), 7, 3, assign)
-    assert calls[-1] == 5
-
-
-@quick
-@given(seed=seeds, target=st.sampled_from([0.0, 0.5, 0.8]))
-def test_nearest_pool_by_brute_force(seed: int, target: float) -> None:
-    g = torch.Generator().manual_seed(seed)
-    success, pool = torch.rand(11, generator=g, dtype=torch.float64), torch.randint(5, (11,), generator=g)
-    means = {p: success[pool == p].mean().item() for p in set(pool.tolist())}
-    best = min(sorted(means), key=lambda p: abs(means[p] - target))
-    assert sl.nearest_pool(pool, success, target) == best
 
 
 # ---- selection
@@ -312,24 +245,8 @@ HOLE = torch.tensor([1.0, math.nan, 1.0])
         (lambda: sl.score(ONE, variance=HOLE), "variance: got nan at row 1"),
         (lambda: sl.success_margin(2 * ONE), "mean: got 2.0 at row 0"),
         (lambda: sl.success_margin(HOLE), "mean: got nan at row 1"),
-        (lambda: sl.counted_margin(ONE, -ONE), "failures: got -1.0 at row 0"),
-        (lambda: sl.counted_margin(HOLE, ONE), "successes: got nan at row 1"),
-        (lambda: sl.counted_margin(ONE, ONE, prior=0.0), "prior: got 0.0"),
-        (lambda: sl.pair_margin(ONE, HOLE, ONE, ONE), "rejected: got nan at row 1"),
-        (lambda: sl.pair_margin(ONE, ONE, ONE, HOLE), "reference_rejected: got nan at row 1"),
-        (lambda: sl.pair_margin(ONE, ONE, ONE, ONE, beta=0.0), "beta: got 0.0"),
-        (
-            lambda: sl.pair_margin(ONE, ONE, ONE, ONE, length_chosen=0 * ONE, length_rejected=ONE),
-            "length_chosen: got 0.0 at row 0",
-        ),
         (lambda: sl.quantile_pools(HOLE, 2), "difficulty: got nan at row 1"),
         (lambda: sl.quantile_pools(ONE, 0), "count: got 0"),
-        (lambda: sl.edge_pools(ONE, [1.0, 1.0]), r"edges: got \[1.0, 1.0\], expected rising"),
-        (lambda: sl.edge_pools(ONE, [math.nan]), r"edges: got \[nan\]"),
-        (lambda: sl.refreshed(None, ONE, -1, 2, torch.sign), "step: got -1"),
-        (lambda: sl.refreshed(None, ONE, 0, 0, torch.sign), "every: got 0"),
-        (lambda: sl.nearest_pool(torch.zeros(3), 2 * ONE), "success: got 2.0 at row 0"),
-        (lambda: sl.nearest_pool(torch.zeros(3), ONE, 1.5), "target: got 1.5"),
         (lambda: sl.select(HOLE, torch.zeros(3), 0.5), "scores: got nan at row 1"),
         (lambda: sl.select(math.inf * ONE, torch.zeros(3), 0.5), "scores: got inf .*set damping > 0"),
         (lambda: sl.select(ONE, torch.zeros(3), 0.0), "fraction: got 0.0"),
@@ -346,18 +263,6 @@ def test_bad_numbers(call: Any, message: str) -> None:
     [
         (lambda: sl.log_score(torch.ones(3, 1)), r"margin: got shape \(3, 1\), expected \(N,\)"),
         (lambda: sl.score(ONE, variance=torch.ones(2)), r"variance: got shape \(2,\), expected \(3,\)"),
-        (
-            lambda: sl.pair_margin(ONE, torch.ones(2), ONE, torch.ones(2)),
-            r"rejected: got shape|reference_rej",
-        ),
-        (lambda: sl.pair_margin(ONE, ONE, torch.ones(2), ONE), r"reference_chosen: got shape \(2,\)"),
-        (
-            lambda: sl.pair_margin(ONE, ONE, ONE, ONE, length_chosen=ONE),
-            "length_chosen, length_rejected: got one",
-        ),
-        (lambda: sl.counted_margin(ONE, torch.ones(2)), r"failures: got shape \(2,\), expected \(3,\)"),
-        (lambda: sl.nearest_pool(torch.zeros(0), torch.zeros(0)), "pool: got no rows"),
-        (lambda: sl.nearest_pool(torch.zeros(2), ONE), r"success: got shape \(3,\), expected \(2,\)"),
         (lambda: sl.select(ONE, torch.zeros(2), 0.5), r"pool: got shape \(2,\), expected \(3,\) like scores"),
     ],
 )
