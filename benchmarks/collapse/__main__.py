@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -29,91 +28,23 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from benchmarks.collapse.k_of_n import Judge, Rule
+from benchmarks.collapse.metrics import WATCHED
+from benchmarks.collapse.recorded import LASTS, Event, Recorded, load
 from benchmarks.collapse.report import picture, report
-from benchmarks.collapse.runs import ROOT, SETTINGS
-from kalman_rl.engine.collapse import WATCHED, Fall, Judge, Rule, Surprise, Watch, WatchOptions
-from kalman_rl.engine.collapse.offline import period_of
-from kalman_rl.engine.runs.run import read_manifest, read_metrics
-from kalman_rl.errors import RunError
+from benchmarks.collapse.runs import ROOT
+from benchmarks.collapse.surprise import Surprise, Watch, WatchOptions
+from kalman_rl.engine.collapse import Fall
 
 RESULTS = Path(__file__).parents[1] / "results" / "collapse"
-LASTS, HORIZON, MOST_FALSE, REST = 32, 64, 1.0, 16
-HOLD = list(SETTINGS)[: list(SETTINGS).index("no_ratio_ramp")]
-Event = tuple[int, str]  # step, metric
-
-
-@dataclass
-class Recorded:
-    """One recorded run: its rows, its accuracy per generation batch, and where it collapsed, if it did."""
-
-    name: str
-    setting: str
-    seed: int
-    period: int
-    rows: list[dict[str, Any]]
-    accuracy: list[tuple[int, float]]
-    collapse: int | None
-    surprises: dict[WatchOptions | int, list[tuple[int, list[Surprise]]]] = field(default_factory=dict)
-
-    @property
-    def group(self) -> str:
-        if self.collapse is not None:
-            return "collapsed"
-        return "held" if self.setting in HOLD else "neither"
-
-    @property
-    def steps(self) -> int:
-        return int(self.rows[-1]["step"])
-
-
-def collapse_of(accuracy: list[tuple[int, float]], lasts: int = LASTS) -> int | None:
-    """First step of the first batch from which accuracy stays below half its best so far for long enough.
-
-    >>> collapse_of([(1, 0.2), (9, 0.4), (17, 0.1), (25, 0.1), (33, 0.0), (41, 0.0), (49, 0.0)])
-    17
-    >>> collapse_of([(1, 0.2), (9, 0.4), (17, 0.1), (25, 0.3), (33, 0.2), (41, 0.3)]) is None
-    True
-    """
-    best = 0.0
-    for i, (step, value) in enumerate(accuracy):
-        below = [s for s, v in accuracy[i:] if v < best / 2]
-        after = accuracy[i:]
-        stay = next((s for s, v in after if v >= best / 2), None)
-        long = (stay or after[-1][0] + 1) - step >= lasts
-        if value < best / 2 and long and len([s for s in below if stay is None or s < stay]) >= 2:
-            return step
-        best = max(best, value)
-    return None
-
-
-def load(root: Path) -> list[Recorded]:
-    """The finished runs below ``root``."""
-    found = []
-    for folder in sorted(root.glob("*-s*")):
-        try:
-            if read_manifest(folder).get("status") != "finished":
-                continue
-        except RunError:
-            continue
-        rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
-        setting, _, seed = folder.name.rpartition("-s")
-        sampled = [row["step"] for row in rows if row.get("reward") is not None]
-        exact = [share for count, share in json.loads((folder / "exact.json").read_text()) if count == 256]
-        values = exact or [row["reward"] for row in rows if row.get("reward") is not None]
-        accuracy = list(zip(sampled, values, strict=True))
-        found.append(
-            Recorded(
-                folder.name, setting, int(seed), period_of(folder), rows, accuracy, collapse_of(accuracy)
-            )
-        )
-    return found
+HORIZON, MOST_FALSE, REST = 64, 1.0, 16
 
 
 # ---------------------------------------------------------------- detectors
 
 
 def filtered(run: Recorded, options: WatchOptions, rule: Rule) -> list[Event]:
-    """Our filter and rule."""
+    """The surprise rule: our filter, k of n beyond the band."""
     if options not in run.surprises:
         watch = Watch(run.period, options=options)
         run.surprises[options] = [(row["step"], watch.see(row["step"], row)) for row in run.rows]
@@ -182,7 +113,7 @@ def extremes(runs: list[Recorded]) -> dict[tuple[str, int], float]:
 def fallen(run: Recorded) -> list[Event]:
     """The reward's filtered level below half of its best."""
     fall = Fall()
-    return [(a.step, a.metric) for row in run.rows for a in fall.see(row["step"], row)]
+    return [(row["step"], "reward") for row in run.rows if fall.see(row["step"], row)]
 
 
 Detector = Callable[[Recorded], list[Event]]
@@ -299,7 +230,7 @@ def main() -> int:
         name: {"settings": given, "chosen_on": chosen, "reported": score(rest, detect)}
         for name, (given, detect, chosen) in choose(first).items()
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     groups = {
         run.name: {"group": run.group, "collapse": run.collapse, "accuracy": run.accuracy} for run in runs
     }

@@ -15,13 +15,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.collapse.metrics import Metric
+from benchmarks.collapse.surprise import Surprise
 from kalman_rl.checks import is_real, is_whole, saved
-from kalman_rl.engine.collapse.metrics import Metric
-from kalman_rl.engine.collapse.watch import Surprise
 from kalman_rl.errors import ConfigError, NumericError
-
-SHOWN_TOKENS = 3
-"""Tokens that an alarm names."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +102,11 @@ def false_alarm_rate(tail: float, k: int, n: int, rest: int = 0) -> float:
 
 
 @dataclass(frozen=True)
-class Token:
-    """A token with a large log-ratio at the step of an alarm."""
-
-    text: str
-    log_ratio: float
-    prompt_id: str = ""
-    position: int = -1
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A metric that left its band: where, which way, how far, the tokens, and what to try."""
+class Excursion:
+    """A metric that left its band: where, which way, how far, and what to try."""
 
     step: int
     metric: str
-    key: str
     direction: str
     value: float
     expected: float
@@ -128,29 +114,18 @@ class Alarm:
     outside: int
     of: int
     advice: str
-    tokens: tuple[Token, ...] = ()
-
-    def sentence(self) -> str:
-        """One line for a terminal."""
-        told = (
-            f"step {self.step}: {self.metric} {self.direction} ({self.value:.3g}, expected {self.expected:.3g}, "
-            f"{self.z:+.1f} deviations, {self.outside} of {self.of} outside)"
-        )
-        if self.tokens:
-            told += "; tokens " + ", ".join(f"{token.text!r} {token.log_ratio:+.2f}" for token in self.tokens)
-        return f"{told}; try {self.advice}"
 
 
 class Judge:
-    """Keeps each metric's last n sides and decides; fed by :meth:`kalman_rl.engine.collapse.watch.Watch.see`."""
+    """Keeps each metric's last n sides and decides; fed by :meth:`benchmarks.collapse.surprise.Watch.see`."""
 
     def __init__(self, rule: Rule | None = None) -> None:
         self.rule = rule or Rule()
         self._sides: dict[str, list[int]] = {}
         self._rest: dict[str, int] = {}
 
-    def judge(self, step: int, surprises: Sequence[Surprise]) -> list[Alarm]:
-        """Alarms of one step, at most one per metric; tokens are filled in by the caller."""
+    def judge(self, step: int, surprises: Sequence[Surprise]) -> list[Excursion]:
+        """Alarms of one step, at most one per metric."""
         return [alarm for surprise in surprises if (alarm := self._one(step, surprise)) is not None]
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,7 +138,7 @@ class Judge:
         self._sides = {name: [int(side) for side in row] for name, row in sides.items()}
         self._rest = {name: int(count) for name, count in rest.items()}
 
-    def _one(self, step: int, surprise: Surprise) -> Alarm | None:
+    def _one(self, step: int, surprise: Surprise) -> Excursion | None:
         metric, rule = surprise.metric, self.rule
         if self._rest.get(metric.name, 0) > 0:
             self._rest[metric.name] -= 1
@@ -176,14 +151,13 @@ class Judge:
             return None
         of = len(sides)
         self._sides[metric.name], self._rest[metric.name] = [], rule.rest
-        return _alarm(step, surprise, metric, side, outside, of)
+        return _excursion(step, surprise, metric, side, outside, of)
 
 
-def _alarm(step: int, surprise: Surprise, metric: Metric, side: int, outside: int, of: int) -> Alarm:
-    return Alarm(
+def _excursion(step: int, surprise: Surprise, metric: Metric, side: int, outside: int, of: int) -> Excursion:
+    return Excursion(
         step=step,
         metric=metric.name,
-        key=metric.key,
         direction="rising" if side > 0 else "falling",
         value=surprise.value,
         expected=surprise.expected,

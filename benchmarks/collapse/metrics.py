@@ -1,4 +1,4 @@
-"""What the alarm watches: one row per metric, with its transform, its harmful directions and what to try."""
+"""What the surprise rule watches: one row per metric, with its transform, its harmful directions and what to try."""
 
 from __future__ import annotations
 

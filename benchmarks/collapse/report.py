@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scipy import stats
 
-if TYPE_CHECKING:
-    from benchmarks.collapse import Recorded
+from benchmarks.collapse.recorded import Recorded
 
 
 def share(result: dict[str, Any]) -> str:
@@ -101,15 +100,7 @@ def report(runs: list[Recorded], results: dict[str, dict[str, Any]], method: str
     ]
     for run in told["by_run"]:
         cells = [results[name]["reported"]["by_run"][run] for name in results]
-        shown = [
-            f"{cell['first']} ({cell['metric']})"
-            if cell["first"]
-            else f"late, {cell['late']}"
-            if cell["late"]
-            else "none"
-            for cell in cells
-        ]
-        lines.append(f"| {run} | {cells[0]['collapse']} | {' | '.join(shown)} |")
+        lines.append(f"| {run} | {cells[0]['collapse']} | {' | '.join(map(_when, cells))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.collapse import reward as alarm_reward
+from benchmarks.collapse import reward as hacked_reward
 from benchmarks.learning.adaptive import finished
 from kalman_rl.engine.config import TrainConfig, labels, to_toml, validate
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.train import train
 
-ROOT = Path("runs/alarm")
+ROOT = Path("runs/collapse")
 UNCLIPPED = {"low": 0.999, "high": 1e6}
 SETTINGS: dict[str, dict[str, Any]] = {
     # meant to hold
@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "method": "kpo_diffuse",
         "learning_rate": 3e-4,
         "reward": "benchmarks.collapse.reward:length",
-        "max_completion_tokens": alarm_reward.LONGEST,
+        "max_completion_tokens": hacked_reward.LONGEST,
     },
 }
 
@@ -84,10 +84,10 @@ def plan(root: Path, seeds: int, steps: int) -> list[TrainConfig]:
 def record(config: TrainConfig) -> int:
     """One run; the shares of exact replies behind a hacked reward go to ``exact.json`` beside the metrics."""
     assert config.run is not None
-    alarm_reward.EXACT.clear()
+    hacked_reward.EXACT.clear()
     with Run.create(config.run, to_toml(config), labels(config), overwrite=True) as run:
         code = train(config, run, cache=config.run.parent / ".cache")
-    (config.run / "exact.json").write_text(json.dumps(alarm_reward.EXACT))
+    (config.run / "exact.json").write_text(json.dumps(hacked_reward.EXACT))
     return code
 
 

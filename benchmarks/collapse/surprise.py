@@ -6,7 +6,7 @@ Metric j at step t, transformed, is a slowly moving level plus a profile over th
     Var v = s_j^2,  Var w = q s_j^2,  Var of a change of c from one visit to the next = DRIFT q s_j^2
 
 There is no slope on purpose: a metric that keeps sliding leaves innovations of one sign, and those are what the rule
-in ``rule`` counts. ``s_j^2`` and q are learned: a bank of q runs side by side, each with its own
+in ``k_of_n`` counts. ``s_j^2`` and q are learned: a bank of q runs side by side, each with its own
 discounted mean of squared innovations as ``s_j^2``, and the q of the highest discounted likelihood speaks.
 """
 
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.collapse.metrics import WATCHED, Metric
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.engine.collapse.metrics import WATCHED, Metric
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.numerics.kalman import Gaussian, predict, update
 

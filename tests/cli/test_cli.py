@@ -44,7 +44,6 @@ FLAGS = {
     "train": TRAIN_FLAGS,
     "resume": {"--help", "--quiet"},
     "report": {"--help", "--output"},
-    "alarm": {"--help", "--band", "--k", "--n", "--json"},
     "board": {"--help", "--port", "--host", "--every", "--open"},
     "methods": {"--help", "--cite", "--verify", "--json"},
     "replay": {"--help", "--method", "--options", "--against", "--steps", "--top", "--json"},
@@ -57,6 +56,14 @@ def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KALMAN_RL_TRACEBACK", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
+
+
+HOMES = {
+    "train": "kalman_rl.engine.train",
+    "stress": "kalman_rl.cli.stress",
+    "demo": "kalman_rl.cli.demo",
+    "report": "kalman_rl.instruments.report",
+}
 
 
 class Calls(list):
@@ -73,9 +80,9 @@ class Calls(list):
                 raise result
             return result
 
-        module = types.ModuleType(f"kalman_rl.{name}")
+        module = types.ModuleType(HOMES[name])
         setattr(module, "write_report" if name == "report" else name, entry)
-        self.patch.setitem(sys.modules, f"kalman_rl.{name}", module)
+        self.patch.setitem(sys.modules, HOMES[name], module)
 
 
 @pytest.fixture
@@ -127,7 +134,7 @@ def test_every_field_is_documented_with_its_default(capsys: pytest.CaptureFixtur
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     with_help = capsys.readouterr().out
-    verbs = ["train", "resume", "stress", "demo", "report", "alarm", "board", "replay", "methods", "doctor"]
+    verbs = ["train", "resume", "stress", "demo", "report", "board", "replay", "methods", "doctor"]
     assert re.findall(r"• (\w+)", with_help) == verbs
     assert main([]) == 2
     assert capsys.readouterr().out == with_help
@@ -383,8 +390,6 @@ def test_verify_exits_1_when_a_check_fails(
         (["train", "--config", "bad.toml", "--help"], "error: bad.toml:2: key: got 'learnig_rate'"),
         (["stress", "--minibatch", "5"], "error: minibatch: got 5"),
         (["report"], "error: RUNS: got none"),
-        (["alarm", "x", "--band", "nan"], "error: band: got nan"),
-        (["alarm", "x", "--k", "9", "--n", "3"], "error: k, n: got 9 of 3"),
     ],
 )
 def test_usage_errors_exit_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

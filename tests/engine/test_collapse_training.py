@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from kalman_rl.engine import train as train_module
-from kalman_rl.engine.collapse import Rule, WatchOptions
-from kalman_rl.engine.collapse.callback import CollapseAlarm
-from kalman_rl.engine.collapse.journal import FILE, read_alarms
+from kalman_rl.engine.collapse import CollapseAlarm, rule
+from kalman_rl.engine.collapse.rule import FILE, read_alarms
 from kalman_rl.engine.config import TrainConfig, build, to_toml, validate
 from kalman_rl.engine.runs.run import Run, read_manifest, read_metrics
+from kalman_rl.engine.tasks import Task
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import SafeSink, make_sinks
 
@@ -44,20 +43,36 @@ SMALL: dict[str, Any] = {
     "max_completion_tokens": 4,
     "threads": 1,
 }
-EAGER = {"rule": Rule(band=1e-9, k=1, n=1, rest=3), "options": WatchOptions(warm_up=4)}
+
+
+class Falling:
+    """A reward that falls with the third generation batch, is back with the fourth and falls again with the fifth."""
+
+    def __init__(self, sampled: int = 0, batch: int = 16) -> None:
+        self.sampled, self.batch = sampled, batch
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        self.sampled += len(completions) == self.batch  # evaluations are smaller
+        level = float(self.sampled in (0, 1, 2, 4))
+        return [level + 0.01 * (len(set(text)) % 3) for text in completions]
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training with an alarm that fires at the first chance."""
-    monkeypatch.setattr(train_module, "CollapseAlarm", functools.partial(CollapseAlarm, **EAGER))
+    """Training with an alarm that needs two rewards to know a level, and one to see it fallen."""
+    monkeypatch.setattr(rule, "WARM_UP", 1)
+    monkeypatch.setattr(rule, "RATIO", 10.0)
 
 
 def start(model_path: str, path: Path, **changes: Any) -> tuple[TrainConfig, int]:
     config = build(TrainConfig, SMALL | {"model": model_path, "run": path} | changes)
     validate(config)
     with Run.create(path, to_toml(config), {"method": config.method}) as run:
-        return config, train_module.train(config, run)
+        return config, train_module.train(config, run, task=falling(config))
+
+
+def falling(config: TrainConfig, sampled: int = 0) -> Task:
+    return dataclasses.replace(train_module.chosen_task(config), reward=Falling(sampled))
 
 
 def test_stop_saves_and_exits_3_and_the_run_goes_on(
@@ -67,16 +82,22 @@ def test_stop_saves_and_exits_3_and_the_run_goes_on(
     config, code = start(model_path, path, collapse="stop", save_every=0)
     assert code == 3 and read_manifest(path)["status"] == "interrupted"
     alarms = read_alarms(path)
-    assert {alarm.step for alarm in alarms} == {5} and "entropy" in {alarm.metric for alarm in alarms}
+    assert [alarm.step for alarm in alarms] == [5]
     for alarm in alarms:
         sizes = [abs(token.log_ratio) for token in alarm.tokens]
         assert len(sizes) == 3 and sizes == sorted(sizes, reverse=True)
+        assert sizes[0] > 1e-3  # of the updates that led here: in the first one after sampling they are zero
         assert all(token.text and token.prompt_id and token.position >= 0 for token in alarm.tokens)
     said = capsys.readouterr().err
-    assert "alarm: step 5: entropy" in said and f"kalman-rl resume {path}" in said
+    assert "alarm: step 5: the reward has fallen" in said and f"kalman-rl resume {path}" in said
     with Run.open(path) as run:
         assert run.latest_checkpoint().name == "checkpoint-6"  # the end of the generation batch
-        assert train_module.train(dataclasses.replace(config, collapse="off"), run, resume=True) == 0
+        assert (
+            train_module.train(
+                dataclasses.replace(config, collapse="off"), run, resume=True, task=falling(config, 3)
+            )
+            == 0
+        )
     assert [row["step"] for row in read_metrics(path) if row["kind"] == "train"] == list(range(1, 13))
     assert read_alarms(path) == alarms
 
@@ -92,7 +113,7 @@ def test_a_resumed_run_raises_the_alarms_of_the_uninterrupted_one(
     for step in (12, 8):
         shutil.rmtree(path / "checkpoints" / f"checkpoint-{step}")
     with Run.open(path) as run:
-        assert train_module.train(config, run, resume=True) == 0
+        assert train_module.train(config, run, resume=True, task=falling(config, 2)) == 0
     assert (path / FILE).read_text() == whole
 
 
@@ -101,17 +122,17 @@ def test_off_leaves_nothing(model_path: str, tmp_path: Path, eager: None) -> Non
     assert code == 0 and not (tmp_path / "run" / FILE).exists()
 
 
-def test_as_a_callback_of_the_trainer(model_path: str, tmp_path: Path) -> None:
+def test_as_a_callback_of_the_trainer(model_path: str, tmp_path: Path, eager: None) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer
 
-    alarm = CollapseAlarm("checkpoint", **EAGER)  # type: ignore[arg-type]
+    alarm = CollapseAlarm("checkpoint")
     trainer = KalmanGRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_path),
         processing_class=AutoTokenizer.from_pretrained(model_path),
-        reward_funcs=lambda completions, **columns: [float(len(text) % 3) for text in completions],
+        reward_funcs=Falling(batch=8),
         args=KalmanGRPOConfig(
             str(tmp_path),
             method="grpo",

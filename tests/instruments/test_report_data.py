@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from kalman_rl.beliefs import make_belief
-from kalman_rl.engine.collapse.journal import append_alarm
-from kalman_rl.engine.collapse.rule import Alarm, Token
+from kalman_rl.engine.collapse.rule import Alarm, Token, append_alarm
 from kalman_rl.engine.runs.beliefs import Beliefs, read_beliefs
 from kalman_rl.engine.runs.reading import read_run
 from kalman_rl.engine.runs.run import Run
@@ -343,13 +342,12 @@ def test_alarms_are_listed_as_text_and_only_where_there_are_some(tmp_path: Path)
     assert 'id="alarms"' not in page([folder])
     hostile = "<script>alert(1)</script>"
     for step in range(1, MOST_ALARMS + 3):
-        alarm = Alarm(
-            metric="reward", key="reward", step=step, direction="down", value=0.1, expected=0.5, z=-6.0,
-            outside=2, of=3, advice="go back", tokens=(Token(hostile, 2.5, "p", 3),),
-        )  # fmt: skip
+        alarm = Alarm(step=step, level=0.1, best=0.5, z=-6.0, tokens=(Token(hostile, 2.5, "p", 3),))
         append_alarm(folder, alarm, "warn")
     text = page([folder])
-    assert 'href="#alarms"' in text and text.count("go back") == MOST_ALARMS
+    assert (
+        'href="#alarms"' in text and text.count("the newest checkpoint from before the fall") == MOST_ALARMS
+    )
     assert f"The first {MOST_ALARMS} of {MOST_ALARMS + 2} alarms" in text
     assert hostile not in text and "&lt;script&gt;alert(1)" in text
-    assert "reward down: 0.1, expected 0.5 (-6.0 deviations, 2 of 3 outside)" in text
+    assert "the reward has fallen to 0.1, below half of its best 0.5 (-6.0 deviations)" in text

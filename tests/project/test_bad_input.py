@@ -21,9 +21,6 @@ from kalman_rl.beliefs import (
     SPOBelief,
     make_belief,
 )
-from kalman_rl.engine.collapse import Rule, WatchOptions
-from kalman_rl.engine.collapse.rule import false_alarm_rate
-from kalman_rl.engine.collapse.watch import Watch
 from kalman_rl.engine.tasks import load_reward, load_task
 from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError
 from kalman_rl.instruments.board.serve import listen
@@ -257,27 +254,6 @@ def test_sampling(case: str) -> None:
     kind, message, call = SAMPLING[case]
     with pytest.raises(kind, match=f"^{message}"):
         call()
-
-
-@pytest.mark.parametrize(
-    "k, n, rest", [(5, 3, 0), (0, 3, 0), (1, 0, 0), (20, 40, 0), (1.5, 3, 0), (2, 3, -100)]
-)
-def test_counts_of_the_alarm(k: Any, n: int, rest: int) -> None:
-    """k of n = 20 of 40 would be a linear system with 10^11 unknowns."""
-    for call in (lambda: false_alarm_rate(0.1, k, n, rest), lambda: Rule(k=k, n=n, rest=rest)):
-        with pytest.raises(ConfigError, match=r"^(k, n|rest): got .*, expected"):
-            call()
-
-
-def test_settings_of_the_alarm() -> None:
-    with pytest.raises(NumericError, match="^band: got '4'"):
-        Rule(band="4")
-    with pytest.raises(ConfigError, match="^rest: got nan"):
-        Rule(rest=math.nan)
-    with pytest.raises(ConfigError, match="^warm_up: got nan"):
-        WatchOptions(warm_up=math.nan)
-    with pytest.raises(ConfigError, match="^period: got 2.5"):
-        Watch(2.5)
 
 
 @pytest.mark.parametrize("options, message", [

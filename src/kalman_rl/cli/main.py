@@ -30,7 +30,7 @@ from kalman_rl.engine.config import (
     to_toml,
     validate,
 )
-from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, one_line
+from kalman_rl.errors import ConfigError, KalmanRLError, one_line
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
 
@@ -187,35 +187,6 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """Read recorded runs and print the collapse warnings that would have come: metric, step, tokens, advice."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories of runs, or of a study."""
-    band: float | None = None
-    """Standard deviations beyond which a value is outside. Unset: the default of training."""
-    k: int | None = None
-    """Values outside, on the same side, that make an alarm."""
-    n: int | None = None
-    """Newest values of a metric among which they are counted."""
-    json: Switch = False
-    """Print JSON."""
-
-    def __call__(self) -> int:
-        if not self.runs:
-            raise ConfigError("RUNS: got none, expected the directory of at least one run")
-        from kalman_rl.engine.collapse import Rule, WatchOptions
-        from kalman_rl.engine.collapse.offline import runs_below, show_alarms
-
-        given = {name: getattr(self, name) for name in ("band", "k", "n") if getattr(self, name) is not None}
-        try:
-            rule = Rule(**given)
-        except NumericError as error:  # here it is a wrong setting, not a wrong number in the data
-            raise ConfigError(str(error)) from None
-        return show_alarms(runs_below(list(self.runs)), rule, WatchOptions(), self.json)
-
-
-@dataclass(frozen=True)
 class Board:
     """Serve the report of a run on this machine, live while the run goes on; Ctrl-C ends it.
 
@@ -263,12 +234,12 @@ class Doctor:
         return doctor(plan, as_json=self.json)
 
 
-VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Alarm, Board, Replay, Methods, Doctor)
+VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Board, Replay, Methods, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage or settings), 3 (a collapse alarm
-    stopped the run), 130 (Ctrl-C).
+    """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage or settings), 3 (a fallen
+    reward stopped the run), 130 (Ctrl-C).
 
     Errors are one line on stderr; the environment variable KALMAN_RL_TRACEBACK=1 lets them through.
     """

@@ -1,6 +1,8 @@
 """The alarm inside a training run: a callback for TRL's trainers.
 
-KalmanGRPOTrainer(..., callbacks=[CollapseAlarm("warn")])
+from kalman_rl.engine.collapse import CollapseAlarm
+
+KalmanGRPOTrainer(..., callbacks=[CollapseAlarm("stop")])
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from kalman_rl.engine.collapse.fall import Fall
-from kalman_rl.engine.collapse.journal import append_alarm, keep_alarms
-from kalman_rl.engine.collapse.rule import SHOWN_TOKENS, Alarm, Judge, Rule, Token
-from kalman_rl.engine.collapse.watch import Watch, WatchOptions
+from kalman_rl.engine.collapse.rule import (
+    SHOWN_TOKENS,
+    Alarm,
+    Fall,
+    Token,
+    append_alarm,
+    keep_alarms,
+    read_reward,
+)
 from kalman_rl.errors import ConfigError
 
 ACTIONS = ("warn", "checkpoint", "stop")
@@ -27,7 +34,10 @@ logger = logging.getLogger("kalman_rl")
 
 
 class CollapseAlarm(TrainerCallback, ExportableState):
-    """Watch the logged metrics and act when one leaves its band.
+    """Watch the logged reward and act when it has fallen: see :class:`kalman_rl.engine.collapse.rule.Fall`.
+
+    It tells of a collapse and does not foresee one. An alarm names the tokens with the largest |log-ratio| in the
+    updates since the reward before.
 
     Every rank sees the same logged numbers and decides alike; the main one writes and speaks. Its state is part of
     ``trainer_state.json``, so a resumed run goes on where the saved one was. A fault in here is logged once and
@@ -36,7 +46,6 @@ class CollapseAlarm(TrainerCallback, ExportableState):
     Args:
         action: warn; checkpoint, which also saves after the generation batch; stop, which saves and stops there.
         folder: where ``alarms.jsonl`` goes; default: the trainer's output directory.
-        rule, options: the decision and the filter.
         say: what a warning is given to; default: this package's logger.
 
     Raises: ConfigError for an unknown action.
@@ -47,30 +56,22 @@ class CollapseAlarm(TrainerCallback, ExportableState):
         action: str = "warn",
         folder: str | Path | None = None,
         *,
-        rule: Rule | None = None,
-        options: WatchOptions | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         if action not in ACTIONS:
             raise ConfigError(f"action: got {action!r}, expected one of {', '.join(ACTIONS)}")
         self.action, self.folder = action, None if folder is None else Path(folder)
-        self.rule, self.options = rule or Rule(), options or WatchOptions()
         self.alarms: list[Alarm] = []
         self.stopped = False
         self.saved: dict[str, Any] | None = None  # set by transformers where it restores callbacks itself
         self._say = say or (lambda text: logger.warning("%s", text))
-        self._watch, self._judge, self._fall = Watch(options=self.options), Judge(self.rule), Fall()
+        self._fall = Fall()
         self._pending, self._broken, self._cycle = False, False, 1
-        self._tokens: list[tuple[int, int, str, float]] = []
-        self._tokens_step = -1
+        self._tokens: list[tuple[int, int, str, float]] = []  # the largest since the last reward
 
     def state(self) -> dict[str, Any]:
         """What transformers puts into ``trainer_state.json``: how to build it, and where it is."""
-        saved = {
-            "watch": self._watch.state_dict(),
-            "judge": self._judge.state_dict(),
-            "fall": self._fall.state_dict(),
-        }
+        saved = {"fall": self._fall.state_dict(), "tokens": [list(token) for token in self._tokens]}
         return {
             "args": {
                 "action": self.action,
@@ -80,11 +81,13 @@ class CollapseAlarm(TrainerCallback, ExportableState):
         }
 
     def observe(self, batch: Any) -> None:
-        """Observer of the trainer: note the tokens with the largest |log-ratio| of the step at hand."""
+        """Observer of the trainer: note the tokens with the largest |log-ratio| since the last reward.
+
+        The reward is logged with the first update after sampling, whose log-ratios are zero; what moved the policy are
+        the updates before it.
+        """
         if self._broken:
             return
-        if batch.step != self._tokens_step:
-            self._tokens, self._tokens_step = [], batch.step
         ratio = torch.where(batch.rollouts.mask, batch.loss.tokens.log_ratio.detach().float(), 0.0)
         place = ratio.abs().flatten().topk(min(SHOWN_TOKENS, ratio.numel())).indices
         width = ratio.shape[1]
@@ -98,8 +101,7 @@ class CollapseAlarm(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._cycle = _cycle(args)
-        self._watch, self._judge = Watch(self._cycle, options=self.options), Judge(self.rule)
-        self._fall = Fall()
+        self._fall, self._tokens = Fall(), []
         self._pending, self.stopped = False, False
         if self.folder is None:
             self.folder = Path(args.output_dir)
@@ -125,16 +127,17 @@ class CollapseAlarm(TrainerCallback, ExportableState):
             return
         with _Guard(self):
             step = state.global_step
-            found = self._judge.judge(step, self._watch.see(step, logs)) + self._fall.see(step, logs)
-            if found:
-                tokens = self._named(kwargs.get("processing_class"))
-                found = [dataclasses.replace(alarm, tokens=tokens) for alarm in found]
-                self.alarms += found
+            alarm = self._fall.see(step, logs)
+            if alarm is not None:
+                alarm = dataclasses.replace(alarm, tokens=self._named(kwargs.get("processing_class")))
+                self.alarms.append(alarm)
                 self._pending = self._pending or self.action != "warn"
-                for alarm in found if state.is_world_process_zero else ():
+                if state.is_world_process_zero:
                     self._say(f"alarm: {alarm.sentence()}")
                     assert self.folder is not None
                     append_alarm(self.folder, alarm, self.action)
+            if read_reward(logs) is not None:
+                self._tokens = []
         self._act(state, control)
 
     def on_step_end(
@@ -155,11 +158,13 @@ class CollapseAlarm(TrainerCallback, ExportableState):
         if saved is None:
             entry = (state.stateful_callbacks or {}).get(type(self).__name__)
             saved = entry["attributes"]["saved"] if isinstance(entry, dict) else None
-        if saved is None or not self._watch.load_state_dict(saved["watch"]):
-            logger.warning("alarm: the checkpoint has no state that fits, so the filters start anew")
+        if saved is None:
+            logger.warning("alarm: the checkpoint has no state of it, so level and best start anew")
             return
-        self._judge.load_state_dict(saved["judge"])
         self._fall.load_state_dict(saved["fall"])
+        self._tokens = [
+            (token, position, prompt, value) for token, position, prompt, value in saved["tokens"]
+        ]
 
     def _named(self, tokenizer: Any) -> tuple[Token, ...]:
         named = []

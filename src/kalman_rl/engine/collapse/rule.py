@@ -3,25 +3,73 @@
 A local-level filter of the reward, ``Q = q R`` with R the discounted mean of squared innovations over their variance;
 level m with standard deviation s. An alarm when ``m + DOUBT s < best / 2``, where best is the largest ``m - DOUBT s``
 so far; the next one only after ``m`` has been above ``best / 2`` again. Rewards whose best is not positive never alarm.
+
+Alarms are kept in ``alarms.jsonl`` in the run's folder, one whole line each.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kalman_rl.engine.collapse.metrics import WATCHED
-from kalman_rl.engine.collapse.rule import Alarm
+from kalman_rl.engine.runs.files import explained, read_regular, write_all, write_file
+from kalman_rl.errors import RunError
 from kalman_rl.numerics.kalman import Gaussian, predict, update
 
 RATIO = 0.2
 MEMORY = 0.95
 WARM_UP = 4
 DOUBT = 1.0
-REWARD = next(metric for metric in WATCHED if metric.name == "reward")
+LEAST = 0.01
+"""Standard deviation of the level below which doubt does not go."""
+LARGEST = 1e100
+"""A reward beyond it is taken for missing: its square would overflow."""
+SHOWN_TOKENS = 3
+"""Tokens that an alarm names."""
+ADVICE = "the newest checkpoint from before the fall, with a lower learning rate or a KL penalty (kl)"
+FILE = "alarms.jsonl"
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with a large log-ratio in the updates before an alarm."""
+
+    text: str
+    log_ratio: float
+    prompt_id: str = ""
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A fallen reward: its level, its best so far, ``z = (level - best / 2) / s``, the tokens that moved most."""
+
+    step: int
+    level: float
+    best: float
+    z: float
+    tokens: tuple[Token, ...] = ()
+
+    def happened(self) -> str:
+        """What happened, without the step."""
+        return (
+            f"the reward has fallen to {self.level:.3g}, below half of its best {self.best:.3g} "
+            f"({self.z:+.1f} deviations)"
+        )
+
+    def sentence(self) -> str:
+        """One line for a terminal."""
+        told = f"step {self.step}: {self.happened()}"
+        if self.tokens:
+            told += "; tokens " + ", ".join(f"{token.text!r} {token.log_ratio:+.2f}" for token in self.tokens)
+        return f"{told}; try {ADVICE}"
 
 
 class Fall:
@@ -29,7 +77,7 @@ class Fall:
 
     >>> fall = Fall()
     >>> rewards = [0.40, 0.41, 0.39, 0.40, 0.41, 0.40, 0.05, 0.05, 0.05, 0.05, 0.05]
-    >>> [alarm.step for t, reward in enumerate(rewards) for alarm in fall.see(t, {"reward": reward})]
+    >>> [t for t, reward in enumerate(rewards) if fall.see(t, {"reward": reward})]
     [9]
     """
 
@@ -38,11 +86,11 @@ class Fall:
         self._weight = self._squares = 0.0
         self._count, self._best, self._down = 0, -math.inf, False
 
-    def see(self, step: int, row: Mapping[str, Any]) -> list[Alarm]:
-        """Take in the row logged at a step; a missing reward changes nothing. Returns: at most one alarm."""
-        value = REWARD.read(row)
+    def see(self, step: int, row: Mapping[str, Any]) -> Alarm | None:
+        """Take in the row logged at a step; a missing reward changes nothing. Returns: an alarm, if there is one."""
+        value = read_reward(row)
         if value is None:
-            return []
+            return None
         state = Gaussian(*(torch.tensor(part, dtype=torch.float64) for part in (self._mean, self._variance)))
         after, info = update(predict(state, RATIO), torch.tensor(value, dtype=torch.float64), 1.0)
         if math.isfinite(self._variance):
@@ -53,18 +101,16 @@ class Fall:
         self._mean, self._variance = after.mean.item(), after.variance.item()
         self._count += 1
         if self._count <= WARM_UP:
-            return []
-        spread = max(math.sqrt(self._variance * self._squares / self._weight), REWARD.least)
+            return None
+        spread = max(math.sqrt(self._variance * self._squares / self._weight), LEAST)
         self._best = max(self._best, self._mean - DOUBT * spread)
         half = self._best / 2
         if self._best <= 0 or self._mean > half:
             self._down = False
         if self._down or self._best <= 0 or self._mean + DOUBT * spread >= half:
-            return []
+            return None
         self._down = True
-        z = (self._mean - half) / spread
-        advice = REWARD.advice(-1)
-        return [Alarm(step, "reward", "reward", "falling", self._mean, self._best, z, 1, 1, advice)]
+        return Alarm(step, self._mean, self._best, (self._mean - half) / spread)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-safe state."""
@@ -75,3 +121,60 @@ class Fall:
         unset = {"_variance": math.inf, "_best": -math.inf}
         for name in vars(self):
             setattr(self, name, unset[name] if state[name] is None else state[name])
+
+
+def read_reward(row: Mapping[str, Any]) -> float | None:
+    """The reward in a logged row; None where it is absent, null, not finite or out of range."""
+    value = row.get("reward")
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > LARGEST:
+        return None
+    return float(value)
+
+
+def append_alarm(folder: Path, alarm: Alarm, action: str) -> None:
+    """Append one alarm, in one write, with the action that was taken.
+
+    Raises: RunError if the file cannot be written.
+    """
+    path = Path(folder) / FILE
+    line = json.dumps({**asdict(alarm), "action": action}) + "\n"
+    with explained(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            write_all(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+
+def read_alarms(folder: Path) -> list[Alarm]:
+    """The alarms of a run, oldest first; none if there is no file. Lines that are no alarms are skipped."""
+    try:
+        text = read_regular(Path(folder) / FILE, None).decode("utf-8", "replace")
+    except RunError:
+        return []
+    return [alarm for line in text.splitlines() if (alarm := _alarm(line)) is not None]
+
+
+def keep_alarms(folder: Path, step: int) -> None:
+    """Drop the alarms after ``step``, which a run resumed there raises again if they come again."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return
+    lines = read_regular(path, None).decode("utf-8", "replace").splitlines()
+    kept = [line for line in lines if (alarm := _alarm(line)) is not None and alarm.step <= step]
+    write_file(path, "".join(line + "\n" for line in kept).encode())
+
+
+def _alarm(line: str) -> Alarm | None:
+    try:
+        row: Mapping[str, Any] = json.loads(line)
+        tokens = tuple(
+            Token(str(t["text"]), float(t["log_ratio"]), str(t["prompt_id"]), int(t["position"]))
+            for t in row["tokens"]
+        )
+        level, best, z = (float(row[name]) for name in ("level", "best", "z"))
+        return Alarm(int(row["step"]), level, best, z, tokens)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None

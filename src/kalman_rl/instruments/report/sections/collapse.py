@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kalman_rl.engine.collapse.journal import read_alarms
-from kalman_rl.engine.collapse.rule import Alarm
+from kalman_rl.engine.collapse.rule import ADVICE, read_alarms
 from kalman_rl.engine.runs.reading import Run, clean
 
 MOST = 40
@@ -41,18 +40,11 @@ def alarm_section(runs: Sequence[Run]) -> AlarmSection | None:
         Line(
             run=run.name,
             step=alarm.step,
-            sentence=_happened(alarm),
+            sentence=alarm.happened(),
             tokens=tuple(f"{clean(t.text, 24)} ({t.log_ratio:+.2f})" for t in alarm.tokens),
-            advice=clean(alarm.advice, 200),
+            advice=ADVICE,
         )
         for run, alarm in found[:MOST]
     ]
     note = "" if len(found) <= MOST else f"The first {MOST} of {len(found)} alarms are shown."
     return AlarmSection(lines, note)
-
-
-def _happened(alarm: Alarm) -> str:
-    moved = (
-        f"{clean(alarm.metric)} {clean(alarm.direction)}: {alarm.value:.3g}, expected {alarm.expected:.3g}"
-    )
-    return f"{moved} ({alarm.z:+.1f} deviations, {alarm.outside} of {alarm.of} outside)"
