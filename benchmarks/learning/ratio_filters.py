@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.methods import make_method
+from kalman_rl.objectives.learning import Learns
 from kalman_rl.objectives.ratio.learned import AutoFiltered
 from kalman_rl.objectives.ratio.robust import RobustFiltered
 from kalman_rl.objectives.ratio.token_noise import NoiseFiltered, NoiseModel
@@ -74,15 +75,15 @@ def filters(world: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def settled(part: Any, world: dict[str, float], seed: int) -> Any:
+def learned(part: Any, world: dict[str, float], seed: int) -> Any:
     """The transform after PAST batches of the same world, none of them the one to be judged."""
-    if not hasattr(part, "settle"):
+    if not isinstance(part, Learns):
         return part
-    state = part.blank()
+    state = part.initial()
     for past in range(PAST):
         _, logp, rollouts = simulate(10_000 + seed * PAST + past, **world)
         state = part.memory * state + part.statistics(logp, rollouts)
-    return part.settle(state)
+    return part.fitted(state)
 
 
 def errors(name: str, world: dict[str, float]) -> list[float]:
@@ -90,7 +91,7 @@ def errors(name: str, world: dict[str, float]) -> list[float]:
     part, out = filters(world)[name], []
     for seed in SEEDS:
         latent, logp, rollouts = simulate(seed, **world)
-        weight = settled(part, world, seed)(logp, rollouts).log_weight
+        weight = learned(part, world, seed)(logp, rollouts).log_weight
         out.append((weight - latent)[rollouts.mask].square().mean().sqrt().item())
     return out
 
@@ -127,7 +128,7 @@ def costs(rows: int, length: int) -> dict[str, float]:
     for name, part in (("auto", AutoFiltered()), ("robust", RobustFiltered())):
         row[f"kpo_{name} statistics"] = milliseconds(lambda part=part: part.statistics(logp, rollouts))
     state = AutoFiltered().statistics(logp, rollouts)
-    row["kpo_auto settle"] = milliseconds(lambda: AutoFiltered().settle(state))
+    row["kpo_auto settle"] = milliseconds(lambda: AutoFiltered().fitted(state))
     return row
 
 
@@ -145,7 +146,7 @@ def main() -> None:
         print(line)
     for world, values in WORLDS.items():
         parts = filters(values)
-        auto, robust = (settled(parts[name], values, 0) for name in ("kpo_auto", "kpo_robust"))
+        auto, robust = (learned(parts[name], values, 0) for name in ("kpo_auto", "kpo_robust"))
         result["learned"][world] = {
             "auto Q/R": auto.process_noise / auto.observation_noise,
             "auto R": auto.observation_noise,

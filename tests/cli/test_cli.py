@@ -329,7 +329,7 @@ def test_a_method(capsys: pytest.CaptureFixture[str]) -> None:
         "use",
         "avoid",
         "deviations",
-        "needs",
+        "inputs",
         "source",
     ):
         assert re.search(rf"^{head} +\S", text, re.M), head

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("trl")
 from datasets import Dataset
@@ -20,9 +23,9 @@ from kalman_rl.engine.tasks import load_task
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
+from kalman_rl.hosts.trl.config import check_combination
 from kalman_rl.hosts.trl.forward import head_moments, next_tokens
-from kalman_rl.objectives.learning import Learning
-from kalman_rl.objectives.loss import step_statistics
+from kalman_rl.objectives.learning import LearnedState, step_statistics
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.objectives.trust.clip import Clip
 from kalman_rl.objectives.trust.curvature import CurvatureMask
@@ -68,6 +71,58 @@ def test_bapo_does_not_depend_on_micro_batches(name: str, model_path: str, tmp_p
             assert (log["trust/bound_low"], log["trust/bound_high"]) == pytest.approx(pair)
 
 
+@dataclass(frozen=True)
+class MeanBand:
+    """A trust region that no host knows: the band is as wide as the tokens have moved on average in the step."""
+
+    memory: ClassVar[float] = 0.0
+    learned: ClassVar[tuple[str, ...]] = ("low", "high")
+
+    def initial(self) -> Tensor:
+        return torch.zeros(2, dtype=torch.float64)
+
+    def statistics(self, ratio: Any, advantage: Tensor, current: Any, rollouts: Rollouts) -> Tensor:
+        moved = (ratio.log_weight.double().abs() * rollouts.mask).sum()
+        return torch.stack((moved, rollouts.mask.sum().double()))
+
+    def fitted(self, state: Tensor) -> Clip:
+        moved, tokens = state.tolist()
+        return Clip(moved / tokens, moved / tokens)
+
+    def __call__(self, ratio: Any, advantage: Tensor, current: Any, rollouts: Rollouts) -> Any:
+        raise AssertionError("a host that forgot to choose the bounds of the step")
+
+
+def test_a_trust_region_with_bounds_of_its_own_needs_no_host(model_path: str, tmp_path: Path) -> None:
+    """Bounds come from all micro-batches of an optimizer step, as the pieces that an observer saw say."""
+    seen: list[TokenBatch] = []
+    method = dataclasses.replace(make_method("grpo"), name="mine", trust=MeanBand())
+    changes = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 4,
+    }
+    config = KalmanGRPOConfig(**settings(tmp_path, **changes))
+    _, history = run(KalmanGRPOTrainer, config, model_path, method=method, observers=[seen.append])
+    assert any(log["trust/bound_high"] > 1 for log in history.logs), "the case needs tokens that move"
+    for step, log in enumerate(history.logs):
+        pieces = [piece for piece in seen if piece.step == step]
+        assert len(pieces) == 2
+        parts = [(piece.loss.tokens.log_ratio.abs(), piece.rollouts.mask) for piece in pieces]
+        moved = sum(float(change[mask].sum()) for change, mask in parts) / sum(int(m.sum()) for _, m in parts)
+        assert log["trust/bound_high"] == pytest.approx(1 + moved, rel=1e-6)
+        assert log["trust/bound_low"] == pytest.approx(1 - moved, rel=1e-6)
+
+
+def test_vllm_passes_no_distributions_on(tmp_path: Path) -> None:
+    config = KalmanGRPOConfig(**settings(tmp_path))
+    check_combination(make_method("dppo_topk_tv"), config)
+    config.use_vllm = True
+    with pytest.raises(ConfigError, match=r"'dppo_topk_tv' for .* with vLLM, .* without top_behaviour \("):
+        check_combination(make_method("dppo_topk_tv"), config)
+    check_combination(make_method("dppo_tv"), config)
+
+
 def test_bapo_refuses_steps_that_straddle_generations(model_path: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gradient_accumulation_steps: got 4, expected a divisor"):
         ours(tmp_path, model_path, "bapo", gradient_accumulation_steps=4, steps_per_generation=2)
@@ -108,7 +163,7 @@ def test_bapo_bounds_are_those_of_all_ranks(model_path: str, tmp_path: Path) -> 
             part = step_statistics(method, rollouts, torch.tensor(piece["logp"]), advantage=advantage)
             assert part is not None
             total = part if not len(total) else total + part
-        found = method.trust.settle(total)
+        found = method.trust.fitted(total)
         assert (1 - found.low, 1 + found.high) == pytest.approx((low, high))
     assert any(pair != [0.6, 1.2] for pair in ranks[0]["bounds"]), "the case needs a search that moves"
 
@@ -215,11 +270,11 @@ def test_correction_by_name_reaches_the_method(model_path: str, tmp_path: Path) 
 
 def test_learning_is_the_same_however_a_step_is_cut() -> None:
     clip = make_method("bapo", target=0.9)
-    learning = Learning(clip, lambda total: 2 * total)  # two ranks that saw the same
+    learning = LearnedState(clip, lambda total: 2 * total)  # two ranks that saw the same
     statistics = torch.rand(37 + 16, dtype=torch.float64)
-    found = learning.settle(statistics).trust
-    assert isinstance(found, Clip) and found == learning.settle(2 * statistics).trust
-    assert learning.settle(None) is clip and learning.state_dict() == {}
+    found = learning.with_bounds(statistics).trust
+    assert isinstance(found, Clip) and found == learning.with_bounds(2 * statistics).trust
+    assert learning.with_bounds(None) is clip and learning.state_dict() == {}
 
 
 def test_state_file_round_trip(tmp_path: Path) -> None:
@@ -244,7 +299,7 @@ def test_state_file_round_trip(tmp_path: Path) -> None:
         load_state(tmp_path)
 
 
-LEARNERS = [name for name in METHODS if hasattr(make_method(name).ratio, "settle")]
+LEARNERS = [name for name in METHODS if "ratio" in make_method(name).learns]
 
 
 @pytest.mark.parametrize("name", LEARNERS)

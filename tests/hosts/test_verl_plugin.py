@@ -28,12 +28,13 @@ from verl.workers.utils.losses import ppo_loss
 
 from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.hosts.verl import KalmanPolicyLossConfig, plugin, register, registered
-from kalman_rl.hosts.verl.choice import LEARNED, choose
+from kalman_rl.hosts.verl.choice import choose
 from kalman_rl.hosts.verl.estimators import TRACKED
 from kalman_rl.hosts.verl.losses import _say_mode, choice_for
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import advantage, aggregate
-from kalman_rl.objectives.loss import estimate_advantage, policy_loss, settled, step_statistics
+from kalman_rl.objectives.learning import step_statistics, with_bounds
+from kalman_rl.objectives.loss import estimate_advantage, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.objectives.trust.balance import Balance
 from tests.oracles.batches import Batch, make_batch
@@ -56,7 +57,8 @@ AGGREGATE: dict[str, Any] = {
 
 def options_of(name: str) -> dict[str, float]:
     """What has to be given: noises that would be learned elsewhere."""
-    return {k: GIVEN[k] for k in LEARNED.get(name, ()) if k in GIVEN} if name != "kpo_noise" else {}
+    learning = make_method(name).learns.get("ratio")
+    return {} if learning is None else {k: GIVEN[k] for k in learning.learned}
 
 
 def settings(name: str, **fields: Any) -> KalmanPolicyLossConfig:
@@ -302,7 +304,7 @@ def test_bounds_are_those_of_the_micro_batch(name: str) -> None:
     _, _, metrics = call(f"kalman_rl/{name}", batch.rows(half), advantages[half], "token-mean", config)
     method = make_method(name)
     rollouts = Rollouts(batch.logp_old[half], batch.mask[half])
-    trust = settled(
+    trust = with_bounds(
         method, step_statistics(method, rollouts, batch.logp[half], advantage=advantages[half])
     ).trust
     assert metrics["trust/bound_low"] == pytest.approx(1 - trust.low)
@@ -420,9 +422,9 @@ def test_options_from_the_command_line() -> None:
         (f"+{P}.aggregation=mean", "expected one of verl, method"),
         (f"{P}.loss_mode=kalman_rl/kpo_difuse", "did you mean 'kpo_diffuse'"),
         (f"{P}.loss_mode=kalman_rl/capo", "train it with TRL"),
-        (f"{P}.loss_mode=kalman_rl/dppo_topk_kl", "the sampler's log-probabilities of its top tokens"),
+        (f"{P}.loss_mode=kalman_rl/dppo_topk_kl", "log-probabilities of the sampler's top tokens.*dppo_tv"),
         (f"{P}.loss_mode=kalman_rl/dppo_tv", "policy_loss.old_is_sampler=true"),
-        (f"{P}.loss_mode=kalman_rl/kpo_auto", "got no process_noise and observation_noise"),
+        (f"{P}.loss_mode=kalman_rl/kpo_auto", "without past_steps.*give process_noise and observation_noise"),
         (f"{P}.loss_mode=vanilla", "expected kalman_rl/NAME"),
     ],
 )
@@ -513,7 +515,9 @@ def test_defaults_of_a_method_that_verl_cannot_run() -> None:
 
 def test_noise_that_is_given_stays() -> None:
     assert choose("kpo_auto", GIVEN).method.ratio.start.process_noise == GIVEN["process_noise"]
-    with pytest.raises(ConfigError, match="got no floor and scale"):
+    with pytest.raises(
+        ConfigError, match=r"without past_steps \(.*; give floor and scale \(it stays as it is\)"
+    ):
         choose("kpo_noise", {"behaviour": True}, old_is_sampler=True)
 
 

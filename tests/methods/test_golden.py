@@ -54,13 +54,13 @@ def test_advantage(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("record", [r for r in RECORDS["policy_losses"] if r["method"] == "bapo"])
 def test_bapo_ends_with_the_recorded_bounds(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[trust.Clip] = []
-    settle = trust.Balance.settle
+    fitted = trust.Balance.fitted
 
     def note(self: trust.Balance, statistics: Tensor) -> trust.Clip:
-        found.append(settle(self, statistics))
+        found.append(fitted(self, statistics))
         return found[-1]
 
-    monkeypatch.setattr(trust.Balance, "settle", note)
+    monkeypatch.setattr(trust.Balance, "fitted", note)
     golden.compare_loss(record)
     bounds = record["chosen_bounds"]
     assert 1 - found[0].low == pytest.approx(bounds["clip_low"], rel=1e-12)

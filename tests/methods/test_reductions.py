@@ -348,7 +348,7 @@ def test_on_policy_identity(name: str, seed: int) -> None:
         weights = 1 / n / len(n)
     else:
         weights = torch.ones_like(n) / len(n) / method.aggregate.length
-    extra = {need: getattr(out.rollouts, need) for need in getattr(method.advantage, "needs", ())}
+    extra = {name: getattr(out.rollouts, name) for name in getattr(method.advantage, "inputs", ())}
     value = method.advantage(batch.reward, batch.group, **extra).reshape(len(n), -1)
     close(out.gradient, torch.where(batch.mask, -weights * value, 0.0))
 

@@ -208,7 +208,7 @@ def test_a_ratio_to_the_sampler_is_not_corrected_again(name: str, part: Any) -> 
 @pytest.mark.parametrize("part", [Truncated(), Masked()])
 def test_behaviour_is_asked_for_by_name(part: Any) -> None:
     method = dataclasses.replace(make_method("grpo"), correction=part)
-    assert method.needs == ("logp_behaviour",)
+    assert method.inputs == ("logp_behaviour",)
     batch = make_batch(0)
     with pytest.raises(ConfigError, match=r"^logp_behaviour: got None .*Rollouts\(logp_behaviour="):
         policy_loss(method, batch.rollouts(logp_behaviour=None), batch.logp)

@@ -12,31 +12,31 @@ from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objectives.inputs import NEEDS, need
-from kalman_rl.objectives.loss import needs_of, policy_loss
+from kalman_rl.objectives.inputs import INPUTS, inputs_of, required
+from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts, score_energy
 from kalman_rl.registry import make
 
-# ---- needs
+# ---- inputs
 
 
 def test_a_value_comes_back_as_it_is() -> None:
     value = torch.zeros(2)
-    assert need("length", value) is value
+    assert required("length", value) is value
 
 
-@pytest.mark.parametrize("name", list(NEEDS))
-def test_every_need_says_what_it_is_and_where_it_goes(name: str) -> None:
+@pytest.mark.parametrize("name", list(INPUTS))
+def test_every_input_says_what_it_is_and_where_it_goes(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{name}: got None for grpo, expected ") as caught:
-        need(name, None, "grpo")
+        required(name, None, "grpo")
     assert any(word in str(caught.value) for word in ("Rollouts", "Current(", "advantage="))
 
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_methods_only_ask_for_what_can_be_supplied(name: str) -> None:
     method = make_method(name)
-    assert set(method.needs) <= set(NEEDS)
-    for asked in needs_of(method.advantage):
+    assert set(method.inputs) <= set(INPUTS)
+    for asked in inputs_of(method.advantage):
         assert asked in {f.name for f in dataclasses.fields(Rollouts)} | {"length", "energy"}
 
 
@@ -46,16 +46,16 @@ WITHOUT |= {"dppo_tv": ("logp_behaviour",), "dppo_topk_kl": ("logp_behaviour", "
 
 @pytest.mark.parametrize("name", list(WITHOUT))
 def test_what_single_methods_ask_for(name: str) -> None:
-    assert make_method(name).needs == WITHOUT[name]
+    assert make_method(name).inputs == WITHOUT[name]
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in METHODS if set(make_method(name).needs) - {"length", "mask"}]
+    "name", [name for name in METHODS if set(make_method(name).inputs) - {"length", "mask"}]
 )
 def test_bare_rollouts_are_refused_by_name(name: str) -> None:
     logp = torch.full((2, 3), -1.0)
     bare = Rollouts(logp, torch.ones(2, 3), reward=torch.tensor([0.0, 1.0]), group=torch.zeros(2).long())
-    asked = "|".join(make_method(name).needs)
+    asked = "|".join(make_method(name).inputs)
     with pytest.raises(ConfigError, match=rf"^({asked}): got None for .*, expected "):
         policy_loss(make_method(name), bare, logp)
 

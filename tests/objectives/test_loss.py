@@ -23,7 +23,8 @@ from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import aggregate, ratio, trust
 from kalman_rl.objectives.aggregate import Totals, totals_of
-from kalman_rl.objectives.loss import Method, policy_loss, settled, step_statistics
+from kalman_rl.objectives.learning import step_statistics, with_bounds
+from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.objectives.rollouts import Rollouts
 from tests.oracles.batches import (
@@ -278,7 +279,7 @@ def test_micro_batches_sum_to_the_batch(
         step_statistics(method, part.rollouts(), part.current(part.logp), advantage=a) for part, a in slices
     ]
     if statistics[0] is not None:  # bounds of the whole step, from sums over its parts
-        method = settled(method, torch.stack([s for s in statistics if s is not None]).sum(0))
+        method = with_bounds(method, torch.stack([s for s in statistics if s is not None]).sum(0))
     parts = [run(method, part, advantage=a, totals=totals) for part, a in slices]
     close(torch.stack([p.value for p in parts]).sum(), whole.value, rtol=1e-12)
     close(torch.cat([p.gradient for p in parts]), whole.gradient, rtol=1e-12)

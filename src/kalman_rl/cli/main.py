@@ -144,7 +144,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Methods:
-    """List the methods, or show one: equation, factors, options, needs, deviations, when to use it."""
+    """List the methods, or show one: equation, factors, options, inputs, deviations, when to use it."""
 
     name: tyro.conf.Positional[str] = ""
     """Method to show. Unset: all of them in a table."""

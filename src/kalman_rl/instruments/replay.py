@@ -25,9 +25,9 @@ from kalman_rl.engine.runs.run import read_manifest
 from kalman_rl.engine.runs.traces import TRACE_COLUMNS
 from kalman_rl.errors import ConfigError, KalmanRLError, RunError, one_line
 from kalman_rl.methods import make_method
-from kalman_rl.objectives.loss import Method, Tokens, needs_of, policy_loss
+from kalman_rl.objectives.inputs import check_provided
+from kalman_rl.objectives.loss import Method, Tokens, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
-from kalman_rl.objectives.trust.balance import Balance
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SELF_CHECK = 1e-5
@@ -36,7 +36,12 @@ SELF_CHECK = 1e-5
 LONGEST = 1_000_000
 """Positions that a completion may span; a larger number in a file is damage."""
 
-_STORED = ("logp_behaviour", "length", "mask", "reward", "group")
+PROVIDED = {"logp_behaviour", "length", "mask", "reward", "group", "past_steps", "whole_step"}
+"""What a method finds in a replay. For both kinds of steps there is a stand-in: see :func:`chosen_in_training`."""
+_REFUSAL = (
+    "a replay",
+    "take another one, because traces hold numbers of the sampled tokens, and one advantage each",
+)
 _COLUMNS = tuple(
     "sequence position token logp_old logp_behaviour logp log_ratio filtered_log_ratio coefficient kept "
     "advantage".split()
@@ -116,7 +121,7 @@ def replay(
         top: tokens to list, those with the largest difference of coefficients first.
 
     Raises:
-        ConfigError: unknown method or option, or one that needs what traces do not hold.
+        ConfigError: unknown method or option, or one that asks for what traces do not hold.
         RunError: no run, no traces in these steps, or a damaged file.
     """
     run = Path(run)
@@ -127,7 +132,7 @@ def replay(
         if not isinstance(each, Method) and (each is not None or name == "method"):
             raise ConfigError(f"{name}: got {each!r}, expected the name of a method, or a Method")
         if each is not None:
-            check_needs(each)
+            check_provided(each, PROVIDED, *_REFUSAL)
     own, notes = own_method(run)
     if not is_whole(top):
         raise ConfigError(f"top: got {top!r}, expected a number of tokens >= 0")
@@ -150,25 +155,12 @@ def replay(
     )
 
 
-def check_needs(method: Method) -> None:
-    """Refuse a method that needs what traces do not hold. Raises: ConfigError."""
-    reasons = {"energy": "its advantages are one per token, and traces hold one per completion"}
-    parts = (method.ratio, method.trust, method.aggregate, method.correction)
-    missing = {name for part in parts for name in needs_of(part) if name not in _STORED}
-    missing |= {name for name in needs_of(method.advantage) if name in reasons}
-    for name in sorted(missing):
-        why = reasons.get(name, "traces hold numbers of the sampled tokens only")
-        raise ConfigError(
-            f"method: got {method.name}, which needs {name}; expected one without, because {why}"
-        )
-
-
 def own_method(run: Path) -> tuple[Method | None, list[str]]:
     """The method the run was trained with, from its settings, if it can be replayed."""
     try:
         config = build(TrainConfig, load_toml(run / "config.toml"))
         method = make_method(config.method, **config.method_options)
-        check_needs(method)
+        check_provided(method, PROVIDED, *_REFUSAL)
     except KalmanRLError as error:
         return None, [f"no self-check: {error}"]
     if why := chosen_in_training(method):
@@ -178,9 +170,9 @@ def own_method(run: Path) -> tuple[Method | None, list[str]]:
 
 def chosen_in_training(method: Method) -> str | None:
     """What a replay takes for what training chose on data that is not stored."""
-    if isinstance(method.trust, Balance):
+    if "trust" in method.learns:
         return "clip bounds are chosen on the traced rows only, not on the batch"
-    if hasattr(method.ratio, "settle"):
+    if "ratio" in method.learns:
         return "noises learned in training are not stored; its start values are used"
     return None
 
@@ -191,7 +183,7 @@ def _notes(ours: Method, other: Method | None, borrowed: bool) -> list[str]:
     for method in used:
         if why := chosen_in_training(method):
             notes.append(f"{method.name}: {why}")
-    if borrowed and any("logp_behaviour" in method.needs for method in used):
+    if borrowed and any("logp_behaviour" in method.inputs for method in used):
         notes.append("no log-probabilities of a sampler are stored: the old policy's stand in for them")
     return notes
 

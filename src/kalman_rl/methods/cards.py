@@ -1,6 +1,6 @@
 """Cards of the methods: what one needs to know before choosing one, joined from the code and two files.
 
-The composition, the options and the needs come from the code; equation, use, deviations and sources from
+The composition, the options and the inputs come from the code; equation, use, deviations and sources from
 ``methods/cards.toml`` and ``methods/references.toml``. A test keeps them complete.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from kalman_rl.errors import ConfigError, unknown_name
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objectives.inputs import NEEDS
+from kalman_rl.objectives.inputs import INPUTS
 from kalman_rl.objectives.loss import Method
 
 TEXTS = ("equation", "use", "avoid", "deviations", "defaults")
@@ -74,7 +74,7 @@ def card(name: str) -> dict[str, Any]:
         "factors": factors(method),
         "options": options(name),
         "names": list(entry["names"]),
-        "needs": {need: NEEDS[need] for need in method.needs},
+        "inputs": {key: INPUTS[key] for key in method.inputs},
         "source": source(name),
         "cite": list(entry["cite"]),
     }
@@ -181,7 +181,7 @@ def as_text(name: str, width: int = 100) -> str:
     rows += [("options", ", ".join(f"{key}={value}" for key, value in shown["options"].items()) or "none")]
     rows += [(key, shown[key]) for key in ("defaults", "use", "avoid", "deviations")]
     rows += [("names", text) for text in shown["names"]]
-    rows += [("needs", f"{need}: {text}") for need, text in shown["needs"].items()]
+    rows += [("inputs", f"{key}: {text}") for key, text in shown["inputs"].items()]
     rows += [("source", shown["source"]), *(("cite", _reference(key)) for key in shown["cite"])]
     for key, value in rows:
         wrapped = textwrap.wrap(value, max(width - 14, 30))
@@ -204,7 +204,7 @@ def as_markdown(name: str) -> str:
     lines += [f"- **options**: {given or 'none'}. {shown['defaults']}"]
     lines += [f"- **{key}**: {shown[key]}" for key in ("use", "avoid", "deviations")]
     lines += [f"- **names**: {text}" for text in shown["names"]]
-    lines += [f"- **needs** `{need}`: {text}" for need, text in shown["needs"].items()]
+    lines += [f"- **inputs** `{key}`: {text}" for key, text in shown["inputs"].items()]
     lines += [
         f"- **source**: {shown['source']}",
         *(f"- **cite**: {_reference(key)}" for key in shown["cite"]),

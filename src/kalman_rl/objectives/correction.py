@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError
-from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.objectives.trust.clip import weight_of
 
@@ -35,7 +35,7 @@ def mismatch(rollouts: Rollouts, level: Level) -> Tensor:
     Raises: ConfigError for another level, or rollouts without the sampler's log-probabilities.
     """
     _check_level(level)
-    behaviour = need("logp_behaviour", rollouts.logp_behaviour, "an importance correction")
+    behaviour = required("logp_behaviour", rollouts.logp_behaviour, "an importance correction")
     difference = torch.where(rollouts.mask, rollouts.logp_old - behaviour, 0.0)
     if level == "token":
         return difference
@@ -63,7 +63,7 @@ class Truncated:
 
     cap: float = 2.0
     level: Level = "token"
-    needs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
+    inputs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
 
     def __post_init__(self) -> None:
         _check_level(self.level)
@@ -88,7 +88,7 @@ class Masked:
     low: float = 0.5
     high: float = 2.0
     level: Level = "token"
-    needs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
+    inputs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
 
     def __post_init__(self) -> None:
         _check_level(self.level)

@@ -1,16 +1,26 @@
 """What a method may ask for beyond log-probabilities, rewards and groups, and how to supply it.
 
-A part of a method lists such inputs in ``needs``; :attr:`kalman_rl.objectives.loss.Method.needs` collects them, a
-trainer reads them before it starts, and :func:`need` refuses to go on without one.
+A part of a method lists such names in ``inputs``; :attr:`kalman_rl.objectives.loss.Method.inputs` collects them. A
+host states what it provides as one set of names, and :func:`check_provided` refuses a method that asks for more,
+before anything starts. :func:`required` refuses to go on without a value.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
 
-NEEDS: dict[str, str] = {
+if TYPE_CHECKING:
+    from kalman_rl.objectives.loss import Method
+
+PARTS = ("advantage", "ratio", "trust", "aggregate", "penalty", "correction")
+"""The parts of a method."""
+
+INPUTS: dict[str, str] = {
     "logp_behaviour": "(B, T) log-probabilities of the sampler; pass Rollouts(logp_behaviour=...), or "
     "logp_old if the sampler is the old policy. KalmanGRPOTrainer passes vLLM's, else the old policy's",
     "top_behaviour": "(B, T, k) log-probabilities of the sampler's top tokens; pass them in Rollouts("
@@ -28,15 +38,66 @@ NEEDS: dict[str, str] = {
 }
 """Name of an input -> what it is and how to supply it."""
 
+STEPS: dict[str, tuple[str, str]] = {
+    "ratio": ("past_steps", "the statistics of past optimizer steps, which its ratio learns from"),
+    "trust": ("whole_step", "the statistics of the whole optimizer step, on which its bounds are chosen"),
+}
+"""A part that learns -> the name of what it learns from, as a host provides it, and what that is."""
 
-def need(name: str, value: Tensor | None, who: str = "this method") -> Tensor:
-    """The value, or a ConfigError that says what is missing, who needs it and how to supply it.
 
-    >>> need("length", None, "opo")
+def inputs_of(part: object) -> tuple[str, ...]:
+    """What one part of a method asks for."""
+    inputs: tuple[str, ...] = getattr(part, "inputs", ())
+    return inputs
+
+
+def missing(method: Method, provided: Collection[str]) -> dict[str, str]:
+    """What a method asks for and a host does not provide: name -> what it is.
+
+    Args:
+        provided: names of :data:`INPUTS`; ``past_steps`` and ``whole_step`` from a host that carries what a method
+            :attr:`~kalman_rl.objectives.loss.Method.learns`; and names of :data:`PARTS` that the host computes
+            itself, whose inputs are then not asked for.
+
+    >>> from kalman_rl.methods import make_method
+    >>> missing(make_method("bapo"), {"logp_behaviour"})
+    {'whole_step': 'the statistics of the whole optimizer step, on which its bounds are chosen'}
+    >>> missing(make_method("opo"), {"advantage"})
+    {}
+    """
+    asked = {
+        name: INPUTS.get(name, "no known input").partition(";")[0]
+        for part in PARTS
+        if part not in provided
+        for name in inputs_of(getattr(method, part))
+    }
+    asked |= dict(STEPS[part] for part in method.learns)
+    return {name: asked[name] for name in sorted(asked) if name not in provided}
+
+
+def check_provided(method: Method, provided: Collection[str], host: str, advice: str) -> None:
+    """Refuse a method that asks for what a host does not provide.
+
+    Args: provided: as in :func:`missing`. host: who refuses. advice: what to do instead.
+    Raises: ConfigError that names all that is missing.
+    """
+    lacking = missing(method, provided)
+    if lacking:
+        names = ", ".join(f"{name} ({what})" for name, what in lacking.items())
+        raise ConfigError(
+            f"method: got {method.name!r} for {host}, expected one that does without {names}, which {host} does not "
+            f"provide; {advice}"
+        )
+
+
+def required(name: str, value: Tensor | None, who: str = "this method") -> Tensor:
+    """The value, or a ConfigError that names what is missing, who asks for it and how to supply it.
+
+    >>> required("length", None, "opo")
     Traceback (most recent call last):
     kalman_rl.errors.ConfigError: length: got None for opo, expected (B,) trained tokens per completion; \
 Rollouts has it as .length
     """
     if value is None:
-        raise ConfigError(f"{name}: got None for {who}, expected {NEEDS[name]}")
+        raise ConfigError(f"{name}: got None for {who}, expected {INPUTS[name]}")
     return value

@@ -1,28 +1,87 @@
 """What a method learns while it trains: clip bounds of one optimizer step, noises of a filter over many.
 
-Both are functions of sums: every micro-batch adds its statistics, ranks add theirs, and the result is the
-same however an optimizer step is cut into pieces.
+A part that learns (:class:`Learns`) keeps sums. Every micro-batch adds its statistics, ranks add theirs, and the
+result is the same however an optimizer step is cut into pieces::
+
+    state <- memory state + statistics(...)        part = fitted(state)
+
+A ratio is fitted to the steps before, so the weights of a batch never depend on that batch. A trust region has
+memory 0: it is fitted to the step under way, before its loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from kalman_rl.errors import RunError
-from kalman_rl.objectives.loss import Method, settled
+from kalman_rl.objectives.rollouts import Current, Rollouts, prepared
+
+if TYPE_CHECKING:
+    from kalman_rl.objectives.loss import Method
 
 Reduce = Callable[[Tensor], Tensor]
 
 
-class Learning:
-    """The method as it stands now, given what past optimizer steps have shown.
+@runtime_checkable
+class Learns(Protocol):
+    """A ratio or a trust region with settings that are learned from sums over tokens.
 
-    A ratio that learns has ``blank()``, ``statistics(logp, rollouts)``, ``settle(state)`` and ``memory``;
-    after every optimizer step ``state <- memory * state + statistics``.
+    Attributes:
+        memory: in [0, 1), the share of the past statistics that an optimizer step keeps; 0 for a trust region.
+        learned: names of the settings that are learned; values that a user gave can stand in for them.
+    """
+
+    @property
+    def memory(self) -> float: ...
+
+    @property
+    def learned(self) -> tuple[str, ...]: ...
+
+    def initial(self) -> Tensor:
+        """The state before the first step, float64."""
+        ...
+
+    def statistics(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What a part of an optimizer step adds to the state; it takes what the part itself is called with."""
+        ...
+
+    def fitted(self, state: Tensor) -> Any:
+        """The ratio or trust region with the settings that the state leads to."""
+        ...
+
+
+def step_statistics(
+    method: Method, rollouts: Rollouts, logp: Tensor | Current, *, advantage: Tensor
+) -> Tensor | None:
+    """What a part of an optimizer step adds to the choice of the step's bounds; None if the method has none to
+    choose. Sum over micro-batches and ranks, then call :func:`with_bounds`."""
+    trust = method.learns.get("trust")
+    if trust is None:
+        return None
+    _, current, advantage = prepared(rollouts, logp, advantage)
+    return trust.statistics(method.ratio(current.logp, rollouts), advantage, current, rollouts)
+
+
+def with_bounds(method: Method, statistics: Tensor | None) -> Method:
+    """The method with the bounds that the statistics of a whole optimizer step lead to."""
+    trust = method.learns.get("trust")
+    if statistics is None or trust is None:
+        return method
+    return dataclasses.replace(method, trust=trust.fitted(statistics))
+
+
+def bound_metrics(method: Method) -> dict[str, float]:
+    """``trust/bound_*`` for logs: the ``bounds`` of the trust region, by name, if it has some."""
+    bounds: dict[str, float] = getattr(method.trust, "bounds", {})
+    return {f"trust/bound_{name}": value for name, value in bounds.items()}
+
+
+class LearnedState:
+    """The method as it stands now, given what past optimizer steps have shown.
 
     Args:
         method: as composed.
@@ -31,9 +90,8 @@ class Learning:
 
     def __init__(self, method: Method, reduce: Reduce) -> None:
         self.method, self.reduce = method, reduce
-        part: Any = method.ratio
-        self.ratio = part if hasattr(part, "settle") else None
-        self.state: Tensor | None = None if self.ratio is None else self.ratio.blank()
+        self.ratio = method.learns.get("ratio")
+        self.state: Tensor | None = None if self.ratio is None else self.ratio.initial()
         self._fresh: Tensor | None = None
         self.now = method
         self.refresh()
@@ -41,9 +99,9 @@ class Learning:
     def refresh(self) -> None:
         """Rebuild the method from the state."""
         if self.ratio is not None and self.state is not None:
-            self.now = dataclasses.replace(self.method, ratio=self.ratio.settle(self.state))
+            self.now = dataclasses.replace(self.method, ratio=self.ratio.fitted(self.state))
 
-    def observe(self, logp: Tensor, rollouts: Any) -> None:
+    def observe(self, logp: Tensor, rollouts: Rollouts) -> None:
         """Note one micro-batch of the optimizer step under way."""
         if self.ratio is not None:
             fresh = self.ratio.statistics(logp.detach(), rollouts).cpu()
@@ -56,12 +114,12 @@ class Learning:
             self._fresh = None
             self.refresh()
 
-    def settle(self, statistics: Tensor | None) -> Method:
-        """The method with clip bounds for an optimizer step whose parts here sum to ``statistics``."""
-        return self.now if statistics is None else settled(self.now, self.reduce(statistics))
+    def with_bounds(self, statistics: Tensor | None) -> Method:
+        """The method with the bounds of an optimizer step whose parts here sum to ``statistics``."""
+        return self.now if statistics is None else with_bounds(self.now, self.reduce(statistics))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold; empty if nothing is learned."""
+        """What a checkpoint has to hold; empty if nothing is learned over steps."""
         return {} if self.state is None else {"ratio": self.state}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -14,7 +14,6 @@ A method is four choices, an optional penalty and an optional correction:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,17 +21,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError, ShapeError
+from kalman_rl.errors import ConfigError
 from kalman_rl.kernels.loss.dispatch import attach, enabled
 from kalman_rl.kernels.loss.dispatch import run as run_fused
 from kalman_rl.kernels.loss.plan import METRICS
 from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals, totals_of
 from kalman_rl.objectives.fused import recipe_of
-from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.inputs import PARTS, inputs_of, required
+from kalman_rl.objectives.learning import Learns
 from kalman_rl.objectives.ratio.transforms import Ratio
-from kalman_rl.objectives.rollouts import Current, Rollouts, checked_top, masked_finite, masked_logp
-from kalman_rl.objectives.trust.balance import Balance
+from kalman_rl.objectives.rollouts import Current, Rollouts, masked_logp, prepared
 from kalman_rl.objectives.trust.clip import LOG_WEIGHT_CAP, Trust, TrustRegion
 
 
@@ -49,23 +48,29 @@ class Method:
     correction: Callable[[Rollouts], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.correction is not None and "logp_behaviour" in needs_of(self.ratio):
+        if self.correction is not None and "logp_behaviour" in inputs_of(self.ratio):
             raise ConfigError(
                 f"correction: got {self.correction} for {self.name}, expected None because its ratio is "
                 "already taken to the behaviour policy; the mismatch would count twice"
             )
 
+        trust = self.learns.get("trust")
+        if trust is not None and trust.memory != 0:
+            raise ConfigError(
+                f"trust: got memory {trust.memory} for {self.name}, expected 0 because bounds are chosen on one "
+                "optimizer step; drop the memory"
+            )
+
     @property
-    def needs(self) -> tuple[str, ...]:
-        """Inputs that the parts ask for beyond log-probabilities, mask, reward, group; see ``needs.py``."""
-        parts = (self.advantage, self.ratio, self.trust, self.aggregate, self.penalty, self.correction)
-        return tuple(sorted({name for part in parts for name in needs_of(part)}))
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what the parts ask for beyond log-probabilities; see :data:`kalman_rl.objectives.inputs.INPUTS`."""
+        return tuple(sorted({name for part in PARTS for name in inputs_of(getattr(self, part))}))
 
-
-def needs_of(part: object) -> tuple[str, ...]:
-    """What one part of a method asks for."""
-    needs: tuple[str, ...] = getattr(part, "needs", ())
-    return needs
+    @property
+    def learns(self) -> dict[str, Learns]:
+        """The parts that learn, by name: ``ratio`` from past optimizer steps, ``trust`` from the one under way."""
+        parts: dict[str, object] = {"ratio": self.ratio, "trust": self.trust}
+        return {name: part for name, part in parts.items() if isinstance(part, Learns)}
 
 
 class Tokens(NamedTuple):
@@ -110,7 +115,7 @@ def policy_loss(
         rollouts: the batch; ``reward`` and ``group`` are needed only if ``advantage`` is not given.
         logp: (B, T) log-probabilities (nats) of the sampled tokens under the current policy, from a
             float32 log-softmax. What stands outside the mask is never read, NaN included. Methods with
-            more needs take a :class:`kalman_rl.objectives.Current` here.
+            more inputs take a :class:`kalman_rl.objectives.Current` here.
         advantage: (B,) or (B, T), if it was computed before (on the whole groups, for example).
         totals: counts of the whole optimizer step when this batch is a part of it; default: this batch.
         fused: False always takes the parts one after another, which is the definition. True and the default
@@ -163,7 +168,7 @@ def _composed(
 ) -> Loss:
     """The definition, without the penalty: part after part, each a pass over the tokens."""
     mask = rollouts.mask
-    logp, current, advantage = _prepared(method, rollouts, current, advantage)
+    logp, current, advantage = prepared(rollouts, current, advantage)
     weights = method.aggregate(rollouts, totals or totals_of(rollouts)).to(logp.dtype)
 
     ratio = method.ratio(current.logp, rollouts)
@@ -207,67 +212,19 @@ def _fused(
     return Loss(attach(logp, result.value, result.gradient), metrics, tokens)
 
 
-def step_statistics(
-    method: Method, rollouts: Rollouts, logp: Tensor | Current, *, advantage: Tensor | None = None
-) -> Tensor | None:
-    """What a part of an optimizer step adds to the choice of batch-wide clip bounds; None if the method has
-    none to choose. Sum over micro-batches and ranks, then call :func:`settled`."""
-    if not isinstance(method.trust, Balance):
-        return None
-    _, current, advantage = _prepared(method, rollouts, logp, advantage)
-    return method.trust.statistics(method.ratio(current.logp, rollouts), advantage, current, rollouts)
-
-
-def settled(method: Method, statistics: Tensor | None) -> Method:
-    """The method with the bounds that the statistics of a whole optimizer step lead to."""
-    if statistics is None or not isinstance(method.trust, Balance):
-        return method
-    return dataclasses.replace(method, trust=method.trust.settle(statistics))
-
-
 def estimate_advantage(method: Method, rollouts: Rollouts) -> Tensor:
     """The method's advantages (B,) or (B, T) from the rewards of a batch that holds whole groups."""
-    reward = need("reward", rollouts.reward, method.name)
-    group = need("group", rollouts.group, method.name)
+    reward = required("reward", rollouts.reward, method.name)
+    group = required("group", rollouts.group, method.name)
     if rollouts.segment is not None:
         raise ConfigError(
             "advantage: got None for packed rows (segment is set), expected (B, T) values because a row "
             "holds several completions; compute them per completion and pass advantage="
         )
-    extra = {name: need(name, getattr(rollouts, name), method.name) for name in needs_of(method.advantage)}
+    extra = {
+        name: required(name, getattr(rollouts, name), method.name) for name in inputs_of(method.advantage)
+    }
     return method.advantage(reward, group, **extra)
-
-
-def _prepared(
-    method: Method, rollouts: Rollouts, logp: Tensor | Current, advantage: Tensor | None
-) -> tuple[Tensor, Current, Tensor]:
-    """Checked ``logp`` (with gradient), the current policy without gradient, advantages (B, T)."""
-    current = logp if isinstance(logp, Current) else Current(logp)
-    logp = masked_logp("logp", current.logp, rollouts.mask)
-    top = current.top_logp
-    if top is not None:
-        top = checked_top("top_logp", top, rollouts.mask)
-    advantage = _per_token(method, rollouts, advantage).to(logp.dtype)
-    return logp, Current(logp.detach(), top, current.step), advantage
-
-
-def _per_token(method: Method, rollouts: Rollouts, advantage: Tensor | None) -> Tensor:
-    """Advantages as (B, T), 0 outside the mask."""
-    shape = rollouts.mask.shape
-    if advantage is None:
-        advantage = estimate_advantage(method, rollouts)
-    if advantage.shape == shape[:1]:
-        advantage = advantage[:, None].expand(shape)
-    if advantage.shape != shape:
-        raise ShapeError(
-            f"advantage: got shape {tuple(advantage.shape)}, expected ({shape[0]},) or {tuple(shape)}"
-        )
-    return masked_finite(
-        "advantage",
-        advantage.detach(),
-        rollouts.mask,
-        "finite numbers where the mask is True; 0 skips a token",
-    )
 
 
 def _metrics(ratio: Ratio, trust: Trust, rollouts: Rollouts) -> dict[str, Tensor]:

@@ -227,6 +227,33 @@ def checked_top(name: str, top: Tensor, mask: Tensor) -> Tensor:
     return top
 
 
+def prepared(rollouts: Rollouts, logp: Tensor | Current, advantage: Tensor) -> tuple[Tensor, Current, Tensor]:
+    """Checked ``logp`` (with gradient), the current policy without gradient, advantages (B, T), 0 outside the mask.
+
+    Args: logp: (B, T), or with what a trust region asks for. advantage: (B,) or (B, T).
+    Raises: ShapeError, NumericError for bad shapes, or NaN and infinity at trained positions.
+    """
+    current = logp if isinstance(logp, Current) else Current(logp)
+    logp = masked_logp("logp", current.logp, rollouts.mask)
+    top = current.top_logp
+    if top is not None:
+        top = checked_top("top_logp", top, rollouts.mask)
+    shape = rollouts.mask.shape
+    if advantage.shape == shape[:1]:
+        advantage = advantage[:, None].expand(shape)
+    if advantage.shape != shape:
+        raise ShapeError(
+            f"advantage: got shape {tuple(advantage.shape)}, expected ({shape[0]},) or {tuple(shape)}"
+        )
+    advantage = masked_finite(
+        "advantage",
+        advantage.detach(),
+        rollouts.mask,
+        "finite numbers where the mask is True; 0 skips a token",
+    )
+    return logp, Current(logp.detach(), top, current.step), advantage.to(logp.dtype)
+
+
 def _checked_collision(collision: Tensor, mask: Tensor) -> Tensor:
     """Sums of squared probabilities as :func:`masked_finite` values, refusing what is outside [0, 1]."""
     expected = "a sum of squared probabilities, 0 to 1, where the mask is True"

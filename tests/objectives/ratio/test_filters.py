@@ -162,12 +162,12 @@ def test_invariances(name: str, seed: int) -> None:
 @given(seed=seeds, cut=st.lists(st.integers(0, 6), min_size=1, max_size=4))
 def test_statistics_add_up_over_any_split(name: str, seed: int, cut: list[int]) -> None:
     part, (rollouts, logp) = PARTS[name], random_rollouts(seed)
-    total = part.blank()
+    total = part.initial()
     edges = sorted({0, 6, *cut})
     for a, b in itertools.pairwise(edges):
         total = total + part.statistics(logp[a:b], part_of(rollouts, lambda v, _, a=a, b=b: v[a:b]))
     state = part.statistics(logp, rollouts)
-    assert state.dtype == torch.float64 and state.shape == part.blank().shape and state.isfinite().all()
+    assert state.dtype == torch.float64 and state.shape == part.initial().shape and state.isfinite().all()
     close(total, state)
 
 
@@ -177,12 +177,12 @@ def test_the_past_decides_and_bad_states_do_not(name: str) -> None:
     start = part(logp, rollouts).log_weight
     state = part.statistics(logp, rollouts)
     ones, nan = torch.ones_like(state), torch.full_like(state, math.nan)
-    for bad in (part.blank(), state * 1e-6, nan, ones * INF):
-        assert torch.equal(part.settle(bad)(logp, rollouts).log_weight, start)
-    learned = part.settle(state)
-    assert learned == part.settle(state) and pickle.loads(pickle.dumps(learned)) == learned
+    for bad in (part.initial(), state * 1e-6, nan, ones * INF):
+        assert torch.equal(part.fitted(bad)(logp, rollouts).log_weight, start)
+    learned = part.fitted(state)
+    assert learned == part.fitted(state) and pickle.loads(pickle.dumps(learned)) == learned
     if hasattr(part, "observation_noise"):  # the same again changes nothing
-        again = part.settle(0.9 * state + state)
+        again = part.fitted(0.9 * state + state)
         assert again.observation_noise == pytest.approx(learned.observation_noise)
     weight = learned(logp, rollouts).log_weight
     assert weight.isfinite().all()
@@ -235,7 +235,7 @@ def test_constant_token_noise_is_kpo_to_the_last_bit(p0: float) -> None:
     same_ratio(NoiseFiltered(0.7, 1e-300, 0.1, p0), KalmanFiltered(0.1, 0.7, p0), atol=1e-12)  # continuous
 
 
-def test_unsettled_auto_is_kpo_diffuse() -> None:
+def test_auto_at_its_start_is_kpo_diffuse() -> None:
     same_ratio(AutoFiltered(), make_method("kpo_diffuse").ratio)
 
 
@@ -263,8 +263,8 @@ def test_learned_extremes_are_gspo_and_grpo() -> None:
     wandering = torch.randn(8, 80, generator=g).cumsum(1)
     rollouts = Rollouts(torch.zeros(8, 80), torch.ones(8, 80))
     auto = AutoFiltered()
-    assert auto.settle(auto.statistics(still, rollouts)).process_noise == 0.0
-    learned = auto.settle(auto.statistics(wandering, rollouts))
+    assert auto.fitted(auto.statistics(still, rollouts)).process_noise == 0.0
+    learned = auto.fitted(auto.statistics(wandering, rollouts))
     weight = learned(wandering, rollouts).log_weight
     assert (weight - wandering).abs().max() < 0.2  # near the token ratio, against steps of size 1
 
@@ -321,7 +321,7 @@ def test_statsmodels_finds_the_same_noises(q: float, rows: int, length: int) -> 
     z = local_level(int(1e4 * q) + rows, rows, length, q * 0.04, 0.04)
     mask = np.random.default_rng(0).random(z.shape) < (1.0 if rows == 1 else 0.9)
     auto = AutoFiltered()
-    ours = auto.settle(auto.statistics(*full(z, mask)))
+    ours = auto.fitted(auto.statistics(*full(z, mask)))
     holed = np.where(mask, z, np.nan)
 
     def loss(log: np.ndarray) -> float:
@@ -346,7 +346,7 @@ def test_known_noises_are_recovered(q: float) -> None:
     auto, excess = AutoFiltered(), []
     for seed in range(8):
         logp, rollouts = full(local_level(seed, 40, 250, q * 0.09, 0.09))
-        found = auto.settle(auto.statistics(logp, rollouts))
+        found = auto.fitted(auto.statistics(logp, rollouts))
         truth = KalmanFiltered(q * 0.09, 0.09, INF)
         best, true = (part(logp, rollouts).info.log_likelihood.sum().item() for part in (found, truth))
         excess.append(2 * (best - true))
@@ -359,7 +359,7 @@ def test_known_noises_are_recovered(q: float) -> None:
 def test_likelihood_depends_on_scale_only_through_r() -> None:
     z = local_level(1, 5, 60, 0.01, 0.1)
     auto = AutoFiltered()
-    one, ten = (auto.settle(auto.statistics(*full(k * z))) for k in (1.0, 1e-4))
+    one, ten = (auto.fitted(auto.statistics(*full(k * z))) for k in (1.0, 1e-4))
     assert ten.observation_noise == pytest.approx(1e-8 * one.observation_noise, rel=1e-9)
     assert ten.process_noise == pytest.approx(1e-8 * one.process_noise, rel=1e-9)
 
@@ -473,12 +473,12 @@ def test_calibration_refuses_what_teaches_nothing() -> None:
 def test_learning_the_samplers_noise_is_calibration() -> None:
     rollouts, logp = random_rollouts(6, 20, 40)
     part = NoiseFiltered(behaviour=True)
-    learned = part.settle(part.statistics(logp, rollouts))
+    learned = part.fitted(part.statistics(logp, rollouts))
     direct = calibrate(rollouts.logp_old - rollouts.logp_behaviour, rollouts.logp_behaviour, rollouts.mask)
     assert learned.model == direct
     before, after = part.process_noise / 1.1, learned.process_noise / (direct.floor + direct.scale)
     assert after == pytest.approx(before)
-    assert part.needs == ("logp_behaviour",) and NoiseFiltered().needs == ()
+    assert part.inputs == ("logp_behaviour",) and NoiseFiltered().inputs == ()
     with pytest.raises(ConfigError, match="^logp_behaviour: got None"):
         part(logp, dataclasses.replace(rollouts, logp_behaviour=None))
 
@@ -514,8 +514,8 @@ def test_robust_scale_is_learned_in_spite_of_spikes(q: float) -> None:
     z = local_level(0, 40, 250, q * 0.04, 0.04)
     spikes = np.random.default_rng(1).random(z.shape) < 0.03
     part = RobustFiltered(q, 1.0, 2.0)
-    clean = part.settle(part.statistics(*full(z)))
-    spiky = part.settle(part.statistics(*full(z + 5.0 * spikes)))
+    clean = part.fitted(part.statistics(*full(z)))
+    spiky = part.fitted(part.statistics(*full(z + 5.0 * spikes)))
     assert clean.observation_noise == pytest.approx(0.04, rel=0.06)
     assert spiky.observation_noise == pytest.approx(0.04, rel=0.2)
     for learned in (clean, spiky):
@@ -526,7 +526,7 @@ def test_robust_scale_is_learned_in_spite_of_spikes(q: float) -> None:
     assert clean.observation_noise == pytest.approx(scale, rel=0.02)  # up to the width of a bin
     auto = AutoFiltered()
     assert (
-        auto.settle(auto.statistics(*full(z + 5.0 * spikes))).observation_noise > 0.5
+        auto.fitted(auto.statistics(*full(z + 5.0 * spikes))).observation_noise > 0.5
     )  # what it guards from
 
 
@@ -536,7 +536,7 @@ def test_robust_scale_is_learned_in_spite_of_spikes(q: float) -> None:
 def test_methods_are_the_parts() -> None:
     assert make_method("kpo_auto").ratio == AutoFiltered(1e-6, 1.0, 0.9)
     assert make_method("kpo_noise", floor=0.2, behaviour=True).ratio == NoiseFiltered(0.2, behaviour=True)
-    assert "logp_behaviour" in make_method("kpo_noise", behaviour=True).needs
+    assert "logp_behaviour" in make_method("kpo_noise", behaviour=True).inputs
     assert make_method("kpo_robust", threshold=3.0).ratio == RobustFiltered(threshold=3.0)
     open_ = make_method("kpo_robust", threshold=INF, initial_variance=INF).ratio
     same_ratio(open_, make_method("kpo_diffuse").ratio)

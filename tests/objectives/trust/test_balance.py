@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import make_method
-from kalman_rl.objectives import loss as objective
 from kalman_rl.objectives import ratio
 from kalman_rl.objectives.aggregate import totals_of
+from kalman_rl.objectives.learning import step_statistics, with_bounds
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, Rollouts
 from kalman_rl.objectives.trust.balance import Balance
@@ -113,7 +113,7 @@ def test_no_grid_leaves_the_legal_range() -> None:
             part = Balance(low=start, low_end=1.0, low_step=(1 - start) / steps)
             grid = part.grid("low")
             assert grid[-1] == 1.0 and len(grid) == steps + 1
-            found = part.settle(torch.tensor([0.0] * len(part.grid("high")) + [1.0] * len(grid)))
+            found = part.fitted(torch.tensor([0.0] * len(part.grid("high")) + [1.0] * len(grid)))
             assert bounds(found)[0] == 1.0
 
 
@@ -145,7 +145,7 @@ def test_statistics_add_up_over_parts(seed: int, cut: int, gradient: bool) -> No
     advantage = method.advantage(batch.reward, batch.group)
 
     def statistics(rows: Tensor) -> Tensor:
-        found = objective.step_statistics(
+        found = step_statistics(
             method, batch.rows(rows).rollouts(), batch.logp[rows], advantage=advantage[rows]
         )
         assert found is not None and found.dtype == torch.float64
@@ -203,7 +203,7 @@ def test_search_against_a_literal_loop(
     seed: int, target: float, measure: Any, first: Any, gradient: bool
 ) -> None:
     part = Balance(target, measure, first, gradient, dual=3.0)
-    found = part.settle(part.statistics(*tokens(seed)))
+    found = part.fitted(part.statistics(*tokens(seed)))
     assert bounds(found) == pytest.approx(searched(part, seed), abs=1e-9) and found.dual == 3.0
 
 
@@ -218,7 +218,7 @@ def test_single_sign_batches_and_targets_at_the_ends(measure: Any, first: Any) -
 
     def found(target: float, a: Tensor) -> tuple[float, float]:
         part = Balance(target, measure, first)
-        return bounds(part.settle(part.statistics(observed, a, current, rollouts)))
+        return bounds(part.fitted(part.statistics(observed, a, current, rollouts)))
 
     start, end = (0.6, 1.2), pytest.approx((0.9, 3.0))
     assert found(0.9, advantage.abs()) == pytest.approx(start)  # nothing negative: nothing to balance
@@ -247,18 +247,20 @@ def test_split_over_micro_batches_is_the_whole_batch(seed: int, target: float, n
     parts = [torch.tensor(rows) for rows in ([0, 1], [2], [3, 4, 5])]
     pieces = [(batch.rows(rows), advantage[rows]) for rows in parts]
     total: Any = sum(
-        objective.step_statistics(method, piece.rollouts(), piece.logp, advantage=a) for piece, a in pieces
+        step_statistics(method, piece.rollouts(), piece.logp, advantage=a) for piece, a in pieces
     )
-    fixed, totals = objective.settled(method, total), totals_of(batch.rollouts())
+    fixed, totals = with_bounds(method, total), totals_of(batch.rollouts())
     assert isinstance(fixed.trust, Clip)
     gradient = torch.cat([run(fixed, piece, advantage=a, totals=totals).gradient for piece, a in pieces])
     torch.testing.assert_close(gradient, whole.gradient)
 
 
-def test_other_methods_have_nothing_to_settle() -> None:
+def test_other_methods_have_no_bounds_to_choose() -> None:
     method, batch = make_method("grpo"), make_batch(0)
-    assert objective.step_statistics(method, batch.rollouts(), batch.logp) is None
-    assert objective.settled(method, None) is method
+    assert (
+        step_statistics(method, batch.rollouts(), batch.logp, advantage=torch.ones(len(batch.logp))) is None
+    )
+    assert with_bounds(method, None) is method
 
 
 # ---- errors
@@ -290,4 +292,4 @@ def test_bad_settings(options: dict[str, Any], error: type[Exception], message: 
 @pytest.mark.parametrize("statistics", [torch.zeros(3), torch.zeros(37 + 16, 1), torch.zeros(54)])
 def test_statistics_of_another_grid(statistics: Tensor) -> None:
     with pytest.raises(ShapeError, match=r"^statistics: got shape .*expected \(53,\)"):
-        Balance().settle(statistics)
+        Balance().fitted(statistics)

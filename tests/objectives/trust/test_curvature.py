@@ -289,7 +289,7 @@ def test_missing_step_says_how_to_supply_it() -> None:
     batch = make_batch(0)
     with pytest.raises(ConfigError, match=r"^step: got None .*Current\(logp, step=curvature.last_layer_step"):
         policy_loss(make_method("capo"), batch.rollouts(), batch.logp)
-    assert make_method("capo").needs == ("step",)
+    assert make_method("capo").inputs == ("step",)
 
 
 def test_step_of_another_shape_or_with_nan() -> None:

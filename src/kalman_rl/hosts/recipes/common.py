@@ -8,11 +8,14 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.aggregate import Totals
-from kalman_rl.objectives.loss import Method, needs_of
+from kalman_rl.objectives.inputs import check_provided
+from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.rollouts import Rollouts
+
+PROVIDED = {"advantage", "aggregate", "logp_behaviour"}
+"""What the hosts pass to a loss or compute themselves, as :func:`kalman_rl.objectives.inputs.missing` reads it."""
 
 SUM = Totals(1.0, 1.0)
 """With ``token_mean`` these totals give the plain sum over tokens."""
@@ -30,15 +33,7 @@ def checked(host: str, method: Method) -> Method:
     Raises: ConfigError for methods that choose bounds over a whole optimizer step, learn noises from past steps, or
         look at distributions or hidden states: KalmanGRPOTrainer and the verl plugin do what they need.
     """
-    parts = (method.ratio, method.trust, method.correction, method.penalty)
-    lacking = {name for part in parts for name in needs_of(part)} - {"logp_behaviour"}
-    if hasattr(method.ratio, "settle") or hasattr(method.trust, "settle"):
-        lacking.add("statistics of whole optimizer steps")
-    if lacking:
-        raise ConfigError(
-            f"method: got {method.name!r} for {host}, expected one that sees a micro-batch at a time; it needs "
-            f"{', '.join(sorted(lacking))}: take kpo_diffuse, or train with TRL or verl"
-        )
+    check_provided(method, PROVIDED, host, "take kpo_diffuse, or train with TRL or verl")
     return method
 
 

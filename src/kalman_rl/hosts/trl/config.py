@@ -15,9 +15,9 @@ from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.hosts.trl.hooks import TESTED_TRL, moved
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.correction import CORRECTIONS
+from kalman_rl.objectives.inputs import INPUTS, check_provided
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.penalty import KL
-from kalman_rl.objectives.trust.balance import Balance
 from kalman_rl.registry import make
 from kalman_rl.sampling.budget import Budget
 
@@ -31,6 +31,10 @@ _REPLACED = (
     "scale_rewards",
     "multi_objective_aggregation",
 )
+
+
+PROVIDED = {*INPUTS, "past_steps", "whole_step"}
+"""What the trainer makes for a method, as :func:`kalman_rl.objectives.inputs.missing` reads it."""
 
 
 def check_host() -> None:
@@ -198,8 +202,12 @@ def check_combination(method: Method, args: GRPOConfig) -> None:
             f"allocation: got {args.allocation!r} for method {method.name!r}, expected fixed because only a belief "
             "knows how to divide completions; set belief='auto'"
         )
+    if args.use_vllm:  # it does not pass on the sampler's distributions
+        advice = "take the binary form (dppo_tv, dppo_kl), or train without vLLM"
+        check_provided(method, PROVIDED - {"top_behaviour"}, "KalmanGRPOTrainer with vLLM", advice)
+    check_provided(method, PROVIDED, "KalmanGRPOTrainer", f"known inputs are {', '.join(sorted(PROVIDED))}")
     share = args.gradient_accumulation_steps
-    if isinstance(method.trust, Balance) and (args.steps_per_generation or share) % share:
+    if "trust" in method.learns and (args.steps_per_generation or share) % share:
         raise ConfigError(
             f"gradient_accumulation_steps: got {share}, expected a divisor of steps_per_generation = "
             f"{args.steps_per_generation} because {method.name!r} chooses its bounds once per optimizer step"

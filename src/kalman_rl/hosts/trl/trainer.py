@@ -32,11 +32,11 @@ from kalman_rl.hosts.trl.generation import tracked_generation
 from kalman_rl.hosts.trl.ranks import RanksTrainer
 from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals
-from kalman_rl.objectives.learning import Learning
-from kalman_rl.objectives.loss import Loss, Method, needs_of, policy_loss, step_statistics
+from kalman_rl.objectives.inputs import inputs_of
+from kalman_rl.objectives.learning import LearnedState, bound_metrics, step_statistics
+from kalman_rl.objectives.loss import Loss, Method, policy_loss
 from kalman_rl.objectives.penalty import k3
 from kalman_rl.objectives.rollouts import Current, Rollouts, score_energy
-from kalman_rl.objectives.trust.balance import Balance
 from kalman_rl.objectives.trust.clip import weight_of
 from kalman_rl.objectives.trust.curvature import last_layer_step
 from kalman_rl.sampling.tracking import Tracking
@@ -103,18 +103,13 @@ class KalmanGRPOTrainer(RanksTrainer):
         if isinstance(self.method.advantage, Tracked):
             self.tracking = Tracking(self.method.advantage.make(), budget_of(args))
         self.prompt_features = getattr(args, "prompt_features", False)
-        self.learning = Learning(self.method, self._sum_over_ranks)
+        self.learning = LearnedState(self.method, self._sum_over_ranks)
         self._step_method = self.method
         self._own_loss_ran = False
         self._noop_steps = 0
         self._last_rewards: Tensor | None = None
         check_combination(self.method, args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
-        if self.use_vllm and "top_behaviour" in self.method.needs:
-            raise ConfigError(
-                f"method: got {self.method.name!r} with vLLM, expected one without top-k distributions of "
-                "the sampler, which vLLM does not pass on; take the binary form (dppo_tv, dppo_kl)"
-            )
         if self._entropy_bonus_enabled:
             raise ConfigError(
                 f"entropy_coef: got {self.entropy_coef}, expected 0 because the entropy bonus is not part of "
@@ -180,7 +175,7 @@ class KalmanGRPOTrainer(RanksTrainer):
         rollouts = self._rollouts(inputs, logp)
         advantage = self._scaled_advantage(inputs, logp, entropy, mask)
         current = self._current(model, inputs, logp, advantage)
-        method = self._settled(model, inputs, rollouts, current, advantage, mode)
+        method = self._with_bounds(model, inputs, rollouts, current, advantage, mode)
         loss = policy_loss(method, rollouts, current, advantage=advantage, totals=self._totals(inputs, mode))
         self._record(mode, loss, rollouts, entropy)
         if mode == "train":
@@ -244,7 +239,7 @@ class KalmanGRPOTrainer(RanksTrainer):
         # TRL leaves the old log-probabilities out when the update is exactly on-policy.
         old = inputs.get("old_per_token_logps", logp.detach())
         sampler = inputs.get("sampling_per_token_logps")
-        if sampler is None and "logp_behaviour" in self.method.needs:
+        if sampler is None and "logp_behaviour" in self.method.inputs:
             sampler = old  # transformers samples from the very model that is trained
         return Rollouts(
             logp_old=old,
@@ -257,15 +252,15 @@ class KalmanGRPOTrainer(RanksTrainer):
         )
 
     def _method_inputs(self, output: dict[str, Any]) -> dict[str, Tensor]:
-        """What the advantage needs, of all ranks; notes the sampler's distributions for the loss."""
-        needs, mask = self.method.needs, self._loss_mask(output)
+        """What the advantage asks for, of all ranks; notes the sampler's distributions for the loss."""
+        asked, mask = self.method.inputs, self._loss_mask(output)
         found: dict[str, Tensor] = {"mask": mask, "length": mask.sum(dim=1)}
-        if {"top_behaviour", "energy"} & set(needs):
+        if {"top_behaviour", "energy"} & set(asked):
             now = self._next_tokens(self.model, output)
-            if "top_behaviour" in needs:
+            if "top_behaviour" in asked:
                 output["top_ids"], output["top_behaviour"] = now.top_ids, now.top_logp
             found["energy"] = torch.where(mask, score_energy(now.logp, now.collision), 0.0)
-        padded = {name: found[name] for name in needs_of(self.method.advantage)}
+        padded = {name: found[name] for name in inputs_of(self.method.advantage)}
         for name, value in padded.items():
             if value.dim() == 2:
                 value = self.accelerator.pad_across_processes(value, dim=1)
@@ -290,9 +285,9 @@ class KalmanGRPOTrainer(RanksTrainer):
 
     def _current(self, model: Any, inputs: dict[str, Any], logp: Tensor, advantage: Tensor) -> Current:
         """The current policy with what the trust region needs besides ``logp``."""
-        if "top_logp" in self.method.needs:
+        if "top_logp" in self.method.inputs:
             return Current(logp, top_logp=self._next_tokens(model, inputs, inputs["top_ids"]).top_logp)
-        if "step" in self.method.needs:
+        if "step" in self.method.inputs:
             now = self._next_tokens(model, inputs, hidden=True)
             assert now.hidden is not None
             rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
@@ -303,7 +298,7 @@ class KalmanGRPOTrainer(RanksTrainer):
             return Current(logp, step=step)
         return Current(logp)
 
-    def _settled(
+    def _with_bounds(
         self,
         model: Any,
         inputs: dict[str, Any],
@@ -312,13 +307,13 @@ class KalmanGRPOTrainer(RanksTrainer):
         advantage: Tensor,
         mode: str,
     ) -> Method:
-        """The method for this micro-batch. Batch-wide clip bounds are those of the whole optimizer step,
-        which takes a forward pass over its other micro-batches before the first of them."""
+        """The method for this micro-batch. Bounds that a trust region learns are those of the whole optimizer
+        step, which takes a forward pass over its other micro-batches before the first of them."""
         method = self.learning.now
-        if not isinstance(method.trust, Balance):
+        if "trust" not in method.learns:
             return method
         if mode == "eval":
-            return self.learning.settle(step_statistics(method, rollouts, current, advantage=advantage))
+            return self.learning.with_bounds(step_statistics(method, rollouts, current, advantage=advantage))
         share = self.current_gradient_accumulation_steps
         if self._step % share == 0:
             total = step_statistics(method, rollouts, current, advantage=advantage)
@@ -329,10 +324,9 @@ class KalmanGRPOTrainer(RanksTrainer):
                 scaled = self._scaled_advantage(other, logp, entropy, self._loss_mask(other))
                 part = step_statistics(method, self._rollouts(other, logp), logp, advantage=scaled)
                 total = part if total is None or part is None else total + part
-            self._step_method = self.learning.settle(total)
-            for name, sign in (("low", -1), ("high", 1)):
-                bound = 1 + sign * getattr(self._step_method.trust, name)
-                self._metrics[mode][f"trust/bound_{name}"].append(bound)
+            self._step_method = self.learning.with_bounds(total)
+            for name, bound in bound_metrics(self._step_method).items():
+                self._metrics[mode][name].append(bound)
         return self._step_method
 
     @staticmethod

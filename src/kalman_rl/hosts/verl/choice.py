@@ -12,28 +12,18 @@ from typing import Any, NamedTuple
 from kalman_rl.errors import ConfigError
 from kalman_rl.methods import make_method
 from kalman_rl.methods.aliases import translated
-from kalman_rl.objectives.loss import Method, needs_of
+from kalman_rl.objectives.inputs import PARTS, check_provided, missing
+from kalman_rl.objectives.loss import Method
 
 AGGREGATIONS = ("verl", "method")
 
-UNAVAILABLE = {
-    "logp_behaviour": "log-probabilities under the sampler, and verl hands the loss only those of the old policy; "
-    "where they are the sampler's (algorithm.rollout_correction.bypass_mode=true) say so with "
-    "policy_loss.old_is_sampler=true",
-    "top_behaviour": "the sampler's log-probabilities of its top tokens, which verl's rollout does not keep; "
-    "kalman_rl/dppo_tv and kalman_rl/dppo_kl look at the sampled token only",
-    "top_logp": "the current log-probabilities of the sampler's top tokens, which verl's loss does not get",
-    "step": "the step of each token in the last layer (its hidden state, Adam's moments), which verl's loss does "
-    "not get; train it with TRL",
+ADVICE = {
+    "logp_behaviour": "verl hands the loss only the old policy's log-probabilities; where they are the sampler's "
+    "(algorithm.rollout_correction.bypass_mode=true) say so with policy_loss.old_is_sampler=true",
+    "top_behaviour": "take kalman_rl/dppo_tv or kalman_rl/dppo_kl, which look at the sampled token only",
+    "past_steps": "verl's loss does not see where an optimizer step ends, so nothing is learned there",
 }
-"""What a method may need and verl's loss does not get -> what that is, and what to do."""
-
-LEARNED = {
-    "kpo_auto": ("process_noise", "observation_noise"),
-    "kpo_robust": ("observation_noise",),
-    "kpo_noise": ("floor", "scale"),
-}
-"""Methods that learn over optimizer steps -> the start values, which stay what they are under verl."""
+"""What a method may ask for and verl's loss does not get -> what to do."""
 
 
 class Choice(NamedTuple):
@@ -56,8 +46,8 @@ def choose(
         aggregation: "verl", by ``loss_agg_mode``, or "method", as the method was published.
         old_is_sampler: the old log-probabilities are the sampler's.
 
-    Raises: ConfigError for an unknown name or option, a need that verl cannot meet, a noise that would have to
-    be learned, and an option without effect in the loss.
+    Raises: ConfigError for an unknown name or option, an input that verl does not provide, a noise that
+    would have to be learned, and an option without effect in the loss.
 
     >>> choose("kpo", {"kalman_Q": 1e-4}).method.ratio.process_noise
     0.0001
@@ -66,36 +56,24 @@ def choose(
         raise ConfigError(f"aggregation: got {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}")
     known: dict[str, Any] = translated(name, options)
     method = make_method(name, **known)
-    _check_needs(name, method, old_is_sampler)
-    _check_learned(name, method, known)
+    _check_provided(method, known, old_is_sampler)
     _check_effect(name, known, aggregation)
     return Choice(method, aggregation, old_is_sampler)
 
 
-def _check_needs(name: str, method: Method, old_is_sampler: bool) -> None:
-    """Refuse a method whose loss looks at more than verl hands over, naming first what no setting can supply."""
-    parts = (method.ratio, method.trust, method.aggregate, method.penalty)
-    needs = {need for part in parts for need in needs_of(part)} - (
-        {"logp_behaviour"} if old_is_sampler else set()
+def _check_provided(method: Method, options: Mapping[str, Any], old_is_sampler: bool) -> None:
+    """Refuse a method whose loss looks at more than verl hands over. Noises that are given need no past steps, and
+    bounds are chosen on the micro-batch, as ``trust/bound_share`` reports."""
+    provided = {"advantage", "aggregate", "whole_step"} | ({"logp_behaviour"} if old_is_sampler else set())
+    ratio = method.learns.get("ratio")
+    unset = [] if ratio is None else [option for option in ratio.learned if option not in options]
+    if not unset:
+        provided.add("past_steps")
+    advice = dict.fromkeys(ADVICE.get(name, "train it with TRL") for name in missing(method, provided))
+    noise = (
+        f"; give {' and '.join(unset)} (it stays as it is), or take kalman_rl/kpo_diffuse" if unset else ""
     )
-    for need in sorted(needs, key=lambda need: (need == "logp_behaviour", need)):
-        raise ConfigError(
-            f"kalman_rl/{name}: got verl's policy loss, expected a trainer that provides {need}: "
-            f"{UNAVAILABLE.get(need, 'verl does not hand it to the loss')}"
-        )
-
-
-def _check_learned(name: str, method: Method, options: Mapping[str, Any]) -> None:
-    """Methods that learn their noise run with a given one only."""
-    if name == "kpo_noise" and not getattr(method.ratio, "behaviour", False):
-        return  # it learns nothing without the sampler's log-probabilities
-    missing = [option for option in LEARNED.get(name, ()) if option not in options]
-    if missing:
-        raise ConfigError(
-            f"kalman_rl/{name}: got no {' and '.join(missing)}, expected a value because verl's loss does not see "
-            "where an optimizer step ends, so nothing is learned there; give the noise (it stays as it is), or "
-            "take kalman_rl/kpo_diffuse"
-        )
+    check_provided(method, provided, "verl's policy loss", "; ".join(advice) + noise)
 
 
 def parts_moved(name: str, option: str, value: Any) -> set[str]:
@@ -105,8 +83,7 @@ def parts_moved(name: str, option: str, value: Any) -> set[str]:
     ({'advantage'}, {'trust'})
     """
     plain, moved = make_method(name), make_method(name, **{option: value})
-    parts = ("advantage", "ratio", "trust", "aggregate", "penalty", "correction")
-    return {part for part in parts if getattr(plain, part) != getattr(moved, part)}
+    return {part for part in PARTS if getattr(plain, part) != getattr(moved, part)}
 
 
 def _check_effect(name: str, options: Mapping[str, Any], aggregation: str) -> None:

@@ -19,7 +19,8 @@ from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.verl.choice import parts_moved
 from kalman_rl.methods import make_method
 from kalman_rl.methods.aliases import translated
-from kalman_rl.objectives.loss import Method, needs_of
+from kalman_rl.objectives.inputs import inputs_of
+from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.rollouts import score_energy
 
 TRACKED = "tracked"
@@ -105,19 +106,19 @@ def _groups(index: Any, name: str) -> Tensor:
 
 
 def _extra(method: Method, mask: Tensor, others: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What an advantage needs beside rewards and groups."""
+    """What an advantage asks for beside rewards and groups."""
     extra: dict[str, Tensor] = {}
-    for need in needs_of(method.advantage):
-        if need == "mask":
-            extra[need] = mask
-        elif need == "length":
-            extra[need] = mask.sum(dim=1)
-        elif need == "energy" and {"old_log_probs", "sum_pi_squared"} <= others.keys():
+    for name in inputs_of(method.advantage):
+        if name == "mask":
+            extra[name] = mask
+        elif name == "length":
+            extra[name] = mask.sum(dim=1)
+        elif name == "energy" and {"old_log_probs", "sum_pi_squared"} <= others.keys():
             energy = score_energy(others["old_log_probs"], others["sum_pi_squared"])
-            extra[need] = torch.where(mask, energy, 0.0)
+            extra[name] = torch.where(mask, energy, 0.0)
         else:
             raise ConfigError(
-                f"kalman_rl/{method.name}: got no {need}, expected it from verl, which hands sum_pi_squared to its own "
+                f"kalman_rl/{method.name}: got no {name}, expected it from verl, which hands sum_pi_squared to its own "
                 "estimator only; take adv_estimator=optimal_token_baseline (the same formula) with "
                 f"loss_mode=kalman_rl/{method.name}"
             )

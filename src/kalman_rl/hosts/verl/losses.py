@@ -22,9 +22,9 @@ from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.verl.choice import Choice, choose
 from kalman_rl.hosts.verl.config import PREFIX, KalmanPolicyLossConfig
 from kalman_rl.objectives.aggregate import SequenceSum, Totals, sequence_mean, token_mean
-from kalman_rl.objectives.loss import Method, policy_loss, settled, step_statistics
+from kalman_rl.objectives.learning import bound_metrics, step_statistics, with_bounds
+from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
-from kalman_rl.objectives.trust.balance import Balance
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def make_loss(name: str) -> PolicyLossFn:
             allow_empty=True,
         )
         metrics: dict[str, Any] = {}
-        if isinstance(method.trust, Balance):
+        if "trust" in method.learns:
             method, metrics = _with_bounds(method, rollouts, log_prob, advantages, info)
         loss = policy_loss(method, rollouts, log_prob, advantage=advantages)
         metrics = {k: v for k, v in loss.metrics.items() if k not in DROPPED} | metrics
@@ -179,17 +179,14 @@ def _say_mode(name: str, mode: str, own: str) -> None:
 def _with_bounds(
     method: Method, rollouts: Rollouts, log_prob: Tensor, advantages: Tensor, info: Mapping[str, Any]
 ) -> tuple[Method, dict[str, Any]]:
-    """BAPO's bounds, found on the micro-batch at hand: verl shows the loss no other. ``trust/bound_share`` is the
-    micro-batch's share of the step's tokens; at 1 the bounds are those of the whole step."""
-    found = settled(method, step_statistics(method, rollouts, log_prob, advantage=advantages))
+    """Bounds that a trust region learns, found on the micro-batch at hand: verl shows the loss no other.
+    ``trust/bound_share`` is the micro-batch's share of the step's tokens; at 1 the bounds are those of the whole
+    step."""
+    found = with_bounds(method, step_statistics(method, rollouts, log_prob, advantage=advantages))
     tokens = rollouts.mask.sum()
     everything = info.get("batch_num_tokens")
-    trust: Any = found.trust
-    return found, {
-        "trust/bound_low": 1 - trust.low,
-        "trust/bound_high": 1 + trust.high,
-        "trust/bound_share": 1.0 if everything is None else tokens / everything,
-    }
+    share = 1.0 if everything is None else tokens / everything
+    return found, {**bound_metrics(found), "trust/bound_share": share}
 
 
 def as_numbers(metrics: Mapping[str, Any], device: torch.device) -> dict[str, float]:

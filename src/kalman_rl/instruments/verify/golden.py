@@ -168,7 +168,7 @@ def compare_advantage(record: Record) -> float:
     group = torch.tensor(record["group"])
     rewards = torch.tensor(record["rewards"], dtype=torch.float64)
     estimate = ADVANTAGE[record["method"]]
-    more = {"length": torch.full_like(group, 7)} if "length" in getattr(estimate, "needs", ()) else {}
+    more = {"length": torch.full_like(group, 7)} if "length" in getattr(estimate, "inputs", ()) else {}
     ours = estimate(rewards, group, **more)
     alone = torch.tensor([record["group"].count(number) == 1 for number in record["group"]])
     if (ours[alone] != 0).any():

@@ -1,6 +1,6 @@
 """Advantages from outcome rewards: callables ``(reward, group) -> advantage``, each (B,), detached.
 
-A few look at more: they name it in ``needs`` and take it as keyword arguments, and the optimal token baseline
+A few look at more: they name it in ``inputs`` and take it as keyword arguments, and the optimal token baseline
 gives one number per token (B, T). Those that run a filter over the rewards are in ``filtered``.
 
 A NaN reward is missing: it is left out of every baseline and its advantage is 0. Arithmetic is float64
@@ -162,7 +162,7 @@ class LengthWeighted:
     published code gives a group of one its reward.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("length",)
+    inputs: ClassVar[tuple[str, ...]] = ("length",)
 
     def __call__(self, reward: Tensor, group: Tensor, *, length: Tensor) -> Tensor:
         s = group_statistics(reward, group)
@@ -195,7 +195,7 @@ class OptimalTokenBaseline:
     """
 
     silent_tail: bool = True
-    needs: ClassVar[tuple[str, ...]] = ("energy", "mask")
+    inputs: ClassVar[tuple[str, ...]] = ("energy", "mask")
 
     def __call__(self, reward: Tensor, group: Tensor, *, energy: Tensor, mask: Tensor) -> Tensor:
         s = group_statistics(reward, group)

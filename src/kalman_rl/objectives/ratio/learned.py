@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class AutoFiltered:
 
     Used as it is, it filters with its start values. A trainer learns::
 
-        state = blank();   ratio = settle(state);   after a step:  state = memory state + statistics(...)
+        state = initial();   ratio = fitted(state);   after a step:  state = memory state + statistics(...)
 
     so the weights of a batch never depend on that batch, and a step forgets with weight ``memory``. Only
     ``Q/R`` matters for the weights; R is the scale of the predicted spread in ``Ratio.info``.
@@ -53,7 +53,7 @@ class AutoFiltered:
 
     >>> auto, rollouts = AutoFiltered(), Rollouts(torch.zeros(1, 200), torch.ones(1, 200))
     >>> logp = torch.tensor([0.1, -0.1]).repeat(100)[None]  # nothing moves
-    >>> learned = auto.settle(auto.statistics(logp, rollouts))
+    >>> learned = auto.fitted(auto.statistics(logp, rollouts))
     >>> learned.process_noise, round(learned.observation_noise, 3)
     (0.0, 0.01)
 
@@ -61,6 +61,8 @@ class AutoFiltered:
     Source: KPO (arXiv 2602.10609) for the filter; the estimate is the textbook likelihood by prediction
     errors (Harvey 1989). Ours is where it is taken from.
     """
+
+    learned: ClassVar[tuple[str, ...]] = ("process_noise", "observation_noise")
 
     process_noise: float = 1e-6
     observation_noise: float = 1.0
@@ -81,7 +83,7 @@ class AutoFiltered:
     def __call__(self, logp: Tensor, rollouts: Rollouts) -> Ratio:
         return self.start(logp, rollouts)
 
-    def blank(self) -> Tensor:
+    def initial(self) -> Tensor:
         """The state before the first step: zeros (67,), float64."""
         return torch.zeros(1 + 2 * len(LOG_GRID), dtype=torch.float64)
 
@@ -93,7 +95,7 @@ class AutoFiltered:
         series = observed_series(token_log_ratio(logp, rollouts).double(), rollouts)
         return innovation_sums(series, LOG_GRID)
 
-    def settle(self, state: Tensor) -> KalmanFiltered:
+    def fitted(self, state: Tensor) -> KalmanFiltered:
         """The filter with the most likely Q and R, or with the start values where the state does not say."""
         found = peak(state, LOG_GRID, self.least)
         if found is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class RobustFiltered:
     ends in GSPO's ratio.
 
     The threshold is in standard deviations, so R must be the noise there is: with R = 1 nobody's token is a
-    spike. ``statistics`` and ``settle`` learn R from past batches by the median size of the step between
+    spike. ``statistics`` and ``fitted`` learn R from past batches by the median size of the step between
     neighbouring tokens, ``Var(l_t - l_{t-1}) = 2 R + Q``, which spikes hardly move; Q and P0 keep their
     ratio to R. The median is that of a normal; where most tokens are certain and a few are not it is
     smaller than the root mean square, and the gate closes on the few.
@@ -59,6 +60,8 @@ class RobustFiltered:
 
     Source: Huber's psi in the update, as in Masreliez and Martin 1977; the composition is ours.
     """
+
+    learned: ClassVar[tuple[str, ...]] = ("observation_noise",)
 
     process_noise: float = 1e-6
     observation_noise: float = 1.0
@@ -89,7 +92,7 @@ class RobustFiltered:
         info = info._replace(**{name: value.to(log_ratio.dtype) for name, value in info._asdict().items()})
         return Ratio(log_ratio, torch.where(rollouts.mask, mean, 0.0).to(log_ratio.dtype), info)
 
-    def blank(self) -> Tensor:
+    def initial(self) -> Tensor:
         """The state before the first step: zeros (256,), float64."""
         return torch.zeros(BINS, dtype=torch.float64)
 
@@ -98,14 +101,14 @@ class RobustFiltered:
         Sequences of zeros and steps across a hole are left out; a step of 0 counts as the smallest."""
         value, gap, alive = observed_series(token_log_ratio(logp, rollouts).double(), rollouts)
         if len(alive) < 2:
-            return self.blank().to(value.device)
+            return self.initial().to(value.device)
         alive_at = value.new_tensor(alive)[1:, None] > torch.arange(value.shape[1], device=value.device)
         size = value.diff(dim=0).abs()[alive_at & (gap[1:] == 1)]
         low, high = LOG_RANGE
         place = ((size.log() - low) / (high - low) * BINS).clamp(0, BINS - 1).long()
         return torch.bincount(place, minlength=BINS).double()
 
-    def settle(self, state: Tensor) -> RobustFiltered:
+    def fitted(self, state: Tensor) -> RobustFiltered:
         """The filter with all variances moved to the learned R; itself where the state does not say."""
         counts = state.detach().double().cpu()
         total = counts.sum().item()

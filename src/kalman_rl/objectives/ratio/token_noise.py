@@ -148,7 +148,7 @@ class NoiseFiltered:
 
     With ``behaviour`` the ratio is to the sampler, ``l_t = logp_t - logp_behaviour_t`` and p the sampler's,
     so the filter has engine noise to remove; and every batch shows that noise alone in
-    ``logp_old - logp_behaviour``, two computations of one policy. From it ``statistics`` and ``settle``
+    ``logp_old - logp_behaviour``, two computations of one policy. From it ``statistics`` and ``fitted``
     learn floor and scale, and Q keeps its ratio to ``floor + scale``. Without ``behaviour`` there is nothing
     to learn from: an on-policy log-ratio to the old policy is 0 to the last bit, and any later one has moved.
 
@@ -184,7 +184,12 @@ class NoiseFiltered:
         return NoiseModel(self.floor, self.scale)
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def learned(self) -> tuple[str, ...]:
+        """Settings that are learned: none without ``behaviour``."""
+        return ("floor", "scale") if self.behaviour else ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
         """Inputs beyond log-probabilities and mask."""
         return ("logp_behaviour",) if self.behaviour else ()
 
@@ -201,7 +206,7 @@ class NoiseFiltered:
         )
         return Ratio(log_ratio, torch.where(rollouts.mask, state.mean, 0.0), info)
 
-    def blank(self) -> Tensor:
+    def initial(self) -> Tensor:
         """The state before the first step: zeros (77,), float64."""
         return torch.zeros(1 + 2 * len(LOG_GRID), dtype=torch.float64)
 
@@ -209,13 +214,13 @@ class NoiseFiltered:
         """Sums over the sampler's noise in this part of a step, float64 (77,), additive over parts; zeros
         without ``behaviour`` and where sampler and old policy agree on a whole sequence."""
         if not self.behaviour:
-            return self.blank().to(rollouts.logp_old.device)
+            return self.initial().to(rollouts.logp_old.device)
         sampler = behaviour(rollouts)
         noise = torch.where(rollouts.mask, rollouts.logp_old - sampler, 0.0)
         differs = rollouts.per_sequence_sum(noise.abs()) > 0
         return noise_sums(noise, sampler, rollouts.mask & differs)
 
-    def settle(self, state: Tensor) -> NoiseFiltered:
+    def fitted(self, state: Tensor) -> NoiseFiltered:
         """The filter with the most likely noise model; itself where the state does not say."""
         model = _model(state, self.least) if self.behaviour else None
         if model is None:

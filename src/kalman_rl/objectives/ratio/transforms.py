@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError
 from kalman_rl.numerics.kalman import Info, causal_filter
-from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.rollouts import Rollouts
 
 
@@ -41,7 +41,7 @@ def token(logp: Tensor, rollouts: Rollouts) -> Ratio:
 
 def behaviour(rollouts: Rollouts) -> Tensor:
     """Log-probabilities (B, T) under the sampler; ConfigError if the rollouts have none."""
-    return need("logp_behaviour", rollouts.logp_behaviour, "a ratio to the behaviour policy")
+    return required("logp_behaviour", rollouts.logp_behaviour, "a ratio to the behaviour policy")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class BehaviourToken:
     with it. Needs: ``logp_behaviour``. Source: DPPO (arXiv 2602.04879).
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
+    inputs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
 
     def __call__(self, logp: Tensor, rollouts: Rollouts) -> Ratio:
         log_ratio = torch.where(rollouts.mask, logp.detach() - behaviour(rollouts), 0.0)

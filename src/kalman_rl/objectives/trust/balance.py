@@ -8,7 +8,7 @@ steps until the positive tokens supply enough:
 
 S+ depends on ``high`` only and S- on ``low`` only, so both are tabulated on the grid of steps. The tables add
 up over micro-batches and ranks (:meth:`Balance.statistics`), and one look at the sums gives the bounds of the
-whole optimizer step (:meth:`Balance.settle`), however it was split.
+whole optimizer step (:meth:`Balance.fitted`), however it was split.
 
 Source: BAPO (arXiv 2510.18927). Published code searches per micro-batch; see the methods for the rest.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class Balance:
 
     Raises: NumericError, ConfigError for a value outside its range.
     """
+
+    memory: ClassVar[float] = 0.0
+    learned: ClassVar[tuple[str, ...]] = ("low", "high")
 
     target: float = 0.4
     measure: Measure = "share"
@@ -93,6 +96,10 @@ class Balance:
             points[-1] = end  # whatever rounding made of it: 0.09 + 13 * 0.07 is above 1
         return points
 
+    def initial(self) -> Tensor:
+        """The state before anything was seen: zeros, one for every point of both grids, float64."""
+        return torch.zeros(len(self.grid("high")) + len(self.grid("low")), dtype=torch.float64)
+
     def statistics(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Tensor:
         """S+ at every ``high`` of the grid, then S- at every ``low`` (float64): additive over the parts of
         an optimizer step."""
@@ -107,17 +114,17 @@ class Balance:
                 sums.append((size * torch.where(inside, w, outside)).sum())
         return torch.stack(sums)
 
-    def settle(self, statistics: Tensor) -> Clip:
+    def fitted(self, state: Tensor) -> Clip:
         """The clip whose bounds the search ends with, given the statistics of a whole optimizer step.
 
         Raises: ShapeError for statistics of other settings."""
         highs, lows = self.grid("high"), self.grid("low")
-        if statistics.shape != (len(highs) + len(lows),):
+        if state.shape != (len(highs) + len(lows),):
             raise ShapeError(
-                f"statistics: got shape {tuple(statistics.shape)}, expected ({len(highs) + len(lows)},): the "
+                f"statistics: got shape {tuple(state.shape)}, expected ({len(highs) + len(lows)},): the "
                 "sum of what `statistics` of these settings returned for each part"
             )
-        positive, negative = statistics[: len(highs)].tolist(), statistics[len(highs) :].tolist()
+        positive, negative = state[: len(highs)].tolist(), state[len(highs) :].tolist()
         i = j = 0  # positions of high and low
 
         def met() -> bool:
@@ -133,5 +140,5 @@ class Balance:
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         """The batch at hand taken for the whole optimizer step."""
-        found = self.settle(self.statistics(ratio, advantage, current, rollouts))
+        found = self.fitted(self.statistics(ratio, advantage, current, rollouts))
         return found(ratio, advantage, current, rollouts)

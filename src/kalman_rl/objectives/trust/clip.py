@@ -86,9 +86,14 @@ class Clip:
         if self.dual is not None and not self.dual > 1:
             raise NumericError(f"dual: got {self.dual}, expected a bound > 1, or None to switch it off")
 
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The ends of the band, as weights."""
+        return {"low": 1 - self.low, "high": 1 + self.high}
+
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         weight = weight_of(ratio.log_weight)
-        low, high = 1 - self.low, 1 + self.high
+        low, high = self.bounds["low"], self.bounds["high"]
         drop = ((advantage > 0) & (weight > high)) | ((advantage < 0) & (weight < low))
         surrogate = torch.maximum(-advantage * weight, -advantage * weight.clamp(low, high))
         if self.dual is not None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts
 from kalman_rl.objectives.trust.clip import Trust, TrustRegion
@@ -144,7 +144,7 @@ class CurvatureMask:
     objective: float
     policy: float
     then: TrustRegion
-    needs: ClassVar[tuple[str, ...]] = ("step",)
+    inputs: ClassVar[tuple[str, ...]] = ("step",)
 
     def __post_init__(self) -> None:
         for name in ("objective", "policy"):
@@ -162,7 +162,7 @@ class CurvatureMask:
 
 def _checked(step: LastLayerStep | None, mask: Tensor) -> LastLayerStep:
     """The step if it fits the mask and is no NaN inside it: NaN is below no bound and would drop silently."""
-    need("step", None if step is None else step.alignment, "the curvature mask (CAPO)")
+    required("step", None if step is None else step.alignment, "the curvature mask (CAPO)")
     assert step is not None
     if not step.alignment.shape == step.curvature.shape == mask.shape:
         shapes = f"{tuple(step.alignment.shape)}, {tuple(step.curvature.shape)}"

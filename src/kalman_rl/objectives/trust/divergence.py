@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.objectives.inputs import need
+from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.ratio.transforms import Ratio, behaviour
 from kalman_rl.objectives.rollouts import Current, Rollouts
 from kalman_rl.objectives.trust.clip import Trust, weight_of
@@ -63,8 +63,8 @@ def binary_kl(current: Current, rollouts: Rollouts) -> Tensor:
 
 def _top(current: Current, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-masses (B, T, k) of both policies on the k tokens, and the masses (B, T) of the rest."""
-    mu = need("top_behaviour", rollouts.top_behaviour, "a top-k divergence")
-    pi = need("top_logp", current.top_logp, "a top-k divergence").to(mu.dtype)
+    mu = required("top_behaviour", rollouts.top_behaviour, "a top-k divergence")
+    pi = required("top_logp", current.top_logp, "a top-k divergence").to(mu.dtype)
     if mu.shape != pi.shape:
         raise ShapeError(
             f"top_logp: got shape {tuple(pi.shape)}, expected {tuple(mu.shape)} like top_behaviour: the same "
@@ -106,7 +106,7 @@ class DivergenceMask:
         cap: upper bound > 0 of the weight.
 
     The ratio beside it should be :class:`kalman_rl.objectives.ratio.BehaviourToken`.
-    Needs: ``logp_behaviour``; the top-k divergences also ``top_behaviour`` and ``top_logp``.
+    Inputs: ``logp_behaviour``; the top-k divergences also ``top_behaviour`` and ``top_logp``.
     Raises: NumericError for a value outside its range.
     """
 
@@ -114,7 +114,7 @@ class DivergenceMask:
     low: float
     high: float
     cap: float = 1e4
-    needs: tuple[str, ...] = field(default=(), init=False, repr=False)
+    inputs: tuple[str, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):
@@ -124,7 +124,7 @@ class DivergenceMask:
         if not self.cap > 0:
             raise NumericError(f"cap: got {self.cap}, expected an upper bound > 0 of the weight")
         top = ("top_behaviour", "top_logp") if self.divergence in (top_k_tv, top_k_kl) else ()
-        object.__setattr__(self, "needs", ("logp_behaviour", *top))
+        object.__setattr__(self, "inputs", ("logp_behaviour", *top))
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         moved = current.logp - behaviour(rollouts)
