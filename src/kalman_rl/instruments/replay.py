@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,8 @@ from torch import Tensor
 
 from kalman_rl.checks import is_whole
 from kalman_rl.engine.config import TrainConfig, build, load_toml
-from kalman_rl.engine.runs.files import read_regular
+from kalman_rl.engine.runs import traces
 from kalman_rl.engine.runs.run import read_manifest
-from kalman_rl.engine.runs.traces import TRACE_COLUMNS
 from kalman_rl.errors import ConfigError, KalmanRLError, RunError, one_line
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.inputs import check_provided
@@ -190,12 +188,8 @@ def _notes(ours: Method, other: Method | None, borrowed: bool) -> list[str]:
 
 def _files(run: Path, steps: tuple[int, int] | None) -> Iterator[tuple[int, Path]]:
     first, last = steps or (0, 2**63)
-    found = {
-        int(match[1]): path
-        for path in (run / "traces").glob("step-*.parquet")
-        if (match := re.fullmatch(r"step-(\d{1,18})\.parquet", path.name))
-    }
-    chosen = sorted(step for step in found if first <= step <= last)
+    found = traces.steps(run)
+    chosen = [step for step in found if first <= step <= last]
     if not chosen:
         there = f"traces of steps {min(found)} to {max(found)}" if found else "no traces"
         wanted = "at least one step" if steps is None else f"some in steps {first} to {last}"
@@ -218,24 +212,13 @@ class Batch(NamedTuple):
 
 def _read(path: Path) -> Batch:
     """One step's file as a batch in the precision of training; RunError if it is damaged."""
-    import pyarrow
-    import pyarrow.parquet
-
-    data = read_regular(path, None)
+    problems: list[str] = []
+    columns = traces.read(path, _COLUMNS, problems)
+    if columns is None:
+        raise RunError(f"{path}: {problems[0]}")
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=list(_COLUMNS))
-        if set(table.column_names) != set(_COLUMNS):
-            raise ValueError(f"got no {', '.join(sorted(set(_COLUMNS) - set(table.column_names)))}")
-        for name in _COLUMNS:
-            if table.schema.field(name).type != pyarrow.type_for_alias(TRACE_COLUMNS[name]):
-                table = table.set_column(
-                    table.schema.get_field_index(name),
-                    name,
-                    table[name].cast(pyarrow.type_for_alias(TRACE_COLUMNS[name])),
-                )
-        columns = {name: table[name].to_pylist() for name in _COLUMNS}
         return batch_of(columns)
-    except (pyarrow.ArrowException, OSError, ValueError, KalmanRLError, TypeError) as error:
+    except (ValueError, KalmanRLError, TypeError) as error:
         raise RunError(f"{path}: damaged trace: {one_line(error, 300)}") from None
 
 

@@ -1,11 +1,16 @@
-"""The table of a trace file: one row per token."""
+"""Trace files, one per step with one row per token: where they are, their columns, reading and making them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from kalman_rl.errors import ShapeError
+from kalman_rl.engine.runs.files import read_regular
+from kalman_rl.errors import RunError, ShapeError, one_line
+
+Table = dict[str, list[Any]]
 
 TRACE_COLUMNS: dict[str, str] = {
     name: kind
@@ -22,6 +27,53 @@ TRACE_COLUMNS: dict[str, str] = {
 
 NULLABLE = {"logp_behaviour", "gain", "reward"}
 """Columns whose values may be missing (null)."""
+
+
+def steps(run: Path) -> dict[int, Path]:
+    """Trace files of a run's directory by step, in order."""
+    names = ((re.fullmatch(r"step-(\d{1,18})\.parquet", path.name), path) for path in run.glob("traces/*"))
+    return dict(sorted((int(match[1]), path) for match, path in names if match))
+
+
+def read(
+    path: Path,
+    columns: Sequence[str],
+    problems: list[str],
+    *,
+    optional: Sequence[str] = (),
+    limit: int | None = None,
+) -> Table | None:
+    """Columns of a trace file as lists, with the types of ``TRACE_COLUMNS``; None if the file is damaged.
+
+    It is damaged if it is a link or no Parquet file, or has no row, not all columns, or values of another type.
+
+    Args:
+        columns: those that must be there.
+        problems: receives why the file is damaged.
+        optional: those that are read if they are there.
+        limit: rows to read; None = all.
+    """
+    try:
+        from pyarrow import ArrowException, BufferReader, parquet, type_for_alias
+    except ImportError:
+        problems.append("cannot read: got no package pyarrow; pip install pyarrow")
+        return None
+    try:
+        source = parquet.ParquetFile(BufferReader(read_regular(path, None)))
+        there = source.schema_arrow.names
+        if missing := [name for name in columns if name not in there]:
+            raise ValueError(f"got no {', '.join(missing)}")
+        names = [*columns, *(name for name in optional if name in there)]
+        rows = source.metadata.num_rows if limit is None else limit
+        batch = next(source.iter_batches(max(rows, 1), columns=names), None)
+        if not batch:
+            raise ValueError("got no rows")
+        return {name: batch[name].cast(type_for_alias(TRACE_COLUMNS[name])).to_pylist() for name in names}
+    except RunError as error:
+        problems.append(str(error).removeprefix(f"{path}: "))
+    except (ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        problems.append(f"damaged trace: {one_line(error, 300)}")
+    return None
 
 
 def trace_table(step: int, columns: Mapping[str, Sequence[Any]]) -> Any:

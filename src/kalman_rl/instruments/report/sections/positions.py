@@ -6,25 +6,20 @@ import math
 from collections.abc import Sequence
 from statistics import quantiles
 
+from kalman_rl.engine.runs import traces
 from kalman_rl.engine.runs.reading import Run
+from kalman_rl.engine.runs.traces import Table
 from kalman_rl.instruments.replay import own_method
 from kalman_rl.instruments.report.charts.chart import Line, lines_chart
-from kalman_rl.instruments.report.sections.tokens import (
-    Table,
-    number_of,
-    read_trace,
-    sequences,
-    spread_out,
-    trace_files,
-)
+from kalman_rl.instruments.report.sections.tokens import MOST_ROWS, number_of, sequences, spread_out
 from kalman_rl.instruments.report.stats.metrics import Figure
 from kalman_rl.instruments.report.stats.pool import Group
 from kalman_rl.instruments.report.words import counted
 from kalman_rl.objectives import aggregate
 
+COLUMNS = ("sequence", "coefficient", "advantage")
 MOST_FILES = 12
 MOST_BINS = 24
-COLUMNS = ("sequence", "token", "log_ratio", "position", "coefficient", "advantage")
 Sums = dict[int, list[float]]
 """Per token number: the gradient's size as trained, and with every token kept at coefficient 1."""
 
@@ -70,14 +65,14 @@ def position_figure(groups: Sequence[Group], palette: dict[str, int]) -> Figure 
 
 
 def _sums(run: Run) -> tuple[Sums, int]:
-    files = trace_files(run.path)
+    files = traces.steps(run.path)
     sums: Sums = {}
     read = 0
     method, _ = own_method(run.path) if files else (None, [])
     per_sequence = method is None or method.aggregate is aggregate.sequence_mean
     for step in spread_out(list(files), MOST_FILES):
-        table = read_trace(files[step], COLUMNS, [])
-        if table and "coefficient" in table and "advantage" in table:
+        table = traces.read(files[step], COLUMNS, [], optional=["position"], limit=MOST_ROWS)
+        if table:
             read += 1
             _add(sums, table, per_sequence)
     return sums, read

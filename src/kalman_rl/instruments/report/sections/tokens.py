@@ -7,21 +7,21 @@ numbers: the page carries it as JSON, and its script shows it as text only.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from kalman_rl.engine.runs import traces
 from kalman_rl.engine.runs.reading import Run, clean
+from kalman_rl.engine.runs.traces import Table
 from kalman_rl.instruments.report.sections.other_methods import on_tokens
 from kalman_rl.instruments.report.words import counted
 
 NEEDED = ("sequence", "token", "log_ratio")
-NUMBERS = ("position", "token_id", "logp_old", "logp_behaviour", "logp", "log_ratio", "filtered_log_ratio", "gain",
-           "coefficient", "kept", "advantage", "reward")  # fmt: skip
-TEXTS = ("token", "prompt")
+OPTIONAL = ("prompt", "position", "token_id", "logp_old", "logp_behaviour", "logp", "filtered_log_ratio", "gain",
+            "coefficient", "kept", "advantage", "reward")  # fmt: skip
 MOST_ROWS = 200_000
 MOST_TOKENS = 12_000
 """Tokens of all completions on a page together; about 100 bytes each."""
@@ -29,8 +29,6 @@ MOST_OF_ONE = 1_200
 MOST_RUNS, MOST_STEPS, MOST_OF_STEP = 3, 8, 6
 MOST_TRIES = 4
 LONGEST_TOKEN, LONGEST_PROMPT = 200, 2_000
-
-Table = dict[str, list[Any]]
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Inspected:
 def inspected(runs: Sequence[Run]) -> Inspected:
     """Completions of the runs that have traces, a few from steps spread over each run."""
     problems: list[str] = []
-    traced = [(run, files) for run in runs if (files := trace_files(run.path))]
+    traced = [(run, files) for run in runs if (files := traces.steps(run.path))]
     if not traced:
         return Inspected("No token traces were recorded, so there is no completion to show.")
     shown = traced[:MOST_RUNS]
@@ -76,15 +74,6 @@ def inspected(runs: Sequence[Run]) -> Inspected:
     return Inspected(said=said + problems[:3], data={"runs": methods, "completions": completions})
 
 
-def trace_files(path: Path) -> dict[int, Path]:
-    """Trace files of a run directory by step, in order."""
-    found = {}
-    for file in (path / "traces").glob("step-*.parquet"):
-        if match := re.fullmatch(r"step-(\d{1,18})\.parquet", file.name):
-            found[int(match[1])] = file
-    return dict(sorted(found.items()))
-
-
 def spread_out(steps: Sequence[int], most: int) -> list[int]:
     """At most ``most`` of the steps, the last one among them, evenly over all.
 
@@ -93,26 +82,6 @@ def spread_out(steps: Sequence[int], most: int) -> list[int]:
     """
     count = min(most, len(steps))
     return [steps[math.ceil((i + 1) * len(steps) / count) - 1] for i in range(count)]
-
-
-def read_trace(file: Path, columns: Sequence[str], problems: list[str]) -> Table | None:
-    """Columns of a trace file as lists, None for one that cannot be read; at most ``MOST_ROWS`` rows."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        problems.append("Token traces are Parquet files; install pyarrow to show them.")
-        return None
-    try:
-        source = parquet.ParquetFile(file)
-        present = [name for name in columns if name in source.schema_arrow.names]
-        if any(name in columns and name not in present for name in NEEDED):
-            problems.append(f"The token trace {clean(file.name)} lacks columns, so it is not shown.")
-            return None
-        batch = next(source.iter_batches(batch_size=MOST_ROWS, columns=present), None)
-        return batch.to_pydict() if batch is not None and len(batch) else None
-    except (OSError, ValueError, ArrowException) as error:
-        problems.append(f"The token trace {clean(file.name)} could not be read ({type(error).__name__}).")
-        return None
 
 
 def number_of(value: Any) -> float:
@@ -158,7 +127,12 @@ def _moved(files: dict[int, Path], step: int, used: set[int], problems: list[str
     for near in reversed(steps[max(0, place - MOST_TRIES + 1) : place + 1]):
         if near in used:
             continue
-        table = read_trace(files[near], ("sequence", *TEXTS, *NUMBERS), problems)
+        why: list[str] = []
+        table = traces.read(files[near], NEEDED, why, optional=OPTIONAL, limit=MOST_ROWS)
+        problems += [
+            f"The token trace {clean(files[near].name)} could not be read ({clean(reason, 300)})."
+            for reason in why
+        ]
         if table:
             moved = any(value != 0 for value in table["log_ratio"] if value is not None)
             table |= {"step": [near] * len(table["token"]), "still": [not moved] * len(table["token"])}
