@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.collapse.runs import SETTINGS
 from benchmarks.collapse.surprise import Surprise, WatchOptions
 from kalman_rl.engine.config import TrainConfig, build, load_toml
-from kalman_rl.engine.runs.run import read_manifest, read_metrics
+from kalman_rl.engine.runs.reading import read_manifest, read_metrics
 from kalman_rl.errors import ConfigError, RunError
 
 HOLD = list(SETTINGS)[: list(SETTINGS).index("no_ratio_ramp")]

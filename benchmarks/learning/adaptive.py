@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from kalman_rl.engine.config import TrainConfig, build, labels, load_toml, to_toml, validate
-from kalman_rl.engine.runs.run import Run, read_manifest
+from kalman_rl.engine.runs.reading import read_manifest
+from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import ConfigError
 
 RESULTS = Path(__file__).parents[1] / "results" / "learning"

@@ -15,7 +15,8 @@ import pytest
 
 from kalman_rl.cli.main import default_run, main
 from kalman_rl.engine.config import DemoConfig, StressConfig, TrainConfig, build, load_toml
-from kalman_rl.engine.runs.run import Run, read_manifest
+from kalman_rl.engine.runs.reading import read_manifest
+from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import RewardError
 from kalman_rl.methods import METHODS
 

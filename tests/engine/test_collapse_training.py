@@ -17,7 +17,8 @@ from kalman_rl.engine import train as train_module
 from kalman_rl.engine.collapse import CollapseAlarm, rule
 from kalman_rl.engine.collapse.rule import FILE, read_alarms
 from kalman_rl.engine.config import TrainConfig, build, to_toml, validate
-from kalman_rl.engine.runs.run import Run, read_manifest, read_metrics
+from kalman_rl.engine.runs.reading import read_manifest, read_metrics
+from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import Task
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import SafeSink, make_sinks

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalman_rl.engine.runs.checkpoints import SEAL, verify_checkpoint
-from kalman_rl.engine.runs.run import Run, name_problem, read_manifest, read_metrics
+from kalman_rl.engine.runs.reading import read_manifest, read_metrics
+from kalman_rl.engine.runs.run import Run, name_problem
 from kalman_rl.engine.runs.traces import NULLABLE, TRACE_COLUMNS
 from kalman_rl.errors import RunError, ShapeError
 

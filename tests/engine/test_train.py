@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from kalman_rl.engine.callbacks import Progress
 from kalman_rl.engine.config import TrainConfig, build, to_toml, validate
-from kalman_rl.engine.runs.run import Run, read_metrics
+from kalman_rl.engine.runs.reading import read_metrics
+from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.train import train
 from kalman_rl.errors import ConfigError, RewardError
 from kalman_rl.kernels.memory import keep_freed_memory

@@ -156,7 +156,7 @@ def _cache(study: Path) -> Path:
 
 def _finished(config: TrainConfig) -> bool:
     """Whether this very run is complete: same settings, marked as finished."""
-    from kalman_rl.engine.runs.run import read_manifest
+    from kalman_rl.engine.runs.reading import read_manifest
 
     assert config.run is not None
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from kalman_rl.checks import is_whole
 from kalman_rl.engine.config import TrainConfig, build, load_toml
 from kalman_rl.engine.runs import traces
-from kalman_rl.engine.runs.run import read_manifest
+from kalman_rl.engine.runs.reading import read_manifest
 from kalman_rl.errors import ConfigError, KalmanRLError, RunError, one_line
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.inputs import check_provided

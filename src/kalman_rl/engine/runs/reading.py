@@ -1,12 +1,13 @@
-"""Reading runs: directories with a ``manifest.json`` become :class:`Run` values, whatever is broken in them.
+"""Finding and reading runs: directories with a ``manifest.json``.
 
-The reader is tolerant on purpose: a report is most wanted when something went wrong. Whatever had to be
-left out is said in ``Run.notes``.
+:func:`read_manifest` and :func:`read_metrics` raise where a file is damaged. :func:`read_run` never does, because a
+report is most wanted when something went wrong: ``RunRecord.notes`` lists what was left out.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import unicodedata
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kalman_rl.engine.runs.files import FORMAT, read_json, read_regular
 from kalman_rl.errors import ConfigError, RunError
 
 Row = dict[str, float]
@@ -25,10 +27,11 @@ LARGEST = 1e100
 LARGEST_STEP = 2**52
 """Beyond it the next step is the same float."""
 SHOWN_BREAKS = {"\n": "\n", "\t": "\t"}
+logger = logging.getLogger("kalman_rl")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One run directory as far as it could be read; texts are already safe to show (see :func:`clean`)."""
 
     path: Path
@@ -73,53 +76,102 @@ def _visible(char: str) -> str:
     return f"\\u{{{ord(char):x}}}" if hidden else char
 
 
-def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """Every run below the given directories, once each, in the order of their paths.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The run's ``manifest.json``. Raises: RunError if there is none, or it is of a newer format."""
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path}: no such run directory")
+    if not os.path.lexists(path / "manifest.json"):
+        raise RunError(
+            f"{path}: got no manifest.json, expected a run; give the directory that training wrote"
+        )
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise RunError(
+            f"{path}: got a run of format {manifest.get('format')!r}, expected {FORMAT}; use the "
+            "version of kalman-rl that wrote it"
+        )
+    return manifest
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of the run's ``metrics.jsonl``; lines that are no rows (a torn last one) are skipped with a warning.
+
+    Raises: RunError if there is no such file.
+    """
+    rows, bad = metrics_rows(path)
+    if bad:
+        logger.warning("%s: skipped %d unreadable line(s)", Path(path) / "metrics.jsonl", bad)
+    return rows
+
+
+def metrics_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows of the run's ``metrics.jsonl`` as written, and how many lines are no rows; NaN and infinity are None.
+
+    A row has a ``kind``, a whole ``step`` and, if any, a ``time`` of at least 0. Raises: RunError if there is no
+    such file.
+    """
+    rows, bad = [], 0
+    for line in read_regular(Path(path) / "metrics.jsonl", None).splitlines():
+        try:
+            row = json.loads(line, parse_constant=lambda name: None)
+            valid = isinstance(row["kind"], str) and type(row["step"]) is int and row.get("time", 0) >= 0
+            valid = valid and abs(row["step"]) <= LARGEST_STEP
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            valid = False
+        if valid:
+            rows.append(row)
+        else:
+            bad += bool(line.strip())
+    return rows, bad
+
+
+def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Every run in and below the given directories, once each, in the order of their paths.
 
     Raises: ConfigError for no path at all; RunError for a path that is not a directory or holds no run.
     """
     if isinstance(paths, str | Path):
-        raise ConfigError(f"report: got {str(paths)!r}, expected a list of run directories")
+        raise ConfigError(f"runs: got {str(paths)!r}, expected a list of run directories")
     if not paths:
-        raise ConfigError("report: got no run directory, expected at least one")
-    found: dict[Path, Run] = {}
+        raise ConfigError("runs: got no run directory, expected at least one")
+    found: dict[Path, RunRecord] = {}
     for path in map(Path, paths):
         if not path.is_dir():
             what = "a file" if path.exists() else "nothing there"
             raise RunError(f"run directory: got {what}, expected a directory; {path}; check the path")
-        folders = list(_run_folders(path))
+        folders = list(_folders_below(path))
         if not folders:
             raise RunError(
                 f"run directory: got no manifest.json in {path} or below, expected a run; "
                 "give the directory that training wrote"
             )
         for folder in folders:
-            name = folder.relative_to(path).as_posix()
-            key = folder.resolve()
-            if key not in found:
-                found[key] = read_run(folder, path.resolve().name if name == "." else name)
+            if (key := folder.resolve()) not in found:
+                name = path.resolve().name if folder == path else folder.relative_to(path).as_posix()
+                found[key] = read_run(folder, name)
     return list(found.values())
 
 
-def _run_folders(root: Path) -> Iterator[Path]:
+def _folders_below(root: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(root):
         inner[:] = sorted(name for name in inner if name not in SKIPPED_FOLDERS and name[:1] != ".")
         if "manifest.json" in files:
             yield Path(folder)
 
 
-def read_run(path: Path, name: str | None = None) -> Run:
+def read_run(path: Path, name: str | None = None) -> RunRecord:
     """Read one run directory; problems are collected in ``notes``, never raised."""
     notes: list[str] = []
-    manifest = _read_manifest(path, notes)
+    manifest = _manifest_of(path, notes)
     labels = _scalars(manifest.get("labels"))
     if "seed" not in labels and manifest.get("seed") is not None:
         labels["seed"] = clean(manifest["seed"], 20)
-    train, evals = _read_metrics(path, notes)
+    train, evals = _metrics_of(path, notes)
     git = _scalars(manifest.get("git"))
     facts = {key: text for key, text in _scalars(manifest).items() if key not in ("format", "status")}
     facts |= {f"git {key}": text for key, text in git.items()}
-    return Run(
+    return RunRecord(
         path=path,
         name=clean(name or path.name, 120),
         labels=labels,
@@ -127,7 +179,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         seconds=number(manifest.get("seconds")),
         facts=facts,
         versions=_scalars(manifest.get("versions")),
-        config=_read_config(path, notes),
+        config=_config_of(path, notes),
         train=train,
         evals=evals,
         notes=notes,
@@ -151,50 +203,41 @@ def _scalars(table: object) -> dict[str, str]:
     return {clean(k, 40): clean(v) for k, v in table.items() if isinstance(v, (str, int, float)) and v != ""}
 
 
-def _read_manifest(path: Path, notes: list[str]) -> dict[str, Any]:
+def _manifest_of(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError) as error:
-        notes.append(
-            f"manifest.json could not be read ({type(error).__name__}); labels and versions are missing"
-        )
+        return read_json(path / "manifest.json")
+    except RunError:
+        notes.append("manifest.json could not be read; labels and versions are missing")
         return {}
-    if not isinstance(manifest, dict):
-        notes.append("manifest.json is not a table; labels and versions are missing")
-        return {}
-    return manifest
 
 
-def _read_config(path: Path, notes: list[str]) -> str:
+def _config_of(path: Path, notes: list[str]) -> str:
     try:
-        text = (path / "config.toml").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        text = read_regular(path / "config.toml").decode(errors="replace")
+    except RunError:
         notes.append("config.toml is missing")
         return ""
     return clean(text, 20_000, breaks=True)
 
 
-def _read_metrics(path: Path, notes: list[str]) -> tuple[list[Row], list[Row]]:
+def _metrics_of(path: Path, notes: list[str]) -> tuple[list[Row], list[Row]]:
     """Train and eval rows by step; a step that was logged twice (after a resume) keeps the later values."""
-    tables: dict[str, dict[int, Row]] = {"train": {}, "eval": {}}
+    train: dict[int, Row] = {}
+    evals: dict[int, Row] = {}
+    rows: list[dict[str, Any]] = []
     torn = holes = lost = 0
     try:
-        with (path / "metrics.jsonl").open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if not line.strip():
-                    continue
-                parsed = _parse(line)
-                if parsed is None:
-                    torn += 1
-                    continue
-                kind, row, bad = parsed
-                holes += bad
-                if kind == "gap":
-                    lost += int(number(row.get("rows_lost")) or 0)
-                if kind in tables:
-                    tables[kind].setdefault(int(row["step"]), {}).update(row)
-    except OSError:
+        rows, torn = metrics_rows(path)
+    except RunError:
         notes.append("metrics.jsonl is missing, so there is nothing to draw")
+    for event in rows:
+        row = _numbers(event)
+        holes += sum(map(math.isnan, row.values()))
+        if event["kind"] == "gap":
+            lost += int(number(event.get("rows_lost")) or 0)
+        table = {"train": train, "eval": evals}.get(event["kind"])
+        if table is not None:
+            table.setdefault(event["step"], {}).update(row)
     if lost:
         notes.append(
             f"{lost} {'row' if lost == 1 else 'rows'} of metrics could not be written during the run"
@@ -206,27 +249,18 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[list[Row], list[Row]]:
         notes.append(
             f"{holes} {'value' if holes == 1 else 'values'} of metrics.jsonl {_was(holes)} not finite"
         )
-    return tuple([rows[step] for step in sorted(rows)] for rows in tables.values())  # type: ignore[return-value]
+    return [train[step] for step in sorted(train)], [evals[step] for step in sorted(evals)]
 
 
 def _was(count: int) -> str:
     return "was" if count == 1 else "were"
 
 
-def _parse(line: str) -> tuple[str, Row, int] | None:
-    """``(kind, numbers, how many of them are not finite)`` of one line, or None if it is not a row."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(event, dict):
-        return None
-    step = number(event.get("step"))
-    if step is None or abs(step) > LARGEST_STEP or not isinstance(event.get("kind"), str):
-        return None
-    row: Row = {"step": step}
+def _numbers(event: dict[str, Any]) -> Row:
+    """The numbers of a row of metrics; NaN for those that are not finite."""
+    row: Row = {}
     for key, value in event.items():
-        if key not in ("kind", "step") and (value is None or isinstance(value, (int, float))):
+        if key != "kind" and (value is None or isinstance(value, (int, float))):
             finite = number(value)
             row[key] = math.nan if finite is None else finite
-    return event["kind"], row, sum(math.isnan(value) for value in row.values())
+    return row

@@ -1,4 +1,4 @@
-"""The run directory: the only place that training writes to, and all reading and writing of it.
+"""The run directory: the only place that training writes to.
 
 Files appear complete or not at all (written beside, synced, renamed); ``metrics.jsonl`` grows by whole
 lines; a checkpoint counts once ``complete.json``, written last, holds the SHA-256 of every file in it.
@@ -19,16 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.runs.checkpoints import CHECKPOINT, SEAL, seal_checkpoint, verify_checkpoint
-from kalman_rl.engine.runs.files import (
-    FORMAT,
-    explained,
-    read_json,
-    read_regular,
-    replacing,
-    write_all,
-    write_file,
-)
+from kalman_rl.engine.runs.files import explained, replacing, write_all, write_file
 from kalman_rl.engine.runs.manifest import new_manifest, redacted, redacted_toml
+from kalman_rl.engine.runs.reading import metrics_rows, read_manifest, read_metrics
 from kalman_rl.engine.runs.traces import trace_table
 from kalman_rl.errors import RunError
 
@@ -246,7 +239,7 @@ class Run:
 
         Also drops lines that are no rows, such as one cut short by a kill, and says so.
         """
-        rows, bad = _parse_metrics(self.path)
+        rows, bad = metrics_rows(self.path)
         kept = [row for row in rows if row["step"] <= step]
         if bad:
             logger.warning("%s: dropped %d unreadable line(s)", self.path / "metrics.jsonl", bad)
@@ -284,48 +277,6 @@ def name_problem(path: Path) -> str | None:
     if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
         return None
     return f"got {name[:120]!r} as a run's name, expected 1 to 100 of A-Z a-z 0-9 . _ - and no leading dot"
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The run's ``manifest.json``. Raises: RunError if there is none, or it is of a newer format."""
-    path = Path(path)
-    if not path.is_dir():
-        raise RunError(f"{path}: no such run directory")
-    if not os.path.lexists(path / "manifest.json"):
-        raise RunError(
-            f"{path}: got no manifest.json, expected a run; give the directory that training wrote"
-        )
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise RunError(
-            f"{path}: got a run of format {manifest.get('format')!r}, expected {FORMAT}; use the "
-            "version of kalman-rl that wrote it"
-        )
-    return manifest
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of the run's ``metrics.jsonl``; lines that are no rows (a torn last one) are skipped, aloud."""
-    rows, bad = _parse_metrics(path)
-    if bad:
-        logger.warning("%s: skipped %d unreadable line(s)", Path(path) / "metrics.jsonl", bad)
-    return rows
-
-
-def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Rows, and the number of lines that are none."""
-    rows, bad = [], 0
-    for line in read_regular(Path(path) / "metrics.jsonl", None).splitlines():
-        try:
-            row = json.loads(line, parse_constant=lambda name: None)
-            valid = isinstance(row["kind"], str) and type(row["step"]) is int and row.get("time", 0) >= 0
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            valid = False
-        if valid:
-            rows.append(row)
-        else:
-            bad += 1
-    return rows, bad
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from kalman_rl.engine.runs.files import replacing
-from kalman_rl.engine.runs.reading import Run, find_runs
+from kalman_rl.engine.runs.reading import RunRecord, find_runs
 from kalman_rl.errors import AdapterError, RunError
 from kalman_rl.instruments.report.sections.beliefs import belief_section
 from kalman_rl.instruments.report.sections.collapse import alarm_section
@@ -85,7 +85,7 @@ def page(
 
 
 def render(
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
     *,
     notice: str = "",
     extra: Sequence[Section] = (),
@@ -156,7 +156,7 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _content(runs: Sequence[Run]) -> dict[str, Any]:
+def _content(runs: Sequence[RunRecord]) -> dict[str, Any]:
     main, study = split(runs)
     groups = pooled(main)
     arms = [arm(group.first.labels.get("method", group.first.name), "", group.runs) for group in groups]
@@ -194,7 +194,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _one_of_each(groups: Sequence[Any], study: Study | None) -> list[Run]:
+def _one_of_each(groups: Sequence[Any], study: Study | None) -> list[RunRecord]:
     """Runs whose tokens are worth a look: the first seed of each group, then those of the study."""
     return [*(group.first for group in groups), *(study.runs if study else [])]
 
@@ -209,7 +209,7 @@ def _contents(content: dict[str, Any], extra: Sequence[Section]) -> list[tuple[s
     return [*places, ("Details", "details")]
 
 
-def _title(main: Sequence[Run], study: Study | None) -> str:
+def _title(main: Sequence[RunRecord], study: Study | None) -> str:
     if not main:
         return "Stress study"
     labels = main[0].labels
@@ -219,13 +219,13 @@ def _title(main: Sequence[Run], study: Study | None) -> str:
     return f"{subject} on {labels['task']}" if "task" in labels else subject
 
 
-def _subtitle(runs: Sequence[Run]) -> str:
+def _subtitle(runs: Sequence[RunRecord]) -> str:
     created = min((run.facts["created"] for run in runs if run.facts.get("created")), default="")
     number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     return ", ".join(filter(None, (number, created[:10])))
 
 
-def _key_figures(main: Sequence[Run], arms: Sequence[Arm], study: Study | None) -> list[dict[str, str]]:
+def _key_figures(main: Sequence[RunRecord], arms: Sequence[Arm], study: Study | None) -> list[dict[str, str]]:
     figures = []
     if len(main) == 1:
         for key, numbers in arms[0].measured.items():
@@ -263,7 +263,7 @@ def _key_figures(main: Sequence[Run], arms: Sequence[Arm], study: Study | None) 
     return figures
 
 
-def _run_row(run: Run) -> dict[str, str]:
+def _run_row(run: RunRecord) -> dict[str, str]:
     def last(key: str) -> str:
         rows = evaluations(run, key)
         return decimal(rows[-1][key]) if rows else "–"

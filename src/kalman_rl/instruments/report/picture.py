@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.runs.files import replacing
-from kalman_rl.engine.runs.reading import Run, find_runs
+from kalman_rl.engine.runs.reading import RunRecord, find_runs
 from kalman_rl.errors import AdapterError, RunError
 from kalman_rl.instruments.report.charts.chart import spread
 from kalman_rl.instruments.report.sections.stress import learning_lines
@@ -98,7 +98,7 @@ def _two(study: Study | None) -> list[str]:
     )
 
 
-def _main(axes: Any, run: Run) -> None:
+def _main(axes: Any, run: RunRecord) -> None:
     ends = []
     for index, (key, kind) in enumerate(ACCURACIES.items()):
         rows = evaluations(run, key)

@@ -10,7 +10,7 @@ from statistics import fmean
 from markupsafe import Markup
 
 from kalman_rl.engine.runs.beliefs import BANDS, HOPELESS, LEARNED, Beliefs, Visit, read_beliefs
-from kalman_rl.engine.runs.reading import Run, clean
+from kalman_rl.engine.runs.reading import RunRecord, clean
 from kalman_rl.instruments.report.charts.chart import Line, lines_chart
 from kalman_rl.instruments.report.charts.sparkline import belief_line
 from kalman_rl.instruments.report.stats.intervals import wilson
@@ -52,7 +52,7 @@ class BeliefSection:
     missing: list[str] = field(default_factory=list)
 
 
-def belief_section(runs: Sequence[Run], notes: list[tuple[str, str]]) -> BeliefSection | None:
+def belief_section(runs: Sequence[RunRecord], notes: list[tuple[str, str]]) -> BeliefSection | None:
     """The section of the first run that has beliefs, None if there is none; problems go to ``notes``."""
     for run in runs:
         problems: list[str] = []
@@ -63,7 +63,7 @@ def belief_section(runs: Sequence[Run], notes: list[tuple[str, str]]) -> BeliefS
     return None
 
 
-def _section(run: Run, beliefs: Beliefs) -> BeliefSection:
+def _section(run: RunRecord, beliefs: Beliefs) -> BeliefSection:
     prompts = beliefs.prompts
     section = BeliefSection(clean(run.name, 60))
     section.lead = _lead(beliefs, prompts)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kalman_rl.engine.collapse.rule import ADVICE, read_alarms
-from kalman_rl.engine.runs.reading import Run, clean
+from kalman_rl.engine.runs.reading import RunRecord, clean
 
 MOST = 40
 
@@ -30,7 +30,7 @@ class AlarmSection:
     note: str
 
 
-def alarm_section(runs: Sequence[Run]) -> AlarmSection | None:
+def alarm_section(runs: Sequence[RunRecord]) -> AlarmSection | None:
     """The section, or None if no run recorded an alarm."""
     found = [(run, alarm) for run in runs for alarm in read_alarms(run.path)]
     if not found:

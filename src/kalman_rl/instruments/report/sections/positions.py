@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import quantiles
 
 from kalman_rl.engine.runs import traces
-from kalman_rl.engine.runs.reading import Run
+from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.engine.runs.traces import Table
 from kalman_rl.instruments.replay import own_method
 from kalman_rl.instruments.report.charts.chart import Line, lines_chart
@@ -64,7 +64,7 @@ def position_figure(groups: Sequence[Group], palette: dict[str, int]) -> Figure 
     return Figure("Gradient by position", note, chart)
 
 
-def _sums(run: Run) -> tuple[Sums, int]:
+def _sums(run: RunRecord) -> tuple[Sums, int]:
     files = traces.steps(run.path)
     sums: Sums = {}
     read = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kalman_rl.engine.runs.reading import Run
+from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.instruments.report.stats.intervals import t_quantile
 from kalman_rl.instruments.report.stats.series import typical
 from kalman_rl.instruments.report.stats.study import (
@@ -44,7 +44,7 @@ class Summary:
 
 
 def summarise(
-    main: Sequence[Run], main_arms: Sequence[Arm], study: Study | None, names: Sequence[str] = ()
+    main: Sequence[RunRecord], main_arms: Sequence[Arm], study: Study | None, names: Sequence[str] = ()
 ) -> Summary:
     """Plain words about the main runs (or the first of each group of seeds) and the stress study."""
     summary = Summary()
@@ -83,7 +83,7 @@ def _many(names: Sequence[str], arms: Sequence[Arm]) -> str:
     return f"Of {len(names)} runs, {'; '.join(told)}."
 
 
-def _main_sentences(run: Run, arm: Arm, name: str, *, alone: bool) -> list[str]:
+def _main_sentences(run: RunRecord, arm: Arm, name: str, *, alone: bool) -> list[str]:
     subject = _subject(run) if alone else f"Run {name}"
     so_far = "" if run.finished else f" The run is marked {run.status}, so these are not its final numbers."
     if not run.train and not run.evals:
@@ -112,7 +112,7 @@ def _main_sentences(run: Run, arm: Arm, name: str, *, alone: bool) -> list[str]:
     return sentences
 
 
-def _subject(run: Run) -> str:
+def _subject(run: RunRecord) -> str:
     get = run.labels.get
     subject = get("model") or f"The run {run.name}"
     task, method = get("task"), get("method")
@@ -143,7 +143,7 @@ def _moved(numbers: Measured, kind: str, steps: int) -> str:
     return phrase[numbers.verdict]
 
 
-def _unmeasured(run: Run, arm: Arm, subject: str) -> str:
+def _unmeasured(run: RunRecord, arm: Arm, subject: str) -> str:
     reward = trend(run, "reward")
     moved = f"; its training reward went from {decimal(reward[0])} to {decimal(reward[1])}" if reward else ""
     if arm.main is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.runs import traces
-from kalman_rl.engine.runs.reading import Run, clean
+from kalman_rl.engine.runs.reading import RunRecord, clean
 from kalman_rl.engine.runs.traces import Table
 from kalman_rl.instruments.report.sections.other_methods import on_tokens
 from kalman_rl.instruments.report.words import counted
@@ -45,7 +45,7 @@ class Inspected:
         return found
 
 
-def inspected(runs: Sequence[Run]) -> Inspected:
+def inspected(runs: Sequence[RunRecord]) -> Inspected:
     """Completions of the runs that have traces, a few from steps spread over each run."""
     problems: list[str] = []
     traced = [(run, files) for run in runs if (files := traces.steps(run.path))]
@@ -201,7 +201,7 @@ def _completion(columns: Table, run: int) -> dict[str, Any]:
     }
 
 
-def _sampled(run: Run, chosen: Sequence[Table], files: dict[int, Path], there: int) -> str:
+def _sampled(run: RunRecord, chosen: Sequence[Table], files: dict[int, Path], there: int) -> str:
     steps = sorted({columns["step"][0] for columns in chosen})
     cut = sum(len(columns["token"]) > MOST_OF_ONE for columns in chosen)
     text = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from kalman_rl.engine.runs.reading import Run
+from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.instruments.report.charts.chart import Line, lines_chart
 from kalman_rl.instruments.report.stats.intervals import wilson
 from kalman_rl.instruments.report.stats.metrics import (
@@ -220,7 +220,7 @@ def _small(metric: Metric, groups: Sequence[Group], palette: dict[str, int]) -> 
     return Figure(metric.title, note, chart)
 
 
-def _panel(run: Run, metric: Metric, panel: Panel) -> tuple[list[Point], list[Point]] | None:
+def _panel(run: RunRecord, metric: Metric, panel: Panel) -> tuple[list[Point], list[Point]] | None:
     """Smoothed points, and the raw ones if smoothing did anything; None without a finite value."""
     ratio = panel.key.startswith(("ratio/", "trust/", "policy/"))
     points = series(run.train, panel.key, panel.change, skip_noop=ratio)
@@ -270,7 +270,7 @@ def _spent(group: Group) -> dict[str, str]:
     return table
 
 
-def _completions(run: Run) -> float | None:
+def _completions(run: RunRecord) -> float | None:
     """Completions sampled for training: as booked, or from the settings of a run with a fixed number."""
     if booked := finite(series(run.train, "budget/used")):
         return sum(booked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kalman_rl.engine.runs.reading import Run
+from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.instruments.report.stats.study import flat, names_of
 
 NOT_THE_SAME_RUN = frozenset({"seed", "run", "quiet", "threads", "report_to"})
@@ -18,10 +18,10 @@ class Group:
     """One experiment: its runs, each with another seed, and the name it is shown under."""
 
     name: str
-    runs: list[Run]
+    runs: list[RunRecord]
 
     @property
-    def first(self) -> Run:
+    def first(self) -> RunRecord:
         return self.runs[0]
 
     @property
@@ -29,9 +29,9 @@ class Group:
         return len(self.runs)
 
 
-def pooled(runs: Sequence[Run]) -> list[Group]:
+def pooled(runs: Sequence[RunRecord]) -> list[Group]:
     """Groups in the order of their first runs. A run without settings, or one that repeats a seed, stays alone."""
-    groups: list[tuple[dict[str, str] | None, list[Run]]] = []
+    groups: list[tuple[dict[str, str] | None, list[RunRecord]]] = []
     for run in runs:
         key = _experiment(run)
         seed = run.labels.get("seed")
@@ -46,7 +46,7 @@ def pooled(runs: Sequence[Run]) -> list[Group]:
     return [Group(name, members) for name, (_, members) in zip(names, groups)]
 
 
-def _experiment(run: Run) -> dict[str, str] | None:
+def _experiment(run: RunRecord) -> dict[str, str] | None:
     settings = flat(run.config)
     if not settings:
         return None
@@ -56,7 +56,7 @@ def _experiment(run: Run) -> dict[str, str] | None:
     }
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def _names(runs: Sequence[RunRecord]) -> list[str]:
     """The method; the method and the settings that differ; or what :func:`names_of` falls back to."""
     methods = [run.labels.get("method", run.name) for run in runs]
     if len(set(methods)) == len(methods):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 
-from kalman_rl.engine.runs.reading import Row, Run
+from kalman_rl.engine.runs.reading import Row, RunRecord
 from kalman_rl.instruments.report.stats.intervals import t_interval
 
 Point = tuple[float, float]
@@ -41,7 +41,7 @@ def finite(points: Sequence[Point]) -> list[float]:
     return [value for _, value in points if math.isfinite(value)]
 
 
-def typical(runs: Sequence[Run], key: str) -> float | None:
+def typical(runs: Sequence[RunRecord], key: str) -> float | None:
     """Median of a metric over all steps of all runs, without the updates that change nothing."""
     values = [value for run in runs for value in finite(series(run.train, key, skip_noop=True))]
     return median(values) if values else None

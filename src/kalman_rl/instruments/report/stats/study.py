@@ -15,7 +15,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from kalman_rl.engine.runs.reading import Row, Run
+from kalman_rl.engine.runs.reading import Row, RunRecord
 from kalman_rl.instruments.report.stats.intervals import (
     Interval,
     newcombe,
@@ -111,7 +111,7 @@ class Arm:
 
     method: str
     condition: str
-    runs: list[Run]
+    runs: list[RunRecord]
     unfinished: int = 0
     measured: dict[str, Measured] = field(default_factory=dict)
 
@@ -125,13 +125,13 @@ class Arm:
         return ACCURACIES[SAMPLED if SAMPLED in self.measured else GREEDY]
 
 
-def evaluations(run: Run, key: str) -> list[Row]:
+def evaluations(run: RunRecord, key: str) -> list[Row]:
     """Evaluations of a run in which ``key`` was measured."""
     return [row for row in run.evals if math.isfinite(row.get(key, math.nan))]
 
 
 def measure(
-    runs: Iterable[Run], key: str, fallback: tuple[float, float | None] | None = None
+    runs: Iterable[RunRecord], key: str, fallback: tuple[float, float | None] | None = None
 ) -> Measured | None:
     """Final and start accuracy over runs; a run with one evaluation only borrows the ``fallback`` start."""
     finals, starts, counts, start_counts = [], [], [], []
@@ -166,7 +166,7 @@ def _smallest(counts: Sequence[float | None]) -> float | None:
     return min(known) if len(known) == len(counts) and known else None
 
 
-def arm(method: str, condition: str, runs: Sequence[Run], study: Sequence[Run] = ()) -> Arm:
+def arm(method: str, condition: str, runs: Sequence[RunRecord], study: Sequence[RunRecord] = ()) -> Arm:
     """Measure one arm; ``study`` gives the common start for runs that were only evaluated at the end."""
     finished = [run for run in runs if run.finished] or (list(runs) if not study else [])
     measured = {}
@@ -188,7 +188,7 @@ class Study:
     """A stress study: arms by condition and method."""
 
     arms: list[Arm]
-    runs: list[Run]
+    runs: list[RunRecord]
     notes: list[str]
 
     @property
@@ -224,14 +224,14 @@ def colours(names: Sequence[str]) -> dict[str, int]:
     return {name: COLOUR_OF[name] if name in COLOUR_OF else turns[name] for name in names}
 
 
-def split(runs: Sequence[Run]) -> tuple[list[Run], Study | None]:
+def split(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], Study | None]:
     """Main runs (no ``condition`` label) and the stress study made of all others."""
     main = [run for run in runs if "condition" not in run.labels]
     stress = [run for run in runs if "condition" in run.labels]
     if not stress:
         return main, None
     notes: list[str] = []
-    cells: dict[tuple[str, str], dict[str, Run]] = {}
+    cells: dict[tuple[str, str], dict[str, RunRecord]] = {}
     for run in sorted(stress, key=lambda run: run.facts.get("created", "")):
         cell = cells.setdefault((run.labels["condition"], run.labels.get("method", "unnamed")), {})
         seed = run.labels.get("seed", run.name)
@@ -246,9 +246,9 @@ def split(runs: Sequence[Run]) -> tuple[list[Run], Study | None]:
     return main, Study(arms, kept, notes)
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
+def names_of(runs: Sequence[RunRecord]) -> list[str]:
     """The shortest label that tells the runs apart: the method, the method and seed, or the directory."""
-    rules: tuple[Callable[[Run], str], ...] = (
+    rules: tuple[Callable[[RunRecord], str], ...] = (
         lambda run: run.labels.get("method", run.name),
         lambda run: f"{run.labels.get('method', run.name)}, seed {run.labels.get('seed', '?')}",
         lambda run: run.name,
@@ -299,12 +299,12 @@ def _leaves(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
             yield prefix + key, str(value)[:60]
 
 
-def trend(run: Run, key: str, *, kept: bool = False) -> tuple[float, float] | None:
+def trend(run: RunRecord, key: str, *, kept: bool = False) -> tuple[float, float] | None:
     """Means of the first and last tenth of a training metric; with ``kept``, of one minus it."""
     return ends(series(run.train, key, complement if kept else same, skip_noop="/" in key))
 
 
-def noop_share(run: Run) -> float | None:
+def noop_share(run: RunRecord) -> float | None:
     """Share of updates whose log-ratios were all zero, so that every ratio method does the same."""
     values = finite(series(run.train, "ratio/noop"))
     return fmean(values) if values else None
