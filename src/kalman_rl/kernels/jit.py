@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from kalman_rl.hooks import moved
+from kalman_rl.kernels.hooks import TORCH
+
 SWITCH = "KALMAN_RL_NO_NUMBA"
 EXACT = frozenset({"contract", "nsz"})
 FREEDOMS = EXACT | {"arcp"}
@@ -30,7 +33,7 @@ def usable(*tensors: Any) -> bool:
     Not while torch traces a graph or carries derivatives forward: a kernel's memory accesses are invisible
     to both.
     """
-    if os.environ.get(SWITCH, "0") not in ("", "0") or torch.compiler.is_compiling():
+    if os.environ.get(SWITCH, "0") not in ("", "0") or torch.compiler.is_compiling() or _numba() is None:
         return False
     if (
         torch.autograd.forward_ad._current_level >= 0
@@ -40,7 +43,7 @@ def usable(*tensors: Any) -> bool:
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and not _plain(tensor):
             return False
-    return _numba() is not None
+    return True
 
 
 def _plain(tensor: torch.Tensor) -> bool:
@@ -58,7 +61,7 @@ def _numba() -> Any | None:
         import numba
     except Exception:  # not installed, or installed for another numpy: numba raises several kinds
         return None
-    return None if numba.config.DISABLE_JIT else numba
+    return None if numba.config.DISABLE_JIT or moved(TORCH) else numba
 
 
 @functools.cache

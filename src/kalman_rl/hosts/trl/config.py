@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import trl
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from kalman_rl.beliefs.advantage import Tracked
-from kalman_rl.errors import AdapterError, ConfigError
-from kalman_rl.hosts.trl.hooks import TESTED_TRL, moved
+from kalman_rl.errors import ConfigError
+from kalman_rl.hooks import check
+from kalman_rl.hosts.trl.hooks import TORCH, TRANSFORMERS, TRL
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.correction import CORRECTIONS
 from kalman_rl.objectives.inputs import INPUTS, check_provided
@@ -38,11 +38,8 @@ PROVIDED = {*INPUTS, "past_steps", "whole_step"}
 
 
 def check_host() -> None:
-    """Raise AdapterError if the installed TRL has other hooks than the ones this adapter was tested on."""
-    for text in moved(GRPOTrainer):
-        raise AdapterError(
-            f"trl: got version {trl.__version__} with {text} as in {TESTED_TRL}.*; install trl=={TESTED_TRL}.*"
-        )
+    """Raise AdapterError if the installed libraries have other hooks than the ones this adapter was tested on."""
+    check(TRL, TRANSFORMERS, TORCH)
 
 
 check_host()

@@ -7,31 +7,20 @@ would pull verl's whole trainer into every worker.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from kalman_rl.errors import AdapterError
+from kalman_rl.hooks import check
+from kalman_rl.hosts.verl.hooks import VERL
 
 logger = logging.getLogger(__name__)
-
-TESTED_VERL = "0.9"
-_AGGREGATION = {"loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "batch_num_tokens", "global_batch_size"}
 
 
 def check_host() -> None:
     """Raise AdapterError if the installed verl has other hooks than the ones this adapter was tested on."""
-    from verl.trainer.ppo import core_algos
-
-    missing = sorted(_AGGREGATION - set(inspect.signature(core_algos.agg_loss).parameters))
-    hooks = ("POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY", "register_policy_loss", "register_adv_est")
-    missing += [hook for hook in hooks if not hasattr(core_algos, hook)]
-    if missing:
-        raise AdapterError(
-            f"verl: got version {_version()} whose core_algos lacks {', '.join(missing)}, expected {TESTED_VERL}.*; "
-            f"install verl=={TESTED_VERL}.*"
-        )
+    check(VERL)
 
 
 def register() -> None:

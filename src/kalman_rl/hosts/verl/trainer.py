@@ -19,10 +19,12 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils import tensordict_utils as tu
 
 from kalman_rl.errors import ConfigError
+from kalman_rl.hooks import check
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.hosts.verl import plugin
 from kalman_rl.hosts.verl.config import PREFIX
 from kalman_rl.hosts.verl.estimators import TRACKED, TRACKER, options_in, remembers
+from kalman_rl.hosts.verl.hooks import TRAINER
 from kalman_rl.hosts.verl.losses import check_actor
 from kalman_rl.hosts.verl.tracker import (
     PromptNames,
@@ -35,6 +37,7 @@ from kalman_rl.hosts.verl.tracker import (
 )
 
 logger = logging.getLogger(__name__)
+check(TRAINER)
 plugin.register()  # where entry points are switched off
 
 

@@ -1,0 +1,49 @@
+"""The names inside verl's trainer that our losses, estimators and trainer rely on.
+
+In two lists, since every worker loads the losses and only the driver loads the trainer.
+"""
+
+from __future__ import annotations
+
+from kalman_rl.hooks import Host, Method
+
+VERL = Host(
+    "verl",
+    "==0.9.*",
+    {
+        "verl.trainer.ppo.core_algos": {
+            "POLICY_LOSS_REGISTRY": None,
+            "ADV_ESTIMATOR_REGISTRY": None,
+            "register_policy_loss": Method(("name",)),
+            "register_adv_est": Method(("name_or_enum",)),
+            "agg_loss": Method(
+                (),
+                (
+                    "loss_mat",
+                    "loss_mask",
+                    "loss_agg_mode",
+                    "dp_size",
+                    "batch_num_tokens",
+                    "global_batch_size",
+                ),
+            ),
+        },
+        "verl.workers.config": {"ActorConfig": None, "PolicyLossConfig": None},
+    },
+)
+TRAINER = Host(
+    "verl",
+    "==0.9.*",
+    {
+        "verl.trainer.ppo.v1": {"register_trainer": Method(("name",))},
+        "verl.trainer.ppo.v1:PPOTrainerSync": {
+            "__init__": Method(("config",)),
+            "_next_train_batch": Method(("num_prompts",)),
+            "_compute_advantage": Method(("batch", "metrics")),
+            "_save_checkpoint": Method(),
+            "_load_checkpoint": Method(),
+            "global_steps": None,
+            "trainer_mode": None,
+        },
+    },
+)

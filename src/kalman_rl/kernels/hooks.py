@@ -1,0 +1,15 @@
+"""The private names of torch that the compiled kernels rely on."""
+
+from __future__ import annotations
+
+from kalman_rl.hooks import Host, Method
+
+TORCH = Host(
+    "torch",
+    ">=2.7",
+    {
+        "torch.autograd.forward_ad": {"_current_level": None},
+        "torch._C._functorch": {"peek_interpreter_stack": Method()},
+    },
+    otherwise="plain torch computes the same, slower",
+)
