@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kalman_rl.objectives.loss import Loss, Method, policy_loss
     from kalman_rl.objectives.rollouts import Rollouts
     from kalman_rl.sampling.one_prompt.environment import SimulatedPreferenceEnv
+    from kalman_rl.sampling.one_prompt.language_model import LanguageModelEnvironment
     from kalman_rl.sampling.one_prompt.loop import run_adaptive_sampling
 
 try:
@@ -26,6 +27,7 @@ _HOMES = {
     **dict.fromkeys(("Loss", "Method", "policy_loss"), "objectives.loss"),
     **{"KalmanRLError": "errors", "Rollouts": "objectives.rollouts", "Totals": "objectives.aggregate"},
     "KalmanPreferenceTracker": "numerics.feature_filter",
+    "LanguageModelEnvironment": "sampling.one_prompt.language_model",
     "SimulatedPreferenceEnv": "sampling.one_prompt.environment",
     "run_adaptive_sampling": "sampling.one_prompt.loop",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "METHODS",
     "KalmanPreferenceTracker",
     "KalmanRLError",
+    "LanguageModelEnvironment",
     "Loss",
     "Method",
     "Rollouts",

@@ -6,8 +6,9 @@ Every error is a :class:`KalmanRLError` and also the standard exception it refin
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class KalmanRLError(Exception):
@@ -36,6 +37,32 @@ class RunError(KalmanRLError, OSError):
 
 class AdapterError(KalmanRLError, ImportError):
     """A host library (TRL, verl, a model package) is missing or of an untested version."""
+
+
+@contextlib.contextmanager
+def extra(name: str, user: str) -> Iterator[None]:
+    """Turn the failed import of a package that is not installed into a sentence that names the extra.
+
+    Args:
+        name: of the extra.
+        user: what needs it.
+
+    Raises: AdapterError.
+
+    >>> with extra("app", "kalman-rl"):  # doctest: +ELLIPSIS
+    ...     import no_such_package
+    Traceback (most recent call last):
+    kalman_rl.errors.AdapterError: kalman-rl: got no package 'no_such_package', ...; pip install 'kalman-rl[app]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "kalman_rl"):
+            raise
+        raise AdapterError(
+            f"{user}: got no package {package!r}, expected it to be installed; pip install 'kalman-rl[{name}]'"
+        ) from error
 
 
 def one_line(text: object, limit: int | None = None) -> str:

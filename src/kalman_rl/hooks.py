@@ -1,7 +1,7 @@
 """Private names of other libraries that this package relies on: how they are declared, and which of them moved.
 
-``hooks.py`` in ``kernels``, ``hosts/trl``, ``hosts/verl`` and ``engine`` list them. The adapters read the lists when they
-are loaded, ``kalman-rl doctor`` reads the same ones, and a test refuses a private name that stands in none of them.
+``hooks.py`` in ``kernels``, ``hosts/trl``, ``hosts/verl`` and ``engine`` list them. The adapters read the lists when
+they are loaded, ``kalman-rl doctor`` reads the same ones, and a test refuses a private name that is in none of them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,6 @@ class Host(NamedTuple):
     tested: str
     hooks: Mapping[str, Mapping[str, Method | None]]
     otherwise: str = ""
-
-    def count(self) -> int:
-        return sum(map(len, self.hooks.values()))
 
 
 def moved(host: Host) -> list[str]:

@@ -115,9 +115,9 @@ def test_a_name_that_somebody_else_holds(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_another_verl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_algos, "agg_loss", lambda loss_mat, loss_mask: loss_mat.sum())
-    with pytest.raises(
-        AdapterError, match="lacks batch_num_tokens, dp_size, global_batch_size, loss_agg_mode"
-    ):
+    missing = "loss_agg_mode, dp_size, batch_num_tokens, global_batch_size"
+    expected = rf"agg_loss: got \(loss_mat, loss_mask\), expected \(loss_mat, loss_mask, {missing}"
+    with pytest.raises(AdapterError, match=expected):
         plugin.check_host()
 
 

@@ -166,7 +166,9 @@ def names_on_self(node: ast.ClassDef) -> set[str]:
 
 def test_every_private_name_of_a_host_is_declared() -> None:
     wrong = [text for path in sorted(SOURCE.rglob("*.py")) for text in undeclared(path)]
-    assert not wrong, "declare these in the hooks.py of their folder, or do without them:\n" + "\n".join(wrong)
+    assert not wrong, "declare these in the hooks.py of their folder, or do without them:\n" + "\n".join(
+        wrong
+    )
 
 
 @pytest.mark.parametrize(

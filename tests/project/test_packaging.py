@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 import kalman_rl
@@ -25,7 +26,7 @@ SOURCE = ROOT / "src" / "kalman_rl"
 
 # From the ground up: a module imports from its own row and the rows before it, never from a later one.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "checks", "registry"),
+    ("errors", "checks", "registry", "hooks"),
     ("kernels",),
     ("numerics",),
     ("objectives", "beliefs"),
@@ -37,19 +38,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__"),
 )
 NUMERIC = {name for row in LAYERS[:6] for name in row} - {"kernels"}  # they compile with numba and Triton
-HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "numba", "pandas", "peft", "pyarrow", "ray")
-HEAVY += (
-    "reasoning_gym",
-    "rich",
-    "scipy",
-    "starlette",
-    "transformers",
-    "triton",
-    "trl",
-    "tyro",
-    "uvicorn",
-    "verl",
-)
+# Folder to the extras whose packages it may import, inside functions too. Longest match decides; "" is what is left.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "": (),
+    "kernels": ("fast",),
+    "hosts/recipes": (),
+    "hosts/trl": ("trl",),
+    "hosts/verl": ("verl",),
+    "engine": ("app",),
+    "instruments": ("app",),
+    "instruments/board": ("app", "board"),
+    "cli": ("app",),
+}
+MODULES = {"pyzmq": "zmq", "TransferQueue": "transfer_queue"}  # packages whose module has another name
+# No extra brings them: torch's CUDA build has Triton; a recipe is loaded by its host.
+BROUGHT = {"kernels": {"triton"}, "hosts/recipes": {"prime_rl", "skyrl", "slime"}}
 
 
 def modules() -> dict[str, Path]:
@@ -123,20 +126,101 @@ def test_numeric_core_imports_torch_only() -> None:
     assert not wrong
 
 
-def test_base_import_is_light() -> None:
-    code = (
-        "import json, sys, torch; before = set(sys.modules); "  # torch may pull in what it likes
-        "import kalman_rl, kalman_rl.numerics.kalman, kalman_rl.objectives.loss, kalman_rl.methods; "
-        "print(json.dumps(sorted(set(sys.modules) - before)))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    roots = {name.partition(".")[0] for name in json.loads(run.stdout)}
-    assert "kalman_rl" in roots
-    assert not roots & set(HEAVY)
-
-
 def pyproject() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def packages(*extras: str) -> set[str]:
+    """Modules of what these extras ask for, of the extras they name, and of the base."""
+    project = pyproject()["project"]
+    found = set()
+    for item in map(
+        Requirement, sum((project["optional-dependencies"][e] for e in extras), project["dependencies"])
+    ):
+        found |= packages(*item.extras) if item.name == "kalman-rl" else {MODULES.get(item.name, item.name)}
+    return {name.replace("-", "_") for name in found}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_are_in_the_extra_of_their_folder(path: Path) -> None:
+    place = path.relative_to(SOURCE).as_posix()
+    folder = max((name for name in EXTRAS if place.startswith(name)), key=len)
+    allowed = packages(*EXTRAS[folder]) | BROUGHT.get(folder, set()) | {"kalman_rl"} | sys.stdlib_module_names
+    if place == "hosts/state.py":  # both adapters write it
+        allowed |= packages("trl") & packages("verl")
+    assert {target.partition(".")[0] for target in imports(path)} <= allowed
+
+
+def test_a_user_of_trl_installs_no_application() -> None:
+    application = {"gguf", "jinja2", "matplotlib", "pyarrow", "reasoning_gym", "rich", "tomli_w", "tyro"}
+    assert not packages("trl") & application and not packages("verl") & application
+    assert application <= packages("app") and packages("trl") <= packages("app")
+    extras = set(pyproject()["project"]["optional-dependencies"]) - {"all", "dev", "smollm2", "test"}
+    assert packages("all") == packages(*extras)
+
+
+def torch_alone() -> str:
+    """Code that imports torch and refuses every package of an extra that torch itself did not load."""
+    extras = pyproject()["project"]["optional-dependencies"]
+    return (
+        "import json, sys, torch\n"
+        f"refused = set({sorted(packages(*extras) - {'torch'})}) - set(sys.modules)\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in refused:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+
+
+def run_python(code: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_base_import_is_light() -> None:
+    """With torch alone every public name is there and a loss is computed; only our modules and Python's are new."""
+    code = torch_alone() + (
+        "before = set(sys.modules)\n"
+        "import kalman_rl\n"
+        "first = sorted(set(sys.modules) - before)\n"
+        "for name in kalman_rl.__all__: getattr(kalman_rl, name)\n"
+        "print(json.dumps([first, sorted(set(sys.modules) - before)]))\n"
+        "one = torch.ones(2, 3)\n"
+        "batch = kalman_rl.Rollouts(-one, one.bool(), reward=one[0, :2], group=torch.zeros(2).long())\n"
+        "kalman_rl.policy_loss(kalman_rl.make_method('kpo'), batch, -one)\n"
+    )
+    first, every = json.loads(run_python(code))
+    assert {name for name in first if name.startswith("kalman_rl")} == {"kalman_rl"}
+    roots = {name.partition(".")[0] for name in every} - sys.stdlib_module_names
+    assert roots == {"kalman_rl"}
+
+
+@pytest.mark.parametrize(
+    ("call", "user", "name"),
+    [
+        ("from kalman_rl.hosts.trl import KalmanGRPOTrainer", "kalman_rl.hosts.trl", "trl"),
+        ("from kalman_rl.hosts.verl import KalmanPPOTrainer", "kalman_rl.hosts.verl", "verl"),
+    ],
+)
+def test_a_missing_extra_is_named(call: str, user: str, name: str) -> None:
+    code = torch_alone() + f"try:\n    {call}\nexcept Exception as error:\n    print(error)"
+    assert re.search(
+        rf"{re.escape(user)}: got no package .*; pip install 'kalman-rl\[{name}\]'", run_python(code)
+    )
+
+
+def test_the_command_without_its_extra_is_one_sentence() -> None:
+    script = pyproject()["project"]["scripts"]["kalman-rl"].replace(":", " import ")
+    code = torch_alone() + f"sys.stderr = sys.stdout\nfrom {script} as main\nprint(main())"
+    sentence, code_ = run_python(code).splitlines()
+    assert re.fullmatch(
+        r"error: kalman-rl: got no package '\w+', .*; pip install 'kalman-rl\[app\]'", sentence
+    )
+    assert code_ == "1"
 
 
 def test_version_has_one_source() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -54,3 +55,50 @@ def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def names_in(text: str) -> set[str]:
+    """Dotted names of this package that a page writes, and what its examples import."""
+    found = set(re.findall(r"(?<![\w./@-])kalman_rl(?:\.(?!yaml|toml|py\b)\w+)+(?![\w/])", text))
+    for module, names in re.findall(r"from (kalman_rl[\w.]*) import (\([^)]*\)|[^\n;]+)", text):
+        names = re.sub(r"#.*", "", names).strip("()")
+        found |= {f"{module}.{name.split()[0]}" for name in names.split(",") if name.strip()}
+    return found
+
+
+def importable(name: str) -> bool:
+    """Whether a dotted name is a module, or something inside one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            thing: object = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(thing, part):
+                return False
+            thing = getattr(thing, part)
+        return True
+    return False
+
+
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_can_be_imported_as_written(page: str) -> None:
+    for package in ("trl", "verl"):
+        pytest.importorskip(package)
+    wrong = sorted(n for n in names_in((ROOT / page).read_text(encoding="utf-8")) if not importable(n))
+    assert not wrong, f"{page} writes names that do not exist"
+
+
+def test_wrong_names_are_found() -> None:
+    text = "`kalman_rl.beliefs.nothing`, `algorithm.kalman_rl.allocation`\nfrom kalman_rl import Rollouts, Rolouts\n"
+    names = names_in(text)
+    assert names == {"kalman_rl.beliefs.nothing", "kalman_rl.Rollouts", "kalman_rl.Rolouts"}
+    assert {name for name in names if importable(name)} == {"kalman_rl.Rollouts"}

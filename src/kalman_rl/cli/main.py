@@ -212,7 +212,7 @@ class Board:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Look at versions, hosts, devices, disk and your reward before a run; exit code 1 if something will fail."""
+    """Look at versions, hooks of the hosts, disk and your reward before a run; exit code 1 if something will fail."""
 
     task: str | None = None
     """Built-in task whose reward to try on three rows."""
@@ -221,9 +221,9 @@ class Doctor:
     reward: str | None = None
     """Your reward function as MODULE:FUNCTION, tried on three rows. Naming it runs its code."""
     config: Path | None = None
-    """TOML file of the run you plan: it is checked, and used for the estimates."""
+    """TOML file of the run you plan: every value is checked."""
     run: Path = Path("runs")
-    """Folder that runs go to: its disk, and the pace of earlier runs in it."""
+    """Folder that runs go to: is there room?"""
     json: Switch = False
     """Print JSON."""
 

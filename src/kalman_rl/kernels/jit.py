@@ -40,10 +40,7 @@ def usable(*tensors: Any) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return False  # inside torch.func.jvp, vmap, grad, ...
-    for tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and not _plain(tensor):
-            return False
-    return True
+    return all(_plain(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 def _plain(tensor: torch.Tensor) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kalman_rl.errors import extra
+
 if TYPE_CHECKING:
     from kalman_rl.hosts.trl.config import KalmanGRPOConfig, check_host
     from kalman_rl.hosts.trl.ranks import last_good_checkpoint
@@ -37,5 +39,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        with extra("trl", __name__):
+            return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from kalman_rl.errors import extra
+
 _HOMES = {
     "KalmanPPOTrainer": "trainer",
     "KalmanPolicyLossConfig": "config",
@@ -21,5 +23,6 @@ __all__ = ["KalmanPPOTrainer", "KalmanPolicyLossConfig", "check_host", "register
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        with extra("verl", __name__):
+            return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

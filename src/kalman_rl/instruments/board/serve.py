@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import AdapterError, ConfigError, RunError
+from kalman_rl.errors import ConfigError, RunError, extra
 from kalman_rl.instruments.board.app import Board
 from kalman_rl.instruments.board.source import Source
 
@@ -45,12 +45,8 @@ def serve(
     sock = listen(host, port)
     with contextlib.closing(sock):
         source = _source(run, every)
-        try:
+        with extra("board", "kalman-rl board"):
             import uvicorn
-        except ImportError as error:
-            raise AdapterError(
-                'uvicorn: got no such package, expected 0.34 or later for the board; install "kalman-rl[board]"'
-            ) from error
         bound = sock.getsockname()[1]
         token = secrets.token_urlsafe(24)
         app = Board(source, token, accepted_hosts(bound), every=every)

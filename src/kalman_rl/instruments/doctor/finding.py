@@ -56,8 +56,6 @@ class Plan:
         reward: the user's reward function, ``module:function``.
         run: folder that runs are written to.
         config: TOML file of the run that is planned.
-        settings: the resolved TrainConfig, noted by the check of the settings.
-        seconds_per_reward: noted by the dry run.
     """
 
     task: str | None = None
@@ -65,8 +63,16 @@ class Plan:
     reward: str | None = None
     run: Path = Path("runs")
     config: Path | None = None
-    settings: Any = None
-    seconds_per_reward: float | None = None
+
+    def texts(self) -> dict[str, str | None]:
+        """The plan as JSON can hold it."""
+        return {name: None if value is None else str(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_texts(cls, texts: dict[str, Any]) -> Plan:
+        """The plan that :meth:`texts` wrote."""
+        paths = {name: Path(texts[name]) for name in ("data", "run", "config") if texts[name] is not None}
+        return cls(**(texts | paths))
 
 
 def explain(error: BaseException) -> str:

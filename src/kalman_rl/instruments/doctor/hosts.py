@@ -1,4 +1,4 @@
-"""Whether the hosts are the ones the adapters were written for: hooks of TRL's trainer, the plugin in verl."""
+"""Whether the hosts are the ones this package was written for: their private names, and the plugin in verl."""
 
 from __future__ import annotations
 
@@ -7,27 +7,40 @@ import os
 from collections.abc import Iterator
 from importlib import metadata
 
-from kalman_rl.hosts.trl import hooks as trl_hooks
+from kalman_rl.engine import hooks as engine
+from kalman_rl.hooks import moved
+from kalman_rl.hosts.trl import hooks as trl
+from kalman_rl.hosts.verl import hooks as verl
 from kalman_rl.instruments.doctor.finding import Finding, Plan, explain
+from kalman_rl.kernels import hooks as kernels
 
+HOOKS = {
+    "torch": (trl.TORCH, kernels.TORCH, engine.TORCH),
+    "transformers": (trl.TRANSFORMERS,),
+    "trl": (trl.TRL,),
+    "verl": (verl.VERL, verl.TRAINER),
+}
 GROUP = "verl.plugins"
 SWITCH = "VERL_USE_EXTERNAL_PLUGINS"
 
 
-def hooks(plan: Plan) -> Iterator[Finding]:
-    """Every method of TRL's trainer that ours overrides or calls, against the signature it was tested with."""
-    if importlib.util.find_spec("trl") is None:
-        yield Finding("trl hooks", "ok", "TRL is not installed, so there is nothing to compare")
+def hooks(name: str, plan: Plan) -> Iterator[Finding]:
+    """Every private name of a library that this package relies on, against what was tested."""
+    if importlib.util.find_spec(name) is None:
+        yield Finding(f"{name} hooks", "ok", f"{name} is not installed, so there is nothing to compare")
         return
-    from trl import GRPOTrainer
-
-    moved = trl_hooks.moved(GRPOTrainer)
-    for text in moved:
-        advice = f"pip install 'trl=={trl_hooks.TESTED_TRL}.*'"
-        yield Finding("trl hooks", "problem", text, advice)
-    if not moved:
-        count = len(trl_hooks.HOOKS)
-        yield Finding("trl hooks", "ok", f"{count} methods of GRPOTrainer have the signatures expected")
+    fine = True
+    for host in HOOKS[name]:
+        for text in moved(host):
+            fine = False
+            advice = f"pip install '{name}{host.tested}'"
+            if host.otherwise:
+                yield Finding(f"{name} hooks", "warning", f"{text}; {host.otherwise}", advice)
+            else:
+                yield Finding(f"{name} hooks", "problem", text, advice)
+    if fine:
+        count = sum(len(names) for host in HOOKS[name] for names in host.hooks.values())
+        yield Finding(f"{name} hooks", "ok", f"{count} names are as tested")
 
 
 def plugin(plan: Plan) -> Iterator[Finding]:
@@ -37,36 +50,25 @@ def plugin(plan: Plan) -> Iterator[Finding]:
         return
     declared = [e for e in metadata.entry_points(group=GROUP) if e.value.startswith("kalman_rl")]
     if not declared:
-        yield Finding(
-            "verl plugin",
-            "warning",
-            f"plugin not installed: no entry point of group {GROUP} names kalman_rl, so verl knows none of our losses",
-            "reinstall kalman-rl, or set VERL_USE_EXTERNAL_MODULES=kalman_rl.hosts.verl",
-        )
+        found = f"plugin not installed: no entry point of {GROUP} names kalman_rl, so verl knows none of our losses"
+        advice = "reinstall kalman-rl, or set VERL_USE_EXTERNAL_MODULES=kalman_rl.hosts.verl"
+        yield Finding("verl plugin", "warning", found, advice)
         return
-    entry = declared[0]
     policy = os.environ.get(SWITCH, "auto").strip().lower()
-    if policy != "auto" and entry.name not in {name.strip() for name in policy.split(",")}:
+    if policy != "auto" and declared[0].name not in {name.strip() for name in policy.split(",")}:
         yield Finding("verl plugin", "warning", f"switched off by {SWITCH}={policy}", f"unset {SWITCH}")
         return
     try:
-        entry.load()
-    except BaseException as error:
-        yield Finding("verl plugin", "problem", f"{entry.value} does not import: {explain(error)}")
-        return
-    try:
-        from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+        declared[0].load()
+        from kalman_rl.hosts.verl import registered
 
-        from kalman_rl.hosts.verl import registered  # type: ignore[import-not-found,unused-ignore]
-
-        names = registered()
-        missing = sorted(set(names["losses"]) - set(POLICY_LOSS_REGISTRY))
+        losses, estimators = registered().values()
     except BaseException as error:
-        yield Finding("verl plugin", "problem", f"loaded, but its tables cannot be read: {explain(error)}")
+        yield Finding("verl plugin", "problem", f"{declared[0].value} does not import: {explain(error)}")
         return
-    if missing or not names["losses"]:
-        found = f"loaded, but verl does not know {', '.join(missing[:5]) or 'any loss of it'}"
-        yield Finding("verl plugin", "problem", found, "another plugin may have replaced verl's registry")
+    if losses:
+        counts = f"{len(losses)} losses and {len(estimators)} advantage estimators"
+        yield Finding("verl plugin", "ok", f"{counts}, such as {losses[0]}")
     else:
-        counts = f"{len(names['losses'])} losses and {len(names['estimators'])} advantage estimators"
-        yield Finding("verl plugin", "ok", f"{counts}, such as {sorted(names['losses'])[0]}")
+        found = "loaded, but verl does not know any loss of it"
+        yield Finding("verl plugin", "problem", found, "another plugin may have replaced verl's registry")

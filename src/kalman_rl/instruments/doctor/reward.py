@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from kalman_rl.errors import one_line
-from kalman_rl.instruments.doctor.finding import Finding, Plan
+from kalman_rl.errors import ConfigError, RewardError, one_line
+from kalman_rl.instruments.doctor.finding import Finding, Plan, explain
 
 ROWS = 3
 SLOW = 1.0  # seconds per reward
@@ -20,9 +20,13 @@ def settings(plan: Plan) -> Iterator[Finding]:
     """The TOML file of the planned run: does it read, and is every value allowed?"""
     if plan.config is None:
         return
-    from kalman_rl.engine.config import TrainConfig, build, load_toml, notes, validate
-    from kalman_rl.errors import ConfigError
-
+    try:
+        from kalman_rl.engine.config import TrainConfig, build, load_toml, notes, validate
+    except ImportError as error:
+        yield Finding(
+            "settings", "warning", f"not looked at: {explain(error)}", "pip install 'kalman-rl[app]'"
+        )
+        return
     try:
         config = build(TrainConfig, load_toml(plan.config))
         given: dict[str, Any] = {"task": plan.task, "data": plan.data, "reward": plan.reward}
@@ -33,7 +37,6 @@ def settings(plan: Plan) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("settings", "problem", str(error), f"correct {plan.config}")
         return
-    plan.settings = config
     plan.reward = plan.reward or config.reward
     plan.data = plan.data or config.data
     plan.task = plan.task or (None if plan.data else config.task)
@@ -56,7 +59,6 @@ def dry_run(plan: Plan) -> Iterator[Finding]:
             )
         return
     from kalman_rl.engine.tasks import guard_reward
-    from kalman_rl.errors import ConfigError, RewardError
 
     try:
         task = _task(plan)
@@ -77,13 +79,13 @@ def dry_run(plan: Plan) -> Iterator[Finding]:
             "reward", "problem", f"{error}{place}", "correct the reward; training stops at such an error"
         )
         return
-    plan.seconds_per_reward = (time.perf_counter() - start) / (2 * len(rows))
+    seconds = (time.perf_counter() - start) / (2 * len(rows))
     for row, reply, score, nothing in zip(rows, replies, right, empty):
         found = f"{_show(row['prompt'])} reply {_show(reply)} -> {score}; empty reply -> {nothing}"
         missing = None in (score, nothing)
         yield Finding("reward", "warning" if missing else "ok", found, EXPLANATION if missing else "")
     yield from _judge(right, empty, known)
-    yield _speed(plan.seconds_per_reward)
+    yield _speed(seconds)
 
 
 def _judge(right: list[float | None], empty: list[float | None], known: bool) -> Iterator[Finding]:
@@ -117,8 +119,6 @@ def _task(plan: Plan) -> Any:
 
 def _scores(reward: Any, rows: list[dict[str, Any]], replies: list[str]) -> list[float | None]:
     """Called with what TRL's trainer passes. All missing is an error in training; here it is worth showing."""
-    from kalman_rl.errors import RewardError
-
     columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
     columns |= {"prompts": [row["prompt"] for row in rows], "completion_ids": [[] for _ in rows]}
     try:

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import platform
 import sys
-import time
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ class Need(NamedTuple):
     extras: tuple[str, ...]
 
 
-def python(plan: Plan) -> Iterator[Finding]:
+def python() -> Iterator[Finding]:
     """This Python against Requires-Python."""
     version = platform.python_version()
     try:
@@ -50,39 +49,40 @@ def python(plan: Plan) -> Iterator[Finding]:
     )
 
 
-def library(name: str, plan: Plan) -> Iterator[Finding]:
-    """One library: is it there, in the declared range, and does it import?"""
+def library(name: str) -> Finding:
+    """One library by its metadata: is it there, and in the declared range?"""
     need = declared_need(name)
     installed = _installed(name)
     if installed is None and importlib.util.find_spec(name) is None:
-        yield _absent(name, need)
+        return _absent(name, need)
+    found = f"{installed or 'of unknown version'}" + (f", expected {need.range}" if need.range else "")
+    if installed and inside(installed, need.range) is False:
+        tests_only = need.extras and not set(need.extras) - _OUR_TESTS
+        return Finding(
+            name, "warning" if tests_only else "problem", found, f"pip install '{name}{need.range}'"
+        )
+    return Finding(name, "ok", found)
+
+
+def imported(name: str, plan: Plan) -> Iterator[Finding]:
+    """What is wrong with a library once it is imported; nothing if it is fine or absent."""
+    if importlib.util.find_spec(name) is None:
         return
-    expected = f", expected {need.range}" if need.range else ""
-    found = f"{installed or 'of unknown version'}{expected}"
-    start = time.monotonic()
     try:
         module = importlib.import_module(name)
     except BaseException as error:  # SystemExit too: whatever happens is what we came to see
-        yield Finding(
-            name,
-            "problem",
-            f"{found}; importing it failed: {explain(error)}",
-            f"pip install --force-reinstall '{name}{need.range}'",
-        )
+        advice = f"pip install --force-reinstall '{name}{declared_need(name).range}'"
+        yield Finding(name, "problem", f"importing it failed: {explain(error)}", advice)
         return
-    found += f"; imports in {time.monotonic() - start:.1f} s"
-    version = str(getattr(module, "__version__", "")).partition("+")[0]
-    if installed and version and version != installed.partition("+")[0]:
+    installed, version = (
+        str(v or "").partition("+")[0] for v in (_installed(name), getattr(module, "__version__", ""))
+    )
+    if installed and version and version != installed:
         where = getattr(module, "__file__", "nowhere")
-        advice = "two copies are mixed up: remove the one that should not be found first"
-        yield Finding(name, "warning", f"{found}, but what imports is {version} from {where}", advice)
-    elif installed and inside(installed, need.range) is False:
-        tests_only = need.extras and not set(need.extras) - _OUR_TESTS
+        found = f"{installed} is installed, but what imports is {version} from {where}"
         yield Finding(
-            name, "warning" if tests_only else "problem", found, f"pip install '{name}{need.range}'"
+            name, "warning", found, "two copies are mixed up: remove the one that should not be found first"
         )
-    else:
-        yield Finding(name, "ok", found)
 
 
 def declared_need(name: str) -> Need:
@@ -135,6 +135,6 @@ def _absent(name: str, need: Need) -> Finding:
         return Finding(name, "problem", "not installed", f"pip install '{name}{need.range}'")
     extra = next((e for e in need.extras if e not in _OUR_TESTS), need.extras[0])
     advice = f"pip install '{PACKAGE}[{extra}]'"
-    if "train" in need.extras:
+    if "trl" in need.extras:
         return Finding(name, "warning", "not installed; training through TRL needs it", advice)
     return Finding(name, "ok", f"not installed; optional ({advice})")

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from kalman_rl.engine.runs.files import replacing
 from kalman_rl.engine.runs.reading import RunRecord, find_runs
-from kalman_rl.errors import AdapterError, RunError
+from kalman_rl.errors import RunError, extra
 from kalman_rl.instruments.report.sections.beliefs import belief_section
 from kalman_rl.instruments.report.sections.collapse import alarm_section
 from kalman_rl.instruments.report.sections.positions import position_figure
@@ -134,11 +134,8 @@ def as_json(data: Any) -> Markup:
 
 
 def _environment() -> Any:
-    try:
+    with extra("app", "kalman-rl report"):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise AdapterError("jinja2: got no such package, expected 3.1 or later for reports; "
-                           'install "kalman-rl[train]"') from error  # fmt: skip
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
