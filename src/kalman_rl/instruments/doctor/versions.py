@@ -18,7 +18,7 @@ _OUR_TESTS = {"test", "dev"}  # their ranges say what is tested here, not what w
 
 
 class Need(NamedTuple):
-    """Range of a library as declared ("" if none), and the extras that ask for it (none: always needed)."""
+    """Range of a library as declared ("" if none), and the extras that ask for it, smallest first (none: always)."""
 
     range: str
     extras: tuple[str, ...]
@@ -91,18 +91,17 @@ def declared_need(name: str) -> Need:
         from packaging.requirements import Requirement
 
         about = metadata.metadata(PACKAGE)
-        lines = about.get_all("Requires-Dist") or []
+        needs = list(map(Requirement, about.get_all("Requires-Dist") or []))
         extras = about.get_all("Provides-Extra") or []
-        wanted = [item for item in map(Requirement, lines) if item.name == name]
     except Exception:  # the check of Python says so once
         return Need("", ("unknown",))
+    wanted = [item for item in needs if item.name == name]
     if any(item.marker is None for item in wanted):
         return Need(str(wanted[0].specifier), ())
-    asking = [
-        extra
-        for extra in extras
-        if any(item.marker is not None and item.marker.evaluate({"extra": extra}) for item in wanted)
-    ]
+    brings = {
+        e: [n.name for n in needs if n.marker is not None and n.marker.evaluate({"extra": e})] for e in extras
+    }
+    asking = sorted((e for e in extras if name in brings[e]), key=lambda e: len(brings[e]))
     ranges = list(dict.fromkeys(str(item.specifier) for item in wanted))
     return Need(",".join(ranges), tuple(asking))
 
