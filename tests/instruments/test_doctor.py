@@ -136,7 +136,7 @@ def test_broken_imports_are_findings(stub: Any) -> None:
         ("os.kill(os.getpid(), signal.SIGSEGV)", "the process was killed by SIGSEGV"),
         (
             "os.write(2, b'Fatal: no device\\n'); os._exit(3)",
-            "the process ended with code 3: Fatal: no device",
+            "the process ended with exit code 3: Fatal: no device",
         ),
         ("time.sleep(600)", "the process gave no answer within 3 s"),
     ],
@@ -293,7 +293,7 @@ def test_rewards(
 def test_a_reward_that_ends_or_blocks_the_process(stub: Any, data: Path, tmp_path: Path) -> None:
     ends = rewards(tmp_path, "ending", "os._exit(7)")
     found = by_check(list(examine(Plan(data=data, reward=ends))))
-    assert found["reward"].found == "the process ended with code 7" and found["trl hooks"].status == "ok"
+    assert found["reward"].found == "the process ended with exit code 7" and found["trl hooks"].status == "ok"
     blocks = rewards(tmp_path, "blocking", "10**10**9")
     found = by_check(list(examine(Plan(data=data, reward=blocks), limit=10)))
     assert found["reward"].found == "the process gave no answer within 10 s"

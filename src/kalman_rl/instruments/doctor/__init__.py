@@ -77,19 +77,23 @@ def _trial(plan: Plan, limit: float) -> Iterator[Finding]:
                     env=environment,
                     timeout=limit,
                 ).returncode
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+                how = (
+                    f"was killed by {signal.Signals(-code).name}"
+                    if code < 0
+                    else f"ended with exit code {code}"
+                )
             except subprocess.TimeoutExpired:
                 pass
-        at = "start"
+        at, mark = "start", 0
         for line in findings.read_text(encoding="utf-8").splitlines():
             message = json.loads(line)
             if isinstance(message, dict):
                 yield Finding(**message)
             else:
-                at = message
+                at, mark = message
         if at != "end":
             last = one_line(
-                output.read_bytes()[-2000:].decode(errors="replace").strip().rpartition("\n")[2], 200
+                output.read_bytes()[mark:][-2000:].decode(errors="replace").strip().rpartition("\n")[2], 200
             )
             found = f"the process {how}" + (f": {last}" if last else "")
             advice = (
