@@ -84,10 +84,10 @@ def _compute(results: Row) -> list[str]:
                 f"{t['cell']['pool']}: at {what} {a} needs {ours[a][0]:.2f} times fewer completions than groups of "
                 f"8; the best rule without our belief is {b} with {others[b][0]:.2f}."
             )
-        light = [n for n, r in rows.items() if n.startswith("ours light") and r["gradient"] is None]
-        if light:
+        mixed = [n for n, r in rows.items() if n.startswith("ours mixed_groups") and r["gradient"] is None]
+        if mixed:
             lines.append(
-                f"{t['cell']['pool']}: aiming at mixed groups ({', '.join(sorted(light))}) never reaches the gradient "
+                f"{t['cell']['pool']}: aiming at mixed groups ({', '.join(sorted(mixed))}) never reaches the gradient "
                 "quality of groups of 8 within its sweep: no rule serves both aims."
             )
     for t in results["tasks"]:

@@ -144,7 +144,8 @@ def _shown(rows: Row, key: str) -> list[str]:
     return [
         n
         for n in rows
-        if n.endswith("[loo]") or (n.startswith(("ours light", "RoundPlan light")) and n.endswith("[tau]"))
+        if n.endswith("[loo]")
+        or (n.startswith(("ours mixed_groups", "RoundPlan mixed_groups")) and n.endswith("[tau]"))
     ]
 
 

@@ -12,7 +12,7 @@ from kalman_rl.beliefs.beta import BetaBelief
 from kalman_rl.sampling.price import Price
 from kalman_rl.sampling.rounds import RoundPlan
 
-POINTS = {"gradient": (2.5, 4.0, 6.0), "light": (2.0, 3.0, 4.5)}
+POINTS = {"gradient": (2.5, 4.0, 6.0), "mixed_groups": (2.0, 3.0, 4.5)}
 
 
 def play_rounds(

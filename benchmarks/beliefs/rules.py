@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kalman_rl.sampling.divide import divide, gradient_gains
-from kalman_rl.sampling.gains import beta_signal, gradient_gain, half_width, light_gain
+from kalman_rl.sampling.gains import beta_signal, gradient_gain, half_width, mixed_group_gain
 
 MOST = 32
 
@@ -186,7 +186,7 @@ class Price(Rule):
     A prompt whose gain is below the price before its first completion is skipped, but never for longer than
     four epochs. The first round has 2, later ones k.
 
-    Args: aim: "gradient", "light" or "width" (half-width of the 95 % interval above the point). k: round size.
+    Args: aim: "gradient", "mixed_groups" or "width" (half-width of the 95 % interval above the point). k: round size.
     """
 
     baselines = ("tracker", "tau")
@@ -196,7 +196,7 @@ class Price(Rule):
         self.name = f"{'ours ' if aim != 'width' else ''}{aim} k{k}"
         self.points = {
             "gradient": (2e-2, 1e-2, 6e-3, 3.5e-3, 2e-3, 1.2e-3, 7e-4),
-            "light": (0.2, 0.12, 0.07, 0.045, 0.028, 0.018, 0.01),
+            "mixed_groups": (0.2, 0.12, 0.07, 0.045, 0.028, 0.018, 0.01),
             "width": (0.5, 0.4, 0.33, 0.28, 0.23, 0.19, 0.16),
         }[aim]
 
@@ -220,9 +220,9 @@ class Price(Rule):
         a, b = (torch.from_numpy(x) for x in draws.posterior)
         if self.aim == "gradient":
             return gradient_gain(beta_signal(a, b), torch.from_numpy(draws.n), k).numpy()
-        if self.aim == "light":
+        if self.aim == "mixed_groups":
             wins, losses = torch.from_numpy(draws.wins), torch.from_numpy(draws.n - draws.wins)
-            return light_gain(a, b, wins, losses, k).numpy()
+            return mixed_group_gain(a, b, wins, losses, k).numpy()
         variance = a * b / ((a + b) ** 2 * (a + b + 1))
         return half_width(variance).numpy()
 
@@ -246,6 +246,6 @@ class Predictive(Rule):
 
 def rules() -> list[Rule]:
     """Every rule of the table, reference first."""
-    ours: list[Rule] = [Price(aim, k) for aim in ("gradient", "light") for k in (2, 4)]
+    ours: list[Rule] = [Price(aim, k) for aim in ("gradient", "mixed_groups") for k in (2, 4)]
     others: list[Any] = [Fixed(), Dapo(), Greso(), Vip(), Ada("pos"), Ada("mix"), Ada("bal"), Knapsack()]
     return [*others, Price("width", 4), *ours, Predictive()]

@@ -42,7 +42,7 @@ def _value(group: int, noise: float, walk: float, goal: float, kind: str = "clea
 
 
 def _saving(pool: str, aim: str, k: int, goal: float) -> Target:
-    key, rule = ("gradient", "gradient") if aim == "gradient" else ("informative", "light")
+    key, rule = ("gradient", "gradient") if aim == "gradient" else ("informative", "mixed_groups")
     return Target(
         f"rollouts saved, {key}",
         f"{pool}, k{k}",
@@ -93,7 +93,9 @@ TARGETS: tuple[Target, ...] = (
             "hard-skewed warm": (1.72, 1.43, 1.56, 1.75),
             "easy-skewed warm": (1.87, 1.46, 1.83, 2.08),
         }.items()
-        for (aim, k), goal in zip((("gradient", 2), ("gradient", 4), ("light", 2), ("light", 4)), goals)
+        for (aim, k), goal in zip(
+            (("gradient", 2), ("gradient", 4), ("mixed_groups", 2), ("mixed_groups", 4)), goals
+        )
     ),
     Target(
         "stability: largest advantage, raw",

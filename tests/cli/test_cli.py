@@ -30,7 +30,7 @@ TRAIN_FLAGS = {
     *("--eval-samples",),
     *("--save-every", "--traces-per-step", "--train-size", "--test-size", "--report-to", "--threads"),
     *("--log-every", "--quiet", "--no-quiet"),
-    *("--advantage", "--belief", "--prompt-features", "--no-prompt-features", "--allocation", "--objective"),
+    *("--advantage", "--belief", "--prompt-features", "--no-prompt-features", "--allocation", "--aim"),
     *(
         "--budget",
         "--rounds",

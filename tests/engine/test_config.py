@@ -375,7 +375,7 @@ def test_any_text_is_toml_or_a_config_error(tmp_path_factory: pytest.TempPathFac
             {"advantage": "tracked", "allocation": "predictive", "budget": 40.0},
             "budget: got 40.0, expected 0 to 32, the bounds of one prompt's completions",
         ),
-        ({"objective": "light", "reward_noise": 0.5}, "objective: got 'light' with reward_noise = 0.5"),
+        ({"aim": "mixed_groups", "reward_noise": 0.5}, "aim: got 'mixed_groups' with reward_noise = 0.5"),
     ],
 )
 def test_allocations_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:

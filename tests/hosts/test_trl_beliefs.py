@@ -79,7 +79,7 @@ ALLOCATIONS = {
     "fixed": {},
     "predictive": {"allocation": "predictive"},
     "rounds": {"allocation": "rounds", "rounds": [1, 2], "max_rounds": 3},
-    "light rounds": {"allocation": "rounds", "rounds": [2, 4], "allocation_objective": "light"},
+    "mixed groups, rounds": {"allocation": "rounds", "rounds": [2, 4], "aim": "mixed_groups"},
 }
 
 
@@ -278,7 +278,7 @@ def test_rows_join_fill_and_take() -> None:
         ({"budget": math.nan, "allocation": "rounds"}, "budget: got nan, expected a mean number"),
         ({"budget": 1.0, "allocation": "rounds", "completions_min": 2}, "budget: got 1.0, expected 2 to 32"),
         ({"allocation": "rounds", "rounds": [0]}, r"rounds: got \(0,\), expected"),
-        ({"allocation": "predictive", "allocation_objective": "lite"}, "objective: got 'lite'"),
+        ({"allocation": "predictive", "aim": "lite"}, "aim: got 'lite'"),
         ({"allocation": "rounds", "rounds": 3}, "rounds: got 3, expected a list"),
         ({"belief_options": None}, "belief_options: got None, expected options by name"),
         ({"method_options": ["low"]}, "method_options: got .*expected options by name"),
@@ -313,7 +313,9 @@ def test_rewards_outside_the_declared_range_are_named(model_path: str, tmp_path:
 
 def test_budget_totals() -> None:
     assert Budget().total(4, 16) == 16
-    assert Budget("predictive", mean=2.5, high=4).total(4, 16) == 10
-    assert Budget("predictive", mean=8.0, high=9).total(4, 16) == 16, "never more than there are rows"
-    assert Budget("predictive", high=3).total(4, 16) == 12, "the cap of one prompt holds"
-    assert Budget("rounds", mean=3.0, low=2).total(4, 16) == 12
+    assert Budget("predictive", budget=2.5, completions_max=4).total(4, 16) == 10
+    assert Budget("predictive", budget=8.0, completions_max=9).total(4, 16) == 16, (
+        "never more than there are rows"
+    )
+    assert Budget("predictive", completions_max=3).total(4, 16) == 12, "the cap of one prompt holds"
+    assert Budget("rounds", budget=3.0, completions_min=2).total(4, 16) == 12

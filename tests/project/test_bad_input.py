@@ -32,8 +32,8 @@ from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
-from kalman_rl.sampling.divide import divide, gradient_gains, light_gains
-from kalman_rl.sampling.gains import light_gain
+from kalman_rl.sampling.divide import divide, gradient_gains, mixed_group_gains
+from kalman_rl.sampling.gains import mixed_group_gain
 from kalman_rl.sampling.one_prompt.environment import SimulatedPreferenceEnv
 from kalman_rl.sampling.one_prompt.loop import run_adaptive_sampling
 from kalman_rl.sampling.price import Price
@@ -220,7 +220,7 @@ SAMPLING: dict[str, tuple[type[KalmanRLError], str, Call]] = {
     "unhashable": (ShapeError, "ids: got a name that cannot", lambda: divided([["a"]])),
     "price": (ConfigError, "price: got 0.1, expected a Price", lambda: divided(total=None, price=0.1)),
     "coverage": (ConfigError, "coverage: got 5", lambda: divided(coverage=5)),
-    "noise": (NumericError, "noise_variance: got -1.0", lambda: divided(noise_variance=-1.0)),
+    "noise": (NumericError, "reward_noise_variance: got -1.0", lambda: divided(reward_noise_variance=-1.0)),
     "plan's rounds": (ConfigError, "rounds: got 2", lambda: asked(rounds=2)),
     "plan's budget": (ConfigError, "budget: got '8'", lambda: asked(total=None, budget="8")),
     "plan's max_rounds": (ConfigError, "max_rounds: got 1.5", lambda: asked(max_rounds=1.5)),
@@ -241,9 +241,9 @@ SAMPLING: dict[str, tuple[type[KalmanRLError], str, Call]] = {
     "least": (ShapeError, "least: got list", lambda: divide(GAINS, 1, [0], tensor([1]))),
     "no completion": (ConfigError, "n_max: got 0", lambda: gradient_gains(ONE, 0)),
     "signal": (ShapeError, "signal: got list", lambda: gradient_gains([0.2], 3)),
-    "light": (ConfigError, "n_max: got -3", lambda: light_gains(ONE, ONE, -3)),
-    "half a step": (NumericError, "k: got 1.5", lambda: light_gain(1.0, 1.0, 0, 0, k=1.5)),
-    "failures": (NumericError, "failures: got -1.0", lambda: light_gain(1.0, 1.0, 3, -1)),
+    "mixed groups": (ConfigError, "n_max: got -3", lambda: mixed_group_gains(ONE, ONE, -3)),
+    "half a step": (NumericError, "k: got 1.5", lambda: mixed_group_gain(1.0, 1.0, 0, 0, k=1.5)),
+    "failures": (NumericError, "failures: got -1.0", lambda: mixed_group_gain(1.0, 1.0, 3, -1)),
     "round": (ConfigError, "k, cap: got 1.5, 3", lambda: StopRule(k=1.5, cap=3)),
     "round's prior": (ConfigError, "prior: got", lambda: StopRule(prior=(math.nan, 1.0))),
 }  # fmt: skip
@@ -258,15 +258,15 @@ def test_sampling(case: str) -> None:
 
 @pytest.mark.parametrize("options, message", [
     ({"allocation": "rond"}, "allocation: got 'rond', .*did you mean 'rounds'"),
-    ({"objective": "x"}, "allocation_objective: got 'x'"),
-    ({"rewards": "x"}, "reward_range: got 'x'"),
-    ({"objective": "light", "rewards": "real"}, "objective: got 'light' with real-valued rewards"),
+    ({"aim": "x"}, "aim: got 'x'"),
+    ({"reward_range": "x"}, "reward_range: got 'x'"),
+    ({"aim": "mixed_groups", "reward_range": "real"}, "aim: got 'mixed_groups' with real-valued rewards"),
     ({"rounds": ()}, "rounds: got"),
     ({"max_rounds": 0}, "max_rounds: got 0"),
-    ({"coverage": 0}, "coverage_steps: got 0"),
-    ({"low": "1"}, "completions_min, completions_max: got '1', 32"),
-    ({"noise_variance": -1.0}, "reward_noise_variance: got -1.0"),
-    ({"mean": "4", "allocation": "rounds"}, "budget: got '4'"),
+    ({"coverage_steps": 0}, "coverage_steps: got 0"),
+    ({"completions_min": "1"}, "completions_min, completions_max: got '1', 32"),
+    ({"reward_noise_variance": -1.0}, "reward_noise_variance: got -1.0"),
+    ({"budget": "4", "allocation": "rounds"}, "budget: got '4'"),
 ])  # fmt: skip
 def test_a_budget_is_checked_before_training(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):

@@ -19,8 +19,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import KalmanGRPOConfig
-from kalman_rl.hosts.trl.config import budget_of, check_combination, resolve_method
+from kalman_rl.hosts.trl.config import check_combination, resolve_method
 from kalman_rl.objectives.correction import Truncated
+from kalman_rl.sampling.budget import Budget
 from tests.hosts.test_trl import model_path
 
 __all__ = ["model_path"]  # a fixture
@@ -90,7 +91,7 @@ def test_settings_of_the_example(vllm: str, example: ModuleType, tmp_path: Path)
     args = KalmanGRPOConfig(**example.arguments(str(tmp_path), vllm, **ON_CPU))
     method = resolve_method(None, args)
     check_combination(method, args)
-    assert args.use_vllm == (vllm != "none") and budget_of(args).allocation == "predictive"
+    assert args.use_vllm == (vllm != "none") and Budget.of(args).allocation == "predictive"
     assert args.save_steps % (args.steps_per_generation * args.num_iterations) == 0
     if vllm == "none":
         assert method.correction is None

@@ -94,9 +94,14 @@ def scale_of(belief: Belief, step: int = 3) -> Tensor:
 
 PLANS = {
     "total": {"total": 5, "rounds": (1,), "n_min": 1, "n_max": 4},
-    "total, light": {"total": 5, "rounds": (1, 2), "n_min": 0, "n_max": 4, "objective": "light"},
+    "total, mixed groups": {"total": 5, "rounds": (1, 2), "n_min": 0, "n_max": 4, "aim": "mixed_groups"},
     "price": {"price": Price(3.0, value=0.035), "rounds": (1,), "n_min": 1, "n_max": 3},
-    "price, light": {"price": Price(3.0, value=0.2), "rounds": (1,), "n_max": 3, "objective": "light"},
+    "price, mixed groups": {
+        "price": Price(3.0, value=0.2),
+        "rounds": (1,),
+        "n_max": 3,
+        "aim": "mixed_groups",
+    },
 }
 plans = pytest.mark.parametrize("name", PLANS)
 
@@ -134,7 +139,7 @@ def test_equal_weighting_is_exactly_unbiased_and_own_tau_is_not(weighting: str, 
 
 def test_the_naive_mean_over_tau_with_the_group_mean_is_biased() -> None:
     """Stop at the first mixed group: the naive estimate has the weights that ``implied_weight`` says."""
-    options = {"price": Price(3.0, value=1e-9), "rounds": (2,), "n_max": 6, "objective": "light"}
+    options = {"price": Price(3.0, value=1e-9), "rounds": (2,), "n_max": 6, "aim": "mixed_groups"}
     weights, rule = [], StopRule(when_mixed, k=2, cap=6, estimate="group-mean")
     for prompt in (0, 1):
         plan = RoundPlan(warm("beta"), [prompt], step=3, **copy.deepcopy(options))
@@ -195,7 +200,7 @@ def drive(plan: RoundPlan, generator: torch.Generator, missing: float = 0.0) -> 
     room=st.integers(0, 9),
     fill=st.floats(0, 1),
     rounds=st.lists(st.integers(1, 5), min_size=1, max_size=3),
-    objective=st.sampled_from(["gradient", "light"]),
+    aim=st.sampled_from(["gradient", "mixed_groups"]),
     weighting=st.sampled_from(["tau", "equal", "mean"]),
     max_rounds=st.sampled_from([None, 1, 2]),
     missing=st.sampled_from([0.0, 0.3, 1.0]),
@@ -206,7 +211,7 @@ def test_a_total_is_used_exactly_and_caps_hold(
     room: int,
     fill: float,
     rounds: list[int],
-    objective: str,
+    aim: str,
     weighting: str,
     max_rounds: int | None,
     missing: float,
@@ -217,7 +222,7 @@ def test_a_total_is_used_exactly_and_caps_hold(
         "n_min": n_min,
         "n_max": n_max,
         "rounds": rounds,
-        "objective": objective,
+        "aim": aim,
         "weighting": weighting,
         "max_rounds": max_rounds,
     }
@@ -238,12 +243,12 @@ def test_a_total_is_used_exactly_and_caps_hold(
     seed=st.integers(0, 1000),
     budget=st.floats(0.5, 30),
     n_min=st.integers(0, 3),
-    objective=st.sampled_from(["gradient", "light"]),
+    aim=st.sampled_from(["gradient", "mixed_groups"]),
 )
-def test_caps_hold_at_any_price(seed: int, budget: float, n_min: int, objective: str) -> None:
+def test_caps_hold_at_any_price(seed: int, budget: float, n_min: int, aim: str) -> None:
     generator, price, belief = torch.Generator().manual_seed(seed), Price(budget), BetaBelief()
     for step in range(3):
-        plan = RoundPlan(belief, range(8), step=step, price=price, n_min=n_min, n_max=11, objective=objective)
+        plan = RoundPlan(belief, range(8), step=step, price=price, n_min=n_min, n_max=11, aim=aim)
         result, _ = drive(plan, generator)
         assert n_min <= result.tau.min() and result.tau.max() <= 11
         assert set(result.stop_reason) <= {"gain", "mixed", "n_max", "skipped"}
@@ -260,11 +265,11 @@ def test_price_meets_the_budget_and_spends_where_it_pays() -> None:
     assert mean[4] > 1.3 * mean[2] > 1.3 * mean[0] and mean[4] > 2 * mean[7]
 
 
-def test_light_objective_stops_at_mixed_groups_and_gives_up_on_hopeless_ones() -> None:
+def test_that_aim_stops_at_mixed_groups_and_gives_up_on_hopeless_ones() -> None:
     belief, price, generator = BetaBelief(), Price(6.0), torch.Generator().manual_seed(0)
     taus, reasons = [], []
     for step in range(40):
-        plan = RoundPlan(belief, range(8), step=step, price=price, rounds=(2,), objective="light", n_min=0)
+        plan = RoundPlan(belief, range(8), step=step, price=price, rounds=(2,), aim="mixed_groups", n_min=0)
         result, _ = drive(plan, generator)
         taus.append(result.tau)
         reasons += [reason for reason, tau in zip(result.stop_reason, result.tau.tolist()) if tau]
@@ -330,7 +335,7 @@ def test_coverage_and_features_and_real_rewards() -> None:
             total=6,
             n_min=0,
             n_max=6,
-            reward="real",
+            reward_range="real",
             coverage=coverage,
             features=torch.eye(4, dtype=torch.float64),
         )
@@ -396,7 +401,7 @@ def test_the_same_plan_twice_is_the_same() -> None:
         (["a"], {"total": 4, "rounds": (2, 0)}, "rounds: got"),
         (["a"], {"total": 4, "n_min": -1}, "n_min, n_max: got -1"),
         (["a"], {"total": 4, "weighting": "taus"}, "did you mean 'tau'"),
-        (["a"], {"total": 4, "objective": "lite"}, "objective: got 'lite'"),
+        (["a"], {"total": 4, "aim": "lite"}, "aim: got 'lite'"),
         (["a"], {"budget": 4.0, "max_rounds": 2}, "together with total"),
         (["a"], {"total": 4, "max_rounds": 0}, "max_rounds: got 0"),
     ],
@@ -427,7 +432,12 @@ def test_the_order_of_calls() -> None:
         (["a", "a", "b", "c"], torch.ones(4), ConfigError, "completions of prompt"),
         (["a", "a", "b", "b"], torch.ones(3), ShapeError, "reward: got \\(3,\\)"),
         (["a", "a", "b", "b"], [1.0] * 4, ShapeError, "reward: got list"),
-        (["a", "a", "b", "b"], torch.tensor([1.0, 0, 2, 0]), NumericError, "got 2.0 at row 2.*reward='real'"),
+        (
+            ["a", "a", "b", "b"],
+            torch.tensor([1.0, 0, 2, 0]),
+            NumericError,
+            "got 2.0 at row 2.*reward_range='real'",
+        ),
         (["a", "a", "b", "b"], torch.tensor([1.0, 0, -math.inf, 0]), NumericError, "got -inf at row 2"),
     ],
 )

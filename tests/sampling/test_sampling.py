@@ -21,7 +21,7 @@ from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling import gains as gain
 from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.coverage import Coverage
-from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains, light_gains
+from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains, mixed_group_gains
 from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.price import Price
 from kalman_rl.sampling.prompts import (
@@ -67,7 +67,7 @@ def test_gradient_gains_fall_from_the_empty_group_on() -> None:
 
 @betas
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_light_gain_by_enumerating_every_outcome(a: float, b: float, k: int) -> None:
+def test_mixed_group_gain_by_enumerating_every_outcome(a: float, b: float, k: int) -> None:
     """(a, b) as posterior; all 2^k continuations, weighted by the exact beta-binomial probability of each."""
     for successes, failures in ((0, 0), (3, 0), (0, 2), (2, 1)):
         mixed = 0.0
@@ -77,7 +77,9 @@ def test_light_gain_by_enumerating_every_outcome(a: float, b: float, k: int) -> 
             mixed += chance * (successes + s > 0 and failures + f > 0)
         if successes and failures:
             mixed = 0.0  # it is mixed already
-        assert number(gain.light_gain(a, b, successes, failures, k)) == pytest.approx(mixed / k, abs=1e-12)
+        assert number(gain.mixed_group_gain(a, b, successes, failures, k)) == pytest.approx(
+            mixed / k, abs=1e-12
+        )
 
 
 def _log_beta(a: float, b: float) -> float:
@@ -86,8 +88,10 @@ def _log_beta(a: float, b: float) -> float:
 
 @quick
 @given(a=shape, b=shape)
-def test_light_gains_add_up_to_the_probability_of_a_mixed_group(a: float, b: float) -> None:
-    gains = light_gains(torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64), 12)[0]
+def test_mixed_group_gains_add_up_to_the_probability_of_a_mixed_group(a: float, b: float) -> None:
+    gains = mixed_group_gains(
+        torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64), 12
+    )[0]
     for n in range(13):
         binomial = stats.betabinom(n, a, b)
         mixed = 1 - binomial.pmf(0) - binomial.pmf(n) if n else 0.0
@@ -134,9 +138,9 @@ def test_moments_that_no_beta_has(mean: float, variance: float) -> None:
 def test_noisy_signal_and_its_reading_from_a_belief() -> None:
     assert gain.noisy_signal(torch.tensor([1.25, 0.5]), 1.0).tolist() == [0.25, 0.0]
     belief = GaussianBelief(observation_noise=1.25, mean=0.0, variance=3.0)
-    assert read_signal(belief, ["a"], step=0, reward="real", noise_variance=1.0).variance.item() == (
-        pytest.approx(0.25)
-    )
+    assert read_signal(
+        belief, ["a"], step=0, reward_range="real", reward_noise_variance=1.0
+    ).variance.item() == (pytest.approx(0.25))
     beta = BetaBelief(prior=(2.0, 3.0))
     signal = read_signal(beta, ["a", "b"], step=0)
     assert signal.variance.tolist() == pytest.approx([0.2, 0.2])
@@ -151,8 +155,8 @@ def test_noisy_signal_and_its_reading_from_a_belief() -> None:
         lambda: gain.gradient_gain(-0.1, 2, 1),
         lambda: gain.gradient_gain(0.1, -1, 1),
         lambda: gain.gradient_gain(0.1, 2, 0),
-        lambda: gain.light_gain(1.0, 1.0, -1, 0, 1),
-        lambda: gain.light_gain(1.0, 1.0, 0, 0, 0),
+        lambda: gain.mixed_group_gain(1.0, 1.0, -1, 0, 1),
+        lambda: gain.mixed_group_gain(1.0, 1.0, 0, 0, 0),
         lambda: gain.half_width(-1.0),
         lambda: gain.half_width(1.0, 1.0),
         lambda: gain.gaussian_information(1.0, 0.0),
@@ -180,10 +184,10 @@ def best_by_force(gains: Tensor, total: int, least: list[int], most: list[int]) 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Tensor, int, list[int], list[int]]:
     size, n_max = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    light = draw(st.booleans())
+    mixed = draw(st.booleans())
     a = torch.tensor(draw(st.lists(st.floats(0.05, 5), min_size=size, max_size=size)), dtype=torch.float64)
     b = torch.tensor(draw(st.lists(st.floats(0.05, 5), min_size=size, max_size=size)), dtype=torch.float64)
-    gains = light_gains(a, b, n_max) if light else gradient_gains(gain.beta_signal(a, b), n_max)
+    gains = mixed_group_gains(a, b, n_max) if mixed else gradient_gains(gain.beta_signal(a, b), n_max)
     most = [draw(st.integers(0, n_max)) for _ in range(size)]
     least = [draw(st.integers(0, high)) for high in most]
     if sum(most) == 0:
@@ -201,7 +205,7 @@ def test_divide_is_the_optimum_by_brute_force(problem: tuple[Tensor, int, list[i
     assert worth(gains, counts) == pytest.approx(best_by_force(gains, total, least, most), abs=1e-9)
 
 
-def test_light_pairs_need_the_programme() -> None:
+def test_pairs_for_mixed_groups_need_the_programme() -> None:
     """Greedy by pairs would take 2 of the first and waste one; 3 of the last is better."""
     gains = torch.tensor([[0.0, 2.0, 0.0], [0.0, 1.8, 0.0], [0.0, 1.78, 0.89]], dtype=torch.float64)
     counts = divide(gains, 3, torch.zeros(3, dtype=torch.long), torch.tensor([2, 2, 3])).counts
@@ -269,14 +273,14 @@ def taught(seed: int = 0, groups: int = 6) -> tuple[BetaBelief, list[str], Tenso
     return belief, ids, success
 
 
-def test_gradient_spends_on_even_prompts_and_light_on_hard_ones() -> None:
+def test_gradient_spends_on_even_prompts_and_mixed_groups_on_hard_ones() -> None:
     belief, ids, _ = taught()
     gradient = allocate(belief, ids, step=6, total=64, n_min=0).counts
-    light = allocate(belief, ids, step=6, total=32, objective="light", n_min=0).counts
-    assert gradient.sum() == 64 and light.sum() == 32
+    mixed = allocate(belief, ids, step=6, total=32, aim="mixed_groups", n_min=0).counts
+    assert gradient.sum() == 64 and mixed.sum() == 32
     assert gradient[4] > gradient[2] > gradient[0] and gradient[4] > gradient[7]
-    assert light[2] > light[4] > light[0]
-    assert not (light == 1).any()
+    assert mixed[2] > mixed[4] > mixed[0]
+    assert not (mixed == 1).any()
 
 
 def test_skipped_prompts_come_back_by_the_coverage_floor() -> None:
@@ -327,22 +331,16 @@ def test_price_meets_the_budget_on_average_and_caps_always_hold() -> None:
     seed=st.integers(0, 5),
     n_min=st.integers(0, 3),
     room=st.integers(0, 12),
-    objective=st.sampled_from(["gradient", "light"]),
+    aim=st.sampled_from(["gradient", "mixed_groups"]),
 )
-def test_hard_caps_hold_whatever_the_price(
-    budget: float, seed: int, n_min: int, room: int, objective: str
-) -> None:
+def test_hard_caps_hold_whatever_the_price(budget: float, seed: int, n_min: int, room: int, aim: str) -> None:
     belief, ids, _ = taught(seed, groups=1)
     n_max, price = max(n_min + room, 1), Price(budget)
     for step in range(2, 8):
-        counts = allocate(
-            belief, ids, step=step, price=price, n_min=n_min, n_max=n_max, objective=objective
-        ).counts
+        counts = allocate(belief, ids, step=step, price=price, n_min=n_min, n_max=n_max, aim=aim).counts
         assert n_min <= counts.min() and counts.max() <= n_max
         total = int(counts.sum().clamp(min=8 * n_min, max=8 * n_max)) or 1
-        exact = allocate(
-            belief, ids, step=step, total=total, n_min=n_min, n_max=n_max, objective=objective
-        ).counts
+        exact = allocate(belief, ids, step=step, total=total, n_min=n_min, n_max=n_max, aim=aim).counts
         assert exact.sum() == total and n_min <= exact.min() and exact.max() <= n_max
 
 
@@ -375,9 +373,9 @@ def test_price_state_and_bad_input() -> None:
         (["a"], {"total": 33}, "expected 2 to 32"),
         (["a"], {"total": 2, "n_min": 3, "n_max": 2}, "n_min, n_max: got 3, 2"),
         (["a"], {"total": 2, "n_min": 1.5}, "n_min, n_max: got 1.5, 32"),
-        (["a"], {"total": 2, "objective": "gradeint"}, "did you mean 'gradient'"),
+        (["a"], {"total": 2, "aim": "gradeint"}, "did you mean 'gradient'"),
         (["a"], {"total": 2, "reward": "binary"}, "reward: got 'binary'"),
-        (["a"], {"total": 2, "objective": "light", "reward": "real"}, "expected 'gradient'"),
+        (["a"], {"total": 2, "aim": "mixed_groups", "reward_range": "real"}, "expected 'gradient'"),
     ],
 )
 def test_allocations_that_cannot_be(ids: list[str], options: dict, message: str) -> None:

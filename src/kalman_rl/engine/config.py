@@ -19,6 +19,7 @@ import tomli_w
 from kalman_rl.engine.reading import line_of, read, show, text_of
 from kalman_rl.engine.runs.run import name_problem
 from kalman_rl.errors import ConfigError, KalmanRLError, unknown_name
+from kalman_rl.sampling.budget import Budget
 
 MODELS = ("smollm2", "tiny")
 """Models that need no download; anything else is a directory or a hub id OWNER/NAME."""
@@ -71,8 +72,8 @@ class TrainConfig:
     """Tell the belief each prompt's mean hidden state, so that it guesses prompts it has not seen."""
     allocation: Literal["fixed", "predictive", "rounds"] = "fixed"
     """Completions per prompt: the same for all, from the belief before sampling, or in rounds that see rewards."""
-    objective: Literal["gradient", "light"] = "gradient"
-    """What an allocation buys: gradient (spend near success rate 1/2) or light (groups with both outcomes)."""
+    aim: Literal["gradient", "mixed_groups"] = "gradient"
+    """What an allocation buys: gradient (spend near success rate 1/2) or mixed_groups (groups with both outcomes)."""
     budget: float | None = number(None, 0.01, 4_096)
     """Mean completions per prompt that an allocation may spend. Unset: completions_per_prompt."""
     rounds: tuple[int, ...] = (2, 4)
@@ -85,6 +86,10 @@ class TrainConfig:
     """Most completions of a prompt in a batch."""
     coverage_steps: int = number(256, 1, 10_000_000)
     """Optimizer steps after which a prompt that was passed over is due again."""
+    reward_range: Literal["unit", "real"] = "unit"
+    """Where rewards lie, for an allocation: unit in [0, 1], real anywhere."""
+    reward_noise_variance: float = number(0.0, 0.0, 1e12)
+    """Variance of the scorer's noise, in squared reward units; read where reward_range is real."""
     reward_noise: float = number(0.0, 0.0, 1e6)
     """Standard deviation of Gaussian noise added to training rewards, to study noisy scorers."""
     updates_per_generation: int = number(2, 1, 65_536)
@@ -329,24 +334,12 @@ def _check_allocation(config: TrainConfig) -> None:
             f"allocation: got {config.allocation!r} with advantage={config.advantage!r}, expected fixed because only a "
             "belief knows how to divide completions; set advantage = 'tracked'"
         )
-    if config.objective == "light" and config.reward_noise:
+    if config.aim == "mixed_groups" and config.reward_noise:
         raise ConfigError(
-            f"objective: got 'light' with reward_noise = {config.reward_noise}, expected gradient; noisy groups are "
+            f"aim: got 'mixed_groups' with reward_noise = {config.reward_noise}, expected gradient; noisy groups are "
             "mixed from the second completion on"
         )
-    from kalman_rl.sampling.budget import Budget  # here, because it brings in torch
-
-    Budget(
-        allocation=config.allocation,
-        mean=config.budget,
-        rounds=config.rounds,
-        max_rounds=config.max_rounds,
-        low=config.completions_min,
-        high=config.completions_max,
-        objective=config.objective,
-        coverage=config.coverage_steps,
-        rewards="real" if config.reward_noise else "unit",
-    )
+    Budget.of(config)
 
 
 def _check_stress(config: StressConfig) -> None:

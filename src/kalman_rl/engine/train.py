@@ -45,6 +45,7 @@ from kalman_rl.methods import make_method
 from kalman_rl.objectives.advantage.group import batch_leave_one_out, leave_one_out
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.ratio.transforms import KalmanFiltered
+from kalman_rl.sampling.budget import Budget
 
 BASELINES: dict[str, Callable[..., torch.Tensor]] = {
     "leave_one_out": leave_one_out,
@@ -179,7 +180,13 @@ def build_trainer(
     cycle = config.updates_per_generation * config.iterations
     save_every = -(-config.save_every // cycle) * cycle  # only between generation batches
     bf16 = loaded.dtype == torch.bfloat16
+    budget = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(Budget)}
+    budget["rounds"] = list(config.rounds)
+    if config.reward_noise:
+        budget["reward_range"] = "real"
+        budget["reward_noise_variance"] = config.reward_noise_variance + config.reward_noise**2
     args = KalmanGRPOConfig(
+        **budget,
         output_dir=str(run.path / "checkpoints"),
         method=config.method,
         method_options=config.method_options,
@@ -190,16 +197,6 @@ def build_trainer(
         num_generations=config.completions_per_prompt,
         belief=config.belief if config.advantage == "tracked" else None,
         prompt_features=config.prompt_features,
-        allocation=config.allocation,
-        allocation_objective=config.objective,
-        budget=config.budget,
-        rounds=list(config.rounds),
-        completions_min=config.completions_min,
-        completions_max=config.completions_max,
-        max_rounds=config.max_rounds,
-        coverage_steps=config.coverage_steps,
-        reward_range="real" if config.reward_noise else "unit",
-        reward_noise_variance=config.reward_noise**2,
         max_completion_length=max_tokens,
         temperature=config.temperature,
         max_steps=config.steps,

@@ -15,13 +15,14 @@ from kalman_rl.beliefs.groups import places_of
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError
+from kalman_rl.sampling.budget import check_aim
 from kalman_rl.sampling.coverage import Coverage
-from kalman_rl.sampling.divide import Allocation, divide, divide_at_price, gradient_gains, light_gains
-from kalman_rl.sampling.learnability import Signal, check_objective, read_signal
+from kalman_rl.sampling.divide import Allocation, divide, divide_at_price, gradient_gains, mixed_group_gains
+from kalman_rl.sampling.learnability import Signal, read_signal
 from kalman_rl.sampling.price import Price
 
 TIE_BREAK = 1e-9
-"""Weight of the gradient gain in the light objective: decides where no group can become mixed any more."""
+"""Weight of the gradient gain for mixed groups: decides where no group can become mixed any more."""
 
 
 def allocate(
@@ -31,12 +32,12 @@ def allocate(
     step: int,
     total: int | None = None,
     price: Price | None = None,
-    objective: str = "gradient",
+    aim: str = "gradient",
     n_min: int = 2,
     n_max: int = 32,
     features: Tensor | None = None,
-    reward: str = "unit",
-    noise_variance: float = 0.0,
+    reward_range: str = "unit",
+    reward_noise_variance: float = 0.0,
     coverage: Coverage | None = None,
 ) -> Allocation:
     """Divide a budget among prompts before any of them is sampled.
@@ -47,11 +48,11 @@ def allocate(
         step: the current step.
         total: completions in all, every one of which is used; or
         price: a :class:`~kalman_rl.sampling.price.Price` for a budget that holds on average. It is updated.
-        objective: "gradient" (spend near p = 1/2) or "light" (spend on hard but solvable prompts).
+        aim: "gradient" (spend near p = 1/2) or "mixed_groups" (spend on hard but solvable prompts).
         n_min, n_max: completions per prompt, 0 <= n_min <= n_max; with n_min 0 prompts can be skipped.
         features: None or (N, F).
-        reward, noise_variance: see :func:`~kalman_rl.sampling.learnability.read_signal`.
-        coverage: prompts that are due get at least 1 completion ("light": 2, one alone is never mixed). Where
+        reward_range, reward_noise_variance: see :func:`~kalman_rl.sampling.learnability.read_signal`.
+        coverage: prompts that are due get at least 1 completion ("mixed_groups": 2, one alone is never mixed). Where
             ``total`` cannot pay for all of them, those that wait longest do. Visits are noted in it.
 
     Returns:
@@ -61,16 +62,21 @@ def allocate(
         ConfigError: an option is out of range, an id comes twice, the pool is empty, or no counts fit.
         ShapeError: ids are no list of names, or features have another shape.
     """
-    check_objective(objective, reward)
+    check_aim(aim, reward_range)
     check_bounds(ids, n_min, n_max)
     check_books(price, coverage)
     if (total is None) == (price is None):
         raise ConfigError(f"total, price: got {total!r} and {price!r}, expected exactly one of them")
     signal = read_signal(
-        belief, ids, step=step, features=features, reward=reward, noise_variance=noise_variance
+        belief,
+        ids,
+        step=step,
+        features=features,
+        reward_range=reward_range,
+        reward_noise_variance=reward_noise_variance,
     )
-    gains = gain_table(signal, objective, n_max)
-    least = least_counts(ids, step, n_min, n_max, total, objective, coverage)
+    gains = gain_table(signal, aim, n_max)
+    least = least_counts(ids, step, n_min, n_max, total, aim, coverage)
     most = torch.full_like(least, n_max)
     if total is not None:
         allocation = divide(gains, total, least, most)
@@ -83,14 +89,14 @@ def allocate(
     return allocation
 
 
-def gain_table(signal: Signal, objective: str, n_max: int) -> Tensor:
+def gain_table(signal: Signal, aim: str, n_max: int) -> Tensor:
     """(N, n_max) gains from an empty group, for :func:`~kalman_rl.sampling.divide.divide`."""
     gradient = gradient_gains(signal.variance, n_max)
-    if objective == "gradient" or signal.a is None or signal.b is None:
+    if aim == "gradient" or signal.a is None or signal.b is None:
         return gradient
     tie_break = gradient.clone()
     tie_break[:, 0] = 0.0
-    return light_gains(signal.a, signal.b, n_max) + TIE_BREAK * tie_break
+    return mixed_group_gains(signal.a, signal.b, n_max) + TIE_BREAK * tie_break
 
 
 def least_counts(
@@ -99,12 +105,12 @@ def least_counts(
     n_min: int,
     n_max: int,
     total: int | None,
-    objective: str,
+    aim: str,
     coverage: Coverage | None,
 ) -> Tensor:
     """(N,) int64: what each prompt must get, with those that are due raised to one visit."""
     least = torch.full((len(ids),), n_min, dtype=torch.long)
-    visit = min(max(n_min, 2 if objective == "light" else 1), n_max)
+    visit = min(max(n_min, 2 if aim == "mixed_groups" else 1), n_max)
     if coverage is None or visit == n_min:
         return least
     limit = None if total is None else (total - n_min * len(ids)) // (visit - n_min)
@@ -125,12 +131,6 @@ def check_bounds(ids: Sequence[Hashable], n_min: int, n_max: int) -> None:
         raise ConfigError(
             f"n_min, n_max: got {n_min!r}, {n_max!r}, expected integers 0 <= n_min <= n_max and n_max >= 1"
         )
-
-
-def check_rounds(rounds: Sequence[int]) -> None:
-    """Refuse what is no list of completions per round. Raises: ConfigError."""
-    if not isinstance(rounds, Sequence) or not rounds or not all(is_whole(k, 1) for k in rounds):
-        raise ConfigError(f"rounds: got {rounds!r}, expected a list of one or more integers >= 1")
 
 
 def check_books(price: Price | None, coverage: Coverage | None) -> None:

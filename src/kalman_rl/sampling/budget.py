@@ -1,88 +1,124 @@
-"""How completions are divided among the prompts of a generation batch: one set of settings for every host."""
+"""How completions are divided among the prompts of a generation batch: one set of settings for every host.
+
+Nothing here needs torch, so that a command line can show and check these settings at once.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, unknown_name
-from kalman_rl.sampling.allocate import check_rounds
-from kalman_rl.sampling.learnability import OBJECTIVES, REWARDS, check_objective
 
-Kind = Literal["fixed", "predictive", "rounds"]
+Allocation = Literal["fixed", "predictive", "rounds"]
+Aim = Literal["gradient", "mixed_groups"]
+RewardRange = Literal["unit", "real"]
 
 
 @dataclass(frozen=True)
 class Budget:
     """How completions are divided among the prompts of a generation batch.
 
-    Args:
-        allocation: "fixed", the same number each; "predictive", from the belief before sampling (exactly
-            unbiased); "rounds", in rounds that see the rewards so far (exact direction, weight E[tau]).
-        mean: completions per prompt on average, or None for as many as TRL's batch holds.
-        rounds: completions per prompt and round; the last number repeats.
-        max_rounds: the last round asks for all that is left. Every round is a generation call; two suffice.
-        low, high: bounds of one prompt's completions in a batch; with low 0 a prompt can be skipped.
-        objective: "gradient" spends near success rate 1/2, "light" on hard but solvable prompts.
-        coverage: a prompt is due again after so many optimizer steps without a completion.
-        rewards: "unit" if they lie in [0, 1], else "real".
-        noise_variance: of the scorer, in squared reward units; read for "real" only.
+    The hosts' own settings have the same names, so that :meth:`of` can read them. The text under each field is its
+    documentation, on the command line too.
 
-    Raises: ConfigError for a value out of range, under the name it has in the settings of training.
+    Raises: ConfigError for a value out of range.
+
+    >>> Budget(allocation="rounds", budget=4.0).total(prompts=8, rows=64)
+    32
     """
 
-    allocation: Kind = "fixed"
-    mean: float | None = None
+    allocation: Allocation = "fixed"
+    """Completions per prompt: fixed, the same for all; predictive, from the belief before sampling; or rounds, in
+    rounds that see the rewards so far."""
+    aim: Aim = "gradient"
+    """What an allocation buys: gradient (spend near success rate 1/2) or mixed_groups (spend on hard but solvable
+    prompts, until a group has both outcomes)."""
+    budget: float | None = None
+    """Mean completions per prompt that an allocation may spend. Unset: as many as without an allocation."""
     rounds: tuple[int, ...] = (2, 4)
+    """Completions per prompt in each round of allocation=rounds; the last number repeats."""
     max_rounds: int = 2
-    low: int = 0
-    high: int = 32
-    objective: Literal["gradient", "light"] = "gradient"
-    coverage: int = 256
-    rewards: Literal["unit", "real"] = "unit"
-    noise_variance: float = 0.0
+    """Rounds per generation batch; the last one takes what is left of the budget. Each is a generation call."""
+    completions_min: int = 0
+    """Least completions of a prompt in a batch; with 0 an allocation may pass a prompt over."""
+    completions_max: int = 32
+    """Most completions of a prompt in a batch."""
+    coverage_steps: int = 256
+    """Optimizer steps after which a prompt that was passed over is due again."""
+    reward_range: RewardRange = "unit"
+    """Where rewards lie, for an allocation: unit in [0, 1], real anywhere."""
+    reward_noise_variance: float = 0.0
+    """Variance of the scorer's noise, in squared reward units; read where reward_range is real."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("allocation", self.allocation, get_args(Kind)),
-            ("allocation_objective", self.objective, OBJECTIVES),
-            ("reward_range", self.rewards, REWARDS),
-        ):
-            if value not in known:
-                raise unknown_name(name, value, known)
-        check_objective(self.objective, self.rewards)
+        if self.allocation not in get_args(Allocation):
+            raise unknown_name("allocation", self.allocation, get_args(Allocation))
+        check_aim(self.aim, self.reward_range)
         check_rounds(self.rounds)
-        if not (is_whole(self.low) and is_whole(self.high, max(self.low, 1))):
+        low, high = self.completions_min, self.completions_max
+        if not (is_whole(low) and is_whole(high, max(low, 1))):
             raise ConfigError(
-                f"completions_min, completions_max: got {self.low!r}, {self.high!r}, expected whole numbers with "
+                f"completions_min, completions_max: got {low!r}, {high!r}, expected whole numbers with "
                 "0 <= min <= max and max >= 1"
             )
-        for name, number in (("max_rounds", self.max_rounds), ("coverage_steps", self.coverage)):
+        for name, number in (("max_rounds", self.max_rounds), ("coverage_steps", self.coverage_steps)):
             if not is_whole(number, 1):
                 raise ConfigError(f"{name}: got {number!r}, expected a whole number >= 1")
-        if not (is_real(self.noise_variance) and 0 <= self.noise_variance < math.inf):
-            raise ConfigError(
-                f"reward_noise_variance: got {self.noise_variance!r}, expected a finite variance >= 0"
-            )
-        if self.mean is not None:
-            self._check_mean(self.mean)
+        noise = self.reward_noise_variance
+        if not (is_real(noise) and 0 <= noise < math.inf):
+            raise ConfigError(f"reward_noise_variance: got {noise!r}, expected a finite variance >= 0")
+        if self.budget is not None:
+            self._check_budget(self.budget)
 
-    def _check_mean(self, mean: float) -> None:
-        if not (is_real(mean) and 0 < mean < math.inf):
-            raise ConfigError(f"budget: got {mean!r}, expected a mean number of completions > 0")
+    def _check_budget(self, budget: float) -> None:
+        if not (is_real(budget) and 0 < budget < math.inf):
+            raise ConfigError(f"budget: got {budget!r}, expected a mean number of completions > 0")
         if self.allocation == "fixed":
             raise ConfigError(
-                f"budget: got {mean} with allocation='fixed', expected predictive or rounds; with fixed the number of "
-                "completions per prompt is the budget"
+                f"budget: got {budget} with allocation='fixed', expected predictive or rounds; with fixed the number "
+                "of completions per prompt is the budget"
             )
-        if not self.low <= mean <= self.high:
+        low, high = self.completions_min, self.completions_max
+        if not low <= budget <= high:
             raise ConfigError(
-                f"budget: got {mean}, expected {self.low} to {self.high}, the bounds of one prompt's completions"
+                f"budget: got {budget}, expected {low} to {high}, the bounds of one prompt's completions"
             )
+
+    @staticmethod
+    def of(settings: Any) -> Budget:
+        """The budget among a host's settings, read by name; what they lack keeps its default.
+
+        Raises: ConfigError for a value out of range.
+        """
+        names = [spec.name for spec in fields(Budget) if hasattr(settings, spec.name)]
+        return Budget(**{name: getattr(settings, name) for name in names})
 
     def total(self, prompts: int, rows: int) -> int:
         """Completions of a batch of ``prompts`` prompts for which there are ``rows`` rows."""
-        wanted = rows if self.mean is None else min(rows, round(self.mean * prompts))
-        return max(min(wanted, prompts * self.high), prompts * self.low, 1)
+        wanted = rows if self.budget is None else min(rows, round(self.budget * prompts))
+        return max(min(wanted, prompts * self.completions_max), prompts * self.completions_min, 1)
+
+
+def check_aim(aim: str, reward_range: str) -> None:
+    """Refuse unknown names, and mixed groups of real-valued rewards. Raises: ConfigError."""
+    for name, value, known in (
+        ("aim", aim, get_args(Aim)),
+        ("reward_range", reward_range, get_args(RewardRange)),
+    ):
+        if value not in known:
+            raise unknown_name(name, value, known)
+    if aim == "mixed_groups" and reward_range == "real":
+        raise ConfigError(
+            "aim: got 'mixed_groups' with real-valued rewards, expected 'gradient'; groups of real rewards "
+            "are mixed from the second completion on"
+        )
+
+
+def check_rounds(rounds: Sequence[int]) -> None:
+    """Refuse what is no list of completions per round. Raises: ConfigError."""
+    if not isinstance(rounds, Sequence) or not rounds or not all(is_whole(k, 1) for k in rounds):
+        raise ConfigError(f"rounds: got {rounds!r}, expected a list of one or more integers >= 1")

@@ -2,7 +2,7 @@
 
 Gains are a table (N, n_max): entry ``[i, n]`` is what completion number n + 1 of prompt i is worth. Where
 gains fall along a row, taking the best entries one after another is the exact optimum. The one exception is
-the light objective from an empty group (the first completion alone is worth nothing), where a dynamic
+mixed groups from an empty group (the first completion alone is worth nothing), where a dynamic
 programme decides.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
-from kalman_rl.sampling.gains import Number, gradient_gain, remaining_light_gains
+from kalman_rl.sampling.gains import Number, gradient_gain, remaining_mixed_group_gains
 
 
 class Allocation(NamedTuple):
@@ -39,8 +39,8 @@ def gradient_gains(signal: Tensor, n_max: int) -> Tensor:
     return gradient_gain(signal[:, None], torch.arange(n_max))
 
 
-def light_gains(a: Number, b: Number, n_max: int) -> Tensor:
-    """Gain table (N, n_max) of the light objective from an empty group: rise of P(mixed) by each completion.
+def mixed_group_gains(a: Number, b: Number, n_max: int) -> Tensor:
+    """Gain table (N, n_max) for mixed groups, from an empty group: rise of P(mixed) by each completion.
 
     Completion n + 1 >= 2 makes the group mixed for the first time with probability
     ``E[p^n (1 - p)] + E[(1 - p)^n p]``, p ~ Beta(a, b). The first column is 0.
@@ -48,11 +48,11 @@ def light_gains(a: Number, b: Number, n_max: int) -> Tensor:
     Args: a, b: (N,) > 0, of the Beta of each prompt. n_max: >= 1.
     Raises: NumericError, ConfigError for a value outside its range.
 
-    >>> light_gains(torch.tensor([1.0]), torch.tensor([1.0]), 4)
+    >>> mixed_group_gains(torch.tensor([1.0]), torch.tensor([1.0]), 4)
     tensor([[0.0000, 0.3333, 0.1667, 0.1000]], dtype=torch.float64)
     """
     _check_most(n_max)
-    return remaining_light_gains(a, b, 0, 0, n_max)
+    return remaining_mixed_group_gains(a, b, 0, 0, n_max)
 
 
 def _check_most(n_max: int) -> None:

@@ -1,7 +1,7 @@
 """What the next completions of a prompt are worth: pure functions of what a belief knows about the prompt.
 
 Two aims, and no rule serves both. *Gradient*: cut the error of the prompt's policy gradient, which is spent
-on prompts with success probability p near 1/2. *Light*: make the group mixed, so that it teaches anything
+on prompts with success probability p near 1/2. *Mixed groups*: make the group mixed, so that it teaches anything
 under a group baseline, which is spent on hard but solvable prompts. Both read the rewards through the
 posterior Beta(a, b) of p. Two more are kept for comparison: the half-width of the value's credible interval,
 and the expected information, whose Gaussian form reads no reward at all.
@@ -98,7 +98,7 @@ def gradient_gain(signal: Number, n: Number, k: Number = 1) -> Tensor:
     return signal * (1 / n.clamp(min=0.5) - 1 / (n + k)) / k
 
 
-def light_gain(a: Number, b: Number, successes: Number, failures: Number, k: int = 1) -> Tensor:
+def mixed_group_gain(a: Number, b: Number, successes: Number, failures: Number, k: int = 1) -> Tensor:
     """Probability that the group becomes mixed within the next k completions, over k; 0 once it is mixed.
 
     With all successes so far, the next k are all successes too with probability
@@ -107,16 +107,16 @@ def light_gain(a: Number, b: Number, successes: Number, failures: Number, k: int
 
     Raises: NumericError unless a, b > 0, counts >= 0 and k >= 1.
 
-    >>> light_gain(1.0, 1.0, 0, 0, k=2)  # two completions differ with probability 1/3
+    >>> mixed_group_gain(1.0, 1.0, 0, 0, k=2)  # two completions differ with probability 1/3
     tensor(0.1667, dtype=torch.float64)
     """
-    return remaining_light_gains(a, b, successes, failures, k).sum(-1) / k
+    return remaining_mixed_group_gains(a, b, successes, failures, k).sum(-1) / k
 
 
-def remaining_light_gains(a: Number, b: Number, successes: Number, failures: Number, k: int) -> Tensor:
+def remaining_mixed_group_gains(a: Number, b: Number, successes: Number, failures: Number, k: int) -> Tensor:
     """The same one by one: probability that the group becomes mixed with exactly the j-th next completion.
 
-    Arguments and errors as :func:`light_gain`. Returns (..., k); entries fall along the last axis, except
+    Arguments and errors as :func:`mixed_group_gain`. Returns (..., k); entries fall along the last axis, except
     that the first completion of an empty group mixes nothing.
     """
     if not is_whole(k, 1):

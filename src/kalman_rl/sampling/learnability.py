@@ -10,11 +10,8 @@ from torch import Tensor
 
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_real
-from kalman_rl.errors import ConfigError, NumericError, unknown_name
+from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.sampling.gains import beta_from_moments, beta_signal, noisy_signal
-
-OBJECTIVES = ("gradient", "light")
-REWARDS = ("unit", "real")
 
 
 class Signal(NamedTuple):
@@ -32,17 +29,17 @@ def read_signal(
     *,
     step: int,
     features: Tensor | None = None,
-    reward: str = "unit",
-    noise_variance: float = 0.0,
+    reward_range: str = "unit",
+    reward_noise_variance: float = 0.0,
 ) -> Signal:
     """Ask a belief about each id.
 
     Args:
         belief, ids, step, features: as in :class:`~kalman_rl.beliefs.protocol.Belief`.
-        reward: "unit" for rewards in [0, 1]: the Beta of the value's moments gives ``E[p (1 - p)]``, for 0/1
+        reward_range: "unit" for rewards in [0, 1]: the Beta of the value's moments gives ``E[p (1 - p)]``, for 0/1
             rewards exactly the variance and for other rewards in [0, 1] a bound. "real" for any others: the
-            noise variance R the belief predicts with, minus ``noise_variance``.
-        noise_variance: of the scorer, >= 0, in squared reward units; read for "real" only.
+            noise variance R the belief predicts with, minus ``reward_noise_variance``.
+        reward_noise_variance: of the scorer, >= 0, in squared reward units; read for "real" only.
 
     Returns: :class:`Signal`, detached.
     Raises: ConfigError if ``belief`` is none, NumericError for a noise variance out of range, and what the belief
@@ -52,24 +49,15 @@ def read_signal(
         raise ConfigError(
             f"belief: got {type(belief).__name__}, expected a belief such as make_belief() gives"
         )
-    if not (is_real(noise_variance) and 0 <= noise_variance < math.inf):
-        raise NumericError(f"noise_variance: got {noise_variance!r}, expected a finite variance >= 0")
-    if reward == "unit":
+    if not (is_real(reward_noise_variance) and 0 <= reward_noise_variance < math.inf):
+        raise NumericError(
+            f"reward_noise_variance: got {reward_noise_variance!r}, expected a finite variance >= 0"
+        )
+    if reward_range == "unit":
         a, b = beta_from_moments(belief.predict(ids, step=step, features=features))
         return Signal(beta_signal(a, b), a, b)
     value = belief.predict(ids, step=step, features=features)
     new = belief.predictive(ids, step=step, features=features)
-    return Signal(noisy_signal((new.variance - value.variance).clamp(min=0.0), noise_variance), None, None)
-
-
-def check_objective(objective: str, reward: str) -> None:
-    """Refuse unknown names, and light groups of real-valued rewards. Raises: ConfigError."""
-    if objective not in OBJECTIVES:
-        raise unknown_name("objective", objective, OBJECTIVES)
-    if reward not in REWARDS:
-        raise unknown_name("reward", reward, REWARDS)
-    if objective == "light" and reward == "real":
-        raise ConfigError(
-            "objective: got 'light' with real-valued rewards, expected 'gradient'; groups of real rewards "
-            "are mixed from the second completion on"
-        )
+    return Signal(
+        noisy_signal((new.variance - value.variance).clamp(min=0.0), reward_noise_variance), None, None
+    )

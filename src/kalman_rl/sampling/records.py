@@ -59,7 +59,7 @@ def belief_record(
         "step": step,
         "rows": rows,
         "allocation": tracking.budget.allocation,
-        "rewards": tracking.budget.rewards,
+        "rewards": tracking.budget.reward_range,
         "prompts": len(names),
         "used": sum(counts),
         "groups": sum(bool(found) for found in rewards.values()),

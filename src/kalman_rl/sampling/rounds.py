@@ -31,14 +31,14 @@ from kalman_rl.sampling.allocate import (
     TIE_BREAK,
     check_books,
     check_bounds,
-    check_rounds,
     gain_table,
     least_counts,
 )
+from kalman_rl.sampling.budget import check_aim, check_rounds
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains
-from kalman_rl.sampling.gains import gradient_gain, light_gain, remaining_light_gains
-from kalman_rl.sampling.learnability import Signal, check_objective, read_signal
+from kalman_rl.sampling.gains import gradient_gain, mixed_group_gain, remaining_mixed_group_gains
+from kalman_rl.sampling.learnability import Signal, read_signal
 from kalman_rl.sampling.price import Price
 
 WEIGHTINGS = ("tau", "equal", "mean")
@@ -54,7 +54,7 @@ class Sampled(NamedTuple):
     where missing), ``weight`` (mean 1 over known rewards, 0 where missing; the gradient estimate is the mean
     over known completions of ``weight * advantage * grad log pi``), ``round``.
     Per prompt (u,): ``prompts`` as the plan was given them, ``tau`` completions sampled, ``stop_reason``:
-    "gain" (worth less than the price), "mixed" (light objective, nothing left to gain), "n_max", "budget"
+    "gain" (worth less than the price), "mixed" (mixed groups, nothing left to gain), "n_max", "budget"
     (the total was used up elsewhere), "planned" (counts fixed before sampling) or "skipped" (none at all).
     ``price``: gain a completion had to be worth; None with a total.
     """
@@ -90,7 +90,7 @@ class RoundPlan:
         total: completions in all, used exactly. Exactly one of the three.
         rounds: completions per prompt and round; the last entry repeats.
         n_min, n_max: bounds on tau, 0 <= n_min <= n_max; with n_min 0 prompts can be skipped.
-        objective: "gradient" or "light", see :mod:`~kalman_rl.sampling.gains`.
+        aim: "gradient" or "mixed_groups", see :mod:`~kalman_rl.sampling.gains`.
         weighting: "tau" = the sum over samples divided by the mean tau of the batch. Exact direction, weight
             of a prompt E[tau] over the mean tau (exact with ``total``; otherwise up to the covariance of tau
             and its batch mean, which shrinks like 1/N).
@@ -102,7 +102,7 @@ class RoundPlan:
         max_rounds: None, or the number of rounds after which a plan with a total must be done; the last one
             asks for all that is left.
         features: None or (N, F), in the order of ids.
-        reward, noise_variance: see :func:`~kalman_rl.sampling.learnability.read_signal`.
+        reward_range, reward_noise_variance: see :func:`~kalman_rl.sampling.learnability.read_signal`.
         coverage: prompts that are due are sampled at least once; visits are noted in it.
 
     Raises: ConfigError for an option out of range, an empty pool, or a total that no counts can meet. ShapeError for
@@ -121,15 +121,15 @@ class RoundPlan:
         rounds: Sequence[int] = (2, 4),
         n_min: int = 2,
         n_max: int = 32,
-        objective: str = "gradient",
+        aim: str = "gradient",
         weighting: str = "tau",
         max_rounds: int | None = None,
         features: Tensor | None = None,
-        reward: str = "unit",
-        noise_variance: float = 0.0,
+        reward_range: str = "unit",
+        reward_noise_variance: float = 0.0,
         coverage: Coverage | None = None,
     ) -> None:
-        check_objective(objective, reward)
+        check_aim(aim, reward_range)
         check_bounds(ids, n_min, n_max)
         check_rounds(rounds)
         check_books(price, coverage)
@@ -139,11 +139,11 @@ class RoundPlan:
             _check_total(total, len(ids), n_min, n_max)
         self.belief, self.ids, self.step, self.total = belief, list(ids), step, total
         self.rounds, self.max_rounds, self.n_max = tuple(rounds), max_rounds, n_max
-        self.objective, self.weighting, self.coverage = objective, weighting, coverage
+        self.aim, self.weighting, self.coverage = aim, weighting, coverage
         self.price = Price(budget) if budget is not None else price
-        self._features, self._kind, self._noise = features, reward, noise_variance
+        self._features, self._kind, self._noise = features, reward_range, reward_noise_variance
         self._place = {name: i for i, name in enumerate(self.ids)}
-        self._least = least_counts(self.ids, step, n_min, n_max, total, objective, coverage)
+        self._least = least_counts(self.ids, step, n_min, n_max, total, aim, coverage)
         self._tau = torch.zeros(len(ids), dtype=torch.long)
         self._low = torch.full((len(ids),), torch.inf, dtype=torch.float64)
         self._high = -self._low
@@ -183,7 +183,7 @@ class RoundPlan:
 
         Raises:
             ConfigError: nothing was requested, or other completions were. ShapeError, NumericError: from the
-            belief, or a reward outside [0, 1] with ``reward="unit"``. Nothing has changed then.
+            belief, or a reward outside [0, 1] with ``reward_range="unit"``. Nothing has changed then.
         """
         if self._request is None:
             raise ConfigError("tell: got rewards that were not requested, expected next_round() before")
@@ -253,7 +253,7 @@ class RoundPlan:
         if self.total is not None:
             return self._divided(self._least)
         assert self._price is not None
-        table = gain_table(self._signal(), self.objective, self.n_max)
+        table = gain_table(self._signal(), self.aim, self.n_max)
         return divide_at_price(table, self._price, self._least, self._most()).counts
 
     def _divided(self, least: Tensor) -> Tensor:
@@ -274,22 +274,22 @@ class RoundPlan:
         more[list(self._stopped)] = 0
         mixed = self._high > self._low
         for i in (more == 0).nonzero().flatten().tolist():
-            light = self.objective == "light" and bool(mixed[i])
-            self._stopped.setdefault(i, "n_max" if room[i] == 0 else "mixed" if light else "gain")
+            done = self.aim == "mixed_groups" and bool(mixed[i])
+            self._stopped.setdefault(i, "n_max" if room[i] == 0 else "mixed" if done else "gain")
         return more
 
     def _gain(self, signal: Signal, k: int) -> Tensor:
-        if self.objective == "gradient" or signal.a is None or signal.b is None:
+        if self.aim == "gradient" or signal.a is None or signal.b is None:
             return gradient_gain(signal.variance, self._tau, k)
-        return light_gain(signal.a, signal.b, *self._outcomes(), k)
+        return mixed_group_gain(signal.a, signal.b, *self._outcomes(), k)
 
     def _gains_from_here(self) -> Tensor:
         """(N, n_max) gain table that knows the rewards so far; entries before tau are not for sale."""
         signal = self._signal()
         gradient = gradient_gains(signal.variance, self.n_max)
-        if self.objective == "gradient" or signal.a is None or signal.b is None:
+        if self.aim == "gradient" or signal.a is None or signal.b is None:
             return gradient
-        ahead = remaining_light_gains(signal.a, signal.b, *self._outcomes(), self.n_max)
+        ahead = remaining_mixed_group_gains(signal.a, signal.b, *self._outcomes(), self.n_max)
         place = (torch.arange(self.n_max) - self._tau[:, None]).clamp(min=0)
         gradient[self._tau == 0, 0] = 0.0  # one alone is never mixed
         return ahead.gather(1, place) + TIE_BREAK * gradient
@@ -305,12 +305,12 @@ class RoundPlan:
             self.ids,
             step=self.step,
             features=self._features,
-            reward=self._kind,
-            noise_variance=self._noise,
+            reward_range=self._kind,
+            reward_noise_variance=self._noise,
         )
 
     def _starting_price(self, price: Price) -> float:
-        return price.start(gain_table(self._signal(), self.objective, self.n_max), self._least, self._most())
+        return price.start(gain_table(self._signal(), self.aim, self.n_max), self._least, self._most())
 
     def _most(self) -> Tensor:
         return torch.full_like(self._tau, self.n_max)
@@ -329,7 +329,7 @@ class RoundPlan:
             return "planned"
         if i in self._stopped or self._tau[i] == self.n_max:
             return self._stopped.get(i, "n_max")
-        return "mixed" if self.objective == "light" and self._high[i] > self._low[i] else "budget"
+        return "mixed" if self.aim == "mixed_groups" and self._high[i] > self._low[i] else "budget"
 
     def _weights(self, ids: list[Hashable], known: Tensor) -> Tensor:
         if self.weighting == "tau" or not known.any():
@@ -346,7 +346,7 @@ class RoundPlan:
         bad = (reward < 0) | (reward > 1) if self._kind == "unit" else reward.isinf()
         if bad.any():
             row = int(bad.nonzero()[0])
-            unit = "[0, 1], or NaN for missing; rescale, or choose reward='real'"
+            unit = "[0, 1], or NaN for missing; rescale, or choose reward_range='real'"
             expected = unit if self._kind == "unit" else "a finite number, or NaN for missing"
             raise NumericError(f"reward: got {reward[row].item()} at row {row}, expected {expected}")
 

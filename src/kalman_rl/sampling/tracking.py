@@ -45,7 +45,7 @@ class Tracking:
     written: set[Hashable] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.coverage = Coverage(self.budget.coverage)
+        self.coverage = Coverage(self.budget.coverage_steps)
 
     def tick(self, global_step: int) -> int:
         """The step of the next generation batch: the trainer's, but never the same twice."""
@@ -75,13 +75,13 @@ class Tracking:
             total=total,
             rounds=budget.rounds,
             max_rounds=budget.max_rounds if in_rounds else None,
-            n_min=budget.low,
-            n_max=max(budget.high, -(-total // len(ids))),
-            objective=budget.objective,
+            n_min=budget.completions_min,
+            n_max=max(budget.completions_max, -(-total // len(ids))),
+            aim=budget.aim,
             weighting="tau" if in_rounds else "equal",
             features=self.known_features(ids),
-            reward=budget.rewards,
-            noise_variance=budget.noise_variance,
+            reward_range=budget.reward_range,
+            reward_noise_variance=budget.reward_noise_variance,
             coverage=self.coverage,
         )
 

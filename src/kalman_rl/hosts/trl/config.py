@@ -45,6 +45,11 @@ def check_host() -> None:
 check_host()
 
 
+def _budget_field(name: str, text: str) -> Any:
+    """A field of :class:`~kalman_rl.sampling.budget.Budget` again, with its default, for TRL's command line."""
+    return field(default=getattr(Budget, name), metadata={"help": text})
+
+
 @dataclass
 class KalmanGRPOConfig(GRPOConfig):
     """GRPOConfig with a method instead of ``loss_type``.
@@ -88,38 +93,32 @@ class KalmanGRPOConfig(GRPOConfig):
             "help": "Give the belief the mean hidden state of each prompt (one forward pass per prompt)."
         },
     )
-    allocation: str = field(
-        default="fixed",
-        metadata={
-            "help": "Completions per prompt: fixed (num_generations), predictive (from the belief, before "
-            "sampling) or rounds (the belief sees each round's rewards)."
-        },
+    allocation: str = _budget_field(
+        "allocation",
+        "Completions per prompt: fixed (num_generations), predictive (from the belief, before sampling) or rounds "
+        "(the belief sees each round's rewards).",
     )
-    allocation_objective: str = field(
-        default="gradient", metadata={"help": "What an allocation buys: gradient, or light (mixed groups)."}
-    )
-    budget: float | None = field(
-        default=None, metadata={"help": "Mean completions per prompt; None: all rows of the batch."}
+    aim: str = _budget_field("aim", "What an allocation buys: gradient, or mixed_groups.")
+    budget: float | None = _budget_field(
+        "budget", "Mean completions per prompt; None: all rows of the batch."
     )
     rounds: list[int] = field(
-        default_factory=lambda: [2, 4],
+        default_factory=lambda: list(Budget.rounds),
         metadata={"help": "Completions per prompt and round; the last repeats."},
     )
-    max_rounds: int = field(
-        default=2, metadata={"help": "Rounds per generation batch; the last one takes what is left."}
+    max_rounds: int = _budget_field(
+        "max_rounds", "Rounds per generation batch; the last one takes what is left."
     )
-    completions_min: int = field(
-        default=0, metadata={"help": "Least completions of a prompt; 0 may skip it."}
+    completions_min: int = _budget_field("completions_min", "Least completions of a prompt; 0 may skip it.")
+    completions_max: int = _budget_field("completions_max", "Most completions of a prompt in a batch.")
+    coverage_steps: int = _budget_field(
+        "coverage_steps", "A prompt is due again after so many steps without a completion."
     )
-    completions_max: int = field(default=32, metadata={"help": "Most completions of a prompt in a batch."})
-    coverage_steps: int = field(
-        default=256, metadata={"help": "A prompt is due again after so many steps without a completion."}
+    reward_range: str = _budget_field(
+        "reward_range", "unit if rewards lie in [0, 1], else real; read by allocations."
     )
-    reward_range: str = field(
-        default="unit", metadata={"help": "unit if rewards lie in [0, 1], else real; read by allocations."}
-    )
-    reward_noise_variance: float = field(
-        default=0.0, metadata={"help": "Variance of the scorer's noise, where reward_range is real."}
+    reward_noise_variance: float = _budget_field(
+        "reward_noise_variance", "Variance of the scorer's noise, where reward_range is real."
     )
 
     def __post_init__(self) -> None:
@@ -166,24 +165,6 @@ def _options(args: GRPOConfig, name: str) -> Mapping[str, Any]:
     return options
 
 
-def budget_of(args: GRPOConfig) -> Budget:
-    """How the settings divide completions among prompts. Raises: ConfigError for a value out of range."""
-    if not isinstance(args, KalmanGRPOConfig):
-        return Budget()
-    return Budget(
-        allocation=args.allocation,  # type: ignore[arg-type]
-        mean=args.budget,
-        rounds=tuple(args.rounds) if isinstance(args.rounds, list) else args.rounds,
-        max_rounds=args.max_rounds,
-        low=args.completions_min,
-        high=args.completions_max,
-        objective=args.allocation_objective,  # type: ignore[arg-type]
-        coverage=args.coverage_steps,
-        rewards=args.reward_range,  # type: ignore[arg-type]
-        noise_variance=args.reward_noise_variance,
-    )
-
-
 def check_combination(method: Method, args: GRPOConfig) -> None:
     """Raise ConfigError for settings that the method would silently override or cannot work with."""
     defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
@@ -194,9 +175,10 @@ def check_combination(method: Method, args: GRPOConfig) -> None:
                 f"{name}: got {value!r}, expected TRL's default {defaults[name]!r} because the method "
                 f"{method.name!r} decides this; set it through method_options or a Method of your own"
             )
-    if budget_of(args).allocation != "fixed" and not isinstance(method.advantage, Tracked):
+    allocation = Budget.of(args).allocation
+    if allocation != "fixed" and not isinstance(method.advantage, Tracked):
         raise ConfigError(
-            f"allocation: got {args.allocation!r} for method {method.name!r}, expected fixed because only a belief "
+            f"allocation: got {allocation!r} for method {method.name!r}, expected fixed because only a belief "
             "knows how to divide completions; set belief='auto'"
         )
     if args.use_vllm:  # it does not pass on the sampler's distributions

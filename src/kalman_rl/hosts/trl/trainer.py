@@ -23,7 +23,6 @@ from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.hosts.trl.config import (
     KalmanGRPOConfig,
-    budget_of,
     check_combination,
     resolve_method,
 )
@@ -39,6 +38,7 @@ from kalman_rl.objectives.penalty import k3
 from kalman_rl.objectives.rollouts import Current, Rollouts, score_energy
 from kalman_rl.objectives.trust.clip import weight_of
 from kalman_rl.objectives.trust.curvature import last_layer_step
+from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.tracking import Tracking
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class KalmanGRPOTrainer(RanksTrainer):
         self.observers = list(observers)
         self.tracking: Tracking | None = None
         if isinstance(self.method.advantage, Tracked):
-            self.tracking = Tracking(self.method.advantage.make(), budget_of(args))
+            self.tracking = Tracking(self.method.advantage.make(), Budget.of(args))
         self.prompt_features = getattr(args, "prompt_features", False)
         self.learning = LearnedState(self.method, self._sum_over_ranks)
         self._step_method = self.method

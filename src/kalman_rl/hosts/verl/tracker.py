@@ -25,29 +25,21 @@ from kalman_rl.sampling.tracking import Tracking, fixed_groups, outcome_metrics
 
 
 @dataclass(frozen=True)
-class TrackerSettings:
-    """What stands under ``algorithm.kalman_rl``; names and meanings as in ``KalmanGRPOConfig``.
+class TrackerSettings(Budget):
+    """What stands under ``algorithm.kalman_rl``: a budget, read for the allocation "predictive", and
 
     Args:
         belief, belief_options: a name of :func:`kalman_rl.beliefs.make_belief` and its options; read for the
             estimator ``kalman_rl/tracked``, while ``kalman_rl/k_grpo`` and ``kalman_rl/spo`` name their own.
-        allocation: "fixed", ``rollout.n`` completions each, or "predictive", the same number in all, divided by what
-            is believed before sampling.
-        allocation_objective, completions_max, coverage_steps, reward_range, reward_noise_variance: of an allocation.
-        completions_min: >= 1; verl's replay buffer knows a prompt by its completions.
         prompt_key: columns of the dataset that name a prompt for good. verl's ``index`` is
             ``extra_info.index``, often counted anew in every file, hence ``data_source`` beside it.
+
+    verl samples ``rollout.n`` completions per prompt on average, all at once: ``budget`` and rounds stay as they are.
     """
 
+    completions_min: int = 1
     belief: str = "auto"
     belief_options: Mapping[str, Any] = field(default_factory=dict)
-    allocation: str = "fixed"
-    allocation_objective: str = "gradient"
-    completions_min: int = 1
-    completions_max: int = 32
-    coverage_steps: int = 256
-    reward_range: str = "unit"
-    reward_noise_variance: float = 0.0
     prompt_key: Sequence[str] = ("data_source", "index")
 
     def __post_init__(self) -> None:
@@ -56,6 +48,12 @@ class TrackerSettings:
                 f"algorithm.kalman_rl.allocation: got {self.allocation!r}, expected fixed or predictive; rounds need a "
                 "rollout that waits for rewards, which verl's does not"
             )
+        for name in ("budget", "rounds", "max_rounds"):
+            if (value := getattr(self, name)) != (default := getattr(Budget, name)):
+                raise ConfigError(
+                    f"algorithm.kalman_rl.{name}: got {value!r}, expected {default!r} because verl samples rollout.n "
+                    "completions per prompt on average, all at once"
+                )
         if not is_whole(self.completions_min, 1):
             raise ConfigError(
                 f"algorithm.kalman_rl.completions_min: got {self.completions_min!r}, expected at least 1 because verl "
@@ -70,21 +68,9 @@ class TrackerSettings:
                 f"algorithm.kalman_rl.belief_options: got {self.belief_options!r}, expected options by name"
             )
         try:
-            self.budget()
+            super().__post_init__()
         except ConfigError as error:
             raise ConfigError(f"algorithm.kalman_rl: {error}") from None
-
-    def budget(self) -> Budget:
-        """How completions are divided among prompts. Raises: ConfigError for a value out of range."""
-        return Budget(
-            allocation=self.allocation,  # type: ignore[arg-type]
-            low=self.completions_min,
-            high=self.completions_max,
-            objective=self.allocation_objective,  # type: ignore[arg-type]
-            coverage=self.coverage_steps,
-            rewards=self.reward_range,  # type: ignore[arg-type]
-            noise_variance=self.reward_noise_variance,
-        )
 
 
 def read_settings(values: Mapping[str, Any]) -> TrackerSettings:
@@ -110,7 +96,7 @@ def make_tracking(estimator: str, settings: TrackerSettings) -> Tracking:
                 f"{own.belief!r}; take adv_estimator=kalman_rl/{TRACKED} to choose the belief"
             )
         part = Tracked(own.belief, tuple({**dict(own.options), **settings.belief_options}.items()))
-    return Tracking(part.make(), settings.budget())
+    return Tracking(part.make(), settings)
 
 
 class PromptNames:
@@ -162,11 +148,11 @@ def planned_counts(tracking: Tracking, names: list[Hashable], *, step: int, n: i
         single,
         step=step,
         total=n * len(single),
-        objective=budget.objective,
-        n_min=min(budget.low, n),
-        n_max=max(budget.high, n),
-        reward=budget.rewards,
-        noise_variance=budget.noise_variance,
+        aim=budget.aim,
+        n_min=min(budget.completions_min, n),
+        n_max=max(budget.completions_max, n),
+        reward_range=budget.reward_range,
+        reward_noise_variance=budget.reward_noise_variance,
         coverage=tracking.coverage,
     )
     counts = dict(zip(single, found.counts.tolist()))

@@ -13,7 +13,7 @@ from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, RewardError, ShapeError
 from kalman_rl.numerics.feature_filter import KalmanPreferenceTracker
 from kalman_rl.numerics.kalman import Gaussian, update
-from kalman_rl.sampling.allocate import check_rounds
+from kalman_rl.sampling.budget import check_rounds
 from kalman_rl.sampling.gains import beta_from_moments
 from kalman_rl.sampling.one_prompt.environment import PreferenceEnvironment
 
