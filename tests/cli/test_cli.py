@@ -262,7 +262,7 @@ def test_resume_reports_a_damaged_config(calls: Calls, capsys: pytest.CaptureFix
     assert main(["train", "--run", "x"]) == 0
     Path("x/config.toml").write_text("steps = 5\nstpes = 6\n")
     assert main(["resume", "x"]) == 2
-    assert capsys.readouterr().err.startswith("error: x/config.toml:2: key: got 'stpes'")
+    assert capsys.readouterr().err.startswith("error: x/config.toml: key: got 'stpes'")
     assert main(["resume", "nothing"]) == 1
     assert capsys.readouterr().err == "error: nothing: no such run directory\n"
     Path("nothing").mkdir()
@@ -385,10 +385,10 @@ def test_verify_exits_1_when_a_check_fails(
         (["stress", "--conditions", "D"], "D"),
         (["train", "--method", "kop"], "error: method: got 'kop'"),
         (["train", "--method-options", "lo=1"], "did you mean 'low'?"),
-        (["train", "--steps", "0"], "error: steps: got 0, expected 1 to"),
+        (["train", "--steps", "0"], "error: steps: got 0, expected at least 1"),
         (["train", "--run", "a b"], "error: run: got 'a b' as a run's name"),
         (["train", "--config", "nothing.toml"], "error: config: cannot read 'nothing.toml'"),
-        (["train", "--config", "bad.toml", "--help"], "error: bad.toml:2: key: got 'learnig_rate'"),
+        (["train", "--config", "bad.toml", "--help"], "error: bad.toml: key: got 'learnig_rate'"),
         (["stress", "--minibatch", "5"], "error: minibatch: got 5"),
         (["report"], "error: RUNS: got none"),
     ],
@@ -430,7 +430,7 @@ def test_failures_are_one_line(
 
 def test_exit_codes_of_the_process() -> None:
     for arguments, code, message in (
-        (["train", "--steps", "0"], 2, "error: steps: got 0, expected 1 to 10,000,000\n"),
+        (["train", "--steps", "0"], 2, "error: steps: got 0, expected at least 1\n"),
         (["resume", "nothing"], 1, "error: nothing: no such run directory\n"),
         (["--version"], 0, ""),
     ):

@@ -32,11 +32,9 @@ class Budget:
     """
 
     allocation: Allocation = "fixed"
-    """Completions per prompt: fixed, the same for all; predictive, from the belief before sampling; or rounds, in
-    rounds that see the rewards so far."""
+    """Completions per prompt: the same for all, from the belief before sampling, or in rounds that see rewards."""
     aim: Aim = "gradient"
-    """What an allocation buys: gradient (spend near success rate 1/2) or mixed_groups (spend on hard but solvable
-    prompts, until a group has both outcomes)."""
+    """What an allocation buys: gradient (spend near success rate 1/2) or mixed_groups (groups with both outcomes)."""
     budget: float | None = None
     """Mean completions per prompt that an allocation may spend. Unset: as many as without an allocation."""
     rounds: tuple[int, ...] = (2, 4)
@@ -60,10 +58,10 @@ class Budget:
         check_aim(self.aim, self.reward_range)
         check_rounds(self.rounds)
         low, high = self.completions_min, self.completions_max
-        if not (is_whole(low) and is_whole(high, max(low, 1))):
+        if not (is_whole(low) and is_whole(high, max(low, 1), 4_096)):
             raise ConfigError(
                 f"completions_min, completions_max: got {low!r}, {high!r}, expected whole numbers with "
-                "0 <= min <= max and max >= 1"
+                "0 <= min <= max and 1 <= max <= 4,096"
             )
         for name, number in (("max_rounds", self.max_rounds), ("coverage_steps", self.coverage_steps)):
             if not is_whole(number, 1):
