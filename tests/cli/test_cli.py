@@ -38,7 +38,7 @@ TRAIN_FLAGS = {
         "--completions-min",
         "--completions-max",
         "--coverage-steps",
-        *("--reward-noise", "--pool-prompts", "--collapse"),
+        *("--reward-noise", "--reward-noise-variance", "--reward-range", "--pool-prompts", "--collapse"),
     ),
 }
 FLAGS = {
