@@ -374,7 +374,7 @@ def test_price_state_and_bad_input() -> None:
         (["a"], {"total": 2, "n_min": 3, "n_max": 2}, "n_min, n_max: got 3, 2"),
         (["a"], {"total": 2, "n_min": 1.5}, "n_min, n_max: got 1.5, 32"),
         (["a"], {"total": 2, "aim": "gradeint"}, "did you mean 'gradient'"),
-        (["a"], {"total": 2, "reward": "binary"}, "reward: got 'binary'"),
+        (["a"], {"total": 2, "reward_range": "binary"}, "reward_range: got 'binary'"),
         (["a"], {"total": 2, "aim": "mixed_groups", "reward_range": "real"}, "expected 'gradient'"),
     ],
 )
