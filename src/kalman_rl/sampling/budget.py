@@ -92,8 +92,10 @@ class Budget:
 
         Raises: ConfigError for a value out of range.
         """
-        names = [spec.name for spec in fields(Budget) if hasattr(settings, spec.name)]
-        return Budget(**{name: getattr(settings, name) for name in names})
+        found = {s.name: getattr(settings, s.name) for s in fields(Budget) if hasattr(settings, s.name)}
+        return Budget(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        )
 
     def total(self, prompts: int, rows: int) -> int:
         """Completions of a batch of ``prompts`` prompts for which there are ``rows`` rows."""
