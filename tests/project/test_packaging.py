@@ -52,7 +52,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 MODULES = {"pyzmq": "zmq", "TransferQueue": "transfer_queue"}  # packages whose module has another name
 # No extra brings them: torch's CUDA build has Triton; a recipe is loaded by its host.
-BROUGHT = {"kernels": {"triton"}, "hosts/recipes": {"prime_rl", "skyrl", "slime"}}
+BROUGHT = {
+    "kernels": {"triton"},
+    "engine": {"pydantic_core"},
+    "hosts/recipes": {"prime_rl", "skyrl", "slime"},
+}
 
 
 def modules() -> dict[str, Path]:

@@ -8,14 +8,22 @@ before anything starts. :func:`required` refuses to go on without a value.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
 
-if TYPE_CHECKING:
-    from kalman_rl.objectives.loss import Method
+
+class Asks(Protocol):
+    """What is read here of a :class:`~kalman_rl.objectives.Method`; its parts are read by the names in PARTS."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def learns(self) -> dict[str, Any]: ...
+
 
 PARTS = ("advantage", "ratio", "trust", "aggregate", "penalty", "correction")
 """The parts of a method."""
@@ -51,7 +59,7 @@ def inputs_of(part: object) -> tuple[str, ...]:
     return inputs
 
 
-def missing(method: Method, provided: Collection[str]) -> dict[str, str]:
+def missing(method: Asks, provided: Collection[str]) -> dict[str, str]:
     """What a method asks for and a host does not provide: name -> what it is.
 
     Args:
@@ -75,7 +83,7 @@ def missing(method: Method, provided: Collection[str]) -> dict[str, str]:
     return {name: asked[name] for name in sorted(asked) if name not in provided}
 
 
-def check_provided(method: Method, provided: Collection[str], host: str, advice: str) -> None:
+def check_provided(method: Asks, provided: Collection[str], host: str, advice: str) -> None:
     """Refuse a method that asks for what a host does not provide.
 
     Args: provided: as in :func:`missing`. host: who refuses. advice: what to do instead.
