@@ -11,8 +11,9 @@ import torch
 from kalman_rl.errors import ConfigError
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives.inputs import INPUTS, PARTS, STEPS, check_provided, missing
-from kalman_rl.objectives.learning import Learns, bound_metrics, with_bounds
+from kalman_rl.objectives.learning import bound_metrics, with_bounds
 from kalman_rl.objectives.loss import Method
+from kalman_rl.objectives.protocol import Learns
 from kalman_rl.objectives.trust.balance import Balance
 
 STEP_NAMES = {name for name, _ in STEPS.values()}

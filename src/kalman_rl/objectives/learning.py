@@ -1,6 +1,6 @@
 """What a method learns while it trains: clip bounds of one optimizer step, noises of a filter over many.
 
-A part that learns (:class:`Learns`) keeps sums. Every micro-batch adds its statistics, ranks add theirs, and the
+A part that learns (``protocol.Learns``) keeps sums. Every micro-batch adds its statistics, ranks add theirs, and the
 result is the same however an optimizer step is cut into pieces::
 
     state <- memory state + statistics(...)        part = fitted(state)
@@ -13,45 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from kalman_rl.errors import RunError
+from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.rollouts import Current, Rollouts, prepared
 
-if TYPE_CHECKING:
-    from kalman_rl.objectives.loss import Method
-
 Reduce = Callable[[Tensor], Tensor]
-
-
-@runtime_checkable
-class Learns(Protocol):
-    """A ratio or a trust region with settings that are learned from sums over tokens.
-
-    Attributes:
-        memory: in [0, 1), the share of the past statistics that an optimizer step keeps; 0 for a trust region.
-        learned: names of the settings that are learned; values that a user gave can stand in for them.
-    """
-
-    @property
-    def memory(self) -> float: ...
-
-    @property
-    def learned(self) -> tuple[str, ...]: ...
-
-    def initial(self) -> Tensor:
-        """The state before the first step, float64."""
-        ...
-
-    def statistics(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What a part of an optimizer step adds to the state; it takes what the part itself is called with."""
-        ...
-
-    def fitted(self, state: Tensor) -> Any:
-        """The ratio or trust region with the settings that the state leads to."""
-        ...
 
 
 def step_statistics(

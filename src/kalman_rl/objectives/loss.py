@@ -29,7 +29,7 @@ from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals, totals_of
 from kalman_rl.objectives.fused import recipe_of
 from kalman_rl.objectives.inputs import PARTS, inputs_of, required
-from kalman_rl.objectives.learning import Learns
+from kalman_rl.objectives.protocol import Learns
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, Rollouts, masked_logp, prepared
 from kalman_rl.objectives.trust.clip import LOG_WEIGHT_CAP, Trust, TrustRegion

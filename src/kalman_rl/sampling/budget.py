@@ -93,9 +93,10 @@ class Budget:
         Raises: ConfigError for a value out of range.
         """
         found = {s.name: getattr(settings, s.name) for s in fields(Budget) if hasattr(settings, s.name)}
-        return Budget(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-        )
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in found.items()
+        }
+        return Budget(**known)
 
     def total(self, prompts: int, rows: int) -> int:
         """Completions of a batch of ``prompts`` prompts for which there are ``rows`` rows."""
