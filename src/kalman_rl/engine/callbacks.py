@@ -66,14 +66,21 @@ class SealCheckpoints(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the generation batch at hand, save, stop. A second Ctrl-C stops at once.
+    """Ctrl-C or SIGTERM: finish the generation batch at hand, save, stop. A second one stops at once.
 
     The stop waits for the end of the generation batch because TRL's checkpoints do not hold the rollouts:
-    resumed inside a batch, a run would generate for the same prompts again.
+    resumed inside a batch, a run would generate for the same prompts again. Outside of training nothing is lost, so
+    the first one raises KeyboardInterrupt.
+
+    Attributes:
+        requested: whether a signal came.
+        step: optimizer steps done.
+        ended: set when only the end is left to write down; signals are ignored from then on.
     """
 
     def __init__(self, cycle: int) -> None:
-        self.cycle, self.requested = cycle, False
+        self.cycle, self.requested, self.ended, self.step = cycle, False, False, 0
+        self._training = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -89,18 +96,32 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
-        if self.requested:
+        if self.ended:
+            return
+        if self.requested or not self._training:
+            self.requested = True
             raise KeyboardInterrupt
         self.requested = True
         print(
             "\nstopping after this generation batch; once more to stop at once", file=sys.stderr, flush=True
         )
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training, self.step = True, state.global_step
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.step = state.global_step
         if self.requested and state.global_step % self.cycle == 0:
             control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training = False
 
 
 class Progress:

@@ -36,6 +36,7 @@ from kalman_rl.engine.collapse.callback import CollapseAlarm
 from kalman_rl.engine.config import TrainConfig
 from kalman_rl.engine.evaluation import evaluate
 from kalman_rl.engine.models.load import LoadedModel, load_model
+from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import Task, guard_reward, load_reward, load_task, rows, with_noise
 from kalman_rl.errors import ConfigError
@@ -66,7 +67,10 @@ def train(
     prefix: str = "",
     task: Task | None = None,
 ) -> int:
-    """Train as configured into ``run``; returns the exit code (0, 3 if an alarm stopped it, 130 after Ctrl-C).
+    """Train as configured into ``run``; returns the exit code: 0, 3 if an alarm stopped it, 130 after a signal.
+
+    With ``resume`` it goes on from the newest checkpoint, or from the start where none was completed. At ``steps`` or
+    beyond nothing is trained; the model is saved and evaluated.
 
     Converted and warm-started weights are kept in ``cache``, by default ``.cache`` beside the run. ``task`` is what
     :func:`chosen_task` gives, where it was called before.
@@ -75,8 +79,41 @@ def train(
     """
     start = time.monotonic()
     progress = Progress(config.steps, quiet=config.quiet, prefix=prefix)
+    stop = StopOnSignal(config.updates_per_generation * config.iterations)
+    code = 1
+    with stop:
+        try:
+            with _quiet_third_parties():
+                code = _train(config, run, stop, progress, resume=resume, cache=cache, task=task)
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            stop.ended = True
+            run.finish({0: "finished", 1: "failed"}.get(code, "interrupted"), time.monotonic() - start)
+    if code:
+        progress.say(f"stopped at step {stop.step}; continue with: kalman-rl resume {run.path}")
+    else:
+        progress.say(f"finished {stop.step} steps in {time.monotonic() - start:.0f} s: {run.path}")
+    return code
+
+
+def _train(
+    config: TrainConfig,
+    run: Run,
+    stop: StopOnSignal,
+    progress: Progress,
+    *,
+    resume: bool,
+    cache: Path | None,
+    task: Task | None,
+) -> int:
+    """What :func:`train` guards: everything from the weights to the last evaluation. Returns the exit code."""
     say = progress.say
-    checkpoint = run.latest_checkpoint() if resume else None  # before a model is loaded in vain
+    checkpoint = (
+        run.latest_checkpoint() if resume and run.checkpoints() else None
+    )  # before a model is loaded in vain
+    stop.step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    run.update_manifest(status="running")
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -100,8 +137,6 @@ def train(
         test_rows=len(task.test),
     )
 
-    cycle = config.updates_per_generation * config.iterations
-    stop = StopOnSignal(cycle)
     trainer = build_trainer(config, method, task, loaded, run, max_tokens)
     trainer.observers.append(TraceTokens(run, loaded.tokenizer, config.traces_per_step))
     if trainer.tracking is not None:
@@ -142,33 +177,39 @@ def train(
     for callback in (*([alarm] if alarm else []), *make_sinks(config.report_to, say)):
         trainer.add_callback(callback)
 
-    if checkpoint is not None:
-        step = int(checkpoint.name.rpartition("-")[2])
-        run.truncate_metrics(step)
-        say(f"continuing from step {step}")
-    else:
+    if resume:
+        run.truncate_metrics(stop.step)
+        say(f"continuing from step {stop.step}" + ("" if checkpoint else ", as no checkpoint was completed"))
+    evaluated = {row["step"] for row in read_metrics(run.path) if row["kind"] == "eval"}
+    if checkpoint is None and 0 not in evaluated:
         measure(0)
-    run.update_manifest(status="running")
     progress.begin()
-    status = "failed"
+    if stop.step < config.steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.step < config.steps:
+            return 3 if alarm is not None and alarm.stopped and not stop.requested else 130
+    else:  # trained already: what is left is to save and to evaluate
+        trainer.state.global_step = stop.step
+        trainer._load_from_checkpoint(str(checkpoint))
+    trainer.save_model(str(run.path / "model"))
+    loaded.tokenizer.save_pretrained(str(run.path / "model"))
     try:
-        with stop, _quiet_third_parties():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        halted = stop.requested or (alarm is not None and alarm.stopped)
-        status = "interrupted" if halted and trainer.state.global_step < config.steps else "finished"
-        if status == "finished":
-            measure(trainer.state.global_step)
-            trainer.save_model(str(run.path / "model"))
-            loaded.tokenizer.save_pretrained(str(run.path / "model"))
+        if stop.requested:
+            raise KeyboardInterrupt
+        if stop.step not in evaluated:
+            measure(stop.step)
     except KeyboardInterrupt:
-        status = "interrupted"
-    finally:
-        run.finish(status, time.monotonic() - start)
-    if status == "interrupted":
-        say(f"stopped at step {trainer.state.global_step}; continue with: kalman-rl resume {run.path}")
-        return 3 if alarm is not None and alarm.stopped and not stop.requested else 130
-    say(f"finished {config.steps} steps in {time.monotonic() - start:.0f} s: {run.path}")
+        _keep_last_step(trainer, run)
+        raise
     return 0
+
+
+def _keep_last_step(trainer: KalmanGRPOTrainer, run: Run) -> None:
+    """Save a checkpoint of the step that was reached, unless there is one: the evaluation goes on from it."""
+    folder = run.path / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
+    if folder not in run.checkpoints():
+        trainer._save_checkpoint(trainer.model, trial=None)
+        run.seal_checkpoint(folder)
 
 
 def build_trainer(
