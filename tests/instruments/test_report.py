@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from kalman_rl.engine.runs.reading import clean, find_runs, read_run
 from kalman_rl.errors import ConfigError, RunError
-from kalman_rl.instruments.report import write_figure, write_report
+from kalman_rl.instruments.report import page as page_module
+from kalman_rl.instruments.report import sections, write_figure, write_report
 from kalman_rl.instruments.report.page import SCRIPTS
 from kalman_rl.instruments.report.sections.summary import Summary, summarise
 from kalman_rl.instruments.report.stats.study import arm, split
@@ -134,6 +136,31 @@ def test_the_same_runs_give_the_same_page(demo: Path, tmp_path: Path) -> None:
     one, two = (write_report([demo], tmp_path / name / "page.html").read_bytes() for name in "ab")
     assert one == two
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["page.html"]
+
+
+def test_a_new_section_is_a_module_a_template_and_a_line_in_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    templates = tmp_path / "templates"
+    shutil.copytree(page_module.TEMPLATES, templates)
+    (templates / "toy.html").write_text('<section id="toy"><h2>Toy</h2><p>{{ section }}</p></section>')
+    monkeypatch.setattr(page_module, "TEMPLATES", templates)
+
+    def build(context: sections.Context) -> str | None:
+        finished = [run for run in context.shown if run.finished]
+        return f"<b> {len(finished)} finished" if finished else None
+
+    toy = sections.Section("A toy", "toy", "toy.html", build, "There is nothing to play with.")
+    monkeypatch.setattr(sections, "SECTIONS", [toy, *sections.SECTIONS])
+    run = write_run(tmp_path / "done", {"method": "grpo"}, updates=4)
+    shown = page_module.page([run])
+    assert '<a href="#toy">A toy</a><a href="#runs">Runs</a>' in shown
+    assert shown.count('<section id="toy"><h2>Toy</h2><p>&lt;b&gt; 1 finished</p></section>') == 1
+    assert "nothing to play with" not in shown
+    running = write_run(tmp_path / "running", {"method": "grpo"}, updates=4, status="running")
+    left_out = page_module.page([running])
+    assert "#toy" not in left_out and 'id="toy"' not in left_out
+    assert "There is nothing to play with." in left_out
 
 
 def test_several_plain_runs_are_compared(tmp_path: Path) -> None:

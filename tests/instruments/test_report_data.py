@@ -299,12 +299,12 @@ def test_json_in_a_script_element_cannot_end_it() -> None:
 
 def test_a_run_that_is_still_going_on(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"method": "kpo"}, updates=8, status="running")
-    first = page([run], notice="step 8 of 20")
+    first = page([run])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 9, "rew')
-    second = page([run], scripts=["window.x = 1;"], connect=True)
-    assert "step 8 of 20" in first and "connect-src" not in first
-    assert "connect-src 'self'" in second and "window.x = 1;" in second and "could not be read" in second
+    second = page([run])
+    assert "connect-src" not in first and "could not be read" not in first
+    assert "could not be read" in second
     with pytest.raises(RunError):
         page([tmp_path / "none"])
 

@@ -1,9 +1,8 @@
-"""Section 2: what was believed of the prompts, what they got, and what a fixed number would have cost."""
+"""Beliefs and budget: what was believed of the prompts, what they got, and what a fixed number would have cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -13,6 +12,7 @@ from kalman_rl.engine.runs.beliefs import BANDS, HOPELESS, LEARNED, Beliefs, Vis
 from kalman_rl.engine.runs.reading import RunRecord, clean
 from kalman_rl.instruments.report.charts.chart import Line, lines_chart
 from kalman_rl.instruments.report.charts.sparkline import belief_line
+from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.stats.intervals import wilson
 from kalman_rl.instruments.report.stats.metrics import Figure
 from kalman_rl.instruments.report.stats.savings import Saving, beta_shapes, mixed_share, savings
@@ -52,12 +52,12 @@ class BeliefSection:
     missing: list[str] = field(default_factory=list)
 
 
-def belief_section(runs: Sequence[RunRecord], notes: list[tuple[str, str]]) -> BeliefSection | None:
-    """The section of the first run that has beliefs, None if there is none; problems go to ``notes``."""
-    for run in runs:
+def build(context: Context) -> BeliefSection | None:
+    """The section of the first run that has beliefs, None if there is none; problems are noted."""
+    for run in context.shown:
         problems: list[str] = []
         beliefs = read_beliefs(run.path, problems)
-        notes += [(run.name, problem) for problem in problems]
+        context.notes += [(run.name, problem) for problem in problems]
         if beliefs:
             return _section(run, beliefs)
     return None

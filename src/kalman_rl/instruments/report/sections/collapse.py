@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kalman_rl.engine.collapse.rule import ADVICE, read_alarms
-from kalman_rl.engine.runs.reading import RunRecord, clean
+from kalman_rl.engine.runs.reading import clean
+from kalman_rl.instruments.report.sections.section import Context
 
 MOST = 40
 
@@ -30,9 +30,9 @@ class AlarmSection:
     note: str
 
 
-def alarm_section(runs: Sequence[RunRecord]) -> AlarmSection | None:
+def build(context: Context) -> AlarmSection | None:
     """The section, or None if no run recorded an alarm."""
-    found = [(run, alarm) for run in runs for alarm in read_alarms(run.path)]
+    found = [(run, alarm) for run in context.shown for alarm in read_alarms(run.path)]
     if not found:
         return None
     found.sort(key=lambda pair: pair[1].step)

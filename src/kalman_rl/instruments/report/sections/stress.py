@@ -1,4 +1,4 @@
-"""Section 2: where each method ends, learning curves, small multiples and a table, per condition."""
+"""Stress study: where each method ends, learning curves, small multiples and a table, per condition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from kalman_rl.instruments.report.charts.chart import Dots, Line, dots_chart, lines_chart
-from kalman_rl.instruments.report.stats.intervals import wilson
+from kalman_rl.instruments.report.sections.section import Context
+from kalman_rl.instruments.report.stats.intervals import t_quantile, wilson
 from kalman_rl.instruments.report.stats.metrics import STRESS, Figure, Metric
 from kalman_rl.instruments.report.stats.series import (
     Point,
@@ -35,7 +36,7 @@ ENOUGH_EVALUATIONS = 5
 
 @dataclass
 class StressSection:
-    """Section 2: learning curves, finals with intervals, small multiples, the table."""
+    """Learning curves, finals with intervals, small multiples, the table."""
 
     settings: dict[str, dict[str, str]] = field(default_factory=dict)
     legend: list[tuple[str, int, bool]] = field(default_factory=list)
@@ -45,12 +46,20 @@ class StressSection:
     multiples: list[tuple[str, str, list[Figure]]] = field(default_factory=list)
     conditions: list[str] = field(default_factory=list)
     table: list[dict[str, object]] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    t_factor: str = ""
 
 
-def stress_section(study: Study) -> StressSection:
-    """Charts and the table of the stress study."""
+def build(context: Context) -> StressSection | None:
+    """Charts and the table of the stress study, None if there is none."""
+    study = context.study
+    if study is None:
+        return None
     palette = colours(study.methods)
     section = StressSection(settings=differences(study), conditions=study.conditions)
+    section.findings = context.summary.findings
+    if study.seeds[0] > 1:
+        section.t_factor = decimal(t_quantile(study.seeds[0] - 1))
     section.legend = [(name, palette[name], dashed(name)) for name in study.methods]
     section.finals = [
         figure for condition in study.conditions if (figure := _finals(study, condition, palette))

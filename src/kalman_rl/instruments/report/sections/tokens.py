@@ -17,6 +17,7 @@ from kalman_rl.engine.runs import traces
 from kalman_rl.engine.runs.reading import RunRecord, clean
 from kalman_rl.engine.runs.traces import Table
 from kalman_rl.instruments.report.sections.other_methods import on_tokens
+from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.words import counted
 
 NEEDED = ("sequence", "token", "log_ratio")
@@ -43,6 +44,14 @@ class Inspected:
     def completions(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.data.get("completions", [])
         return found
+
+
+def build(context: Context) -> Inspected:
+    """Tokens of the first seed of each group and of the study; the page's script draws them from its data."""
+    tokens = inspected([*context.first, *context.stressed])
+    if tokens.completions:
+        context.data["inspector-data"] = tokens.data
+    return tokens
 
 
 def inspected(runs: Sequence[RunRecord]) -> Inspected:

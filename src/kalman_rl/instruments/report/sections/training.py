@@ -1,4 +1,4 @@
-"""Section 1: held-out accuracy, training curves, and a table of before and after."""
+"""Runs: held-out accuracy, training curves, and a table of before and after."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from statistics import fmean
 
 from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.instruments.report.charts.chart import Line, lines_chart
+from kalman_rl.instruments.report.sections.positions import position_figure
+from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.stats.intervals import wilson
 from kalman_rl.instruments.report.stats.metrics import (
     COSTS,
@@ -69,7 +71,7 @@ class Change:
 
 @dataclass
 class MainSection:
-    """Section 1: held-out accuracy, training curves, before and after."""
+    """Held-out accuracy, training curves, before and after."""
 
     figure: Figure | None = None
     learning: list[Figure] = field(default_factory=list)
@@ -84,8 +86,11 @@ class MainSection:
     bands: str = ""
 
 
-def main_section(groups: Sequence[Group], arms: Sequence[Arm]) -> MainSection:
-    """Charts and tables of the main runs; ``arms`` are the groups' measured accuracies."""
+def build(context: Context) -> MainSection | None:
+    """Charts and tables of the main runs, None if there are none."""
+    groups = context.groups
+    if not groups:
+        return None
     palette = palette_of(groups)
     section = MainSection(several=len(groups) > 1, bands=_bands(groups))
     section.legend = list(palette.items()) if section.several else []
@@ -100,10 +105,14 @@ def main_section(groups: Sequence[Group], arms: Sequence[Arm]) -> MainSection:
                 figures.append(figure)
             else:
                 absent.append(metric.title[0].lower() + metric.title[1:])
+    if by_position := position_figure(groups, palette):
+        section.ratios.append(by_position)
     if absent:
         section.missing.append(f"Not recorded, so not drawn: {listing(absent).replace('kL', 'KL')}.")
     titles = [_with_seeds(group) for group in groups]
-    section.table = [(name, _before_after(group, arm)) for group, arm, name in zip(groups, arms, titles)]
+    section.table = [
+        (name, _before_after(group, arm)) for group, arm, name in zip(groups, context.arms, titles)
+    ]
     section.rows = list(dict.fromkeys(what for _, rows in section.table for what in rows))
     section.spent = _table([_spent(group) for group in groups])
     return section
