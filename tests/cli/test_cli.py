@@ -46,7 +46,7 @@ FLAGS = {
     "resume": {"--help", "--quiet"},
     "report": {"--help", "--output"},
     "board": {"--help", "--port", "--host", "--every", "--open"},
-    "methods": {"--help", "--cite", "--verify", "--json"},
+    "methods": {"--help", "--cite", "--verify", "--device", "--json"},
     "replay": {"--help", "--method", "--options", "--against", "--steps", "--top", "--json"},
     "doctor": {"--help", "--task", "--data", "--reward", "--config", "--run", "--json"},
 }
@@ -364,6 +364,15 @@ def test_verify_exits_1_when_a_check_fails(
     assert "FAIL" in capsys.readouterr().out
     assert main(["methods", "grpo", "--verify", "--json"]) == 1
     assert {row["passed"] for row in json.loads(capsys.readouterr().out)} == {True, False}
+
+
+def test_verify_on_a_device_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["methods", "grpo", "--verify", "--device", "cuda"]) != 0
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: device: got 'cuda', expected cpu") and "\n" not in said
 
 
 # What is wrong

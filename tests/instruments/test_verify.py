@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from kalman_rl.errors import ConfigError
 from kalman_rl.instruments.verify import golden, oracles, verify
 from kalman_rl.instruments.verify.check import Check, relative_error
 from kalman_rl.instruments.verify.definitions import example
+from kalman_rl.instruments.verify.place import SINGLE, Place, place_of
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import ratio, trust
 from kalman_rl.objectives.advantage.group import group_centred
+from kalman_rl.objectives.loss import Method
+from kalman_rl.objectives.rollouts import Rollouts
 
 RECORDED = set(METHODS) - {
     # Ours, or without a published implementation that we have run.
@@ -34,6 +38,47 @@ def test_every_check_of_a_method_passes(name: str) -> None:
         assert oracle in titles
     if name in RECORDED:
         assert "recorded loss" in titles
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_check_passes_in_single_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: set[torch.dtype] = set()
+    for module in (golden, oracles):
+        loss = module.policy_loss
+
+        def note(method: Method, rollouts: Rollouts, *rest: Any, loss: Any = loss, **more: Any) -> Any:
+            used.add(rollouts.logp_old.dtype)
+            return loss(method, rollouts, *rest, **more)
+
+        monkeypatch.setattr(module, "policy_loss", note)
+    monkeypatch.setattr("kalman_rl.instruments.verify.place_of", lambda _: Place(dtype=torch.float32))
+    results = verify([name], device="mps")
+    assert [result for result in results if not result.passed] == []
+    assert used == {torch.float32} and {result.tolerance for result in results} == {SINGLE}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_every_check_passes_on_the_gpu() -> None:
+    assert [result for result in verify(device="cuda") if not result.passed] == []
+
+
+def test_all_numbers_of_the_example_batch_are_put_in_their_place() -> None:
+    batch, usual = example(place=Place(dtype=torch.float32)), example()
+    for ours, other in zip(*([*vars(each.rollouts).values(), *each, *each.step] for each in (batch, usual))):
+        if isinstance(ours, torch.Tensor) and ours.is_floating_point():
+            assert ours.dtype == torch.float32 and torch.equal(ours, other.float())
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    for name in ("cuda", "mps", "tpu"):
+        with pytest.raises(ConfigError, match=f"device: got '{name}', expected cpu, which"):
+            verify(["grpo"], device=name)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert place_of("mps") == (torch.device("mps"), torch.float32)
+    with pytest.raises(ConfigError, match="expected cpu or mps"):
+        place_of("cuda")
 
 
 def test_recorded_losses_speak_for_their_own_kind_only() -> None:
@@ -67,7 +112,7 @@ def test_the_example_batch_makes_trust_regions_act() -> None:
 )
 def test_limits_are_not_true_of_another_method(change: dict[str, object]) -> None:
     other = dataclasses.replace(make_method("grpo"), **change)
-    assert oracles._same(other, make_method("grpo"), own=True)() > 1e-3
+    assert oracles._same(other, make_method("grpo"), own=True)(Place()) > 1e-3
 
 
 def test_the_example_batch_makes_shrinkage_and_clipped_innovations_act() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.instruments.verify import golden
+from kalman_rl.instruments.verify.record import records
 from kalman_rl.kernels import jit
 from kalman_rl.kernels.loss import dispatch as fast
 from kalman_rl.methods import METHODS
@@ -171,7 +172,7 @@ def test_small_movements_keep_their_digits() -> None:
     assert loss.metrics["policy/kl_old"].item() == pytest.approx(kl, rel=1e-6)
 
 
-@pytest.mark.parametrize("record", golden.records()["policy_losses"], ids=lambda r: r["method"])
+@pytest.mark.parametrize("record", records()["policy_losses"], ids=lambda r: r["method"])
 def test_golden_records_through_the_fused_path(
     record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import lzma
 from collections import Counter
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -10,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kalman_rl.instruments.verify import golden
+from kalman_rl.instruments.verify.record import FILE, TOLERANCE, packed, precision, records
 from kalman_rl.objectives import trust
 
-RECORDS = golden.records()
+RECORDS = records()
 
 
 def _named(records: list[dict[str, Any]]) -> list[Any]:
@@ -34,6 +38,29 @@ def test_the_records_cover_what_they_should() -> None:
         assert count[method, True] and count[method, False]
     assert {r["aggregation"] for r in losses if r["method"] == "ppo_clip"} == set(golden.AGGREGATE)
     assert {r["config"]["is_clip"] for r in losses if r["method"] == "kpo"} == {True, False}
+
+
+def test_the_file_is_what_its_own_table_gives() -> None:
+    data = resources.files("kalman_rl.instruments.verify").joinpath(FILE).read_bytes()
+    again = packed(RECORDS)
+    assert lzma.decompress(again) == lzma.decompress(data)
+    assert again == packed(RECORDS)
+    assert len(again) <= 60_000
+
+
+def test_what_is_rounded_away_is_a_hundredth_of_the_tolerance_at_most() -> None:
+    table = {"policy_losses": [dict(RECORDS["policy_losses"][n]) for n in (0, 8, 26)], "advantages": []}
+    for entry in table["policy_losses"]:
+        entry["grad_log_prob"] = [
+            [value * 1.1234567890123 for value in row] for row in entry["grad_log_prob"]
+        ]
+    stored = json.loads(lzma.decompress(packed(table)))["policy_losses"]
+    for entry, short in zip(table["policy_losses"], stored):
+        exact = torch.tensor(entry["grad_log_prob"], dtype=torch.float64)
+        kept = torch.tensor(short["grad_log_prob"], dtype=torch.float64)
+        bound = TOLERANCE[precision(entry)] / 100
+        error = (exact[torch.tensor(entry["mask"]).bool()] - kept).abs().max() / exact.abs().max()
+        assert 0 < error <= bound
 
 
 @pytest.mark.parametrize("record", _named(RECORDS["policy_losses"]))

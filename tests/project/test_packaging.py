@@ -244,8 +244,12 @@ def test_wheel_ships_types_licence_and_code(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(ROOT)
     with zipfile.ZipFile(tmp_path / build.build_wheel(str(tmp_path))) as wheel:
         names = wheel.namelist()
+        recorded = [
+            info.compress_size for info in wheel.infolist() if "verify/published_losses" in info.filename
+        ]
     assert {"kalman_rl/py.typed", "kalman_rl/__init__.py", "kalman_rl/numerics/kalman.py"} <= set(names)
     assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+    assert len(recorded) == 1 and recorded[0] <= 60_000
     outside = {name for name in names if not name.startswith(("kalman_rl/", "kalman_rl-"))}
     assert not outside
     data = {

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
@@ -152,13 +152,17 @@ class Methods:
     """Print BibTeX."""
     verify: Switch = False
     """Run its checks against published code and definitions here and now; exit code 1 if one fails."""
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    """Device on which --verify runs."""
     json: Switch = False
     """Print JSON, with every method's options and defaults."""
 
     def __call__(self) -> int:
         from kalman_rl.cli.methods import show_methods
 
-        return show_methods(self.name, cite=self.cite, verify=self.verify, as_json=self.json)
+        return show_methods(
+            self.name, cite=self.cite, verify=self.verify, device=self.device, as_json=self.json
+        )
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,16 @@ from kalman_rl.instruments.verify import Check, verify
 from kalman_rl.methods import METHODS, cards
 
 
-def show_methods(name: str, *, cite: bool, verify: bool, as_json: bool) -> int:
-    """Print what the flags ask for; returns 1 if a check failed, else 0. Raises: ConfigError for a name."""
+def show_methods(name: str, *, cite: bool, verify: bool, device: str, as_json: bool) -> int:
+    """Print what the flags ask for; returns 1 if a check failed, else 0.
+
+    Raises: ConfigError for a name or a device.
+    """
     if name and name not in METHODS:
         raise unknown_name("method", name, METHODS)
     names = [name] if name else list(METHODS)
     if verify:
-        return show_checks(names, as_json)
+        return show_checks(names, device, as_json)
     if cite:
         entries = {each: cards.bibtex(each) for each in names}
         print(json.dumps(entries, indent=2) if as_json else "\n\n".join(dict.fromkeys(entries.values())))
@@ -29,9 +32,9 @@ def show_methods(name: str, *, cite: bool, verify: bool, as_json: bool) -> int:
     return 0
 
 
-def show_checks(names: list[str], as_json: bool) -> int:
-    """Run and print the checks of the methods, each with its error and its tolerance."""
-    results = verify(names)
+def show_checks(names: list[str], device: str, as_json: bool) -> int:
+    """Run and print the checks of the methods on a device, each with its error and its tolerance."""
+    results = verify(names, device=device)
     failed = [result for result in results if not result.passed]
     if as_json:
         rows: list[dict[str, Any]] = [

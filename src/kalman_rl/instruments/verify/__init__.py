@@ -12,15 +12,20 @@ from collections.abc import Iterable
 from kalman_rl.errors import unknown_name
 from kalman_rl.instruments.verify import golden, oracles
 from kalman_rl.instruments.verify.check import Check
+from kalman_rl.instruments.verify.place import place_of
 from kalman_rl.methods import METHODS, make_method
 
 __all__ = ["Check", "verify"]
 
 
-def verify(names: Iterable[str] | None = None) -> list[Check]:
+def verify(names: Iterable[str] | None = None, *, device: str = "cpu") -> list[Check]:
     """Run every check of the named methods, of all methods by default, with their default options.
 
-    Raises: ConfigError for an unknown name.
+    Args:
+        names: names of methods.
+        device: ``cpu``, ``cuda`` or ``mps``; on the last the numbers are float32, and tolerances follow.
+
+    Raises: ConfigError for an unknown name or a device that is not there.
 
     >>> all(check.passed for check in verify(["rloo"]))
     True
@@ -29,8 +34,9 @@ def verify(names: Iterable[str] | None = None) -> list[Check]:
     for name in names:
         if name not in METHODS:
             raise unknown_name("method", name, METHODS)
+    place = place_of(device)
     return [
         check
         for name in names
-        for check in (*golden.checks(make_method(name)), *oracles.checks(make_method(name)))
+        for check in (*golden.checks(make_method(name), place), *oracles.checks(make_method(name), place))
     ]

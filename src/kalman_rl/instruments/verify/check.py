@@ -27,5 +27,6 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     if not found.numel():
         return 0.0
+    found, expected = (side.detach().cpu().double() for side in (found, expected))
     scale = expected.abs().max().item()
     return (found - expected).abs().max().item() / (scale if scale > 0 else 1.0)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.instruments.verify.place import CPU, Place
 from kalman_rl.objectives import aggregate, penalty, ratio, trust
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.ratio.learned import AutoFiltered
@@ -34,13 +35,15 @@ class Example(NamedTuple):
         return Current(self.logp if logp is None else logp, self.top_logp, self.step)
 
 
-def example(seed: int = 0, rows: int = 12, length: int = 9, scale: float = 0.3) -> Example:
-    """A float64 batch in groups of three, moved so far (nats) that every trust region acts on some tokens.
+def example(
+    seed: int = 0, rows: int = 12, length: int = 9, scale: float = 0.3, place: Place = CPU
+) -> Example:
+    """A batch in groups of three, moved so far (nats) that every trust region acts on some tokens.
 
     Rewards lie in [0, 1], where success counts are defined. Baselines that learn from other groups need
-    several of them: with two there is no spread to shrink by.
+    several of them: with two there is no spread to shrink by. The numbers are the same in every place.
     """
-    g = torch.Generator().manual_seed(seed)
+    g, put = torch.Generator().manual_seed(seed), place.put
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -51,18 +54,19 @@ def example(seed: int = 0, rows: int = 12, length: int = 9, scale: float = 0.3) 
     moved = logits + 2 * scale * normal(rows, length, 5)
     old, logp = logits.log_softmax(-1), moved.log_softmax(-1)  # token 0 was sampled
     rollouts = Rollouts(
-        logp_old=old[..., 0],
-        mask=mask,
-        reward=normal(rows).sigmoid(),
-        group=torch.arange(rows) // 3,
+        logp_old=put(old[..., 0]),
+        mask=put(mask),
+        reward=put(normal(rows).sigmoid()),
+        group=put(torch.arange(rows) // 3),
         prompt_id=[f"prompt {row // 3}" for row in range(rows)],
-        logp_behaviour=old[..., 0],
-        logp_reference=old[..., 0] + scale * normal(rows, length),
-        top_behaviour=old[..., :3],
-        collision=old.exp().square().sum(-1),
+        logp_behaviour=put(old[..., 0]),
+        logp_reference=put(old[..., 0] + scale * normal(rows, length)),
+        top_behaviour=put(old[..., :3]),
+        collision=put(old.exp().square().sum(-1)),
     )
-    step = LastLayerStep(normal(rows, length).abs() * 90, normal(rows, length).square() * 900, 1e-4)
-    return Example(rollouts, logp[..., 0], logp[..., :3], step)
+    along, curvature = normal(rows, length).abs() * 90, normal(rows, length).square() * 900
+    step = LastLayerStep(put(along), put(curvature), 1e-4)
+    return Example(rollouts, put(logp[..., 0]), put(logp[..., :3]), step)
 
 
 def positions(rollouts: Rollouts) -> list[list[int]]:

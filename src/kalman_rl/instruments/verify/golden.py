@@ -7,44 +7,26 @@ components up to numbers. It is replayed with the numbers of the record, not wit
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import math
 from collections.abc import Callable, Iterator
-from importlib import resources
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kalman_rl.instruments.verify.check import Check, relative_error
+from kalman_rl.instruments.verify.place import CPU, Place
+from kalman_rl.instruments.verify.record import TOLERANCE, Record, precision, records
 from kalman_rl.objectives import aggregate, penalty, ratio, trust
 from kalman_rl.objectives.advantage.group import GroupZScore, LengthWeighted, group_centred, leave_one_out
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
-
-TOLERANCE = {"float32": 2e-5, "sequence": 2e-8, "token": 1e-12}
-"""Relative. The recorded KPO works in float32 inside; verl's sequence means carry 1e-8 in a denominator."""
 
 ABSOLUTE = 1e-12
 """Of the loss, a sum that nearly cancels."""
 
 ADVANTAGE_TOLERANCE = 1e-6
 """verl computes advantages in float32."""
-
-Record = dict[str, Any]
-
-
-@functools.cache
-def records() -> dict[str, list[Record]]:
-    """The record, ``policy_losses`` and ``advantages``; do not change it."""
-    text = (
-        resources.files("kalman_rl.instruments.verify")
-        .joinpath("published_losses.json")
-        .read_text(encoding="utf-8")
-    )
-    table: dict[str, list[Record]] = json.loads(text)
-    return table
 
 
 def _band(config: Record) -> trust.Clip:
@@ -139,11 +121,11 @@ def composition(record: Record) -> Method:
     return Method(record["method"], group_centred, transform, limits, reduce, pull)
 
 
-def compare_loss(record: Record) -> Comparison:
+def compare_loss(record: Record, place: Place = CPU) -> Comparison:
     """Loss and gradient of our composition against the record."""
 
     def tensor(key: str) -> Tensor:
-        return torch.tensor(record[key], dtype=torch.float64)
+        return place.put(torch.tensor(record[key], dtype=torch.float64))
 
     old = tensor("old_log_prob")
     rollouts = Rollouts(old, tensor("mask"), logp_behaviour=old)  # recorded with sampler = old policy
@@ -152,8 +134,7 @@ def compare_loss(record: Record) -> Comparison:
     loss.value.backward()
     expected = tensor("grad_log_prob")
     gradient = torch.full_like(expected, math.nan) if logp.grad is None else logp.grad
-    kind = "sequence" if record["aggregation"] == "seq-mean-token-mean" else "token"
-    tolerance = TOLERANCE["float32" if record["method"] == "kpo" else kind]
+    tolerance = place.tolerance(TOLERANCE[precision(record)])
     scale = max(abs(record["loss"]), ABSOLUTE / tolerance)
     return Comparison(
         abs(loss.value.item() - record["loss"]) / scale,
@@ -163,13 +144,13 @@ def compare_loss(record: Record) -> Comparison:
     )
 
 
-def compare_advantage(record: Record) -> float:
+def compare_advantage(record: Record, place: Place = CPU) -> float:
     """Error of our advantages. verl gives the reward itself to a group of one; ours must be 0 there."""
-    group = torch.tensor(record["group"])
-    rewards = torch.tensor(record["rewards"], dtype=torch.float64)
+    group = place.put(torch.tensor(record["group"]))
+    rewards = place.put(torch.tensor(record["rewards"], dtype=torch.float64))
     estimate = ADVANTAGE[record["method"]]
     more = {"length": torch.full_like(group, 7)} if "length" in getattr(estimate, "inputs", ()) else {}
-    ours = estimate(rewards, group, **more)
+    ours = estimate(rewards, group, **more).cpu()
     alone = torch.tensor([record["group"].count(number) == 1 for number in record["group"]])
     if (ours[alone] != 0).any():
         return math.inf
@@ -208,9 +189,9 @@ def records_for(method: Method) -> list[Record]:
     return found
 
 
-def checks(method: Method) -> Iterator[Check]:
+def checks(method: Method, place: Place = CPU) -> Iterator[Check]:
     """One check per recorded source of the method's loss, one for its advantage if that was recorded."""
-    found = [(record["source"], compare_loss(record)) for record in records_for(method)]
+    found = [(record["source"], compare_loss(record, place)) for record in records_for(method)]
     for source in dict.fromkeys(source for source, _ in found):
         results = [result for name, result in found if name == source]
         worst = max(results, key=lambda result: result.error / result.tolerance)
@@ -219,6 +200,6 @@ def checks(method: Method) -> Iterator[Check]:
     kind = kind_of(method.advantage)
     relevant = [r for r in records()["advantages"] if kind_of(ADVANTAGE[r["method"]]) == kind]
     if relevant:
-        error = max(compare_advantage(record) for record in relevant)
+        error = max(compare_advantage(record, place) for record in relevant)
         title = f"recorded advantages, {len(relevant)} batches: {relevant[0]['source']}"
-        yield Check(method.name, title, error, ADVANTAGE_TOLERANCE)
+        yield Check(method.name, title, error, place.tolerance(ADVANTAGE_TOLERANCE))

@@ -13,6 +13,7 @@ from torch import Tensor
 from kalman_rl.instruments.verify.advantages import by_definition
 from kalman_rl.instruments.verify.check import Check, relative_error
 from kalman_rl.instruments.verify.definitions import Example, example, literal_loss, log_weights
+from kalman_rl.instruments.verify.place import CPU, Place
 from kalman_rl.methods import make_method
 from kalman_rl.objectives import aggregate, ratio, trust
 from kalman_rl.objectives.advantage.group import ConstantBaseline
@@ -23,20 +24,22 @@ TOLERANCE = 1e-10
 """Relative; both sides are float64 but sum in another order."""
 
 
-def checks(method: Method) -> Iterator[Check]:
+def checks(method: Method, place: Place = CPU) -> Iterator[Check]:
     """Every oracle that speaks for a method, each the worst of a few random batches."""
-    yield _worst(method, "log-weights against a loop over tokens", _ratio_error)
-    yield _worst(method, "gradient against autograd of the literal loss", _literal_error)
-    yield _worst(method, "advantage against its definition", _advantage_error)
-    yield _worst(method, "on-policy gradient is REINFORCE's", _on_policy_error)
-    yield _worst(method, "nothing under the mask is read", _mask_error)
+    yield _worst(method, place, "log-weights against a loop over tokens", _ratio_error)
+    yield _worst(method, place, "gradient against autograd of the literal loss", _literal_error)
+    yield _worst(method, place, "advantage against its definition", _advantage_error)
+    yield _worst(method, place, "on-policy gradient is REINFORCE's", _on_policy_error)
+    yield _worst(method, place, "nothing under the mask is read", _mask_error)
     for title, limit in LIMITS.get(method.name, {}).items():
-        yield Check(method.name, title, limit(), 1e-6 if "->" in title else TOLERANCE)
+        tolerance = place.tolerance(1e-6 if "->" in title else TOLERANCE)
+        yield Check(method.name, title, limit(place), tolerance)
 
 
-def _worst(method: Method, title: str, error: Callable[[Method, Example], float]) -> Check:
-    errors = [error(method, example(seed)) for seed in SEEDS]
-    return Check(method.name, title, math.nan if any(map(math.isnan, errors)) else max(errors), TOLERANCE)
+def _worst(method: Method, place: Place, title: str, error: Callable[[Method, Example], float]) -> Check:
+    errors = [error(method, example(seed, place=place)) for seed in SEEDS]
+    worst = math.nan if any(map(math.isnan, errors)) else max(errors)
+    return Check(method.name, title, worst, place.tolerance(TOLERANCE))
 
 
 def advantage_of(method: Method, batch: Example) -> Tensor:
@@ -110,21 +113,22 @@ def _mask_error(method: Method, batch: Example) -> float:
     return relative_error(gradient(method, poisoned, advantage), gradient(method, batch, advantage))
 
 
-# ---- limits: name of a method -> {what must hold: error}
+# ---- limits: name of a method -> {what must hold: error in a place}
 
-Table = dict[str, dict[str, Callable[[], float]]]
+Limit = Callable[[Place], float]
+Table = dict[str, dict[str, Limit]]
 
 A = torch.tensor([1.0, -0.5, 0.25, -1.0, 2.0, -0.75] * 2, dtype=torch.float64)
 
 
-def _same(ours: Method, other: Method, *, length: int = 9, own: bool = False) -> Callable[[], float]:
+def _same(ours: Method, other: Method, *, length: int = 9, own: bool = False) -> Limit:
     """Gradients of two methods on the same batches, with given advantages or (``own``) each its own."""
 
-    def error() -> float:
+    def error(place: Place) -> float:
         errors = []
         for seed in SEEDS:
-            batch = example(seed, length=length)
-            given = None if own else A[:, None].expand_as(batch.logp)
+            batch = example(seed, length=length, place=place)
+            given = None if own else place.put(A)[:, None].expand_as(batch.logp)
             errors.append(relative_error(gradient(ours, batch, given), gradient(other, batch, given)))
         return max(errors)
 
@@ -136,13 +140,13 @@ def _with(name: str, part: Method, **parts: Any) -> Method:
     return dataclasses.replace(part, name=name, **parts)
 
 
-def _proportional(first: Method, second: Method) -> Callable[[], float]:
+def _proportional(first: Method, second: Method) -> Limit:
     """Advantages equal up to one positive factor, groups of three."""
 
-    def error() -> float:
+    def error(place: Place) -> float:
         errors = []
         for seed in SEEDS:
-            batch = example(seed)
+            batch = example(seed, place=place)
             a, b = advantage_of(first, batch), advantage_of(second, batch)
             factor = (a * b).sum() / (b * b).sum()
             errors.append(relative_error(a, factor * b) if factor > 0 else math.inf)
@@ -151,13 +155,13 @@ def _proportional(first: Method, second: Method) -> Callable[[], float]:
     return error
 
 
-def _last_token(method: Method, other: Method) -> Callable[[], float]:
+def _last_token(method: Method, other: Method) -> Limit:
     """Log-weights of two methods at the last trained token of each row."""
 
-    def error() -> float:
+    def error(place: Place) -> float:
         errors = []
         for seed in SEEDS:
-            batch = example(seed)
+            batch = example(seed, place=place)
             last = [int(row.nonzero()[-1]) for row in batch.rollouts.mask]
             logp = torch.where(batch.rollouts.mask, batch.logp, 0.0)
             pair = [m.ratio(logp, batch.rollouts).log_weight[range(len(last)), last] for m in (method, other)]
@@ -167,18 +171,18 @@ def _last_token(method: Method, other: Method) -> Callable[[], float]:
     return error
 
 
-def _loop(method: Method) -> Callable[[], float]:
+def _loop(method: Method) -> Limit:
     """Log-weights against the loop over tokens, for options that switch another branch on."""
-    return lambda: max(_ratio_error(method, example(seed)) for seed in SEEDS)
+    return lambda place: max(_ratio_error(method, example(seed, place=place)) for seed in SEEDS)
 
 
-def _second_token(method: Method) -> Callable[[], float]:
+def _second_token(method: Method) -> Limit:
     """The log-weight of each row's second trained token against the sum of the first two log-ratios."""
 
-    def error() -> float:
+    def error(place: Place) -> float:
         errors = []
         for seed in SEEDS:
-            batch = example(seed)
+            batch = example(seed, place=place)
             logp = torch.where(batch.rollouts.mask, batch.logp, 0.0)
             found = method.ratio(logp, batch.rollouts)
             pairs = [(i, row.nonzero().flatten()[:2]) for i, row in enumerate(batch.rollouts.mask)]
