@@ -269,6 +269,17 @@ def test_unfinished_and_repeated_runs_stay_out_of_the_averages(tmp_path: Path) -
 # ---------------------------------------------------------------- broken and hostile input
 
 
+def test_notes_of_a_run_that_is_not_counted_are_shown(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "stress", {"grpo": PUBLISHED_FAILS["grpo"]}, seeds=1)
+    again = folder / "runs" / "A-grpo-again"
+    write_run(again, {"condition": "A", "method": "grpo", "seed": 0}, updates=4)
+    for run in (folder / "runs" / "A-grpo-seed0", again):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write("{cut\n")
+    text = page_of(write_report([folder])).text
+    assert text.count("could not be read") == 2 and "repeats" in text
+
+
 def test_hostile_text_is_only_ever_text(tmp_path: Path) -> None:
     for index, text in enumerate(HOSTILE):
         labels = {"method": text, "model": text, "task": text, text[:50]: text}
