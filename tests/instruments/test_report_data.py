@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,13 @@ def test_bands_over_seeds_are_students_intervals() -> None:
     assert with_interval(many[:2])[1] == [(0.0, 0.1, 0.3), (1.0, 0.5, 0.7)]
     logs, _ = with_interval([[(0.0, 1e-4)], [(0.0, 1e-2)]], log=True)
     assert logs == [(0.0, pytest.approx(1e-3))]
+
+
+def test_the_band_of_a_diverging_metric_ends_at_the_largest_number() -> None:
+    """Three seeds between 1e-300 and 1e300 have an interval of logarithms that no number is large enough for."""
+    line, ((step, low, high),) = with_interval([[(0.0, v)] for v in (1e-300, 1.0, 1e300)], log=True)
+    assert line == [(0.0, pytest.approx(1.0))]
+    assert (step, low) == (0.0, 0.0) and high == pytest.approx(sys.float_info.max)
 
 
 # ---------------------------------------------------------------- beliefs

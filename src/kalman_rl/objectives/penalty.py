@@ -4,6 +4,9 @@ With ``d = logp_reference - logp``, as *values* under samples of the current pol
 for KL(policy || reference) and k2 is biased by O(d^3). As *losses* they differ: the gradient of k1 has
 mean zero (useless), the gradient of k2 is that of KL(policy || reference), the gradient of k3 is that of
 KL(reference || policy). Formulas: Schulman, "Approximating KL divergence" (2020).
+
+Exponentials are capped as those of ratios are, at ``LOG_WEIGHT_CAP`` nats: what multiplies ``grad logp`` never
+exceeds ``exp(20)``, and a token beyond the cap is still pulled back.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.objectives.rollouts import Rollouts
-from kalman_rl.objectives.trust.clip import weight_of
+from kalman_rl.objectives.trust.clip import LOG_WEIGHT_CAP, weight_of
 
 
 def k1(difference: Tensor) -> Tensor:
@@ -31,8 +34,37 @@ def k2(difference: Tensor) -> Tensor:
 
 
 def k3(difference: Tensor) -> Tensor:
-    """``exp(d) - 1 - d >= 0``, written with ``expm1`` because it cancels for small d in float32."""
-    return torch.expm1(difference) - difference
+    """``exp(d) - 1 - d >= 0``, and from ``d = 20`` on its tangent there: the gradient ``expm1(min(d, 20))``
+    has the cap of ratios and keeps its sign. Written with ``expm1`` because it cancels for small d in float32.
+
+    >>> k3(torch.tensor([0.0, 1.0, 1000.0]))
+    tensor([0.0000e+00, 7.1828e-01, 4.7595e+11])
+    """
+    capped = difference.clamp(max=LOG_WEIGHT_CAP)
+    return torch.expm1(capped) * (1 + (difference - capped)) - capped
+
+
+def weighted(estimator: Callable[[Tensor], Tensor], difference: Tensor, log_ratio: Tensor) -> Tensor:
+    """``w estimator(d)``, ``w = exp(min(s, 20))`` for the log-ratio ``s = logp - logp_old``, gradient through both.
+
+    Beyond the cap w stays the factor on the gradient, as in the policy's loss. For k3 and ``d > 1`` it is
+    ``exp(s + d) - w (1 + d)``: the sum is ``logp_reference - logp_old``, so that the first term is a constant, and
+    neither of two factors can overflow where their product is 1.
+
+    >>> logp = torch.tensor(-201.0, requires_grad=True)  # sampled and reference policy: -1
+    >>> value = weighted(k3, -1 - logp, logp + 1)
+    >>> value.backward()
+    >>> value.item(), logp.grad.item()
+    (1.0, -0.0)
+    """
+    weight = weight_of(log_ratio.detach()) * (1 + (log_ratio - log_ratio.detach()))
+    if estimator is not k3:
+        return weight * estimator(difference)
+    far = difference > 1
+    exponent = log_ratio.detach().clamp(max=LOG_WEIGHT_CAP) + difference.detach()
+    constant = exponent.clamp(max=2 * LOG_WEIGHT_CAP).exp()
+    near = weight * k3(torch.where(far, 0.0, difference))
+    return torch.where(far, constant - weight * (1 + difference), near)
 
 
 @dataclass(frozen=True)
@@ -83,7 +115,7 @@ class KL:
                 "or drop the penalty"
             )
         difference = torch.where(rollouts.mask, rollouts.logp_reference - logp, 0.0)
-        penalty = self.coefficient * self.estimator(difference)
-        if self.importance_weighted:
-            penalty = penalty * weight_of(torch.where(rollouts.mask, logp - rollouts.logp_old, 0.0))
-        return penalty
+        if not self.importance_weighted:
+            return self.coefficient * self.estimator(difference)
+        log_ratio = torch.where(rollouts.mask, logp - rollouts.logp_old, 0.0)
+        return self.coefficient * weighted(self.estimator, difference, log_ratio)

@@ -173,6 +173,7 @@ def score_energy(logp: Tensor, collision: Tensor) -> Tensor:
     >>> score_energy(torch.tensor([0.5]).log(), torch.tensor([0.375]))  # p = 1/2, 1/4, 1/4
     tensor([0.3750])
     """
+    logp = logp.clamp(max=0.0)
     rest = torch.expm1(logp).square()
     others = collision - (2 * logp).exp()
     return rest + torch.minimum(others.clamp(min=0.0), rest)

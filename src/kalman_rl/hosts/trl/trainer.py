@@ -34,9 +34,8 @@ from kalman_rl.objectives.aggregate import Totals
 from kalman_rl.objectives.inputs import inputs_of
 from kalman_rl.objectives.learning import LearnedState, bound_metrics, step_statistics
 from kalman_rl.objectives.loss import Loss, Method, policy_loss
-from kalman_rl.objectives.penalty import k3
+from kalman_rl.objectives.penalty import KL
 from kalman_rl.objectives.rollouts import Current, Rollouts, score_energy
-from kalman_rl.objectives.trust.clip import weight_of
 from kalman_rl.objectives.trust.curvature import last_layer_step
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.tracking import Tracking
@@ -177,7 +176,7 @@ class KalmanGRPOTrainer(RanksTrainer):
         current = self._current(model, inputs, logp, advantage)
         method = self._with_bounds(model, inputs, rollouts, current, advantage, mode)
         loss = policy_loss(method, rollouts, current, advantage=advantage, totals=self._totals(inputs, mode))
-        self._record(mode, loss, rollouts, entropy)
+        self._record(mode, loss, rollouts, logp.detach(), entropy)
         if mode == "train":
             self.learning.observe(logp, rollouts)
             watching = (call.observe for call in self.callback_handler.callbacks if hasattr(call, "observe"))
@@ -366,13 +365,11 @@ class KalmanGRPOTrainer(RanksTrainer):
             float(inputs["num_items_in_batch"]) * share, float(inputs["num_sequences_in_batch"]) * share
         )
 
-    def _record(self, mode: str, loss: Loss, rollouts: Rollouts, entropy: Tensor) -> None:
+    def _record(self, mode: str, loss: Loss, rollouts: Rollouts, logp: Tensor, entropy: Tensor) -> None:
         metrics = loss.metrics | {"entropy": diagnostics.masked_mean(entropy, rollouts.mask)}
         if rollouts.logp_reference is not None:
-            ratio = loss.tokens.log_ratio
-            drift = rollouts.logp_reference - rollouts.logp_old - ratio
-            weight = weight_of(ratio) if self.args.use_bias_correction_kl else 1.0
-            metrics["kl"] = diagnostics.masked_mean(weight * k3(drift), rollouts.mask)
+            estimate = KL(1.0, importance_weighted=self.args.use_bias_correction_kl)
+            metrics["kl"] = diagnostics.masked_mean(estimate(logp.float(), rollouts), rollouts.mask)
         values = torch.stack([value.detach().float() for value in metrics.values()])
         for name, value in zip(
             metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True

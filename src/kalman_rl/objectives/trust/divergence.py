@@ -50,7 +50,8 @@ def _mass_times(mass: Tensor, log_quotient: Tensor) -> Tensor:
 
 def binary_tv(current: Current, rollouts: Rollouts) -> Tensor:
     """Total variation on {sampled, rest}: ``|pi(y) - mu(y)|`` (B, T), in [0, 1]."""
-    return (current.logp.exp() - behaviour(rollouts).exp()).abs()
+    mu, pi = behaviour(rollouts).clamp(max=0.0), current.logp.clamp(max=0.0)
+    return (pi.exp() - mu.exp()).abs()
 
 
 def binary_kl(current: Current, rollouts: Rollouts) -> Tensor:

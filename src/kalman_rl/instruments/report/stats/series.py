@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import fmean, median
@@ -13,6 +14,7 @@ from kalman_rl.instruments.report.stats.intervals import t_interval
 Point = tuple[float, float]
 Band = tuple[float, float, float]
 MOST_POINTS = 400
+LOG_MAX = math.log(sys.float_info.max)
 
 
 def same(value: float) -> float:
@@ -130,10 +132,10 @@ def with_interval(many: Sequence[Sequence[Point]], *, log: bool = False) -> tupl
         usable = all(map(math.isfinite, values)) and not (log and min(values) <= 0)
         scaled = [math.log(value) for value in values] if log and usable else values
         middle = fmean(scaled)
-        line.append((step, math.exp(middle) if log and usable else middle))
+        line.append((step, math.exp(min(middle, LOG_MAX)) if log and usable else middle))
         interval = t_interval(scaled) if len(values) > 2 else (min(scaled), max(scaled))
         if usable and interval and len(values) > 1:
-            low, high = map(math.exp, interval) if log else interval
+            low, high = (math.exp(min(end, LOG_MAX)) for end in interval) if log else interval
             band.append((step, low, high))
     stride = max(1, len(line) // MOST_POINTS)
     return line[::stride], band[::stride]
