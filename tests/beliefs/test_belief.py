@@ -379,3 +379,30 @@ def test_names_and_options() -> None:
     ):
         with pytest.raises((ConfigError, NumericError), match=f"{next(iter(options))}.*got"):
             make_belief(name, **options)
+
+
+# ---- scales
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1.0, 3000.1, -7.7])
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_constant_rewards_teach_nothing(value: float, size: int) -> None:
+    """Rounding residue over a scale learned from rounding residue was up to 7."""
+    belief, ids = make_belief("auto"), [i for i in range(16) for _ in range(size)]
+    reward = torch.full((len(ids),), value)
+    for step in range(200):
+        assert (belief.advantages(ids, reward, step=step).advantage == 0).all()
+        belief.update(ids, reward, step=step)
+
+
+@pytest.mark.parametrize("name", ["auto", "gaussian"])
+@pytest.mark.parametrize("value", [0.0, 0.1, 5.0])
+def test_rewards_that_become_constant_teach_nothing_in_the_end(name: str, value: float) -> None:
+    """By then the scale has shrunk to the size of what float32 rows round away."""
+    belief, ids = make_belief(name), [i for i in range(16) for _ in range(4)]
+    for step in range(900):
+        noise = torch.randn(64, generator=torch.Generator().manual_seed(step)).double()
+        reward = 3 + noise if step < 3 else torch.full((64,), value, dtype=torch.float64)
+        found = belief.advantages(ids, reward, step=step).advantage
+        assert step < 800 or (found == 0).all()
+        belief.update(ids, reward, step=step)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.tsa.statespace.kalman_filter import KalmanFilter
 
-from kalman_rl.beliefs import GaussianBelief, RegressionBelief
+from kalman_rl.beliefs import BetaBelief, GaussianBelief, RegressionBelief, SPOBelief
 from kalman_rl.beliefs.groups import group_rewards
 from kalman_rl.beliefs.noise import RewardNoise
 from kalman_rl.objectives.advantage.group import leave_one_out
@@ -138,3 +138,44 @@ def test_binary_rewards_never_switch_robust_mode_on() -> None:
         belief.update([i // 4 for i in range(128)], reward, step=step)
     noise = belief.reward_noise
     assert noise.binary and noise.excess_kurtosis > 5 and not noise.robust
+
+
+@pytest.mark.parametrize("name", ["gaussian", "beta", "spo"])
+def test_given_noise_is_never_made_robust_by_chance(name: str) -> None:
+    """One reward of ten far off: the posterior of a filter with known noise does not depend on rewards."""
+    if name == "gaussian":
+        options = {"process_noise": 0.0, "observation_noise": 1.0, "mean": 0.0, "variance": 1.0}
+        belief = GaussianBelief(**options)
+        belief.update(["a"] * 10, torch.tensor([0.0] * 9 + [10.0]), step=0)
+        assert belief.reward_noise.robust  # heavy tails were seen
+        assert belief.predict(["a"], step=0).variance.item() == pytest.approx(1 / 11, abs=1e-12)
+        assert belief.predictive(["a"], step=0).variance.item() == pytest.approx(12 / 11, abs=1e-12)
+        found = belief.advantages(["b"] * 4, torch.tensor([0.0, 0.0, 0.0, 100.0]), step=0)
+        torch.testing.assert_close(found.baseline, torch.tensor([25.0, 25.0, 25.0, 0.0], dtype=torch.float64))
+        return
+    belief = BetaBelief(prior=(1.0, 1.0), forgetting=1.0) if name == "beta" else SPOBelief(rho=1.0)
+    start = 1.0 if name == "beta" else 0.5
+    reward = torch.tensor([0.5] * 19 + [1.0])
+    belief.update(["a"] * 20, reward, step=0)
+    a, b = start + 10.5, start + 9.5
+    expected = a * b / ((a + b) ** 2 * (a + b + 1))
+    assert belief.predict(["a"], step=0).variance.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("make", [GaussianBelief, RegressionBelief])
+def test_learned_noise_is_robust_in_prediction_and_baseline_together(make: type) -> None:
+    belief, generator = make(), torch.Generator().manual_seed(0)
+    ids = [i for i in range(16) for _ in range(4)]
+    for step in range(6):
+        reward = torch.randn(64, generator=generator, dtype=torch.float64)
+        reward[torch.rand(64, generator=generator) < 0.05] *= 10
+        belief.update(ids, reward, step=step)
+    assert belief.reward_noise.robust
+    value, new = belief.predict([0], step=6), belief.predictive([0], step=6)
+    plain = belief._prior(belief._table.rows([0]), torch.ones(1).double(), 6, None)
+    assert value.variance.item() == pytest.approx(1.7 * plain.value.variance.item())
+    assert (new.variance - value.variance).item() == pytest.approx(1.7 * plain.noise.item())
+    seen = belief.update([0], torch.tensor([0.0]), step=6)
+    assert seen.innovation_variance.item() == pytest.approx(new.variance.item())
+    far = belief.advantages([0] * 4, torch.tensor([0.0, 0.0, 0.0, 1e6]), step=7).baseline
+    assert far.abs().max() < 20

@@ -21,6 +21,8 @@ from kalman_rl.numerics.kalman import Gaussian, update
 FORMAT = 1
 SAME_FEATURES = 0.02
 """Rows of one prompt may differ by this share of their length: bfloat16 states depend on the padding."""
+ROUNDING = 1e-7
+"""An advantage below this share of the reward is rounding: rewards may have been float32."""
 
 
 class Prior(NamedTuple):
@@ -101,12 +103,13 @@ class TableBelief(ABC):
             return Observed([], empty, empty, empty, empty)
         prior = self._before(groups, step, inputs)
         raw, _ = self._unscaled(groups, prior)
+        expected, noise = self._reported(prior)
         observed = Observed(
             groups.ids,
             groups.size,
             groups.mean,
-            groups.mean - prior.value.mean,
-            prior.value.variance + prior.noise / groups.size,
+            groups.mean - expected.mean,
+            expected.variance + noise / groups.size,
         )
         gap = self._table.gap(rows, step)
         self._absorb(groups, rows, gap, step, inputs)
@@ -161,6 +164,11 @@ class TableBelief(ABC):
     # ---- for subclasses
 
     @property
+    def _robust(self) -> bool:
+        """Whether rewards are clipped and variances inflated: only where the noise was learned from rewards."""
+        return False
+
+    @property
     @abstractmethod
     def _options(self) -> dict[str, Any]:
         """Settings that give the numbers in the state their meaning."""
@@ -172,6 +180,10 @@ class TableBelief(ABC):
     @abstractmethod
     def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
         """Write what the rewards say; every group has at least one. A negative gap is a late batch."""
+
+    def _resolution(self, baseline: Tensor) -> Tensor | float:
+        """How far a (n,) baseline may be off because of how rows are stored."""
+        return 0.0
 
     def _before(self, groups: Groups, step: int, inputs: Tensor | None) -> Prior:
         """The belief that baselines of this batch are made of."""
@@ -212,10 +224,14 @@ class TableBelief(ABC):
         rows = self._table.rows(names)
         inputs = self._inputs(names, index, features)
         prior = self._prior(rows, self._table.gap(rows, step).clamp(min=0), step, inputs)
-        if self._noise.robust:
-            mean, variance = prior.value
-            prior = Prior(Gaussian(mean, ROBUST_INFLATION * variance), ROBUST_INFLATION * prior.noise)
-        return prior, index
+        return self._reported(prior), index
+
+    def _reported(self, prior: Prior) -> Prior:
+        """What is told of a prior: clipped rewards look more certain than they are."""
+        if not self._robust:
+            return prior
+        mean, variance = prior.value
+        return Prior(Gaussian(mean, ROBUST_INFLATION * variance), ROBUST_INFLATION * prior.noise)
 
     def _unscaled(self, groups: Groups, prior: Prior) -> tuple[Tensor, Tensor]:
         """Advantage and baseline (n,) in reward units, in the order of the batch."""
@@ -223,14 +239,23 @@ class TableBelief(ABC):
         state = Gaussian(prior.value.mean[index], prior.value.variance[index])
         noise = prior.noise[index]
         shown = groups.reward
-        if self._noise.robust:
+        if self._robust:
             shown = self._noise.clip(groups, prior.value.mean, prior.value.variance + prior.noise).reward
         others = (groups.size[index] - groups.known.double()).clamp(min=0)
         mean_of_others = sum_of_others(shown, index) / others.clamp(min=1)
         # A group of one has no others: infinite noise leaves the prediction as it is.
         per_mean = torch.where(others > 0, noise / others.clamp(min=1), torch.inf)
         baseline = update(state, mean_of_others, per_mean)[0].mean
-        return torch.where(groups.known, groups.reward - baseline, 0.0), baseline
+        return self._difference(groups, baseline), baseline
+
+    def _difference(self, groups: Groups, baseline: Tensor) -> Tensor:
+        """``r - b`` (n,), 0 where missing and where nothing but rounding is left of it.
+
+        Divided by a scale learned from such residue, residue would count as much as any advantage.
+        """
+        raw = groups.reward - baseline
+        least = ROUNDING * torch.maximum(groups.reward.abs(), baseline.abs()) + self._resolution(baseline)
+        return torch.where(groups.known & (raw.abs() > least), raw, 0.0)
 
 
 def check_features(features: Tensor | None, count: int) -> None:

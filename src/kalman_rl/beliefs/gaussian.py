@@ -74,6 +74,10 @@ class GaussianBelief(TableBelief):
         self.mean, self.variance = mean, variance
 
     @property
+    def _robust(self) -> bool:
+        return self.observation_noise == "auto" and self._noise.robust
+
+    @property
     def _options(self) -> dict[str, Any]:
         names = ("process_noise", "observation_noise", "mean", "variance")
         return {name: getattr(self, name) for name in names}
@@ -106,7 +110,7 @@ class GaussianBelief(TableBelief):
         state, noise = self._prior(rows, gap.clamp(min=0), step, inputs)
         late = self._drift(state.mean) * (-gap).clamp(min=0)
         shown = groups
-        if self._noise.robust and self.observation_noise == "auto":
+        if self._robust:
             shown = self._noise.clip(groups, state.mean, state.variance + noise)
         after, _ = update(state, shown.mean, noise / groups.size + late)
         rows = self._table.add(groups.ids, rows)

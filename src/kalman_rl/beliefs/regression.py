@@ -26,6 +26,8 @@ PRIOR_VARIANCE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 1.0)
 
 From scores that are almost all noise to scores that hardly have any; more of them cost no memory."""
 _LEAST_TAU2 = 1e-4
+ROW_ROUNDING = 2e-5
+"""Of a level as stored: float32 rounds to 6e-8 of it, and an update with a small gain loses more than one of these."""
 
 
 class RegressionBelief(TableBelief):
@@ -119,6 +121,10 @@ class RegressionBelief(TableBelief):
     # ---- hooks
 
     @property
+    def _robust(self) -> bool:
+        return self._noise.robust
+
+    @property
     def _options(self) -> dict[str, Any]:
         return {
             "process_noise": self._q.tolist(),
@@ -152,6 +158,9 @@ class RegressionBelief(TableBelief):
             return None
         return self._features.check(prompt_features(features, index, len(names)))
 
+    def _resolution(self, baseline: Tensor) -> Tensor:
+        return ROW_ROUNDING * (baseline - self._offset).abs()
+
     def _before(self, groups: Groups, step: int, inputs: Tensor | None) -> Prior:
         if len(self._table):
             return super()._before(groups, step, inputs)
@@ -175,7 +184,7 @@ class RegressionBelief(TableBelief):
             self._offset = float(groups.mean.mean())
         prior = self._prior(rows, gap.clamp(min=0), step, inputs)
         shown = groups
-        if self._noise.robust:
+        if self._robust:
             shown = self._noise.clip(groups, prior.value.mean, prior.value.variance + prior.noise)
         if first_ever:
             self._noise.learn(groups, *prior.value)
@@ -265,7 +274,7 @@ class RegressionBelief(TableBelief):
         mean, variance = levels.moments(self._all_tau2())
         total = variance + noise[..., None]
         squared = (y[:, None, None] - mean).square() / total
-        if self._noise.robust:
+        if self._robust:
             return (-0.5 * total.log() - 2.5 * torch.log1p(squared / 4)).sum(0)
         return (-0.5 * (total.log() + squared)).sum(0)
 

@@ -141,7 +141,7 @@ class SPOBelief(TableBelief):
 
     def _unscaled(self, groups: Groups, prior: Prior) -> tuple[Tensor, Tensor]:
         baseline = prior.value.mean[groups.place]  # the own group takes no part in it, as published
-        return torch.where(groups.known, groups.reward - baseline, 0.0), baseline
+        return self._difference(groups, baseline), baseline
 
     def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
         prior = self._prior(rows, gap, step, inputs)

@@ -199,10 +199,11 @@ class RoundPlan:
         rows = torch.tensor([self._place[name] for name in ids])
         features = None if self._features is None else self._features[rows]
         reward = reward.detach().to(device="cpu", dtype=torch.float64)
-        baseline = self.belief.advantages(ids, reward, step=self.step, features=features).baseline
+        found = self.belief.advantages(ids, reward, step=self.step, features=features)
         self.belief.update(ids, reward, step=self.step, features=features, part=len(self._told))
         known = ~reward.isnan()
-        advantage = torch.where(known, (reward - baseline) / self._scale[rows], 0.0)
+        some = known & (found.advantage != 0)  # what the belief takes for rounding stays 0
+        advantage = torch.where(some, (reward - found.baseline) / self._scale[rows], 0.0)
         self._tau += torch.bincount(rows, minlength=len(self.ids))
         self._low.scatter_reduce_(0, rows[known], reward[known], "amin")
         self._high.scatter_reduce_(0, rows[known], reward[known], "amax")
