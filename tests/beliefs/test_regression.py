@@ -315,6 +315,75 @@ def test_a_real_reward_after_binary_ones_changes_the_kind() -> None:
     assert belief.predict(["a"], step=7).mean > 1.2  # no longer held inside [0, 1]
 
 
+def judged(first: str, seed: int, batches: int = 1) -> np.ndarray:
+    """(visits, 3): squared error of the belief and of the group mean, and coverage; 0.1 for format, 1 for correct."""
+    rng, belief, out, step = np.random.default_rng(seed), RegressionBelief(), [], 0
+    logit, form = 1.5 * rng.normal(size=128), rng.uniform(0.3, 1, size=128)
+    for _ in range(6):
+        numbers, order, p = [], rng.permutation(128), 1 / (1 + np.exp(-logit))
+        for start in range(0, 128, 32):
+            ids = order[start : start + 32].repeat(8)
+            correct, formatted = rng.random(256) < p[ids], rng.random(256) < form[ids]
+            if step < batches and first == "format":
+                correct[:] = False
+            reward = 0.1 * formatted + correct
+            if step < batches and first == "outlier":
+                reward[5] = -1000
+            names = list(dict.fromkeys(ids.tolist()))
+            seen = belief.update(ids.tolist(), torch.from_numpy(reward), step=step)
+            value, after = (0.1 * form + p)[names], belief.predict(names, step=step).mean.numpy()
+            inside = (seen.innovation.abs() <= 1.645 * seen.innovation_variance.sqrt()).double().mean()
+            numbers.append([((after - value) ** 2).mean(), ((seen.mean.numpy() - value) ** 2).mean(), inside])
+            step += 1
+        out.append(np.mean(numbers, axis=0))
+        logit = logit + 0.05 * rng.normal(size=128)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("first", ["format", "outlier"])
+def test_an_odd_first_batch_is_forgotten_within_five_visits(first: str) -> None:
+    """Nothing correct, or one reward of -1000, fixed the unit for ever: 10 times the error, coverage 0.41."""
+    ordinary, odd = (
+        np.mean([judged(kind, seed) for seed in range(4)], axis=0) for kind in ("ordinary", first)
+    )
+    assert odd[4, 1] / odd[4, 0] > 0.9 * ordinary[4, 1] / ordinary[4, 0]
+    assert (odd[1:, 2] > 0.84).all() and (odd[1:, 2] < 0.96).all()
+
+
+def test_four_batches_without_a_correct_answer_are_forgotten() -> None:
+    odd = np.mean([judged("format", seed, batches=4) for seed in range(4)], axis=0)
+    assert (odd[2:, 2] > 0.84).all() and (odd[2:, 2] < 0.96).all()
+    assert odd[4, 1] / odd[4, 0] > 3
+
+
+@pytest.mark.parametrize("singles", [False, True])
+def test_one_wild_reward_at_the_start_does_not_fix_a_scale(singles: bool) -> None:
+    """Noise and scale of advantages after -1000 in the first batch, against those without it."""
+
+    def scales(wild: bool) -> tuple[float, float]:
+        rng, belief = np.random.default_rng(0), RegressionBelief()
+        ids = np.arange(64) if singles else np.arange(16).repeat(4)
+        for step in range(12):
+            reward = ids / ids.max() + rng.normal(size=64)
+            reward[3] = -1000 if wild and not step else reward[3]
+            belief.update(ids.tolist(), torch.from_numpy(reward), step=step)
+        scale = belief.advantages([0], torch.zeros(1), step=12).scale
+        return belief.reward_noise.pooled, float(scale)
+
+    for with_it, without in zip(scales(True), scales(False)):
+        assert 0.5 < with_it / without < 2
+
+
+def test_a_wild_batch_later_on_changes_no_unit() -> None:
+    belief, rng, units = RegressionBelief(), np.random.default_rng(0), []
+    for step in range(20):
+        reward = rng.normal(size=64) + np.arange(16).repeat(4) / 4
+        reward[7] = -1000 if step % 6 == 5 else reward[7]
+        belief.update(np.arange(16).repeat(4).tolist(), torch.from_numpy(reward), step=step)
+        units.append(belief._unit)
+    assert len(set(units)) == 1 and belief.reward_noise.robust
+
+
 def test_rows_take_at_most_200_bytes() -> None:
     for belief in (RegressionBelief(), BetaBelief(), GaussianBelief(), SPOBelief()):
         for step in range(40):

@@ -20,6 +20,7 @@ from kalman_rl.beliefs.gaussian import GaussianBelief
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.objectives.advantage.group import leave_one_out
+from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.price import Price
 from kalman_rl.sampling.rounds import RoundPlan, Sampled
@@ -528,3 +529,51 @@ def test_bad_rules() -> None:
     for p in (0.0, 1.0, math.nan):
         with pytest.raises(NumericError, match="p: got"):
             implied_weight(p, StopRule())
+
+
+POOLS = {
+    "alike": [0.5] * 16,
+    "easy": [0.97] * 16,
+    "hopeless": [0.0] * 16,
+    "mixed": [i / 15 for i in range(16)],
+    "few": [0.5, 0.5, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("aim", ["gradient", "mixed_groups"])
+@pytest.mark.parametrize("how", ["allocate", "tau", "equal"])
+@pytest.mark.parametrize("budget", [8.0, 2.5])
+def test_a_budget_holds_from_the_tenth_batch_on(pool: str, aim: str, how: str, budget: float) -> None:
+    """A price alone took 0, 32, 0, 32 completions where prompts are alike."""
+    success, generator = torch.tensor(POOLS[pool]), torch.Generator().manual_seed(0)
+    belief, price, ids, means = BetaBelief(), Price(budget), list(range(len(success))), []
+
+    def rewards(told: Tensor) -> Tensor:
+        return (torch.rand(len(told), generator=generator) < success[told]).double()
+
+    for step in range(20):
+        if how == "allocate":
+            options = {"price": price, "aim": aim, "n_min": 0}
+            tau = allocate(belief, ids, step=step, **options).counts
+            told = torch.repeat_interleave(torch.arange(len(ids)), tau)
+            belief.update(told.tolist(), rewards(told), step=step)
+        else:
+            plan = RoundPlan(belief, ids, step=step, price=price, aim=aim, n_min=0, weighting=how)
+            while (request := plan.next_round()) is not None:
+                told = torch.tensor([name for name, k in request for _ in range(k)])
+                plan.tell(told.tolist(), rewards(told))
+            tau = plan.result().tau
+        means.append(tau.double().mean().item())
+    assert 0.9 * budget <= min(means[9:]) <= max(means[9:]) <= 1.1 * budget
+    assert sum(means[9:]) / len(means[9:]) == pytest.approx(budget, rel=0.02)
+
+
+def test_constant_rewards_teach_nothing_in_rounds_either() -> None:
+    belief, ids = make_belief("auto"), list(range(8))
+    for step in range(60):
+        plan = RoundPlan(belief, ids, step=step, total=40)
+        while (request := plan.next_round()) is not None:
+            told = [name for name, k in request for _ in range(k)]
+            plan.tell(told, torch.full((len(told),), 0.1))
+        assert (plan.result().advantage == 0).all()

@@ -349,7 +349,7 @@ def test_price_state_and_bad_input() -> None:
     assert price.update(16.0) == pytest.approx(0.01 * 2) and price.update(8.0) == pytest.approx(0.02)
     copy = Price(8.0)
     copy.load_state_dict(price.state_dict())
-    assert copy.value == price.value
+    assert copy == price and price.steps == 2
     for bad in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ConfigError, match="budget: got"):
             Price(bad)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_rl.beliefs.change import LONGEST_WAIT, Change
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.errors import ConfigError
 
@@ -43,7 +44,8 @@ class RewardNoise:
     within-group sum of squares and its degrees of freedom, of clipped rewards in ``clipped_squares``;
     ``fourth``, ``second``, ``samples`` moments of residuals; ``innovations``,
     ``surprise``, ``surprises`` squared innovations of groups of one, the part of them that the belief's own
-    variance does not explain, their number: used while no group had two rewards.
+    variance does not explain, their number: used while no group had two rewards; ``age``, ``off`` of a
+    :class:`~kalman_rl.beliefs.change.Change` that lets the sums begin anew.
     """
 
     rate: float = 0.03
@@ -57,6 +59,8 @@ class RewardNoise:
     surprise: float = 0.0
     innovations: float = 0.0
     surprises: float = 0.0
+    age: int = 0
+    off: int = 0
 
     @property
     def excess_kurtosis(self) -> float:
@@ -111,17 +115,33 @@ class RewardNoise:
         residual = residual[groups.known & (size > 1)]
         single = groups.size == 1
         surprise = (groups.mean - mean).square() - variance
-        # One clipped accumulator starts from the raw one and shrinks to its fixed point.
-        self.squares = keep * self.squares + float(groups.within.sum())
-        self.clipped_squares = keep * self.clipped_squares + float(clipped.within.sum())
-        self.freedom = keep * self.freedom + float(freedom.sum())
-        self.fourth = keep * self.fourth + float(residual.pow(4).sum())
-        self.second = keep * self.second + float(residual.square().sum())
-        self.samples = keep * self.samples + len(residual)
-        self.surprise = keep * self.surprise + float(surprise[single & torch.isfinite(surprise)].sum())
         single = single & torch.isfinite(surprise)
-        self.innovations = keep * self.innovations + float((groups.mean - mean)[single].square().sum())
-        self.surprises = keep * self.surprises + float(single.sum())
+        fresh = {
+            "squares": float(groups.within.sum()),
+            # This one starts from the raw one and shrinks to its fixed point.
+            "clipped_squares": float(clipped.within.sum()),
+            "freedom": float(freedom.sum()),
+            "fourth": float(residual.pow(4).sum()),
+            "second": float(residual.square().sum()),
+            "samples": float(len(residual)),
+            "surprise": float(surprise[single].sum()),
+            "innovations": float((groups.mean - mean)[single].square().sum()),
+            "surprises": float(single.sum()),
+        }
+        before = {name: getattr(self, name) for name in fresh}
+        squares, number = ("squares", "freedom") if fresh["freedom"] else ("innovations", "surprises")
+        change = Change(self.age, self.off)
+        if change.seen(
+            _ratio(before[squares], before[number]), _ratio(fresh[squares], fresh[number]), fresh[number]
+        ):
+            keep = 0.0
+        self.age, self.off = change.age, change.off
+        for name, value in fresh.items():
+            setattr(self, name, keep * before[name] + value)
+
+    def begin(self) -> None:
+        """Forget all sums; whether rewards are 0/1 is kept."""
+        self.__init__(self.rate, self.binary)  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """The fields; :func:`restored` reads them back."""
@@ -133,12 +153,14 @@ class AdvantageScale:
     """The lagged pooled standard deviation of unscaled advantages: ``sqrt(sum A^2 / count)`` of past batches.
 
     One number for all prompts: dividing by a group's own standard deviation would re-weight prompts by
-    difficulty and bias the gradient. 1 before the first batch.
+    difficulty and bias the gradient. 1 before the first batch. One of the first batches that is FAR smaller
+    replaces those before it; later ones may not, or the scale would follow rewards that become constant to rounding.
     """
 
     rate: float = 0.03
     squares: float = 0.0
     count: float = 0.0
+    batches: int = 0
 
     @property
     def value(self) -> float:
@@ -147,12 +169,21 @@ class AdvantageScale:
 
     def learn(self, advantage: Tensor, known: Tensor) -> None:
         """Absorb the (n,) unscaled advantages of a batch."""
-        self.squares = (1 - self.rate) * self.squares + float(advantage[known].square().sum())
-        self.count = (1 - self.rate) * self.count + float(known.sum())
+        squares, count = float(advantage[known].square().sum()), float(known.sum())
+        odd = 0 < self.batches < LONGEST_WAIT and Change().seen(
+            self.squares / self.count, squares / max(count, 1), count
+        )
+        keep = 0.0 if odd and squares < self.squares else 1 - self.rate
+        self.batches += count > 0
+        self.squares, self.count = keep * self.squares + squares, keep * self.count + count
 
     def state_dict(self) -> dict[str, Any]:
         """The fields; :func:`restored` reads them back."""
         return asdict(self)
+
+
+def _ratio(squares: float, freedom: float) -> float:
+    return squares / freedom if freedom else 0.0
 
 
 def restored(kind: type[Any], state: Any) -> Any:

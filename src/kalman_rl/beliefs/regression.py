@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.beliefs.base import Prior, TableBelief, prompt_features
+from kalman_rl.beliefs.base import ROUNDING, Prior, TableBelief, prompt_features
+from kalman_rl.beliefs.change import Change, core_variance
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.beliefs.mixture import Evidence, LocalLevels
-from kalman_rl.beliefs.ridge import Features, Ridge
+from kalman_rl.beliefs.ridge import LEVEL_PRECISION, Features, Ridge
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import is_real, saved
@@ -46,7 +47,8 @@ class RegressionBelief(TableBelief):
     Args:
         dimension: features wider than this are projected to it (SRHT).
         process_noise, prior_variance: the bank, in squared reward scales (1 for 0/1 rewards, otherwise the
-            variance of the first rewards); Q per step.
+            variance of the first batch that :mod:`~kalman_rl.beliefs.change` lets stand: where later ones
+            contradict it, the belief begins anew in their unit); Q per step.
         forgetting: of the regression per step, in (0, 1].
         scale: divide advantages by the lagged pooled standard deviation.
         seed: of the projection.
@@ -98,7 +100,8 @@ class RegressionBelief(TableBelief):
         self._evidence = Evidence(torch.zeros(bank, 1 + len(prior_variance), dtype=torch.float64))
         self._features = Features(dimension, seed)
         self._ridge = Ridge(forgetting)
-        self._offset, self._unit = 0.0, 0.0  # of rewards: first mean, first variance; 0 = not known yet
+        self._offset, self._unit = 0.0, 0.0  # mean and variance of rewards; 0 = not known yet
+        self._change = Change()  # of the unit
         self._spread = torch.zeros(
             2, dtype=torch.float64
         )  # running batches: prompts, their squared distances
@@ -139,18 +142,20 @@ class RegressionBelief(TableBelief):
             "evidence": self._evidence.state_dict(),
             "features": self._features.state_dict(),
             "ridge": self._ridge.state_dict(),
-            "reward": [self._offset, self._unit],
+            "reward": [self._offset, self._unit, self._change.age, self._change.off],
             "first": self._first.clone(),
             "spread": self._spread.clone(),
         }
 
     def _load_extra(self, state: dict[str, Any]) -> None:
         names = ("evidence", "features", "ridge", "reward", "first", "spread")
-        evidence, features, ridge, (offset, unit), first, spread = saved("belief state", state, *names)
+        evidence, features, ridge, (offset, unit, age, off), first, spread = saved(
+            "belief state", state, *names
+        )
         evidence, features = self._evidence.checked(evidence), self._features.checked(features)
         offset, unit, first, spread = float(offset), float(unit), first.clone(), spread.clone()
         self._evidence, self._features, self._ridge = evidence, features, self._ridge.checked(ridge)
-        self._offset, self._unit = offset, unit
+        self._offset, self._unit, self._change = offset, unit, Change(age, off)
         self._first, self._spread = first, spread
 
     def _inputs(self, names: list[Hashable], index: Tensor, features: Tensor | None) -> Tensor | None:
@@ -176,10 +181,9 @@ class RegressionBelief(TableBelief):
         return Prior(Gaussian(mean, variance), self._noise.of(mean, self._unit2))
 
     def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
-        first_ever = not len(self._table)
         self._features.fit(inputs)
         self._noise.see_kind(groups)
-        self._set_unit(groups)
+        first_ever = self._set_unit(groups) or not len(self._table)
         if first_ever:
             self._offset = float(groups.mean.mean())
         prior = self._prior(rows, gap.clamp(min=0), step, inputs)
@@ -212,15 +216,38 @@ class RegressionBelief(TableBelief):
 
     @property
     def _unit2(self) -> float:
-        """The squared reward scale: 1 for 0/1 rewards, the variance of the first rewards otherwise."""
+        """The squared reward scale: 1 for 0/1 rewards, the variance of a batch of rewards otherwise."""
         return 1.0 if self._noise.binary is not False or not self._unit else self._unit
 
-    def _set_unit(self, groups: Groups) -> None:
+    def _set_unit(self, groups: Groups) -> bool:
+        """Learn the unit from the first batch, and anew where later ones contradict it.
+
+        Returns whether everything begins anew: what was learned in another unit was weighed by a noise of that unit.
+        """
         values = groups.reward[groups.known]
-        if self._unit == 0.0 and self._noise.binary is False and len(values) > 1:
-            self._unit = float(values.var())
-            self._ridge.unit = self._unit or 1.0
-            self._ridge.spread = 0.1 * self._unit2
+        if self._noise.binary is not False or len(values) < 2:
+            return False
+        seen = float(values.var())
+        if seen <= (ROUNDING * float(values.abs().max())) ** 2:
+            return False
+        again = not self._unit or self._change.seen(self._unit, seen, len(values), core_variance(values))
+        if again:
+            self._unit = seen
+            self._begin()
+        return again
+
+    def _begin(self) -> None:
+        """Forget all that depends on the unit; prompts keep their clocks."""
+        self._noise.begin()
+        self._evidence = Evidence(torch.zeros_like(self._evidence.log_likelihood))
+        self._ridge = Ridge(self._ridge.forgetting)
+        self._ridge.unit, self._ridge.spread = self._unit2, 0.1 * self._unit2
+        self._first, self._spread = torch.zeros_like(self._first), torch.zeros_like(self._spread)
+        columns = self._table.columns
+        columns["fit"].zero_()
+        columns["start"].fill_(self._ridge.unit / LEVEL_PRECISION)
+        new = LocalLevels.start(columns["fit"], columns["start"], len(self._q))
+        columns["levels"].copy_(torch.stack(new[:5], dim=1))
 
     def _all_tau2(self) -> Tensor:
         """(1 + T,) tau^2 of each column of the evidence."""

@@ -17,7 +17,7 @@ from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError
 from kalman_rl.sampling.budget import check_aim
 from kalman_rl.sampling.coverage import Coverage
-from kalman_rl.sampling.divide import Allocation, divide, divide_at_price, gradient_gains, mixed_group_gains
+from kalman_rl.sampling.divide import Allocation, divide, gradient_gains, mixed_group_gains
 from kalman_rl.sampling.learnability import Signal, read_signal
 from kalman_rl.sampling.price import Price
 
@@ -82,8 +82,8 @@ def allocate(
         allocation = divide(gains, total, least, most)
     else:
         assert price is not None
-        allocation = divide_at_price(gains, price.start(gains, least, most), least, most)
-        price.update(allocation.counts.double().mean().item())
+        allocation = price.divide(gains, least, most)
+        price.update(allocation.counts.double().mean().item(), len(ids))
     if coverage is not None:
         coverage.visit([name for name, n in zip(ids, allocation.counts.tolist()) if n], step=step)
     return allocation

@@ -36,7 +36,7 @@ from kalman_rl.sampling.allocate import (
 )
 from kalman_rl.sampling.budget import check_aim, check_rounds
 from kalman_rl.sampling.coverage import Coverage
-from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains
+from kalman_rl.sampling.divide import divide, gradient_gains
 from kalman_rl.sampling.gains import gradient_gain, mixed_group_gain, remaining_mixed_group_gains
 from kalman_rl.sampling.learnability import Signal, read_signal
 from kalman_rl.sampling.price import Price
@@ -85,7 +85,7 @@ class RoundPlan:
     Args:
         belief: read and updated.
         ids: N different prompt ids. step: the current step.
-        budget: mean completions per prompt, met on average over steps; or
+        budget: mean completions per prompt, for this plan alone up to twice that; or
         price: the same with a :class:`~kalman_rl.sampling.price.Price` that is kept from step to step; or
         total: completions in all, used exactly. Exactly one of the three.
         rounds: completions per prompt and round; the last entry repeats.
@@ -245,26 +245,28 @@ class RoundPlan:
             return self._worth_it(k)
         if int(self._tau.sum()) == self.total:
             return torch.zeros_like(self._tau)
-        counts = self._divided(torch.maximum(self._tau, self._least))
+        counts = self._divided(self.total, torch.maximum(self._tau, self._least))
         last = self.max_rounds is not None and number + 1 >= self.max_rounds
         return counts - self._tau if last else (counts - self._tau).clamp(max=k)
 
     def _planned(self) -> Tensor:
         """Counts from the belief before sampling."""
         if self.total is not None:
-            return self._divided(self._least)
-        assert self._price is not None
+            return self._divided(self.total, self._least)
+        assert self.price is not None
         table = gain_table(self._signal(), self.aim, self.n_max)
-        return divide_at_price(table, self._price, self._least, self._most()).counts
+        return self.price.divide(table, self._least, self._most()).counts
 
-    def _divided(self, least: Tensor) -> Tensor:
-        """All of the total, given what is known now; only the next k of it will be sampled."""
-        assert self.total is not None
-        return divide(self._gains_from_here(), self.total, least, self._most()).counts
+    def _divided(self, total: int, least: Tensor) -> Tensor:
+        """All of a total, given what is known now; only the next k of it will be sampled."""
+        return divide(self._gains_from_here(), total, least, self._most()).counts
 
     def _worth_it(self, k: int) -> Tensor:
-        """k more for prompts that are worth the price or below their minimum; the others stop for good."""
-        assert self._price is not None
+        """k more for prompts that are worth the price or below their minimum; the others stop for good.
+
+        Where that is more or less than the budget allows, the best go on, as with a total.
+        """
+        assert self.price is not None and self._price is not None
         signal = self._signal()
         room = self.n_max - self._tau
         more = torch.zeros_like(self._tau)
@@ -277,6 +279,14 @@ class RoundPlan:
         for i in (more == 0).nonzero().flatten().tolist():
             done = self.aim == "mixed_groups" and bool(mixed[i])
             self._stopped.setdefault(i, "n_max" if room[i] == 0 else "mixed" if done else "gain")
+        low, high = self.price.window(self._least, self._most())
+        spent, wanted = int(self._tau.sum()), int(more.sum())
+        floor = torch.maximum(self._tau, self._least)
+        if spent + wanted > high:
+            allowed = self._divided(max(high, int(floor.sum())), floor) - self._tau
+            return torch.minimum(more, allowed)
+        if not wanted and spent < low:
+            return (self._divided(low, floor) - self._tau).clamp(max=k)
         return more
 
     def _gain(self, signal: Signal, k: int) -> Tensor:
@@ -319,7 +329,7 @@ class RoundPlan:
     def _finish(self) -> None:
         self._finished = True
         if self.price is not None:
-            self.price.update(self._tau.double().mean().item())
+            self.price.update(self._tau.double().mean().item(), len(self.ids))
         if self.coverage is not None:
             self.coverage.visit([self.ids[i] for i in self._tau.nonzero().flatten().tolist()], step=self.step)
 
