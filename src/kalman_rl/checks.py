@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, KalmanRLError, NumericError
 
 
 def is_whole(value: object, low: int = 0, high: int | None = None) -> bool:
@@ -50,3 +52,47 @@ def saved(what: str, state: Any, *names: str) -> tuple[Any, ...]:
             "by another version?"
         )
     return tuple(state[name] for name in names)
+
+
+@contextmanager
+def reading(what: str, state: Any) -> Iterator[None]:
+    """Turn whatever a damaged state makes fail inside the block into a ConfigError, and refuse NaN at once.
+
+    Raises: ConfigError, NumericError for NaN anywhere in the state, and what the block raises on purpose.
+
+    >>> with reading("price state", {"value": "x"}):  # doctest: +ELLIPSIS
+    ...     float("x")
+    Traceback (most recent call last):
+    ...
+    kalman_rl.errors.ConfigError: price state: got a damaged one (ValueError: could not convert ...
+    """
+    _refuse_nan(what, state, "")
+    try:
+        yield
+    except KalmanRLError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{what}: got a damaged one ({type(error).__name__}: {line}), expected what state_dict() gave; take an "
+            "older checkpoint"
+        ) from error
+
+
+def expect(what: str, name: str, legal: bool, value: object, expected: str) -> None:
+    """Raises: ConfigError unless an entry of a saved state is ``legal``."""
+    if not legal:
+        raise ConfigError(f"{what}: got {value!r:.80} as {name}, expected {expected}")
+
+
+def _refuse_nan(what: str, value: Any, path: str) -> None:
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _refuse_nan(what, part, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _refuse_nan(what, part, path)
+    elif isinstance(value, float) or hasattr(value, "isnan"):
+        found = value != value
+        if bool(found.any() if hasattr(found, "any") else found):
+            raise NumericError(f"{what}: got NaN in {path}, expected numbers")

@@ -14,7 +14,7 @@ from kalman_rl.beliefs.groups import Groups, group_rewards, only_known, sum_of_o
 from kalman_rl.beliefs.noise import ROBUST_INFLATION, AdvantageScale, RewardNoise, restored
 from kalman_rl.beliefs.protocol import Advantages, Observed
 from kalman_rl.beliefs.table import PromptTable, clock_of
-from kalman_rl.checks import saved
+from kalman_rl.checks import reading, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.numerics.kalman import Gaussian, update
 
@@ -132,6 +132,10 @@ class TableBelief(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the saved belief; see :class:`Belief`."""
+        with reading("belief state", state):
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         got = saved("belief state", state, "format", "kind")
         if got != (FORMAT, type(self).__name__):
             raise ConfigError(

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kalman_rl.beliefs.base import Prior, TableBelief
 from kalman_rl.beliefs.groups import Groups
-from kalman_rl.beliefs.mixture import Evidence
+from kalman_rl.beliefs.mixture import Evidence, is_finite
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.beliefs.table import PromptTable
-from kalman_rl.checks import is_real, saved
+from kalman_rl.checks import expect, is_real, saved
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.numerics.kalman import Gaussian
 
@@ -91,6 +91,7 @@ class BetaBelief(TableBelief):
 
     def _load_extra(self, state: dict[str, Any]) -> None:
         evidence, moments = saved("belief state", state, "evidence", "moments")
+        expect("belief state", "moments", is_finite(moments, 4), moments, "four finite numbers")
         self._evidence, self._moments = self._evidence.checked(evidence), moments.clone()
 
     def _check(self, groups: Groups, step: int, part: int) -> None:

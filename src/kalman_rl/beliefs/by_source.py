@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.base import FORMAT, TableBelief, check_features
-from kalman_rl.beliefs.groups import group_rewards, unique_ids
+from kalman_rl.beliefs.groups import check_id, group_rewards, unique_ids
 from kalman_rl.beliefs.protocol import Advantages, Observed
-from kalman_rl.checks import saved
+from kalman_rl.checks import expect, reading, saved
 from kalman_rl.errors import ConfigError, ShapeError
 from kalman_rl.numerics.kalman import Gaussian
 
@@ -96,6 +96,10 @@ class BySource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the saved beliefs; see :class:`~kalman_rl.beliefs.protocol.Belief`."""
+        with reading("belief state", state):
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         got = saved("belief state", state, "format", "kind")
         if got != (FORMAT, type(self).__name__):
             raise ConfigError(
@@ -103,7 +107,10 @@ class BySource:
                 f"{type(self).__name__!r}; load it with the class and version that saved it"
             )
         new: dict[Hashable, TableBelief] = {}
-        for name, state_of in saved("belief state", state, "sources")[0]:
+        sources = saved("belief state", state, "sources")[0]
+        expect("belief state", "sources", isinstance(sources, list), sources, "a list")
+        for name, state_of in sources:
+            check_id("belief state", name)
             new[name] = self._make()
             new[name].load_state_dict(state_of)
         self.sources = new

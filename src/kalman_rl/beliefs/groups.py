@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
 
+_PLAIN = {int, str, bool, float, type(None)}
 LARGEST_REWARD = 1e12
 """Beyond this, precisions would leave the range of the float32 columns."""
 
@@ -76,7 +77,27 @@ def places_of(ids: Sequence[Hashable], what: str = "ids") -> tuple[dict[Hashable
         ) from error
     if Tensor in map(type, place):
         raise ShapeError(f"{what}: got tensors as names, expected int, str or tuple; use tolist()")
+    if not set(map(type, place)) <= _PLAIN:
+        for name in place:
+            check_id(what, name)
     return place, index
+
+
+def check_id(what: str, name: object) -> None:
+    """Refuse a name that a saved state could not give back as it was: only plain Python survives a checkpoint.
+
+    Raises: ShapeError for anything but int, str, bool, float, None and tuples of these.
+
+    >>> check_id("ids", ("gsm8k", 17))
+    """
+    if type(name) is tuple:
+        for part in name:
+            check_id(what, part)
+    elif type(name) not in _PLAIN:
+        raise ShapeError(
+            f"{what}: got {type(name).__name__} {name!r:.60} as a name, expected int, str or a tuple of them, which a "
+            "checkpoint gives back as they were; use .item(), .value, str() or tuple(sorted())"
+        )
 
 
 def unique_ids(ids: Sequence[Hashable]) -> tuple[list[Hashable], Tensor]:

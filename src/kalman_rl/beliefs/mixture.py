@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import expect, is_whole, saved
 from kalman_rl.errors import ConfigError
 
 MEMORY = 0.997
@@ -59,9 +60,18 @@ class Evidence:
             or getattr(state.get("log_likelihood"), "shape", None) != self.log_likelihood.shape
         ):
             raise ConfigError(f"belief state: expected evidence of shape {tuple(self.log_likelihood.shape)}")
+        found, step = saved("belief state", state, "log_likelihood", "last_step")
+        expect("belief state", "log_likelihood", is_finite(found), found, "finite float64")
+        expect("belief state", "last_step", step is None or is_whole(step), step, "a step or None")
         new = Evidence(state["log_likelihood"].clone(), self.memory)
         new.last_step = state["last_step"]
         return new
+
+
+def is_finite(value: object, *shape: int) -> bool:
+    """Whether a saved value is a float64 tensor without NaN and infinity, of a shape where one is given."""
+    legal = isinstance(value, Tensor) and value.dtype == torch.float64 and bool(value.isfinite().all())
+    return legal and (not shape or value.shape == shape)  # type: ignore[attr-defined]
 
 
 class LocalLevels(NamedTuple):

@@ -8,6 +8,7 @@ absorbed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kalman_rl.beliefs.change import LONGEST_WAIT, Change
 from kalman_rl.beliefs.groups import Groups
+from kalman_rl.checks import expect, is_real, is_whole
 from kalman_rl.errors import ConfigError
 
 BINARY_FLOOR = 0.01
@@ -190,4 +192,14 @@ def restored(kind: type[Any], state: Any) -> Any:
     """A dataclass of this module from its saved fields. Raises: ConfigError for other fields."""
     if not isinstance(state, dict) or set(state) != set(kind.__dataclass_fields__):
         raise ConfigError(f"belief state: got {state!r:.80} for {kind.__name__}, expected its fields")
+    for name, value in state.items():
+        wanted = kind.__dataclass_fields__[name].default
+        if wanted is None:
+            expect(
+                "belief state", name, value is None or isinstance(value, bool), value, "True, False or None"
+            )
+        elif isinstance(wanted, int):
+            expect("belief state", name, is_whole(value, -LONGEST_WAIT), value, "a count")
+        else:
+            expect("belief state", name, is_real(value) and abs(value) < math.inf, value, "a finite number")
     return kind(**state)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.base import ROUNDING, Prior, TableBelief, prompt_features
-from kalman_rl.beliefs.change import Change, core_variance
+from kalman_rl.beliefs.change import LONGEST_WAIT, Change, core_variance
 from kalman_rl.beliefs.groups import Groups
-from kalman_rl.beliefs.mixture import Evidence, LocalLevels
+from kalman_rl.beliefs.mixture import Evidence, LocalLevels, is_finite
 from kalman_rl.beliefs.ridge import LEVEL_PRECISION, Features, Ridge
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.beliefs.table import PromptTable
-from kalman_rl.checks import is_real, saved
+from kalman_rl.checks import expect, is_real, is_whole, saved
 from kalman_rl.errors import ConfigError
 from kalman_rl.numerics.kalman import Gaussian
 
@@ -153,8 +153,14 @@ class RegressionBelief(TableBelief):
             "belief state", state, *names
         )
         evidence, features = self._evidence.checked(evidence), self._features.checked(features)
-        offset, unit, first, spread = float(offset), float(unit), first.clone(), spread.clone()
-        self._evidence, self._features, self._ridge = evidence, features, self._ridge.checked(ridge)
+        numbers = is_real(offset, unit) and abs(offset) < math.inf and 0 <= unit < math.inf
+        counts = is_whole(age) and is_whole(off, -LONGEST_WAIT)
+        expect("belief state", "reward", numbers and counts, state["reward"], "offset, unit, age and off")
+        legal = is_finite(first, 2) and is_finite(spread, 2)
+        expect("belief state", "first, spread", legal, (first, spread), "two finite numbers each")
+        first, spread = first.clone(), spread.clone()
+        ridge = self._ridge.checked(ridge)
+        self._evidence, self._features, self._ridge = evidence, features, ridge
         self._offset, self._unit, self._change = offset, unit, Change(age, off)
         self._first, self._spread = first, spread
 

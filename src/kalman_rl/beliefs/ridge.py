@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.beliefs.mixture import is_finite
+from kalman_rl.checks import expect, is_real, is_whole, saved
+from kalman_rl.errors import ConfigError, ShapeError
 from kalman_rl.numerics.hadamard import SRHT
 
 PRIOR_PRECISION = 8.0
@@ -76,6 +78,13 @@ class Features:
         """A new one from a saved state. Raises: ConfigError or NumericError if it does not fit."""
         if not isinstance(state, dict) or set(state) != {"width", "centre", "length", "srht"}:
             raise ConfigError("belief state: got no features part, expected width, centre, length and srht")
+        width, centre, length, srht = saved("belief state", state, "width", "centre", "length", "srht")
+        expect("belief state", "width", width is None or is_whole(width, 1), width, "a width or None")
+        size = 0 if width is None else min(width, self.dimension)
+        expect("belief state", "centre", is_finite(centre, size), centre, f"{size} finite numbers")
+        expect("belief state", "length", is_real(length) and 0 < length < math.inf, length, "a number > 0")
+        wide = width is not None and width > self.dimension
+        expect("belief state", "srht", (srht is not None) == wide, srht, "a projection of wide features only")
         new = Features(self.dimension, self.seed)
         new.width, new.centre, new.length = state["width"], state["centre"].clone(), float(state["length"])
         if state["srht"] is not None:
@@ -161,10 +170,23 @@ class Ridge:
             raise ConfigError(
                 "belief state: got no ridge part, expected unit, spread, precision, target and last_step"
             )
+        for name in ("unit", "spread"):
+            value = state[name]
+            expect("belief state", name, is_real(value) and 0 < value < math.inf, value, "a variance > 0")
+        precision, target, step = state["precision"], state["target"], state["last_step"]
+        expect("belief state", "last_step", step is None or is_whole(step), step, "a step or None")
+        size = len(target)
+        legal = is_finite(target, size) and is_finite(precision, size, size)
+        expect("belief state", "precision, target", legal, precision, "finite (d, d) and (d,)")
+        expect(
+            "belief state",
+            "precision",
+            torch.allclose(precision, precision.T),
+            precision,
+            "a symmetric matrix",
+        )
         new = Ridge(self.forgetting)
         new.unit, new.spread = float(state["unit"]), float(state["spread"])
         new.last_step = state["last_step"]
         new.precision, new.target = state["precision"].clone(), state["target"].clone()
-        if new.precision.shape != (len(new.target),) * 2 or not torch.isfinite(new.precision).all():
-            raise NumericError("belief state: got a ridge part that is not finite or not square")
         return new

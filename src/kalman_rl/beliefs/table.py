@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import is_whole, saved
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.beliefs.groups import check_id
+from kalman_rl.checks import expect, is_whole, saved
+from kalman_rl.errors import ConfigError
 
 PARTS = 4096
 """Rounds per step that a clock can tell apart; ``clock = step * PARTS + part``."""
@@ -102,9 +103,21 @@ class PromptTable:
             raise ConfigError(
                 f"belief state: got columns {got}, expected {expected}; was it saved with other options?"
             )
+        for name in names:
+            check_id("belief state", name)
         for name, column in columns.items():
-            if torch.isnan(column).any():
-                raise NumericError(f"belief state: got NaN in column {name!r}, expected numbers")
+            legal = column.dtype == self.columns[name].dtype and bool((column > -torch.inf).all())
+            # An uncertain prior has variance inf.
+            legal = legal and (name == "variance" or bool(column.isfinite().all()))
+            expect(
+                "belief state",
+                f"column {name!r}",
+                legal,
+                column,
+                "finite numbers of the type they are kept in",
+            )
+        legal = clock.dtype == torch.long and bool((clock >= -1).all())
+        expect("belief state", "clock", legal, clock, "steps >= 0")
         new._row = {name: row for row, name in enumerate(names)}
         new.clock = clock.to("cpu", torch.long).clone()
         new.columns = {name: columns[name].to("cpu", c.dtype).clone() for name, c in self.columns.items()}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import is_real, is_whole, saved
+from kalman_rl.checks import expect, is_real, is_whole, reading, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.kernels import jit
 from kalman_rl.kernels.tracker import Absorber
@@ -242,6 +242,10 @@ class KalmanPreferenceTracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the saved tracker. Raises: ConfigError for another format or settings; nothing changed."""
+        with reading("tracker state", state):
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         got = saved("tracker state", state, "format", "settings")
         if got != (FORMAT, self._settings()):
             raise ConfigError(
@@ -254,6 +258,15 @@ class KalmanPreferenceTracker:
             raise ConfigError(f"tracker state: got mean {tuple(mean.shape)}, expected ({self.dim},)")
         if not (torch.isfinite(mean).all() and torch.isfinite(root).all()):
             raise NumericError("tracker state: got NaN or infinity, expected finite numbers")
+        what = "tracker state"
+        types = mean.dtype == root.dtype == self.dtype
+        expect(what, "mean, root", types, (mean.dtype, root.dtype), f"{self.dtype}")
+        expect(what, "root", bool((root.diagonal() != 0).all()), root, "a triangle without 0 on its diagonal")
+        expect(what, "width", width is None or is_whole(width, 1), width, "a width or None")
+        for name, value in (("surprise", surprise), ("seen", seen)):
+            expect(what, name, is_real(value) and 0 <= value < math.inf, value, "a finite number >= 0")
+        wide = width is not None and width > self.dim
+        expect(what, "projection", (projection is not None) == wide, projection, "one for wide features only")
         transform = None
         if projection is not None:
             transform = SRHT(width, self.dim, self.seed)

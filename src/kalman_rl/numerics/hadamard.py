@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import is_whole, saved
+from kalman_rl.checks import is_whole, reading, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.kernels import hadamard as compiled_hadamard
 from kalman_rl.kernels import jit
@@ -155,6 +155,10 @@ class SRHT:
         Raises: ConfigError for a state of another format or of other sizes; NumericError for values that
         are not signs or rows. Nothing is changed then.
         """
+        with reading("SRHT state", state):
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         sizes = (self.dimension_in, self.dimension_out)
         names = ("format", "dimension_in", "dimension_out", "signs", "rows")
         form, *got, signs, rows = saved("SRHT state", state, *names)
@@ -165,7 +169,10 @@ class SRHT:
             )
         unique = rows.unique()
         if (
-            signs.shape != self.signs.shape
+            signs.dtype != torch.int8
+            or rows.dtype != torch.long
+            or rows.shape != self.rows.shape
+            or signs.shape != self.signs.shape
             or bool((signs.abs() != 1).any())
             or len(unique) != self.dimension_out
             or int(unique[0]) < 0

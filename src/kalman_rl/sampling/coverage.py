@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import is_whole, saved
+from kalman_rl.beliefs.groups import check_id
+from kalman_rl.checks import expect, is_whole, reading, saved
 from kalman_rl.errors import ConfigError
 
 
@@ -60,10 +61,24 @@ class Coverage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the saved visits; ``every`` stays this object's. Raises: ConfigError."""
+        with reading("coverage state", state):
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         form, ids, steps = saved("coverage state", state, "format", "ids", "step")
         if form != 1 or len(ids) != len(steps):
             raise ConfigError(
                 f"coverage state: got format {form!r}, {len(ids)} ids and {len(steps)} steps, expected 1 and a step "
                 "for each id"
             )
+        for name in ids:
+            check_id("coverage state", name)
+        legal = isinstance(steps, Tensor) and steps.dtype == torch.long
+        expect(
+            "coverage state",
+            "step",
+            legal and isinstance(ids, list),
+            steps,
+            "a whole number for each id",
+        )
         self._last = dict(zip(ids, steps.tolist()))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kalman_rl.checks import is_real, is_whole, saved
+from kalman_rl.checks import is_real, is_whole, reading, saved
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.sampling.divide import Allocation, divide, divide_at_price
 
@@ -123,6 +123,10 @@ class Price:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the saved price; budget and rate stay those of this object. Raises: ConfigError."""
+        with reading("price state", state):
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         (form,) = saved("price state", state, "format")
         if form != FORMAT:
             raise ConfigError(f"price state: got format {form!r}, expected {FORMAT}")

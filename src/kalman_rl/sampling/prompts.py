@@ -27,7 +27,7 @@ from torch import Tensor
 from kalman_rl.beliefs.base import check_features
 from kalman_rl.beliefs.groups import places_of
 from kalman_rl.beliefs.protocol import Belief
-from kalman_rl.checks import is_whole, saved
+from kalman_rl.checks import expect, is_whole, reading, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.gains import beta_parameters
@@ -122,6 +122,10 @@ class PromptSelector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the saved selector was. Raises: ConfigError for another format or kind of floor."""
+        with reading("selector state", state):
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         names = ("format", "coverage", "generator", "calls")
         form, coverage, generator, calls = saved("selector state", state, *names)
         if form != 1 or (coverage is None) != (self._coverage is None):
@@ -129,6 +133,9 @@ class PromptSelector:
                 f"selector state: got format {form!r}, {'no' if coverage is None else 'a'} floor, expected 1 and "
                 "this one's floor"
             )
+        expect("selector state", "calls", is_whole(calls), calls, "a count")
+        drawn = torch.Generator()
+        drawn.set_state(generator)  # refuses what is no state before anything is written
         if self._coverage is not None:
             self._coverage.load_state_dict(coverage)
         self._generator.set_state(generator)

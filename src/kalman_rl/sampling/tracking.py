@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_rl.beliefs.groups import check_id
 from kalman_rl.beliefs.protocol import Belief
-from kalman_rl.checks import saved
+from kalman_rl.checks import expect, is_whole, reading, saved
 from kalman_rl.errors import RunError
 from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.budget import Budget
@@ -115,8 +116,22 @@ class Tracking:
                 "checkpoint: got no beliefs about prompts, expected those of the run; it was saved without a belief, "
                 "or the save was cut short (last_good_checkpoint finds the one before)"
             )
+        with reading("checkpoint's beliefs", state):
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        what = "checkpoint's beliefs"
         names = ("belief", "coverage", "last_step", "skipped", "feature_ids", "features")
         belief, coverage, last_step, skipped, ids, features = saved("checkpoint's beliefs", state, *names)
+        expect(what, "last_step", is_whole(last_step, -1), last_step, "a step")
+        expect(what, "skipped", isinstance(skipped, list), skipped, "a list of names")
+        legal = isinstance(features, Tensor) and features.dim() == 2 and bool(features.isfinite().all())
+        legal = legal and features.is_floating_point() and isinstance(ids, list) and len(ids) == len(features)
+        expect(what, "features", legal, features, "a finite row for each of feature_ids")
+        for name in (*skipped, *ids):
+            check_id(what, name)
+        books = Coverage(self.coverage.every)
+        books.load_state_dict(coverage)
         self.belief.load_state_dict(belief)
         self.coverage.load_state_dict(coverage)
         self.last_step, self.skipped = last_step, set(skipped)
