@@ -181,9 +181,8 @@ def test_a_bad_reward_stops_with_its_name_and_loses_nothing(
     function: str, message: str, model_path: str, rewards_module: Path
 ) -> None:
     path = rewards_module / "run"
-    # An evaluation before training is skipped for rewards that fail at once: they are met in step 1.
     with pytest.raises(RewardError, match=rf"(?s)my_rewards|{function}") as caught:
-        start(model_path, path, reward=f"my_rewards:{function}")
+        start(model_path, path, reward=f"my_rewards:{function}", steps=6)
     assert function in str(caught.value)
     assert json.loads((path / "manifest.json").read_text())["status"] == "failed"
     if function == "late_failure":

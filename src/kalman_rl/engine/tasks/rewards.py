@@ -111,11 +111,6 @@ class GuardedReward:
             ) from error
         rewards = self._numbers(returned, len(completions))
         missing = rewards.count(None)
-        if rewards and missing == len(rewards):
-            raise RewardError(
-                f"reward: {self.__name__} gave no usable number for any of {missing} completions (None, NaN "
-                "or infinite), expected at least one; there is nothing to learn from this step"
-            )
         self.missing += missing
         self.scored += len(rewards) - missing
         log_metric = columns.get("log_metric")
@@ -168,8 +163,8 @@ def guard_reward(function: Callable[..., Any]) -> GuardedReward:
 
     Raises:
         ConfigError: ``function`` is async.
-        RewardError: on a call, when the function raises (the cause is chained), returns anything but one
-            number per completion, or no usable number at all.
+        RewardError: on a call, when the function raises (the cause is chained) or returns anything but one
+            number, or None, per completion.
 
     >>> guard_reward(lambda completions, **columns: [True, float("nan")])(["a", "b"])
     [1.0, None]

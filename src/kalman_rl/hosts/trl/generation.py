@@ -74,6 +74,7 @@ def tracked_generation(
                 plan.tell(names, sample(names))
             sampled = plan.result()
 
+    trainer.missing.see(sampled.reward, trainer.reward_func_names, trainer.state.global_step + 1)
     metrics = outcome_metrics(sampled, (told[0], rewards[0]), predicted, tracking, len(everyone))
     tracking.note(sampled)
     if tracking.observers and accelerator.is_main_process:

@@ -28,6 +28,7 @@ from kalman_rl.hosts.trl.config import (
 )
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import tracked_generation
+from kalman_rl.hosts.trl.missing import MissingRewards
 from kalman_rl.hosts.trl.ranks import RanksTrainer
 from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals
@@ -78,6 +79,7 @@ class KalmanGRPOTrainer(RanksTrainer):
 
     Raises:
         ConfigError: a TRL setting that the method replaces was changed, or cannot be combined.
+        RewardError: several generation batches in a row had no reward at all.
         AdapterError: TRL has other hooks than tested, or another library replaced the loss.
     """
 
@@ -107,6 +109,7 @@ class KalmanGRPOTrainer(RanksTrainer):
         self._own_loss_ran = False
         self._noop_steps = 0
         self._last_rewards: Tensor | None = None
+        self.missing = MissingRewards()
         check_combination(self.method, args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self._entropy_bonus_enabled:
@@ -137,6 +140,8 @@ class KalmanGRPOTrainer(RanksTrainer):
             return self._counted(output)
         output = super()._generate_and_score_completions(inputs)
         rewards: Any = self._last_rewards  # of all ranks, groups contiguous
+        if self.model.training:
+            self.missing.see(rewards, self.reward_func_names, self.state.global_step + 1)
         size = self.num_generations if self.model.training else self.num_generations_eval
         group = torch.arange(len(rewards), device=rewards.device) // size
         local = slice(

@@ -118,17 +118,12 @@ def _task(plan: Plan) -> Any:
 
 
 def _scores(reward: Any, rows: list[dict[str, Any]], replies: list[str]) -> list[float | None]:
-    """Called with what TRL's trainer passes. All missing is an error in training; here it is worth showing."""
+    """Called with what TRL's trainer passes."""
     columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
     columns |= {"prompts": [row["prompt"] for row in rows], "completion_ids": [[] for _ in rows]}
-    try:
-        scores: list[float | None] = reward(
-            replies, **columns, trainer_state=None, log_extra=_ignore, log_metric=_ignore
-        )
-    except RewardError as error:
-        if error.__cause__ is None and "no usable number" in str(error):
-            return [None] * len(rows)
-        raise
+    scores: list[float | None] = reward(
+        replies, **columns, trainer_state=None, log_extra=_ignore, log_metric=_ignore
+    )
     return scores
 
 
