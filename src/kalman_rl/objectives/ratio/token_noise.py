@@ -69,8 +69,8 @@ class NoiseModel:
 
 
 def doubt(logp: Tensor) -> Tensor:
-    """``(1 - p)^2`` in float64, exact to the last digits near p = 1; 0 where rounding put ``logp`` above 0."""
-    return torch.expm1(logp.detach().double().clamp(max=0.0)).square()
+    """``(1 - p)^2`` in float64, exact to the last digits near p = 1."""
+    return torch.expm1(logp.detach().double()).square()
 
 
 def calibrate(log_ratio: Tensor, logp_old: Tensor, mask: Tensor) -> NoiseModel:
