@@ -19,7 +19,7 @@ COLUMNS = ("advantage", "ratio", "trust", "aggregate")
 def table() -> str:
     """One row a method: its factors without settings, a link to its card, its source."""
     lines = [f"| method | {' | '.join(COLUMNS)} | source |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name in METHODS:
+    for name in METHODS.table:
         method = make_method(name)
         parts = (getattr(method, column) for column in COLUMNS)
         cells = [f"`{cards.label(part).partition('(')[0]}`" for part in parts]
@@ -45,11 +45,9 @@ def page() -> str:
         "the gradient.",
         "",
     ]
-    for module in dict.fromkeys([*cards.CHANGES, *map(cards.changes, METHODS)]):
-        names = [name for name in METHODS if cards.changes(name) == module]
-        if names:
-            lines += [f"Methods that change {cards.CHANGES.get(module, module)}:", ""]
-            lines += [*map(cards.as_markdown, names)]
+    for module, what in cards.CHANGES.items():
+        lines += [f"Methods that change {what}:", ""]
+        lines += [cards.as_markdown(name) for name in METHODS.table if cards.changes(name) == module]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -86,9 +87,13 @@ def test_other_names_are_translated_not_guessed() -> None:
     assert "TRL epsilon_high" in names and "1 + verl clip_ratio_high" in names
 
 
-def test_unknown_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_without_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^method: got 'cisp', .*did you mean 'cispo'\?"):
         cards.card("cisp")
-    monkeypatch.setitem(METHODS, "new", METHODS["kpo"])
-    with pytest.raises(ConfigError, match="^card: got none for new"):
-        cards.card("new")
+    monkeypatch.setitem(METHODS.table, "new", METHODS["kpo"])
+    shown = cards.card("new")
+    assert shown["equation"] and shown["equation"] in (inspect.getdoc(METHODS["kpo"]) or "")
+    assert shown["factors"] == cards.card("kpo")["factors"] and not shown["cite"]
+    assert shown["summary"] in cards.as_text("new") and shown["equation"].splitlines()[0] in cards.as_text(
+        "new"
+    )

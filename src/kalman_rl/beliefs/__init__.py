@@ -12,44 +12,55 @@ from kalman_rl.beliefs.gaussian import GaussianBelief
 from kalman_rl.beliefs.protocol import Advantages, Belief, Observed
 from kalman_rl.beliefs.regression import RegressionBelief
 from kalman_rl.beliefs.spo import SPOBelief
-from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.errors import ConfigError
+from kalman_rl.registry import Registry
 
-BELIEFS: dict[str, type[TableBelief]] = {
+_TABLE: dict[str, Callable[..., Belief]] = {
     "auto": RegressionBelief,
     "beta": BetaBelief,
     "gaussian": GaussianBelief,
     "spo": SPOBelief,
 }
-"""Names that :func:`make_belief` knows. "auto" learns noise, drift and prior, with features and without."""
+
+BELIEFS: Registry[Belief] = Registry("belief", _TABLE, "kalman_rl.beliefs", Belief)
+"""Every belief by name: ours (``BELIEFS.table``), then those of installed packages. "auto" learns noise, drift and
+prior, with features and without."""
 
 
 def make_belief(
     name: str = "auto", *, source: Callable[[Any], Hashable] | None = None, **options: Any
-) -> TableBelief | BySource:
+) -> Belief:
     """A belief by name.
 
     Args:
-        name: a key of BELIEFS.
+        name: a key of BELIEFS, or ``module:function`` of your own.
         source: prompt id -> source, for beliefs that learn apart (see :class:`BySource`); None = one for all.
-        options: of the belief's class.
+        options: of the belief's class, or function.
 
     Raises: ConfigError for an unknown name or option, and what the class raises.
 
     >>> make_belief("beta", forgetting=0.98).predict(["a"], step=0).mean.item()
     0.5
     """
-    if not isinstance(name, str) or name not in BELIEFS:
-        raise unknown_name("belief", name, BELIEFS)
 
-    def make() -> TableBelief:
+    def make() -> Belief:
         try:
-            return BELIEFS[name](**options)
+            return BELIEFS.built(name, **options)
         except TypeError as error:
             raise ConfigError(f"options of belief {name!r}: {error}") from error
 
     if source is not None and not callable(source):
         raise ConfigError(f"source: got {source!r}, expected a function from a prompt's id to its source")
-    return make() if source is None else BySource(make, source)
+    return make() if source is None else BySource(lambda: _table_belief(name, make()), source)
+
+
+def _table_belief(name: str, belief: Belief) -> TableBelief:
+    if not isinstance(belief, TableBelief):
+        raise ConfigError(
+            f"source: got one with belief {name!r}, a {type(belief).__name__}; expected a TableBelief, which can check "
+            "every source before any is written"
+        )
+    return belief
 
 
 __all__ = [

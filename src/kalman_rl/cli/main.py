@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from kalman_rl.engine.config import (
     to_toml,
     validate,
 )
+from kalman_rl.engine.runs.run import name_part
 from kalman_rl.errors import ConfigError, KalmanRLError, one_line
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
@@ -147,7 +147,7 @@ class Methods:
     """List the methods, or show one: equation, factors, options, inputs, deviations, when to use it."""
 
     name: tyro.conf.Positional[str] = ""
-    """Method to show. Unset: all of them in a table."""
+    """Method to show, by name or as MODULE:FUNCTION. Unset: all of them in a table."""
     cite: Switch = False
     """Print BibTeX."""
     verify: Switch = False
@@ -172,7 +172,7 @@ class Replay:
     run: tyro.conf.Positional[Path]
     """Directory of the run."""
     method: str
-    """Method to compute."""
+    """Method to compute, by name or as MODULE:FUNCTION."""
     options: dict[str, float] = field(default_factory=dict)
     """Options of the method, such as low=0.05."""
     against: str = ""
@@ -277,8 +277,8 @@ def default_run(config: TrainConfig, now: datetime | None = None) -> Path:
     'runs/products-kpo_diffuse-20260102T030405Z'
     """
     source = config.task if config.data is None else config.data.stem
-    source = re.sub(r"[^A-Za-z0-9_]+", "-", source).strip("-")[:40] or "task"
-    return Path("runs") / f"{source}-{config.method}-{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    source, method = name_part(source) or "task", name_part(config.method)
+    return Path("runs") / f"{source}-{method}-{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def _main(arguments: list[str]) -> int:

@@ -6,9 +6,8 @@ import json
 import shutil
 from typing import Any
 
-from kalman_rl.errors import unknown_name
 from kalman_rl.instruments.verify import Check, verify
-from kalman_rl.methods import METHODS, cards
+from kalman_rl.methods import METHODS, cards, make_method
 
 
 def show_methods(name: str, *, cite: bool, verify: bool, device: str, as_json: bool) -> int:
@@ -16,11 +15,11 @@ def show_methods(name: str, *, cite: bool, verify: bool, device: str, as_json: b
 
     Raises: ConfigError for a name or a device.
     """
-    if name and name not in METHODS:
-        raise unknown_name("method", name, METHODS)
+    if name:
+        make_method(name)  # an error in the name is said before anything is printed
     names = [name] if name else list(METHODS)
     if verify:
-        return show_checks(names, device, as_json)
+        return show_checks([name] if name else list(METHODS.table), device, as_json)
     if cite:
         entries = {each: cards.bibtex(each) for each in names}
         print(json.dumps(entries, indent=2) if as_json else "\n\n".join(dict.fromkeys(entries.values())))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.config import StressConfig, TrainConfig, labels, to_toml, validate
+from kalman_rl.engine.runs.run import name_part
 from kalman_rl.errors import RunError
 
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -66,7 +67,7 @@ def plan(config: StressConfig) -> list[TrainConfig]:
                         method=method,
                         model="tiny",
                         task="sort16",
-                        run=Path(config.run) / "runs" / f"{condition}-{method}-seed{seed}",
+                        run=Path(config.run) / "runs" / f"{condition}-{name_part(method)}-seed{seed}",
                         seed=seed,
                         steps=config.steps,
                         prompts_per_generation=config.rollouts // 8,

@@ -40,7 +40,7 @@ class Subject:
     """What is trained on what: the first settings of :class:`TrainConfig`."""
 
     method: Text = "kpo_diffuse"
-    """Method, by name; `kalman-rl methods` lists them."""
+    """Method, by name (`kalman-rl methods` lists them), or your own as MODULE:FUNCTION."""
     method_options: dict[Text, Number] = field(default_factory=dict)
     """Options of the method as KEY=NUMBER, e.g. `process_noise=1e-4 low=0.05`; in TOML, keys of [method]."""
     model: Text = "smollm2"
@@ -64,8 +64,9 @@ class Subject:
     advantage: Literal["method", "tracked", "leave_one_out", "batch_mean", "james_stein"] = "method"
     """The method's own advantage, one from a belief about each prompt's value that is kept from step to step
     (tracked), or a baseline without memory to compare with."""
-    belief: Literal["auto", "gaussian", "beta", "spo"] = "auto"
-    """Belief behind tracked advantages; auto learns noise, drift and prior from the rewards."""
+    belief: Text = "auto"
+    """Belief behind tracked advantages: auto (learns noise, drift and prior from the rewards), gaussian, beta, spo, one
+    of an installed package, or your own as MODULE:FUNCTION."""
     prompt_features: bool = False
     """Tell the belief each prompt's mean hidden state, so that it guesses prompts it has not seen."""
 
@@ -289,6 +290,7 @@ def _check_train(config: TrainConfig) -> None:
     from kalman_rl.engine.tasks.table import TASKS
 
     _check_method(config.method, config.method_options)
+    _check_belief(config.belief)
     _check_model(config.model)
     if config.report_to not in REPORTERS:
         raise unknown_name("report_to", config.report_to, REPORTERS)
@@ -345,6 +347,12 @@ def _check_method(name: str, options: Mapping[str, float]) -> None:
         raise
     except (KalmanRLError, TypeError, OverflowError) as error:
         raise ConfigError(f"method_options of {name}: {error}") from None
+
+
+def _check_belief(name: str) -> None:
+    from kalman_rl.beliefs import make_belief  # here, because it brings in torch
+
+    make_belief(name)
 
 
 def _check_model(model: str) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kalman_rl.errors import RunError
+from kalman_rl.errors import ConfigError, RunError
 
 STATE_FILE = "kalman_rl.safetensors"
 FORMAT = 2
@@ -29,12 +29,19 @@ _JSON = "json"
 def save_state(folder: str | Path, state: Mapping[str, Any]) -> None:
     """Write a nested dictionary of tensors, numbers, texts and lists into a checkpoint folder, whole or not at all.
 
-    Raises: RunError if the folder cannot be made or written.
+    Raises: ConfigError for a state of anything else; RunError if the folder cannot be made or written.
     """
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
     plain = _without_tensors(dict(state), "", tensors)
-    tensors[_JSON] = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
+    try:
+        text = json.dumps(plain)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"checkpoint: got a state_dict with something else in it ({error}), expected tensors, numbers, texts, "
+            "lists and dictionaries"
+        ) from error
+    tensors[_JSON] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     header = {"kalman_rl": json.dumps({"format": FORMAT})}
     temporary = folder / f".tmp-{STATE_FILE}"
     try:

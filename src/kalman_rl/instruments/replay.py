@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from kalman_rl.engine.config import TrainConfig, build, load_toml
 from kalman_rl.engine.runs import traces
 from kalman_rl.engine.runs.reading import read_manifest
 from kalman_rl.errors import ConfigError, KalmanRLError, RunError, one_line
-from kalman_rl.methods import make_method
+from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives.inputs import check_provided
 from kalman_rl.objectives.loss import Method, Tokens, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
@@ -131,7 +131,7 @@ def replay(
             raise ConfigError(f"{name}: got {each!r}, expected the name of a method, or a Method")
         if each is not None:
             check_provided(each, PROVIDED, *_REFUSAL)
-    own, notes = own_method(run)
+    own, notes = own_method(run, named=(method, against))
     if not is_whole(top):
         raise ConfigError(f"top: got {top!r}, expected a number of tokens >= 0")
     if steps is not None and not (isinstance(steps, tuple) and len(steps) == 2 and all(map(is_whole, steps))):
@@ -153,10 +153,23 @@ def replay(
     )
 
 
-def own_method(run: Path) -> tuple[Method | None, list[str]]:
-    """The method the run was trained with, from its settings, if it can be replayed."""
+def own_method(run: Path, named: Collection[object] = ()) -> tuple[Method | None, list[str]]:
+    """The method the run was trained with, from its settings, if it can be replayed.
+
+    A ``module:function`` in a run's file is code that the file names: it is imported only if the caller
+    ``named`` it too.
+    """
     try:
         config = build(TrainConfig, load_toml(run / "config.toml"))
+        if ":" in config.method and config.method not in named:
+            raise ConfigError(
+                f"method: got {config.method!r} in the run's settings, expected a name, because reading a run imports "
+                f"nothing that its files name; to run that code: kalman-rl replay RUN --method {config.method}"
+            )
+        if ":" not in config.method and config.method not in METHODS:
+            raise ConfigError(
+                f"method: got {config.method!r}, expected one that is installed here; install its package"
+            )
         method = make_method(config.method, **config.method_options)
         check_provided(method, PROVIDED, *_REFUSAL)
     except KalmanRLError as error:

@@ -1,21 +1,21 @@
 """The published methods, each a composition: advantage x ratio x trust x aggregate.
 
 Read this folder first: ``by_advantage``, ``by_ratio``, ``by_filter`` and ``by_trust`` hold one short
-function a method, sorted by what the method changes. ``METHODS`` is the table that the command line, the
+function a method, sorted by what the method changes. ``METHODS`` is what the command line, the
 trainers and every invariance test go through. Equations, use and citations are in ``cards.toml``, shown by
 the command ``kalman-rl methods NAME``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 
 from kalman_rl.methods import by_advantage, by_filter, by_ratio, by_trust
 from kalman_rl.methods.aliases import translated
 from kalman_rl.objectives.loss import Method
-from kalman_rl.registry import make
+from kalman_rl.registry import Registry
 
-METHODS: dict[str, Callable[..., Method]] = {
+_TABLE = {
     build.__name__: build
     for build in (
         by_advantage.reinforce,
@@ -58,21 +58,25 @@ METHODS: dict[str, Callable[..., Method]] = {
         by_trust.capo,
     )
 }
-"""Every method by name."""
+
+METHODS: Registry[Method] = Registry("method", _TABLE, "kalman_rl.methods", Method)
+"""Every method by name: ours (``METHODS.table``), then those of installed packages."""
 
 
 def make_method(name: str, **options: float | bool | None) -> Method:
     """Build a method of the table by name, with its options; hosts' names for them are in :mod:`.knobs`.
 
     Args:
-        name: a key of METHODS.
+        name: a key of METHODS, or ``module:function`` of your own.
         options: of the method's own function, units and ranges there.
 
     Returns: the :class:`~kalman_rl.objectives.Method`, for :func:`~kalman_rl.objectives.policy_loss` and the trainers.
-    Raises: ConfigError for an unknown name or option, naming the nearest one; NumericError for a value
-    out of range.
+        One that is not ours is called what it was asked for by.
+    Raises: ConfigError for an unknown name or option, naming the nearest one, and for a package or module that
+        gives no Method; NumericError for a value out of range.
 
     >>> make_method("kpo", low=0.05, high=0.05).trust
     Clip(low=0.05, high=0.05, dual=None)
     """
-    return make("method", METHODS, name, translated(name, options))
+    method = METHODS.make(name, translated(name, options))
+    return method if name in METHODS.table else dataclasses.replace(method, name=name)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
-from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.errors import KalmanRLError
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives.inputs import INPUTS
 from kalman_rl.objectives.loss import Method
@@ -34,6 +34,9 @@ CHANGES = {
     "by_trust": "the trust region: which tokens may still move",
 }
 """Module of a method -> what the method changes, in the order of the table."""
+
+FOREIGN = "foreign"
+"""What :func:`changes` says of a method of an installed package."""
 
 
 @functools.cache
@@ -55,17 +58,15 @@ def references() -> Mapping[str, Mapping[str, Any]]:
 def card(name: str) -> dict[str, Any]:
     """Everything about one method, as a JSON-compatible table.
 
-    Raises: ConfigError for an unknown name, or a method without a card.
+    The card of a method without an entry in ``methods/cards.toml`` comes from its docstring and its composition.
+
+    Raises: ConfigError for an unknown name.
 
     >>> card("rloo")["factors"]["advantage"]
     'leave_one_out'
     """
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    entry = texts().get(name)
-    if entry is None:
-        raise ConfigError(f"card: got none for {name}, expected an entry in methods/cards.toml; add one")
     method = make_method(name)
+    entry = _entry(name)
     return {
         "name": name,
         "summary": summary(name),
@@ -80,6 +81,13 @@ def card(name: str) -> dict[str, Any]:
     }
 
 
+def _entry(name: str) -> Mapping[str, Any]:
+    if name in texts():
+        return texts()[name]
+    body = (inspect.getdoc(METHODS[name]) or "").partition("\n")[2]
+    return dict.fromkeys(TEXTS, "") | {"equation": body, "names": [], "cite": []}
+
+
 def summary(name: str) -> str:
     """First line of the method's docstring."""
     line = (inspect.getdoc(METHODS[name]) or "").partition("\n")[0]
@@ -87,7 +95,9 @@ def summary(name: str) -> str:
 
 
 def changes(name: str) -> str:
-    """The module that holds the method: which factor it changes."""
+    """The module that holds the method: which factor it changes. FOREIGN for one that is not ours."""
+    if name not in METHODS.table:
+        return FOREIGN
     return str(getattr(METHODS[name], "__module__", "")).rpartition(".")[2]
 
 
@@ -102,7 +112,9 @@ def factors(method: Method) -> dict[str, str]:
 
 
 def source(name: str) -> str:
-    """Where the method comes from, in a few words."""
+    """Where the method comes from, in a few words: a paper, ours, or a package."""
+    if name not in METHODS.table:
+        return METHODS.origin(name)
     entry = texts().get(name, {})
     cited = [references()[key] for key in entry.get("cite", [])]
     if "source" in entry or not cited:
@@ -147,39 +159,41 @@ def bibtex(name: str) -> str:
     @misc{he2026kpo,
     """
     entries = []
-    for key in card(name)["cite"]:
+    for key in texts().get(name, {}).get("cite", []):
         entry = {field: value for field, value in references()[key].items() if field != "short"}
         if "eprint" in entry:
             entry |= {"archivePrefix": "arXiv", "url": f"https://arxiv.org/abs/{entry['eprint']}"}
         kind = "article" if "journal" in entry else "misc"
         fields = ",\n".join(f"  {field} = {{{value}}}" for field, value in entry.items())
         entries.append(f"@{kind}{{{key},\n{fields}\n}}")
-    return "\n\n".join(entries) or f"% {name} is ours: cite this package, see CITATION.cff"
+    whose = "ours: cite this package, see CITATION.cff" if name in METHODS.table else f"of {source(name)}"
+    return "\n\n".join(entries) or f"% {name} is {whose}"
 
 
 def table() -> list[dict[str, Any]]:
-    """One row per method: its name, its parts, its source, its options with defaults, a summary."""
-    return [
-        {
-            "name": name,
-            "changes": changes(name),
-            **{part: label(getattr(make(), part)) for part in PARTS[:4]},
-            "source": source(name),
-            "options": options(name),
-            "summary": summary(name),
-        }
-        for name, make in METHODS.items()
-    ]
+    """One row per method: its name, its parts, its source, its options with defaults, a summary; or an error."""
+    return [_row(name) for name in METHODS]
+
+
+def _row(name: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "changes": changes(name), "source": source(name)}
+    try:
+        method = make_method(name)
+    except KalmanRLError as error:  # of somebody else's package: the others are listed all the same
+        return row | {"error": str(error)}
+    row |= {part: label(getattr(method, part)) for part in PARTS[:4]}
+    return row | {"options": options(name), "summary": summary(name)}
 
 
 def as_text(name: str, width: int = 100) -> str:
     """The card for a terminal of ``width`` columns."""
     shown = card(name)
     lines = [*textwrap.wrap(shown["summary"], width), ""]
-    lines += ["  " + line for line in shown["equation"].splitlines()] + [""]
+    if shown["equation"]:
+        lines += ["  " + line for line in shown["equation"].splitlines()] + [""]
     rows = [*shown["factors"].items()]
     rows += [("options", ", ".join(f"{key}={value}" for key, value in shown["options"].items()) or "none")]
-    rows += [(key, shown[key]) for key in ("defaults", "use", "avoid", "deviations")]
+    rows += [(key, shown[key]) for key in ("defaults", "use", "avoid", "deviations") if shown[key]]
     rows += [("names", text) for text in shown["names"]]
     rows += [("inputs", f"{key}: {text}") for key, text in shown["inputs"].items()]
     rows += [("source", shown["source"]), *(("cite", _reference(key)) for key in shown["cite"])]
@@ -212,22 +226,37 @@ def as_markdown(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def by_change() -> dict[str, list[str]]:
+    """Module -> its methods, in the order of the table; FOREIGN at the end, if there are any."""
+    found: dict[str, list[str]] = {module: [] for module in CHANGES}
+    for name in METHODS:
+        found.setdefault(changes(name), []).append(name)
+    return found
+
+
+def _composition(name: str) -> str:
+    """Advantage x ratio x trust region x aggregation, or why a package does not give it."""
+    try:
+        method = make_method(name)
+    except KalmanRLError as error:
+        return str(error)
+    return " x ".join(
+        named_label(getattr(method, part), short=True) for part in PARTS if getattr(method, part) is not None
+    )
+
+
 def as_table(width: int = 100) -> str:
     """Every method in ``width`` columns, by what it changes: name, source, and its factors."""
     lines = []
     size = max(map(len, METHODS))
     indent = " " * (size + 3)
-    for module in dict.fromkeys([*CHANGES, *map(changes, METHODS)]):
-        names = [name for name in METHODS if changes(name) == module]
-        if not names:
-            continue
-        lines += ["", *textwrap.wrap(f"Methods that change {CHANGES.get(module, module)}", width)]
+    for module, names in by_change().items():
+        title = (
+            f"Methods that change {CHANGES[module]}" if module in CHANGES else "Methods of installed packages"
+        )
+        lines += ["", *textwrap.wrap(title, width)]
         for name in names:
-            method = make_method(name)
-            parts = [
-                named_label(getattr(method, p), short=True) for p in PARTS if getattr(method, p) is not None
-            ]
-            text = " x ".join(parts) + f"  [{source(name)}]"
+            text = f"{_composition(name)}  [{source(name)}]"
             first, *rest = textwrap.wrap(text, max(width - len(indent), 30), break_long_words=False)
             lines += [f"  {name:<{size}} {first}", *(indent + line for line in rest)]
     end = "advantage x ratio x trust region x aggregation. `kalman-rl methods NAME` shows a card."

@@ -279,6 +279,15 @@ def name_problem(path: Path) -> str | None:
     return f"got {name[:120]!r} as a run's name, expected 1 to 100 of A-Z a-z 0-9 . _ - and no leading dot"
 
 
+def name_part(text: str) -> str:
+    """A name of something else as a part of a run's name.
+
+    >>> name_part("my_methods:soft")
+    'my_methods-soft'
+    """
+    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:40]
+
+
 def _refuse_existing(path: Path, overwrite: bool) -> None:
     with explained(path, "create"):
         if path.exists() and not path.is_dir():

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from kalman_rl.engine.tasks.task import Reward
 from kalman_rl.errors import ConfigError, RewardError
+from kalman_rl.registry import imported
 
 
 def load_reward(name: str) -> Reward:
@@ -27,35 +25,7 @@ def load_reward(name: str) -> Reward:
     """
     if not isinstance(name, str):
         raise ConfigError(f"reward: got {name!r}, expected a text, module:function")
-    module_name, colon, function_name = name.partition(":")
-    if not colon or not module_name or not function_name or "/" in module_name or module_name.endswith(".py"):
-        raise ConfigError(
-            f"reward: got {name!r}, expected module:function, e.g. my_rewards:score for my_rewards.py"
-        )
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        own = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
-        where = (
-            f"in {os.getcwd()} or among the installed packages" if own else f"as {module_name!r} imports it"
-        )
-        raise ConfigError(
-            f"reward: got {name!r}, found no module {error.name!r}; expected it {where}"
-        ) from error
-    except Exception as error:
-        raise ConfigError(
-            f"reward: got {type(error).__name__} ({error}) while importing {module_name!r}; expected a "
-            "module that imports without error"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = sorted(key for key, value in vars(module).items() if inspect.isfunction(value))
-        raise ConfigError(
-            f"reward: got {name!r}, expected a function of {module_name!r} ({module.__file__}); it has "
-            f"{', '.join(known) or 'no functions'}"
-        )
+    function = imported("reward", name)
     parameters = _parameters(function)
     return from_verl(function) if {"solution_str", "ground_truth"} <= parameters else function
 

@@ -59,7 +59,9 @@ class KalmanGRPOConfig(GRPOConfig):
     on-policy, where every log-ratio is 0 and every ratio method is the same method.
     """
 
-    method: str = field(default="kpo_diffuse", metadata={"help": "Name in kalman_rl.METHODS."})
+    method: str = field(
+        default="kpo_diffuse", metadata={"help": "Name in kalman_rl.METHODS, or module:function."}
+    )
     method_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": 'Options of the method, for example {"process_noise": 1e-4}.'},
@@ -83,7 +85,7 @@ class KalmanGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Take advantages from a belief about every prompt's value instead of the method's own: auto, "
-            "gaussian, beta, spo. The dataset needs a stable column prompt_id."
+            "gaussian, beta, spo, one of a package, or module:function. The dataset needs a stable column prompt_id."
         },
     )
     belief_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the belief."})

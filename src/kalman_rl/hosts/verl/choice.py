@@ -41,7 +41,7 @@ def choose(
     """The method to run as a policy loss of verl.
 
     Args:
-        name: a key of METHODS, without the prefix.
+        name: a key of METHODS or ``module:function``, without the prefix.
         options: its options, hosts' names for them included.
         aggregation: "verl", by ``loss_agg_mode``, or "method", as the method was published.
         old_is_sampler: the old log-probabilities are the sampler's.

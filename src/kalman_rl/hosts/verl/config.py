@@ -31,7 +31,8 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
     Select it with ``actor_rollout_ref.actor.policy_loss._target_=kalman_rl.hosts.verl.KalmanPolicyLossConfig``.
 
     Args:
-        loss_mode: ``kalman_rl/NAME``, NAME a key of :data:`kalman_rl.METHODS`.
+        loss_mode: ``kalman_rl/NAME``, NAME a key of :data:`kalman_rl.METHODS` or ``module:function`` where
+            :func:`~kalman_rl.hosts.verl.plugin.register` was told of it.
         options: options of the method; verl's names (``clip_ratio_low``) are understood with verl's meaning.
         low, high, dual: clip distances, as far as the method has them; None = its default.
         process_noise, observation_noise, initial_variance: Q, R, P0 of the filter, nats^2.

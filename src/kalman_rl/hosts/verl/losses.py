@@ -143,19 +143,31 @@ class Given:
         return self.weights
 
 
-def own_mode(method: Method) -> tuple[str, float]:
-    """verl's name for the method's own aggregation, and the constant length it divides by."""
+def own_mode(method: Method) -> tuple[str, float] | None:
+    """verl's name for the method's own aggregation, and the constant length it divides by; None if verl has none."""
     if method.aggregate is token_mean:
         return "token-mean", 1.0
     if method.aggregate is sequence_mean:
         return "seq-mean-token-mean", 1.0
-    assert isinstance(method.aggregate, SequenceSum)
-    return "seq-mean-token-sum", method.aggregate.length
+    if isinstance(method.aggregate, SequenceSum):
+        return "seq-mean-token-sum", method.aggregate.length
+    return None
 
 
 def aggregated(choice: Choice, mode: str, info: Mapping[str, Any]) -> Method:
-    """The method with verl's aggregation: by verl's mode, or by the mode that the method was published with."""
-    own, length = own_mode(choice.method)
+    """The method with verl's aggregation: by verl's mode, or by the mode that the method was published with.
+
+    Raises: ConfigError for a method whose own aggregation verl does not have, where that is asked for.
+    """
+    published = own_mode(choice.method)
+    if published is None:
+        if choice.aggregation == "method":
+            raise ConfigError(
+                f"policy_loss.aggregation: got 'method' for {PREFIX}{choice.method.name}, expected 'verl' because verl "
+                "has no such aggregation"
+            )
+        return dataclasses.replace(choice.method, aggregate=AsVerl(mode, info))
+    own, length = published
     if choice.aggregation == "method":
         return dataclasses.replace(choice.method, aggregate=AsVerl(own, info, length))
     if mode != own:

@@ -23,10 +23,16 @@ def check_host() -> None:
     check(VERL)
 
 
-def register() -> None:
+def register(*more: str) -> None:
     """Register every method's loss and advantage under ``kalman_rl/NAME``; once, however often it is called.
 
-    Raises: AdapterError for an untested verl, or if somebody else holds one of the names.
+    Methods of installed packages are among them, and imported when verl first calls them.
+
+    Args:
+        more: methods of your own as ``module:function``, imported here.
+
+    Raises: ConfigError for one that cannot be imported; AdapterError for an untested verl, or if somebody else holds
+        one of the names.
     """
     check_host()
     from verl.trainer.ppo import core_algos
@@ -35,9 +41,11 @@ def register() -> None:
     from kalman_rl.hosts.verl.losses import make_loss
     from kalman_rl.methods import METHODS
 
-    _fill(core_algos.POLICY_LOSS_REGISTRY, list(METHODS), make_loss, core_algos.register_policy_loss)
-    names = [*METHODS, TRACKED]
-    _fill(core_algos.ADV_ESTIMATOR_REGISTRY, names, make_estimator, core_algos.register_adv_est)
+    for name in more:
+        METHODS[name]  # looked for now, not when verl first calls it
+    known = [*METHODS, *more]
+    _fill(core_algos.POLICY_LOSS_REGISTRY, known, make_loss, core_algos.register_policy_loss)
+    _fill(core_algos.ADV_ESTIMATOR_REGISTRY, [*known, TRACKED], make_estimator, core_algos.register_adv_est)
     found = registered()
     logger.info(
         "verl %s: %d policy losses and %d advantage estimators under kalman_rl/",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kalman_rl.errors import unknown_name
 from kalman_rl.instruments.verify import golden, oracles
 from kalman_rl.instruments.verify.check import Check
 from kalman_rl.instruments.verify.place import place_of
@@ -19,7 +18,7 @@ __all__ = ["Check", "verify"]
 
 
 def verify(names: Iterable[str] | None = None, *, device: str = "cpu") -> list[Check]:
-    """Run every check of the named methods, of all methods by default, with their default options.
+    """Run every check of the named methods, of all that are ours by default, with their default options.
 
     Args:
         names: names of methods.
@@ -30,13 +29,10 @@ def verify(names: Iterable[str] | None = None, *, device: str = "cpu") -> list[C
     >>> all(check.passed for check in verify(["rloo"]))
     True
     """
-    names = list(METHODS if names is None else names)
-    for name in names:
-        if name not in METHODS:
-            raise unknown_name("method", name, METHODS)
     place = place_of(device)
+    methods = [make_method(name) for name in (METHODS.table if names is None else names)]
     return [
         check
-        for name in names
-        for check in (*golden.checks(make_method(name), place), *oracles.checks(make_method(name), place))
+        for method in methods
+        for check in (*golden.checks(method, place), *oracles.checks(method, place))
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from kalman_rl.engine.runs.reading import clean
 from kalman_rl.errors import KalmanRLError, one_line
 from kalman_rl.instruments.replay import Batch, Field, batch_of, field_of, own_method
-from kalman_rl.methods import make_method
+from kalman_rl.methods import METHODS
 from kalman_rl.objectives.loss import Method
 
 COMPARED = ("grpo", "gspo", "kpo", "kpo_diffuse", "dppo_tv")
@@ -32,7 +32,7 @@ def on_tokens(run: Path, completions: Sequence[dict[str, list[Any]]]) -> tuple[d
     own, notes = own_method(run)
     names = [name for name in COMPARED if own is None or name != own.name]
     recorded = {"name": own.name if own else "recorded", "recorded": True, **_bounds(own)}
-    others = [make_method(name) for name in names]
+    others = [METHODS.table[name]() for name in names]
     methods = [recorded, *({"name": method.name, **_bounds(method)} for method in others)]
     try:
         batch = batch_of(_joined(completions))
