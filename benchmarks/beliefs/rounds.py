@@ -46,7 +46,7 @@ def _world(pool: Pool, seed: int, aim: str, budget: float, k: int) -> tuple[floa
             price=price,
             rounds=(2, k),
             n_min=0,
-            objective=aim,
+            aim=aim,
             weighting="tau",
         )
         rows.append(_step(plan, dict(zip(ids.tolist(), range(len(ids)))), policy, rng))
