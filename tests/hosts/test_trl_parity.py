@@ -1,7 +1,7 @@
 """TRL's own loss functions on given log-probabilities, without trainer or model: value and gradient.
 
 ``_compute_loss`` of TRL's trainers is called on a stand-in that has the attributes it reads, so it is TRL's
-arithmetic that runs. Not compared: ``vespo`` and ``luspo`` (no method of ours) and entropy terms.
+arithmetic that runs. Not compared: entropy terms, which are TRL's own there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Host(NamedTuple):
     trainer: Any = grpo_trainer.GRPOTrainer
 
 
-def _grpo(loss_type: str, how: Any, level: str = "token", **limits: float) -> Host:
+def _grpo(loss_type: str, how: Any, level: str = "token", dual: float | None = None, **limits: float) -> Host:
     low, high = limits.get("low", 0.2), limits.get("high", 0.28)
     settings = {
         "loss_type": loss_type,
@@ -46,7 +46,7 @@ def _grpo(loss_type: str, how: Any, level: str = "token", **limits: float) -> Ho
         "importance_sampling_level": level,
     }
     change = ratio.token if level == "token" else ratio.sequence_mean
-    return Host(settings, change, trust.Clip(low, high), how)
+    return Host(settings | {"delta": dual}, change, trust.Clip(low, high, dual), how)
 
 
 HOSTS: dict[str, Host] = {
@@ -55,6 +55,15 @@ HOSTS: dict[str, Host] = {
     "dapo": _grpo("dapo", aggregate.token_mean),
     "dr_grpo": _grpo("dr_grpo", aggregate.SequenceSum(float(LENGTH))),
     "gspo": _grpo("grpo", aggregate.sequence_mean, "sequence", low=0.02, high=0.03),
+    "luspo": _grpo("luspo", aggregate.SequenceSum(1.0), "sequence", low=0.02, high=0.03),
+    "two-sided": _grpo("grpo", aggregate.sequence_mean, dual=1.4),
+    "vespo": Host(
+        {"loss_type": "vespo", "vespo_k_pos": 0.5, "vespo_lambda_pos": 0.25}
+        | {"vespo_k_neg": 0.75, "vespo_lambda_neg": 0.5},
+        ratio.token,
+        trust.Gamma(0.5, 0.25, 0.75, 0.5),
+        aggregate.token_mean,
+    ),
     "cispo": Host(
         {"loss_type": "cispo", "epsilon_high": 1.3}, ratio.token, trust.Cap(1.3), aggregate.token_mean
     ),
@@ -74,6 +83,9 @@ HOSTS: dict[str, Host] = {
 }
 
 
+SEQUENCE = ("gspo", "luspo")
+"""Ratio and clip of a whole sequence."""
+
 Result = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Value, gradient, metrics."""
 
@@ -83,7 +95,11 @@ def theirs(host: Host, batch: Batch, advantages: Tensor, beta: float = 0.0, **in
     logp = batch.logp.clone().requires_grad_()
     options = {"loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2} | host.settings
     args = SimpleNamespace(
-        delta=None,
+        delta=options.pop("delta", None),
+        vespo_k_pos=options.pop("vespo_k_pos", 2.0),
+        vespo_lambda_pos=options.pop("vespo_lambda_pos", 3.0),
+        vespo_k_neg=options.pop("vespo_k_neg", 3.0),
+        vespo_lambda_neg=options.pop("vespo_lambda_neg", 2.0),
         use_bias_correction_kl=inputs.pop("weighted_kl", False),
         sapo_temperature_pos=options.pop("sapo_temperature_pos", 1.0),
         sapo_temperature_neg=options.pop("sapo_temperature_neg", 1.05),
@@ -108,6 +124,7 @@ def theirs(host: Host, batch: Batch, advantages: Tensor, beta: float = 0.0, **in
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
         _metrics={"train": defaultdict(list)},
+        get_gamma_weights=grpo_trainer.GRPOTrainer.get_gamma_weights,
         _get_per_token_logps_and_entropies=lambda *a, **kw: (logp, torch.zeros_like(logp), None),
     )
     ids = torch.zeros(len(logp), LENGTH, dtype=torch.long)
@@ -160,32 +177,36 @@ def test_loss(name: str, holes: bool, seed: int) -> None:
     host, (batch, advantages) = HOSTS[name], _case(seed, holes)
     mine = ours(host, batch, advantages)
     agree(mine, theirs(host, batch, advantages))
-    assert name in ("cispo", "sapo") or 0 < mine[2]["trust/kept"] < 1
+    assert name in ("cispo", "sapo", "vespo") or 0 < mine[2]["trust/kept"] < 1
 
 
-@pytest.mark.parametrize("name", [n for n in HOSTS if n != "gmpo"])
+@pytest.mark.parametrize("name", [n for n in HOSTS if n not in ("gmpo", "vespo")])
 def test_advantages_per_token(name: str) -> None:
     """TRL's GMPO takes one advantage a sequence, ours may take more."""
     host, (batch, _) = HOSTS[name], _case(4)
     g = torch.Generator().manual_seed(1)
     advantages = torch.randn(ROWS, LENGTH, dtype=torch.float64, generator=g)
     # One ratio a sequence with advantages a token is GSPO-token in ours, GSPO of the mean advantage in TRL.
-    agree(ours(host, batch, advantages), theirs(host, batch, advantages), spread=name == "gspo")
+    agree(ours(host, batch, advantages), theirs(host, batch, advantages), spread=name in SEQUENCE)
 
 
-KL_CASES = [(n, w) for n in HOSTS for w in (False, True) if n != "gspo" and not (n == "gmpo" and w)]
-"""TRL's GMPO has no weighted penalty; under GSPO TRL weighs by the sequence's ratio, ours by the token's."""
+KL_CASES = [(n, w) for n in HOSTS for w in (False, True) if not (n == "gmpo" and w)]
+"""TRL's GMPO has no weighted penalty."""
 
 
 @pytest.mark.parametrize(("name", "weighted"), KL_CASES)
 def test_kl_penalty(name: str, weighted: bool) -> None:
     host, (batch, advantages) = HOSTS[name], _case(5)
     expected = theirs(host, batch, advantages, beta=0.3, weighted_kl=weighted)
-    agree(ours(host, batch, advantages, penalty=penalty.KL(0.3, importance_weighted=weighted)), expected)
+    level: Any = "sequence" if name in SEQUENCE else "token"
+    agree(
+        ours(host, batch, advantages, penalty=penalty.KL(0.3, importance_weighted=weighted, level=level)),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo"])
 def test_importance_correction(name: str, level: str) -> None:
     """The factor as TRL makes it for vLLM: truncated ``exp`` of the difference, (B, T) or (B, 1)."""
     host, (batch, advantages) = HOSTS[name], _case(6)
@@ -197,4 +218,4 @@ def test_importance_correction(name: str, level: str) -> None:
     assert 0 < (factor == 1.1).double().mean() < 1
     expected = theirs(host, batch, advantages, importance_sampling_ratio=factor)
     mine = ours(host, batch, advantages, correction=correction.Truncated(1.1, level))
-    agree(mine, expected, spread=(name, level) == ("gspo", "token"))
+    agree(mine, expected, spread=name in SEQUENCE and level == "token")

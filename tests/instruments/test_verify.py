@@ -24,6 +24,7 @@ RECORDED = set(METHODS) - {
     # Ours, or without a published implementation that we have run.
     *("krpo", "krpo_invariant", "k_score", "otb", "kpo_diffuse", "minpro", "minpro_clipped", "ratio_one"),
     *("batch_mean", "james_stein", "kpo_auto", "kpo_noise", "kpo_robust"),
+    *("luspo", "vespo"),  # tests/hosts/test_trl_parity.py runs TRL's own
     *("dppo_topk_tv", "dppo_topk_kl", "bapo", "capo", "reinforce", "gpg_published", "rloo"),
 }
 

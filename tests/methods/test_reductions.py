@@ -178,6 +178,27 @@ REDUCTIONS: dict[str, Reduction] = {
     "SAPO, tau to 0: no clip": Reduction(
         make_method("sapo", positive=1e-6, negative=1e-6), OPEN, gradient, tolerance={"rtol": 1e-9}
     ),
+    "LUSPO, equal lengths: GSPO times the length": Reduction(
+        make_method("luspo", low=0.1, high=0.1),
+        make_method("gspo", low=0.1, high=0.1),
+        holes=False,
+        factor=9.0,
+    ),
+    "VESPO, no power and decay to 0: ratio 1": Reduction(
+        make_method(
+            "vespo", positive_power=0.0, positive_decay=1e-9, negative_power=0.0, negative_decay=1e-9
+        ),
+        of("cispo", ratio=ratio.one, trust=trust.log_likelihood),
+        tolerance={"rtol": 1e-6},
+    ),
+    "VESPO, one token, power 1 and decay to 0: CISPO without cap": Reduction(
+        make_method(
+            "vespo", positive_power=1.0, positive_decay=1e-9, negative_power=1.0, negative_decay=1e-9
+        ),
+        make_method("cispo", high=INF),
+        batch=short(1),
+        tolerance={"rtol": 1e-6},
+    ),
     "GRPO without band: no clip": Reduction(make_method("grpo", low=INF, high=INF), OPEN),
     "dual clip out of reach: GRPO": Reduction(make_method("grpo", dual=INF), TABLE["grpo"]),
     "CISPO without cap: no clip": Reduction(
@@ -358,7 +379,7 @@ def test_on_policy_identity(name: str, seed: int) -> None:
 ANTIDERIVATIVE = {
     *("grpo", "dr_grpo", "dapo", "opo", "otb", "gpg", "gpg_published", "krpo", "krpo_invariant", "k_score"),
     *("spo", "k_grpo"),
-    *("gspo", "gspo_token", "gmpo", "sapo", "dro", "bapo", "bapo_published", "capo"),
+    *("gspo", "gspo_token", "luspo", "gmpo", "sapo", "dro", "bapo", "bapo_published", "capo"),
 }
 """Methods whose value, as a function of ``logp``, has the gradient that backward gives."""
 

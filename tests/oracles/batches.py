@@ -46,6 +46,7 @@ CASES: dict[str, Method] = TABLE | {
     "gspo+kl2": dataclasses.replace(make_method("gspo"), penalty=KL(0.1, k2)),
     "gmpo+narrow": make_method("gmpo", low=0.05, high=0.1),
     "sapo+sharp": make_method("sapo", positive=4.0, negative=6.0),
+    "vespo+steep": make_method("vespo", positive_power=0.5, positive_decay=1.0, negative_decay=6.0),
     "dppo_tv+strict": make_method("dppo_tv", low=0.01, high=0.02, cap=1.1),
     "dppo_topk_kl+strict": make_method("dppo_topk_kl", low=1e-3, high=1e-3),
     "minpro+inclusive": make_method("minpro", inclusive=True, capped=True),

@@ -37,7 +37,9 @@ FILTER: Knobs = {"kalman_Q": ("process_noise", _same), "kalman_R": ("observation
 
 FOREIGN: dict[str, Knobs] = {
     **dict.fromkeys(("dr_grpo", "dapo", "opo", "otb", "krpo", "krpo_invariant", "k_score", "k_grpo"), CLIP),
-    **dict.fromkeys(("gspo", "gspo_token", "gmpo", "minpro_clipped", "capo", "ratio_one", "kpo_noise"), CLIP),
+    **dict.fromkeys(
+        ("gspo", "gspo_token", "luspo", "gmpo", "minpro_clipped", "capo", "ratio_one", "kpo_noise"), CLIP
+    ),
     **dict.fromkeys(("kpo", "kpo_diffuse", "kpo_auto", "kpo_robust"), CLIP | FILTER),
     **dict.fromkeys(("grpo", "spo"), CLIP | DUAL),
     "kpo_unclipped": FILTER,
@@ -51,6 +53,12 @@ FOREIGN: dict[str, Knobs] = {
         "tau_neg": ("negative", _same),
         "sapo_temperature_pos": ("positive", _same),  # TRL
         "sapo_temperature_neg": ("negative", _same),
+    },
+    "vespo": {  # TRL
+        "vespo_k_pos": ("positive_power", _same),
+        "vespo_lambda_pos": ("positive_decay", _same),
+        "vespo_k_neg": ("negative_power", _same),
+        "vespo_lambda_neg": ("negative_decay", _same),
     },
     "dro": {"dro_beta": ("beta", _same)},  # verl
     **dict.fromkeys(("dppo_tv", "dppo_kl"), DIVERGENCE),

@@ -36,6 +36,17 @@ def gspo_token(*, low: float = 3e-4, high: float = 4e-4, epsilon: float = 1e-4) 
     )
 
 
+def luspo(*, low: float = 2e-3, high: float = 2.5e-3, epsilon: float = 1e-4) -> Method:
+    """LUSPO: GSPO with every completion's loss times its length. Source: arXiv 2602.05261."""
+    return Method(
+        "luspo",
+        advantage.GroupZScore(epsilon),
+        ratio.sequence_mean,
+        trust.Clip(low, high),
+        aggregate.SequenceSum(1.0),
+    )
+
+
 def minpro(
     *, high: float = 5.0, inclusive: bool = False, capped: bool = False, epsilon: float = 1e-4
 ) -> Method:

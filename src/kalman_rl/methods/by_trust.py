@@ -43,6 +43,27 @@ def sapo(*, positive: float = 1.0, negative: float = 1.05, epsilon: float = 1e-4
     )
 
 
+def vespo(
+    *,
+    positive_power: float = 2.0,
+    positive_decay: float = 3.0,
+    negative_power: float = 3.0,
+    negative_decay: float = 2.0,
+    epsilon: float = 1e-4,
+) -> Method:
+    """VESPO: a Gamma-shaped weight of the whole sequence's ratio instead of a clip. Source: arXiv 2602.10693.
+
+    ``*_power`` and ``*_decay`` are k and lambda of :class:`kalman_rl.objectives.trust.Gamma`.
+    """
+    return Method(
+        "vespo",
+        advantage.GroupZScore(epsilon),
+        ratio.token,
+        trust.Gamma(positive_power, positive_decay, negative_power, negative_decay),
+        aggregate.token_mean,
+    )
+
+
 def dro(*, beta: float = 0.1, epsilon: float = 1e-4) -> Method:
     """DRO: policy gradient with a quadratic penalty on the log-ratio, no clip. Source: arXiv 2405.19107.
 

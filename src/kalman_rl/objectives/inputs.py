@@ -38,6 +38,8 @@ INPUTS: dict[str, str] = {
     "step": "the effect of each token's own optimizer step on the last layer; pass Current(logp, "
     "step=curvature.last_layer_step(...)) for logp. KalmanGRPOTrainer does so",
     "reward": "one number per completion (B,) for advantages; put reward into Rollouts, or pass advantage=",
+    "rewards": "(B, K) one number per completion and reward function; call the advantage with rewards=, and pass "
+    "what it gives as advantage=. KalmanGRPOTrainer does so",
     "group": "one integer per completion (B,) for advantages; put group into Rollouts, or pass advantage=",
     "length": "(B,) trained tokens per completion; Rollouts has it as .length",
     "mask": "(B, T) trained tokens; Rollouts has it as .mask",

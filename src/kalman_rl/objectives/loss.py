@@ -222,7 +222,8 @@ def estimate_advantage(method: Method, rollouts: Rollouts) -> Tensor:
             "holds several completions; compute them per completion and pass advantage="
         )
     extra = {
-        name: required(name, getattr(rollouts, name), method.name) for name in inputs_of(method.advantage)
+        name: required(name, getattr(rollouts, name, None), method.name)
+        for name in inputs_of(method.advantage)
     }
     return method.advantage(reward, group, **extra)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -95,17 +96,22 @@ class KL:
         importance_weighted: multiply by the token ratio ``exp(logp - logp_old)``, through which gradient
             flows too; then value and gradient of k1 and k3 are those of KL(policy || reference), off-policy
             as well (TRL: ``use_bias_correction_kl``). Not so for k2, whose value is biased.
+        level: "token", or "sequence" to multiply by the geometric mean of the sequence's ratios, as TRL does with
+            ``importance_sampling_level="sequence"``; the estimate is then biased.
 
-    Raises: ConfigError if the rollouts carry no ``logp_reference``. Gradient: through ``logp``.
+    Raises: ConfigError for another level, or if the rollouts carry no ``logp_reference``. Gradient: through ``logp``.
     """
 
     coefficient: float = 0.04
     estimator: Callable[[Tensor], Tensor] = k3
     importance_weighted: bool = False
+    level: Literal["token", "sequence"] = "token"
 
     def __post_init__(self) -> None:
         if not 0 <= self.coefficient < math.inf:
             raise NumericError(f"coefficient: got {self.coefficient}, expected a finite penalty weight >= 0")
+        if self.level not in ("token", "sequence"):
+            raise ConfigError(f"level: got {self.level!r}, expected token or sequence")
 
     def __call__(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
         if rollouts.logp_reference is None:
@@ -118,4 +124,7 @@ class KL:
         if not self.importance_weighted:
             return self.coefficient * self.estimator(difference)
         log_ratio = torch.where(rollouts.mask, logp - rollouts.logp_old, 0.0)
-        return self.coefficient * weighted(self.estimator, difference, log_ratio)
+        if self.level == "token":
+            return self.coefficient * weighted(self.estimator, difference, log_ratio)
+        mean = rollouts.per_sequence_sum(log_ratio) / rollouts.lengths.clamp(min=1.0)
+        return self.coefficient * weight_of(mean) * self.estimator(difference)

@@ -189,6 +189,22 @@ def _soft(part: trust.SoftGate, terms: Terms) -> Tensor:
     return -terms.advantage * 4 / tau * torch.sigmoid(tau * (terms.weight - 1))
 
 
+def _gamma(part: trust.Gamma, terms: Terms) -> Tensor:
+    """``phi`` row by row, from the ratios as they are: those of the example never come near the caps."""
+    phi = torch.zeros_like(terms.advantage)
+    for i, trained in enumerate(positions(terms.batch.rollouts)):
+        whole = math.prod(terms.weight[i, trained].tolist())
+        for t in trained:
+            good = bool(terms.advantage[i, t] >= 0)
+            k, rate = (
+                (part.positive_power, part.positive_decay)
+                if good
+                else (part.negative_power, part.negative_decay)
+            )
+            phi[i, t] = math.exp(rate) * whole**k * math.exp(-rate * whole)
+    return -terms.advantage * phi * terms.logp
+
+
 def _geometric(part: trust.GeometricClip, terms: Terms) -> Tensor:
     rollouts, out = terms.batch.rollouts, []
     sign = torch.sign(terms.advantage)
@@ -263,6 +279,7 @@ LOSSES: dict[Any, Callable[[Any, Terms], Tensor]] = {
     trust.unclipped: _unclipped,
     trust.log_likelihood: _score,
     trust.SoftGate: _soft,
+    trust.Gamma: _gamma,
     trust.GeometricClip: _geometric,
     trust.DivergenceMask: _divergence,
     trust.Balance: _balance,

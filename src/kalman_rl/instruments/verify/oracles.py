@@ -264,6 +264,12 @@ def _ratio_limits() -> Table:
             ),
         },
         "gspo_token": {"equals GSPO with one advantage per row": _same(make("gspo_token"), make("gspo"))},
+        "luspo": {
+            "every token at 1 is GSPO with a constant length": _same(
+                make("luspo", low=3e-4, high=4e-4),
+                _with("gspo", make("gspo"), aggregate=aggregate.SequenceSum(1.0)),
+            )
+        },
         "minpro": {"second token: the exact prefix ratio": _second_token(make("minpro"))},
         "minpro_clipped": {"second token: the exact prefix ratio": _second_token(make("minpro_clipped"))},
     }
@@ -293,6 +299,12 @@ def _trust_limits() -> Table:
                 _with("token", token, aggregate=aggregate.sequence_mean),
             )
         },
+    }
+    table["vespo"] = {
+        "no power, decay -> 0: ratio 1": _same(
+            make("vespo", positive_power=0.0, positive_decay=1e-12, negative_power=0.0, negative_decay=1e-12),
+            _with("one", token, ratio=ratio.one, trust=trust.log_likelihood),
+        )
     }
     for name in ("dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_kl"):
         method = make(name, low=inf, high=inf)

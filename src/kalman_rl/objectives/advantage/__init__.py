@@ -15,14 +15,17 @@ from kalman_rl.objectives.advantage.group import (
     leave_one_out,
     only_known,
 )
+from kalman_rl.objectives.advantage.scaled import BatchScaled, NormalizeThenSum
 
 __all__ = [
     "BatchFilter",
+    "BatchScaled",
     "ConstantBaseline",
     "GroupFilter",
     "GroupStatistics",
     "GroupZScore",
     "LengthWeighted",
+    "NormalizeThenSum",
     "OptimalTokenBaseline",
     "Rescaled",
     "batch_leave_one_out",

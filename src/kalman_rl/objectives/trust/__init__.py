@@ -32,9 +32,11 @@ from kalman_rl.objectives.trust.divergence import (
     top_k_tv,
     top_k_with_sampled,
 )
+from kalman_rl.objectives.trust.gamma import LOG_FLOOR, Gamma
 
 __all__ = [
     "CHUNK_NUMBERS",
+    "LOG_FLOOR",
     "LOG_WEIGHT_CAP",
     "MAX_POINTS",
     "Adam",
@@ -45,6 +47,7 @@ __all__ = [
     "Divergence",
     "DivergenceMask",
     "First",
+    "Gamma",
     "GeometricClip",
     "Measure",
     "SoftGate",
