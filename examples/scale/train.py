@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from kalman_rl.engine.tasks import guard_reward, load_reward, rows
+from kalman_rl.engine.tasks import by_row, guard_reward, load_reward, rows, trainer_rows
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, last_good_checkpoint
 
 VLLM: dict[str, dict[str, Any]] = {
@@ -76,9 +76,9 @@ def main(words: list[str] | None = None, **changes: Any) -> KalmanGRPOTrainer:
     task = rows(given.data, reward=load_reward(given.reward))
     trainer = KalmanGRPOTrainer(
         model=given.model,
-        reward_funcs=guard_reward(task.reward),
+        reward_funcs=by_row(guard_reward(task.reward), task.train),
         args=KalmanGRPOConfig(**arguments(given.output, given.vllm, **changes)),
-        train_dataset=Dataset.from_list(task.train),
+        train_dataset=Dataset.from_list(trainer_rows(task.train)),
     )
     checkpoint = last_good_checkpoint(given.output)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -205,6 +205,13 @@ def test_rows_pass_every_column_to_the_users_reward(tmp_path: Path) -> None:
     assert task.stop is None and task.test == [] and "no test rows" in task.notes[0]
 
 
+def test_one_prompt_with_two_answers_is_two_prompts(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "answer": answer, "split": "train"} for answer in "12"]
+    task = rows(write(tmp_path / "x.jsonl", lines))
+    assert [row["answer"] for row in task.train] == ["1", "2"]
+    assert len({row["prompt_id"] for row in task.train}) == 2
+
+
 def test_repeated_rows_are_merged_and_leaks_dropped(tmp_path: Path) -> None:
     row = {"prompt": "a", "answer": "1"}
     task = rows(write(tmp_path / "x.jsonl", [row, row, {"prompt": "b", "answer": "2"}]))
@@ -238,8 +245,29 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "reserved": ([{"prompt": "a", "answer": "1", "prompts": 1}], "names the trainer itself uses"),
     "same id": (
         [{"prompt": p, "answer": "1", "prompt_id": 4} for p in "ab"],
-        "'4' for two different rows.*:2 and .*:1",
+        "'4' for two different rows.*:2 and .*:1 differ in prompt;",
     ),
+    "same id, two answers": (
+        [{"prompt": "a", "answer": a, "prompt_id": "a"} for a in "12"],
+        "'a' for two different rows.*:2 and .*:1 differ in answer;",
+    ),
+    "chat of other parts": (
+        [{"prompt": [{"role": "user", "content": ["a"]}], "answer": "1"}],
+        r"prompt: got the message .*x\.jsonl:1",
+    ),
+    "text and chat": (
+        [{"prompt": p, "answer": "1"} for p in ("a", [{"role": "user", "content": "a"}])],
+        r"prompt: got a list at .*:2 and a text at .*:1, expected one kind",
+    ),
+    "half a character": (
+        [{"prompt": "a", "answer": "1"}, '{"prompt": "b", "answer": "1", "more": {"x": "\\ud83d"}}'],
+        r"more: got half of a character \('\\ud83d', .*x\.jsonl:2",
+    ),
+    "decimal answer": (
+        [{"prompt": "a", "answer": 3.0}],
+        r"answer: got 3.0, expected a text or a whole number; .* write '3.0' or 3; .*:1",
+    ),
+    "number without end": (['{"prompt": "a", "answer": ' + "9" * 5000 + "}"], r"invalid JSON .*x\.jsonl:1"),
     "split": ([{"prompt": "a", "answer": "1", "split": "dev"}], "split: got 'dev'"),
     "nothing to train": ([{"prompt": "a", "answer": "1", "split": "test"}], "no row to train on"),
     "one prompt": ([{"prompt": "a", "answer": "1"}], "expected at least 2"),

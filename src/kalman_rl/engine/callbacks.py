@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kalman_rl.engine.runs.run import Run
+from kalman_rl.engine.tasks import prompt_text
 from kalman_rl.hosts.trl import TokenBatch
 
 
@@ -202,7 +203,7 @@ class TraceTokens:
             "step": [step] * len(ids),
             "sequence": [row] * len(ids),
             "prompt_id": [str(batch.inputs["prompt_id"][row])] * len(ids),
-            "prompt": [str(batch.inputs["prompt"][row])] * len(ids),
+            "prompt": [prompt_text(batch.inputs["prompt"][row])] * len(ids),
             "completion": [self.tokenizer.decode(ids)] * len(ids),
             "position": keep.nonzero().flatten().tolist(),
             "token_id": ids,

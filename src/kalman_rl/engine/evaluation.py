@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from kalman_rl.engine.tasks import Prompt, score_replies
+from kalman_rl.engine.tasks.scoring import plain_prompt
+
 
 def evaluate(
     model: Any,
@@ -26,7 +29,7 @@ def evaluate(
     Args:
         model: a causal language model of transformers; its mode and torch's random state stay as they were.
         tokenizer: of the model.
-        rows: held-out rows with ``prompt`` and the columns that the reward reads.
+        rows: held-out rows of a task.
         reward: TRL's signature; a reply is correct when its reward is 1 (missing rewards count as 0).
         max_completion_tokens: longest reply, in tokens.
         temperature: > 0, of the sampled replies.
@@ -52,9 +55,7 @@ def evaluate(
                     max_completion_tokens=max_completion_tokens,
                     temperature=temperature if sampled else None,
                 )
-            columns = {key: [row.get(key) for row in batch] for key in batch[0]}
-            prompts = columns.pop("prompt")
-            scored = reward(prompts=prompts, completions=replies, **columns)
+            scored = score_replies(reward, batch, *replies)
             scores += [0.0 if score is None else float(score) for score in scored]
         result[f"eval/{kind}_accuracy"] = sum(score == 1.0 for score in scores) / max(len(scores), 1)
         result[f"eval/{kind}_reward"] = sum(scores) / max(len(scores), 1)
@@ -65,15 +66,14 @@ def evaluate(
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_completion_tokens: int,
     temperature: float | None,
-) -> list[str]:
-    """Replies to prompts as text, cut at the first stop token; ``temperature=None`` is greedy."""
-    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(
-        model.device
-    )
+) -> tuple[list[str], list[list[int]]]:
+    """Replies to prompts as texts and as tokens, cut at the first stop token; ``temperature=None`` is greedy."""
+    tokens = {"input_ids": prompt_tokens(tokenizer, prompts)}
+    encoded = tokenizer.pad(tokens, return_tensors="pt", padding_side="left").to(model.device)
     config = GenerationConfig(
         max_new_tokens=max_completion_tokens,
         do_sample=temperature is not None,
@@ -90,5 +90,25 @@ def generate(
         )
     finally:
         model.train(was_training)
-    replies = output[:, encoded["input_ids"].shape[1] :]
-    return [str(text) for text in tokenizer.batch_decode(replies, skip_special_tokens=True)]
+    replies = output[:, encoded["input_ids"].shape[1] :].tolist()
+    ends = set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+    cut = [reply[: _length(reply, ends)] for reply in replies]
+    return [str(text) for text in tokenizer.batch_decode(cut, skip_special_tokens=True)], cut
+
+
+def _length(reply: list[int], ends: set[int | None]) -> int:
+    """Tokens up to and with the first that ends a reply; what follows is padding."""
+    return next((place for place, token in enumerate(reply, start=1) if token in ends), len(reply))
+
+
+def prompt_tokens(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of prompts as TRL's trainer makes them: chats go through the model's template."""
+    if isinstance(prompts[0], str):
+        encoded = tokenizer(list(prompts))
+    else:
+        chats = [plain_prompt(prompt) for prompt in prompts]
+        encoded = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    tokens: list[list[int]] = encoded["input_ids"]
+    return tokens

@@ -38,7 +38,16 @@ from kalman_rl.engine.evaluation import evaluate
 from kalman_rl.engine.models.load import LoadedModel, load_model
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
-from kalman_rl.engine.tasks import Task, guard_reward, load_reward, load_task, rows, with_noise
+from kalman_rl.engine.tasks import (
+    Task,
+    by_row,
+    guard_reward,
+    load_reward,
+    load_task,
+    rows,
+    trainer_rows,
+    with_noise,
+)
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
 from kalman_rl.kernels.memory import keep_freed_memory
@@ -271,9 +280,9 @@ def build_trainer(
         )
     trainer = KalmanGRPOTrainer(
         model=loaded.model,
-        reward_funcs=with_noise(guard_reward(task.reward), config.reward_noise),
+        reward_funcs=with_noise(by_row(guard_reward(task.reward), task.train), config.reward_noise),
         args=args,
-        train_dataset=Dataset.from_list(task.train),
+        train_dataset=Dataset.from_list(trainer_rows(task.train)),
         processing_class=loaded.tokenizer,
         peft_config=peft_config,
         method=method,

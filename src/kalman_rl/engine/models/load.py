@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 
-from kalman_rl.engine.models.tiny import check_spelling, recipe_code, warm_start_steps, warm_started
+from kalman_rl.engine.models.tiny import (
+    check_spelling,
+    check_template,
+    recipe_code,
+    warm_start_steps,
+    warm_started,
+)
 from kalman_rl.engine.runs.files import replacing
 from kalman_rl.engine.tasks.task import Task
 from kalman_rl.errors import AdapterError, ConfigError, RunError, one_line, unknown_name
@@ -75,8 +81,8 @@ def load_model(
         progress: called with one line of text before anything slow.
 
     Raises:
-        ConfigError: unknown name or dtype, a directory without safe weights, or a task the tiny model cannot
-            spell.
+        ConfigError: unknown name or dtype, a directory without safe weights, a task the tiny model cannot
+            spell, or chats for a model without a template.
         AdapterError: the package or the hub model is not available.
         RunError: the cache cannot be written or read.
     """
@@ -95,6 +101,8 @@ def load_model(
         raise ConfigError(
             f"{unknown_name('model', name, EMBEDDED)}; or give a directory or a hub id owner/name"
         )
+    if task is not None:
+        check_template(tokenizer, task, name)
     stop_token_ids = _end_replies(model, tokenizer, task)
     return LoadedModel(model.eval(), tokenizer, path, chosen, stop_token_ids, notes)
 

@@ -72,6 +72,7 @@ def warm_started(task: Task, seed: int) -> tuple[Any, Any]:
 
 def check_spelling(task: Task) -> None:
     """Raises ConfigError when the tiny model cannot spell the task or has nothing to learn from it."""
+    check_template(None, task, "tiny")
     texts = (row["prompt"] + task.target(row) for row in [*task.train, *task.test])
     foreign = sorted(set().union(*texts) - set(CHARACTERS))
     if foreign:
@@ -84,6 +85,15 @@ def check_spelling(task: Task) -> None:
         raise ConfigError(
             f"model: task {task.name!r} has rows without an answer, expected one in every row for 'tiny' to "
             "learn from; choose another model, e.g. smollm2"
+        )
+
+
+def check_template(tokenizer: Any, task: Task, name: str) -> None:
+    """Raises ConfigError when the task's prompts are chats and the model has no template for them."""
+    if isinstance(task.train[0]["prompt"], list) and getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(
+            f"model: got {name!r}, which has no chat template, expected one because the prompts of {task.name!r} are "
+            "lists of messages; choose a chat model, or write the prompts as texts"
         )
 
 

@@ -2,18 +2,24 @@
 
 from kalman_rl.engine.tasks.rewards import from_verl, guard_reward, load_reward, with_noise
 from kalman_rl.engine.tasks.rows import rows
+from kalman_rl.engine.tasks.scoring import by_row, score_replies, trainer_rows
 from kalman_rl.engine.tasks.table import TASKS, load_task
-from kalman_rl.engine.tasks.task import Reward, Row, Task
+from kalman_rl.engine.tasks.task import Prompt, Reward, Row, Task, prompt_text
 
 __all__ = [
     "TASKS",
+    "Prompt",
     "Reward",
     "Row",
     "Task",
+    "by_row",
     "from_verl",
     "guard_reward",
     "load_reward",
     "load_task",
+    "prompt_text",
     "rows",
+    "score_replies",
+    "trainer_rows",
     "with_noise",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from kalman_rl.engine.tasks.scoring import reply_text
 from kalman_rl.engine.tasks.task import Reward
 from kalman_rl.errors import ConfigError, RewardError
 from kalman_rl.registry import imported
@@ -37,13 +38,13 @@ def from_verl(compute_score: Callable[..., Any]) -> Reward:
     """
 
     @wraps(compute_score)
-    def reward(completions: list[str], **columns: Any) -> list[Any]:
+    def reward(completions: list[Any], **columns: Any) -> list[Any]:
         empty = [None] * len(completions)
         nested = [model["ground_truth"] for model in columns.get("reward_model", [])]
         truth = columns.get("ground_truth") or nested or columns.get("answer", empty)
         rows = zip(
             columns.get("data_source", empty),
-            completions,
+            map(reply_text, completions),
             truth,
             columns.get("extra_info", empty),
             strict=True,

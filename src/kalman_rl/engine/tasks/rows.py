@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.engine.tasks.task import Reward, Row, Task, first_line, make_prompt_id
+from kalman_rl.engine.tasks.scoring import reply_text
+from kalman_rl.engine.tasks.task import Prompt, Reward, Row, Task, first_line, make_prompt_id, prompt_text
 from kalman_rl.errors import ConfigError
 
 # Names under which TRL passes its own arguments to a reward function; a column of that name would collide.
@@ -34,7 +35,8 @@ def rows(
     """Task made of the rows of a ``.jsonl`` or ``.parquet`` file.
 
     Args:
-        path: file with a ``prompt`` column of texts; optional columns are ``answer``, ``prompt_id`` (else a
+        path: file with a ``prompt`` column of texts, or of chats (lists of messages with ``role`` and
+            ``content``, as in TRL's and verl's own files); optional columns are ``answer``, ``prompt_id`` (else a
             hash of the row's content) and ``split`` ("train" or "test"). All other columns are passed to the
             reward.
         reward: TRL-style reward function; when None a reply earns 1 if its first line, stripped, equals the
@@ -60,6 +62,7 @@ def rows(
     _check_columns(columns, file, needs_answer=reward is None)
     name = file.stem
     cleaned = [(where, _clean(name, where, row, columns, reward is None)) for where, row in located]
+    _check_one_kind(cleaned)
     merged, notes = _merge(cleaned)
     train, test, more = _by_column(merged) if "split" in columns else _by_share(merged, test_share, file)
     if not train:
@@ -75,14 +78,15 @@ def rows(
     )
 
 
-def first_line_reward(completions: list[str], answer: list[str], **columns: Any) -> list[float | None]:
+def first_line_reward(completions: list[Any], answer: list[str], **columns: Any) -> list[float | None]:
     """Reward 1 when the first line of the reply, stripped, equals the stripped answer, else 0.
 
     >>> first_line_reward([" 45\\n", "54"], answer=["45", "45"])
     [1.0, 0.0]
     """
     return [
-        float(first_line(reply) == right.strip()) for reply, right in zip(completions, answer, strict=True)
+        float(first_line(reply_text(reply)) == right.strip())
+        for reply, right in zip(completions, answer, strict=True)
     ]
 
 
@@ -100,7 +104,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Row]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
             raise ConfigError(
                 f"rows: got invalid JSON ({error}), expected one object per line; {where}"
             ) from error
@@ -169,13 +173,13 @@ def _check_columns(columns: list[str], file: Path, *, needs_answer: bool) -> Non
 def _clean(name: str, where: str, row: Row, columns: list[str], needs_answer: bool) -> Row:
     """One row with every column, a checked prompt and answer, and a prompt_id."""
     row = {column: row.get(column) for column in columns}
-    prompt = row["prompt"]
-    if not isinstance(prompt, str) or not prompt:
-        raise ConfigError(f"prompt: got {prompt!r}, expected a text that is not empty; {where}")
+    _check_prompt(row["prompt"], where)
+    _check_spelling(row, where)
     answer = row.setdefault("answer", "")
     if needs_answer:
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise ConfigError(f"answer: got {answer!r}, expected a text or a number; {where}")
+        if isinstance(answer, bool) or not isinstance(answer, str | int):
+            why = "; a reply is compared with its text: write '3.0' or 3" if isinstance(answer, float) else ""
+            raise ConfigError(f"answer: got {answer!r}, expected a text or a whole number{why}; {where}")
         row["answer"] = str(answer)
         if "\n" in row["answer"].strip() or not row["answer"].strip():
             raise ConfigError(
@@ -184,11 +188,45 @@ def _clean(name: str, where: str, row: Row, columns: list[str], needs_answer: bo
             )
     content = {key: value for key, value in row.items() if key not in ("split", "prompt_id")}
     given = row.get("prompt_id")
-    row["prompt_id"] = make_prompt_id(name, _spell(content)) if given is None else str(given)
+    row["prompt_id"] = make_prompt_id(name, _spell(content)) if given is None else given
     return row
 
 
-def _spell(content: Row) -> str:
+def _check_prompt(prompt: Any, where: str) -> None:
+    """A text, or a chat of messages that have a role and a content, both texts."""
+    expected = 'expected a text that is not empty, or a list of {"role": TEXT, "content": TEXT}'
+    if not prompt or not isinstance(prompt, str | list):
+        raise ConfigError(f"prompt: got {prompt!r}, {expected}; {where}")
+    for message in prompt if isinstance(prompt, list) else ():
+        given = message if isinstance(message, dict) else {}
+        parts = {name: part for name, part in given.items() if part is not None}  # None: a table filled it in
+        if parts.keys() != {"role", "content"} or not all(isinstance(part, str) for part in parts.values()):
+            raise ConfigError(f"prompt: got the message {message!r:.200}, {expected}; {where}")
+
+
+def _check_spelling(row: Row, where: str) -> None:
+    for name, value in row.items():
+        try:
+            _spell(value).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{name}: got half of a character ({error.object[error.start]!a}, a surrogate on its own), expected "
+                f"text that UTF-8 can hold; {where}; write the character whole"
+            ) from None
+
+
+def _check_one_kind(located: list[tuple[str, Row]]) -> None:
+    first_where, first = located[0]
+    for where, row in located:
+        if isinstance(row["prompt"], str) is not isinstance(first["prompt"], str):
+            kinds = [("a list", "a text")[isinstance(one["prompt"], str)] for one in (row, first)]
+            raise ConfigError(
+                f"prompt: got {kinds[0]} at {where} and {kinds[1]} at {first_where}, expected one kind in a file: "
+                "texts, or lists of messages"
+            )
+
+
+def _spell(content: Any) -> str:
     return json.dumps(content, sort_keys=True, ensure_ascii=False, default=repr)
 
 
@@ -196,11 +234,13 @@ def _merge(located: list[tuple[str, Row]]) -> tuple[list[Row], list[str]]:
     """Drops exact repetitions; two different rows under one prompt_id are an error."""
     kept: dict[str, tuple[str, Row]] = {}
     for where, row in located:
-        first_where, first = kept.setdefault(row["prompt_id"], (where, row))
-        if _spell(first) != _spell(row):
+        first_where, first = kept.setdefault(str(row["prompt_id"]), (where, row))
+        differ = [column for column in row if _spell(first[column]) != _spell(row[column])]
+        if differ:
             raise ConfigError(
-                f"prompt_id: got {row['prompt_id']!r} for two different rows, expected one row per "
-                f"prompt_id; {where} and {first_where}; make the ids unique, or leave the column out"
+                f"prompt_id: got {str(row['prompt_id'])!r} for two different rows, expected one row per prompt_id; "
+                f"{where} and {first_where} differ in {', '.join(differ)}; make the ids unique, or leave the "
+                "column out"
             )
     dropped = len(located) - len(kept)
     return [row for _, row in kept.values()], [f"{dropped} repeated rows were dropped"] if dropped else []
@@ -212,11 +252,11 @@ def _by_column(merged: list[Row]) -> tuple[list[Row], list[Row], list[str]]:
         split = row.pop("split")
         if split not in SPLITS:
             raise ConfigError(
-                f"split: got {split!r}, expected 'train' or 'test'; prompt {row['prompt'][:60]!r}"
+                f"split: got {split!r}, expected 'train' or 'test'; prompt {prompt_text(row['prompt'])[:60]!r}"
             )
         sides[SPLITS[split]].append(row)
-    seen = {row["prompt"] for row in sides["test"]}
-    train = [row for row in sides["train"] if row["prompt"] not in seen]
+    seen = {_key(row["prompt"]) for row in sides["test"]}
+    train = [row for row in sides["train"] if _key(row["prompt"]) not in seen]
     leaked = len(sides["train"]) - len(train)
     notes = [f"{leaked} training rows were dropped: their prompt is also in the test split"] if leaked else []
     return (
@@ -227,7 +267,9 @@ def _by_column(merged: list[Row]) -> tuple[list[Row], list[Row], list[str]]:
 
 
 def _by_share(merged: list[Row], share: float, file: Path) -> tuple[list[Row], list[Row], list[str]]:
-    prompts = sorted({row["prompt"] for row in merged}, key=lambda prompt: make_prompt_id("held out", prompt))
+    prompts = sorted(
+        {_key(row["prompt"]) for row in merged}, key=lambda prompt: make_prompt_id("held out", prompt)
+    )
     count = max(1, round(share * len(prompts))) if share else 0
     if count >= len(prompts):
         raise ConfigError(
@@ -235,6 +277,10 @@ def _by_share(merged: list[Row], share: float, file: Path) -> tuple[list[Row], l
             f"{file}; add rows, or set test_share to 0"
         )
     kept = set(prompts[:count])
-    train = [row for row in merged if row["prompt"] not in kept]
-    test = [row for row in merged if row["prompt"] in kept]
+    train = [row for row in merged if _key(row["prompt"]) not in kept]
+    test = [row for row in merged if _key(row["prompt"]) in kept]
     return train, test, [] if test else ["no test rows: there is nothing to evaluate on"]
+
+
+def _key(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else _spell(prompt)

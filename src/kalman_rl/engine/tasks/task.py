@@ -11,6 +11,7 @@ from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError
 
 Row = dict[str, Any]
+Prompt = str | list[dict[str, Any]]
 Reward = Callable[..., list[float | None]]
 
 
@@ -20,9 +21,9 @@ class Task:
 
     Args:
         name: short name, used in labels, metrics and cache directories.
-        train: rows to sample replies for; each has at least ``prompt`` (str), ``prompt_id`` (str, a hash of
-            task and question, so it survives shuffling and resuming) and ``answer`` (str), and every other
-            column the reward reads.
+        train: rows to sample replies for; each has at least ``prompt`` (a text, or a chat: messages with
+            ``role`` and ``content``), ``prompt_id`` (a hash of task and question, so it survives shuffling
+            and resuming, or the user's own) and ``answer`` (str), and every other column the reward reads.
         test: rows of the same form; no question of ``train`` occurs here.
         reward: TRL's signature, ``reward(completions, **columns) -> list[float | None]``; every column is a
             list as long as ``completions``; ``None`` is a missing observation, which is not zero.
@@ -66,6 +67,17 @@ def make_prompt_id(task: str, question: str) -> str:
     True
     """
     return _digest(f"{task}\0{question}").hex()[:16]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as a person reads it; a chat has one message per line.
+
+    >>> prompt_text([{"role": "user", "content": "2 * 3?"}])
+    'user: 2 * 3?'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def held_out(key: str, share: float) -> bool:

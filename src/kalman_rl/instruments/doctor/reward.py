@@ -58,7 +58,7 @@ def dry_run(plan: Plan) -> Iterator[Finding]:
                 "reward", "warning", f"{plan.reward} needs rows to be tried on", "add --data or --task"
             )
         return
-    from kalman_rl.engine.tasks import guard_reward
+    from kalman_rl.engine.tasks import guard_reward, prompt_text
 
     try:
         task = _task(plan)
@@ -81,7 +81,9 @@ def dry_run(plan: Plan) -> Iterator[Finding]:
         return
     seconds = (time.perf_counter() - start) / (2 * len(rows))
     for row, reply, score, nothing in zip(rows, replies, right, empty):
-        found = f"{_show(row['prompt'])} reply {_show(reply)} -> {score}; empty reply -> {nothing}"
+        found = (
+            f"{_show(prompt_text(row['prompt']))} reply {_show(reply)} -> {score}; empty reply -> {nothing}"
+        )
         missing = None in (score, nothing)
         yield Finding("reward", "warning" if missing else "ok", found, EXPLANATION if missing else "")
     yield from _judge(right, empty, known)
@@ -118,17 +120,11 @@ def _task(plan: Plan) -> Any:
 
 
 def _scores(reward: Any, rows: list[dict[str, Any]], replies: list[str]) -> list[float | None]:
-    """Called with what TRL's trainer passes."""
-    columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
-    columns |= {"prompts": [row["prompt"] for row in rows], "completion_ids": [[] for _ in rows]}
-    scores: list[float | None] = reward(
-        replies, **columns, trainer_state=None, log_extra=_ignore, log_metric=_ignore
-    )
+    """Called as in training."""
+    from kalman_rl.engine.tasks import score_replies
+
+    scores: list[float | None] = score_replies(reward, rows, replies, [[] for _ in rows])
     return scores
-
-
-def _ignore(*anything: Any) -> None:
-    """Stands in for TRL's logging functions."""
 
 
 def _place(error: BaseException | None) -> str:

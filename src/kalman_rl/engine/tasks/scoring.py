@@ -1,0 +1,94 @@
+"""How replies are scored: the reward sees the row of the file, in training, evaluation and the doctor alike.
+
+Tables unify what they hold (a key that one row lacks is filled with None, 7 becomes 7.0), so only the prompt and its
+id travel through the trainer's dataset, and the row is looked up when its replies are scored.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+from kalman_rl.engine.tasks.task import Prompt, Row
+
+
+def trainer_rows(rows: Sequence[Row]) -> list[Row]:
+    """What a trainer's dataset holds of each row: the prompt, and the id by which :func:`by_row` finds the rest.
+
+    >>> trainer_rows([{"prompt": "2 * 3 =", "prompt_id": 7, "answer": {"value": 6}}])
+    [{'prompt': '2 * 3 =', 'prompt_id': '7'}]
+    """
+    return [{"prompt": plain_prompt(row["prompt"]), "prompt_id": str(row["prompt_id"])} for row in rows]
+
+
+def plain_prompt(prompt: Prompt) -> Prompt:
+    """A prompt without what a table filled in: the messages of a chat have a role and a content."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+
+
+def by_row(reward: Callable[..., Any], rows: Sequence[Row]) -> Callable[..., Any]:
+    """The reward for a trainer whose dataset is :func:`trainer_rows` of the same rows."""
+    found = {str(row["prompt_id"]): row for row in rows}
+
+    @wraps(reward, assigned=("__name__", "__doc__"), updated=())
+    def scored(completions: list[Any], prompt_id: list[str], **trainer: Any) -> Any:
+        trainer.pop("prompts", None)
+        return call_reward(reward, [found[name] for name in prompt_id], completions, **trainer)
+
+    return scored
+
+
+def score_replies(
+    reward: Callable[..., Any],
+    rows: Sequence[Row],
+    replies: Sequence[str],
+    completion_ids: Sequence[list[int]],
+) -> Any:
+    """Rewards of replies outside of a trainer, called with all that a trainer passes.
+
+    Args:
+        reward: TRL's signature.
+        rows: of the task, one per reply.
+        replies: texts; to a chat the reward gets each as a message of the assistant, as in training.
+        completion_ids: tokens of the replies.
+    """
+    completions = [
+        reply if isinstance(row["prompt"], str) else [{"role": "assistant", "content": reply}]
+        for row, reply in zip(rows, replies, strict=True)
+    ]
+    return call_reward(
+        reward,
+        rows,
+        completions,
+        completion_ids=list(completion_ids),
+        trainer_state=None,
+        log_extra=_ignore,
+        log_metric=_ignore,
+    )
+
+
+def call_reward(
+    reward: Callable[..., Any], rows: Sequence[Row], completions: Sequence[Any], **trainer: Any
+) -> Any:
+    """The reward of completions of rows. Each gets a row of its own: what a reward changes in it, it alone sees."""
+    fresh = [copy.deepcopy(row) for row in rows]
+    columns = {name: [row[name] for row in fresh] for name in fresh[0] if name != "prompt"}
+    prompts = [row["prompt"] for row in fresh]
+    return reward(prompts=prompts, completions=list(completions), **columns, **trainer)
+
+
+def reply_text(completion: Any) -> str:
+    """Text of a completion as a reward gets it: the text itself, or the last message of a chat.
+
+    >>> reply_text("42"), reply_text([{"role": "assistant", "content": "42"}])
+    ('42', '42')
+    """
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def _ignore(*anything: Any) -> None:
+    """Stands in for the trainer's logging functions."""
