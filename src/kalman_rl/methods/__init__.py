@@ -1,7 +1,7 @@
 """The published methods, each a composition: advantage x ratio x trust x aggregate.
 
 Read this folder first: ``by_advantage``, ``by_ratio``, ``by_filter`` and ``by_trust`` hold one short
-function a method, sorted by what the method changes. ``METHODS`` is what the command line, the
+function a method, and nothing else, sorted by what the method changes. ``METHODS`` is what the command line, the
 trainers and every invariance test go through. Equations, use and citations are in ``cards.toml``, shown by
 the command ``kalman-rl methods NAME``.
 """
@@ -9,56 +9,18 @@ the command ``kalman-rl methods NAME``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from kalman_rl.methods import by_advantage, by_filter, by_ratio, by_trust
 from kalman_rl.methods.aliases import translated
 from kalman_rl.objectives.loss import Method
 from kalman_rl.registry import Registry
 
-_TABLE = {
-    build.__name__: build
-    for build in (
-        by_advantage.reinforce,
-        by_advantage.rloo,
-        by_advantage.grpo,
-        by_advantage.dr_grpo,
-        by_advantage.dapo,
-        by_advantage.opo,
-        by_advantage.otb,
-        by_advantage.gpg,
-        by_advantage.gpg_published,
-        by_advantage.krpo,
-        by_advantage.krpo_invariant,
-        by_advantage.k_score,
-        by_advantage.batch_mean,
-        by_advantage.james_stein,
-        by_advantage.spo,
-        by_advantage.k_grpo,
-        by_ratio.gspo,
-        by_ratio.gspo_token,
-        by_ratio.luspo,
-        by_ratio.minpro,
-        by_ratio.minpro_clipped,
-        by_ratio.ratio_one,
-        by_filter.kpo,
-        by_filter.kpo_unclipped,
-        by_filter.kpo_diffuse,
-        by_filter.kpo_auto,
-        by_filter.kpo_noise,
-        by_filter.kpo_robust,
-        by_trust.cispo,
-        by_trust.gmpo,
-        by_trust.sapo,
-        by_trust.vespo,
-        by_trust.dro,
-        by_trust.dppo_tv,
-        by_trust.dppo_kl,
-        by_trust.dppo_topk_tv,
-        by_trust.dppo_topk_kl,
-        by_trust.bapo,
-        by_trust.bapo_published,
-        by_trust.capo,
-    )
+_TABLE: dict[str, Callable[..., Method]] = {
+    name: build
+    for module in (by_advantage, by_ratio, by_filter, by_trust)
+    for name, build in vars(module).items()
+    if getattr(build, "__module__", None) == module.__name__ and not name.startswith("_")
 }
 
 METHODS: Registry[Method] = Registry("method", _TABLE, "kalman_rl.methods", Method)
