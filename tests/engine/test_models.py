@@ -130,11 +130,11 @@ def test_tiny_is_reproducible_and_cached(
 
 def test_cache_key_follows_the_recipe(sort12: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     few, more = (load_task("products", train_size=size) for size in (10, 20))
-    codes = [tiny.recipe_code(task) for task in (sort12, few, more)]
+    codes = [tiny.cache_key(task) for task in (sort12, few, more)]
     assert len(set(codes)) == 3
-    assert tiny.recipe_code(load_task("sort12", seed=5)) == codes[0]  # fresh rows: the warm start is the same
+    assert tiny.cache_key(load_task("sort12", seed=5)) == codes[0]  # fresh rows: the warm start is the same
     monkeypatch.setattr(tiny, "BATCH", 64)
-    assert tiny.recipe_code(sort12) != codes[0]
+    assert tiny.cache_key(sort12) != codes[0]
 
 
 def test_tiny_refuses_what_it_cannot_spell(sort12: Task, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from kalman_rl.kernels import jit
 from kalman_rl.kernels.loss import dispatch as fast
 from kalman_rl.methods import METHODS
 from kalman_rl.objectives import aggregate, ratio, trust
-from kalman_rl.objectives import fused as fusion
+from kalman_rl.objectives import fused as fusing
 from kalman_rl.objectives.aggregate import SequenceSum, sequence_mean, token_mean, totals_of
 from kalman_rl.objectives.correction import Truncated
 from kalman_rl.objectives.loss import Loss, policy_loss
@@ -99,7 +99,7 @@ def test_on_and_off_are_equal_for_every_method(name: str, seed: int, shape: tupl
 
 
 def test_every_method_is_sorted() -> None:
-    fused = {n for n, m in TABLE.items() if fusion.recipe_of(m.ratio, m.trust, m.aggregate) is not None}
+    fused = {n for n, m in TABLE.items() if fusing.plan_of(m.ratio, m.trust, m.aggregate) is not None}
     assert fused == set(METHODS) - COMPOSED
 
 

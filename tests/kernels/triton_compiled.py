@@ -19,21 +19,21 @@ from triton.compiler import ASTSource
 from kalman_rl.kernels.filter import cuda_kernels as filters
 from kalman_rl.kernels.filter.cuda import BLOCK, WARPS
 from kalman_rl.kernels.loss import cuda as fused
-from kalman_rl.kernels.loss import plan as recipe
+from kalman_rl.kernels.loss import plan
 
 FLOATS = ("z", "logp", "old", "advantage", "constants", "table", "limits", "whole", "variance", "mean", "maps", "g",
           "out", "gains", "carried", "log_ratio", "log_weight", "coefficient", "gradient", "statistics")  # fmt: skip
 INTEGERS = ("first", "count", "starts", "bad")
 ROW = {"SPLIT": 0, "FLAGS": False, "BLOCK": BLOCK}
-LOSS = {"TRUST": recipe.CLIP, "SHARED": True, "BLOCK": BLOCK}
+LOSS = {"TRUST": plan.CLIP, "SHARED": True, "BLOCK": BLOCK}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "means, table": (filters.means_kernel, ROW | {"HOLES": False, "STORE": False}),
     "means, holes": (filters.means_kernel, ROW | {"HOLES": True, "STORE": True}),
     "adjoint, table": (filters.adjoint_kernel, ROW | {"HOLES": False}),
     "adjoint, holes": (filters.adjoint_kernel, ROW | {"HOLES": True}),
-    "fused, table": (fused.fused_kernel, LOSS | {"RATIO": recipe.FILTERED, "HOLES": False}),
-    "fused, holes": (fused.fused_kernel, LOSS | {"RATIO": recipe.FILTERED, "HOLES": True}),
-    "fused, token": (fused.fused_kernel, LOSS | {"RATIO": recipe.TOKEN, "HOLES": False}),
+    "fused, table": (fused.fused_kernel, LOSS | {"RATIO": plan.FILTERED, "HOLES": False}),
+    "fused, holes": (fused.fused_kernel, LOSS | {"RATIO": plan.FILTERED, "HOLES": True}),
+    "fused, token": (fused.fused_kernel, LOSS | {"RATIO": plan.TOKEN, "HOLES": False}),
 }
 
 

@@ -27,7 +27,7 @@ from kalman_rl.kernels.loss.dispatch import run as run_fused
 from kalman_rl.kernels.loss.plan import METRICS
 from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals, totals_of
-from kalman_rl.objectives.fused import recipe_of
+from kalman_rl.objectives.fused import plan_of
 from kalman_rl.objectives.inputs import PARTS, inputs_of, required
 from kalman_rl.objectives.protocol import Learns
 from kalman_rl.objectives.ratio.transforms import Ratio
@@ -119,7 +119,7 @@ def policy_loss(
         advantage: (B,) or (B, T), if it was computed before (on the whole groups, for example).
         totals: counts of the whole optimizer step when this batch is a part of it; default: this batch.
         fused: False always takes the parts one after another, which is the definition. True and the default
-            take one compiled pass where :func:`kalman_rl.objectives.fused.recipe_of` knows the method; the default
+            take one compiled pass where :func:`kalman_rl.objectives.fused.plan_of` knows the method; the default
             also asks the environment (``KALMAN_RL_FUSED=0`` switches it off).
 
     Returns:
@@ -197,10 +197,10 @@ def _fused(
 ) -> Loss | None:
     """The same numbers from one pass, or None where the method, the types or a bad number do not allow it."""
     logp, mask = current.logp, rollouts.mask
-    recipe = recipe_of(method.ratio, method.trust, method.aggregate) if method.correction is None else None
-    if recipe is None or logp.shape != mask.shape or advantage.shape not in (mask.shape[:1], mask.shape):
+    plan = plan_of(method.ratio, method.trust, method.aggregate) if method.correction is None else None
+    if plan is None or logp.shape != mask.shape or advantage.shape not in (mask.shape[:1], mask.shape):
         return None
-    result = run_fused(recipe, logp, rollouts.logp_old, mask, advantage, rollouts.segment, totals)
+    result = run_fused(plan, logp, rollouts.logp_old, mask, advantage, rollouts.segment, totals)
     if result is None:
         return None
     metrics = dict(zip(METRICS, result.metrics.unbind(), strict=True))

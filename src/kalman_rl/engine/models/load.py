@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from kalman_rl.engine.models.tiny import (
+    cache_key,
     check_spelling,
     check_template,
-    recipe_code,
     warm_start_steps,
     warm_started,
 )
@@ -211,7 +211,7 @@ def _tiny(cache: Path, task: Task | None, seed: int, progress: Progress) -> Path
             "task: got None, expected a task; the tiny model is first taught the task's form; choose one"
         )
     check_spelling(task)
-    target = cache / f"tiny-{task.name}-{seed}-{recipe_code(task)}"
+    target = cache / f"tiny-{task.name}-{seed}-{cache_key(task)}"
     if _complete(target):
         return target
     progress(f"warm-starting the tiny model on {task.name}, once ({warm_start_steps(task)} supervised steps)")

@@ -97,13 +97,13 @@ def check_template(tokenizer: Any, task: Task, name: str) -> None:
         )
 
 
-def recipe_code(task: Task) -> str:
+def cache_key(task: Task) -> str:
     """Hash of all that decides the warm-started weights beside task name and seed; part of the cache path."""
     numbers = [SHAPE, warm_start_steps(task), BATCH, PEAK_LEARNING_RATE, WARM_UP_STEPS]
-    recipe: list[Any] = [*numbers, CHARACTERS, task.lead, task.stop]
+    parts: list[Any] = [*numbers, CHARACTERS, task.lead, task.stop]
     if task.fresh is None:
-        recipe.append(sorted(row["prompt"] + task.target(row) for row in task.train))
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+        parts.append(sorted(row["prompt"] + task.target(row) for row in task.train))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _model(tokenizer: Any) -> Any:

@@ -1,7 +1,10 @@
 """The scalar filter of :mod:`kalman_rl.numerics.kalman` for CPU tensors, compiled.
 
+This module is the one way to the vector kernels of the folder. They exist because one row waits for its last addition
+at every token, eight rows side by side fill that time, and numba packs neighbouring scalars only by luck.
+
 Each function returns None for input that it does not take, wrong input included: the caller then computes in
-torch, which says what is wrong. States are float64 whatever the type of the observations.
+torch, which reports what is wrong. States are float64 whatever the type of the observations.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ class Model(NamedTuple):
     initial_variance: float
 
 
-class Runs(NamedTuple):
+class Segments(NamedTuple):
     """Where what is observed: flat arrays for the loops."""
 
     mask: Any  # uint8
-    place: Any  # five numbers a run
+    place: Any  # five numbers a segment
     order: Any
-    clean: int  # runs without holes, first in order
+    clean: int  # segments without holes, first in order
     total: int
     length: int
 
@@ -52,29 +55,29 @@ def means(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> Tenso
 
 def _means(
     z: Tensor, mask: Tensor, segment: Tensor | None, model: Model
-) -> tuple[Tensor | None, Runs | None]:
+) -> tuple[Tensor | None, Segments | None]:
     if not _fits(z, mask, segment, model):
         return None, None
     z = z.detach().contiguous()
     out = empty_like(z)  # before small blocks could take a piece of its place
-    runs = find_runs(mask, segment)
+    segments = find_segments(mask, segment)
     flat, result = z.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance
     good, start, loops = True, 0, module("filter.cpu_loops")
-    place, order, total = runs.place, runs.order, runs.total
+    place, order, total = segments.place, segments.order, segments.total
     if noises is not None:
         q, r = noises
-        if runs.clean:
+        if segments.clean:
             kernel = compiled(loops.means_by_table)
-            table = gains(q, r, p0, runs.length)
-            good = kernel(flat, table, m0, place, order, 0, runs.clean, *scratch(), result)
-        start = runs.clean
+            table = gains(q, r, p0, segments.length)
+            good = kernel(flat, table, m0, place, order, 0, segments.clean, *scratch(), result)
+        start = segments.clean
         if start < total and q / r <= RATIO_LIMIT:
             kernel = compiled(loops.means_with_holes)
             variances, no_gains = (q / r, p0 / r), result[:0]
             good &= kernel(
-                flat, runs.mask, *variances, m0, place, order, start, total, *scratch(), result, no_gains
+                flat, segments.mask, *variances, m0, place, order, start, total, *scratch(), result, no_gains
             )
             start = total
     if start < total:
@@ -82,34 +85,41 @@ def _means(
         if arrays is None:
             return None, None
         kernel = compiled(loops.means_in_general)
-        prior = runs.length, m0, p0
-        good &= kernel(flat, runs.mask, *arrays, *prior, place, order, start, total, *scratch(), result)
-    return (out, runs) if good else (None, None)
+        prior = segments.length, m0, p0
+        good &= kernel(flat, segments.mask, *arrays, *prior, place, order, start, total, *scratch(), result)
+    return (out, segments) if good else (None, None)
 
 
 def gradients(
-    gradient: Tensor, mask: Tensor, segment: Tensor | None, *given: Any, runs: Runs | None = None
+    gradient: Tensor, mask: Tensor, segment: Tensor | None, *given: Any, segments: Segments | None = None
 ) -> Tensor:
     """The transpose of :func:`means` for input that it takes: gradient of the observations (B, T)."""
     model = Model(*given)
     gradient = gradient.detach().contiguous()
     out = empty_like(gradient)
-    runs = runs or find_runs(mask, segment)
+    segments = segments or find_segments(mask, segment)
     flat, result = gradient.numpy().reshape(-1), out.numpy().reshape(-1)
     noises = _numbers(model)
     start, loops, p0 = 0, module("filter.cpu_gradients"), model.initial_variance
-    place, order, total = runs.place, runs.order, runs.total
-    if noises is not None and runs.clean:
-        start, table = runs.clean, gains(*noises, p0, runs.length)
+    place, order, total = segments.place, segments.order, segments.total
+    if noises is not None and segments.clean:
+        start, table = segments.clean, gains(*noises, p0, segments.length)
         compiled(loops.gradients_by_table)(flat, table, place, order, 0, start, *scratch(), result)
     if start == total:
         return out
-    rest = place, order, start, total, *scratch(), torch.empty(8 * runs.length, dtype=torch.float64).numpy()
+    rest = (
+        place,
+        order,
+        start,
+        total,
+        *scratch(),
+        torch.empty(8 * segments.length, dtype=torch.float64).numpy(),
+    )
     if noises is not None and noises[0] / noises[1] <= RATIO_LIMIT:
         q, r = noises
-        compiled(loops.gradients_with_holes)(flat, runs.mask, q / r, p0 / r, *rest, result)
+        compiled(loops.gradients_with_holes)(flat, segments.mask, q / r, p0 / r, *rest, result)
     elif (arrays := _arrays(model, gradient)) is not None:
-        compiled(loops.gradients_in_general)(flat, runs.mask, *arrays, runs.length, p0, *rest, result)
+        compiled(loops.gradients_in_general)(flat, segments.mask, *arrays, segments.length, p0, *rest, result)
     return out
 
 
@@ -120,22 +130,22 @@ def fields(z: Tensor, mask: Tensor, segment: Tensor | None, *given: Any) -> tupl
         return None
     z = z.detach().contiguous()
     out = tuple(empty_like(z) for _ in range(6))
-    runs = find_runs(mask, segment)
+    segments = find_segments(mask, segment)
     flat, results = z.numpy().reshape(-1), tuple(field.numpy().reshape(-1) for field in out)
     noises = _numbers(model)
     m0, p0 = model.initial_mean, model.initial_variance
     good, start = True, 0
-    if noises is not None and runs.clean:
-        table = _table_of_fields(*noises, p0, 1 << (runs.length - 1).bit_length())
-        start = runs.clean
+    if noises is not None and segments.clean:
+        table = _table_of_fields(*noises, p0, 1 << (segments.length - 1).bit_length())
+        start = segments.clean
         kernel = compiled(field_loops.fields_by_table)
-        good = kernel(flat, table, noises[1], m0, p0, runs.place, runs.order, 0, start, *results)
-    if start < runs.total:
+        good = kernel(flat, table, noises[1], m0, p0, segments.place, segments.order, 0, start, *results)
+    if start < segments.total:
         arrays = _arrays(model, z)
         if arrays is None:
             return None
-        args = (runs.length, m0, p0, runs.place, runs.order, start, runs.total, *results)
-        good &= compiled(field_loops.fields_in_general)(flat, runs.mask, *arrays, *args)
+        args = (segments.length, m0, p0, segments.place, segments.order, start, segments.total, *results)
+        good &= compiled(field_loops.fields_in_general)(flat, segments.mask, *arrays, *args)
     return out if good else None
 
 
@@ -153,7 +163,7 @@ class Means(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, mask: Tensor, segment: Tensor | None, model: Model) -> Any:
         _remember(ctx, mask, segment, model)
-        out, ctx.runs = _means(z, mask, segment, model)
+        out, ctx.segments = _means(z, mask, segment, model)
         return out
 
     @staticmethod
@@ -161,7 +171,7 @@ class Means(torch.autograd.Function):
         (mask, *_), (segment, model) = ctx.saved_tensors, ctx.rest
         if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
             return Gradients.apply(gradient[0], mask, segment, model), None, None, None
-        return gradients(gradient[0], mask, segment, *model, runs=ctx.runs), None, None, None
+        return gradients(gradient[0], mask, segment, *model, segments=ctx.segments), None, None, None
 
 
 class Gradients(torch.autograd.Function):
@@ -185,17 +195,17 @@ def _remember(ctx: Any, mask: Tensor, segment: Tensor | None, model: Model) -> N
     ctx.rest = segment, model
 
 
-def find_runs(mask: Tensor, segment: Tensor | None) -> Runs:
+def find_segments(mask: Tensor, segment: Tensor | None) -> Segments:
     """Segments, padding and holes of a mask (B, T)."""
     rows, length = mask.shape
-    marks, place, order = room_for_runs(rows, segment)
+    marks, place, order = room_for_segments(rows, segment)
     flat = mask.contiguous().numpy().reshape(-1).view("uint8")
-    clean = compiled(module("filter.segments").find_runs)(flat, marks, rows, length, place, order)
-    return Runs(flat, place, order, clean, int(order[-1]), length)
+    clean = compiled(module("filter.segments").find_segments)(flat, marks, rows, length, place, order)
+    return Segments(flat, place, order, clean, int(order[-1]), length)
 
 
-def room_for_runs(rows: int, segment: Tensor | None) -> tuple[Any, Any, Any]:
-    """``segment, runs, order`` of the kernel ``find_runs``, the last two empty."""
+def room_for_segments(rows: int, segment: Tensor | None) -> tuple[Any, Any, Any]:
+    """``segment, segments, order`` of the kernel ``find_segments``, the last two empty."""
     np, marks, most = module("filter.segments").np, _no_marks(), rows
     if segment is not None:
         marks = segment.detach().to(torch.int64).contiguous().numpy().reshape(-1)
@@ -208,8 +218,8 @@ _kept = threading.local()
 
 
 def scratch() -> tuple[Any, Any]:
-    """Places (24) and three tiles for eight runs, of this thread. torch's memory begins with a line of the cache; a
-    vector across two lines costs half as much again."""
+    """Places (24) and three tiles for eight segments, of this thread. torch's memory begins with a line of the cache;
+    a vector across two lines costs half as much again."""
     if not hasattr(_kept, "scratch"):
         work = torch.empty(24 + 3 * 128, dtype=torch.float64).numpy()
         _kept.scratch = work[:24].view("int64"), work[24:]
@@ -223,7 +233,7 @@ def _no_marks() -> Any:
 
 
 def gains(q: float, r: float, p0: float, length: int) -> Any:
-    """K_t, then 1 - K_t, of a run without holes; remembered for the next call."""
+    """K_t, then 1 - K_t, of a segment without holes; remembered for the next call."""
     return _gains(q, r, p0, 1 << (length - 1).bit_length())
 
 

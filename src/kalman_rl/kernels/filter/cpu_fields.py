@@ -1,4 +1,4 @@
-"""All that :func:`kalman_rl.numerics.kalman.causal_filter` returns, as loops; runs as in ``segments``.
+"""All that :func:`kalman_rl.numerics.kalman.causal_filter` returns, as loops; segments as in ``segments``.
 
 Fields, each flat like z: mean, variance, gain, innovation, innovation variance, log-likelihood.
 """
@@ -13,7 +13,7 @@ TWO_PI = 2 * math.pi
 
 
 def table_of_fields(q: float, r: float, p0: float, table: Array, length: int) -> None:
-    """What is the same for every run without holes, one column after the other: K, 1 - K, variance after,
+    """What is the same for every segment without holes, one column after the other: K, 1 - K, variance after,
     innovation variance S, log(2 pi S) / 2 and 1 / (2 S); the last two are 0 where the start is unknown."""
     p = p0
     for t in range(length):
@@ -34,7 +34,7 @@ def fields_by_table(
     r: float,
     m0: float,
     p0: float,
-    runs: Array,
+    segments: Array,
     order: Array,
     start: int,
     stop: int,
@@ -45,12 +45,12 @@ def fields_by_table(
     spread: Array,
     likelihood: Array,
 ) -> bool:
-    """Fields of the runs ``order[start:stop]``, which have no hole; False if a value is not finite."""
+    """Fields of the segments ``order[start:stop]``, which have no hole; False if a value is not finite."""
     n = len(table) // 6
     fine = True
     for g in range(start, stop):
         i = 5 * order[g]
-        begin, end, first, last = runs[i], runs[i + 1], runs[i + 2], runs[i + 3]
+        begin, end, first, last = segments[i], segments[i + 1], segments[i + 2], segments[i + 3]
         x, p = m0, p0
         zl, xl, pl, kl = z[first:last], mean[first:last], variance[first:last], gain[first:last]
         dl, sl, ll = innovation[first:last], spread[first:last], likelihood[first:last]
@@ -78,7 +78,7 @@ def fields_in_general(
     length: int,
     m0: float,
     p0: float,
-    runs: Array,
+    segments: Array,
     order: Array,
     start: int,
     stop: int,
@@ -89,13 +89,13 @@ def fields_in_general(
     spread: Array,
     likelihood: Array,
 ) -> bool:
-    """As :func:`fields_by_table` for any run; Q of (row, token) is ``q[row strides[0] + token strides[1]]``."""
+    """As :func:`fields_by_table` for any segment; Q of (row, token) is ``q[row strides[0] + token strides[1]]``."""
     inf = float("inf")
     q_row, q_token, r_row, r_token = strides
     fine = True
     for g in range(start, stop):
         i = 5 * order[g]
-        begin, end, first, last = runs[i], runs[i + 1], runs[i + 2], runs[i + 3]
+        begin, end, first, last = segments[i], segments[i + 1], segments[i + 2], segments[i + 3]
         row = begin // length * length
         base, noises = begin // length * q_row - row * q_token, begin // length * r_row - row * r_token
         x, p = m0, p0

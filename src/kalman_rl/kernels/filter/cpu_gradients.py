@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from kalman_rl.kernels.filter.cpu_loops import find_noises, place, write_lengths
-from kalman_rl.kernels.filter.lanes import (
+from kalman_rl.kernels.filter.segments import total
+from kalman_rl.kernels.filter.vectors import (
+    broadcast,
     choose,
     is_number,
     is_positive,
-    lanes,
-    put,
-    take,
-    turn_in,
-    turn_in_mask,
-    turn_out,
+    load,
+    store,
+    transpose_in,
+    transpose_in_mask,
+    transpose_out,
 )
-from kalman_rl.kernels.filter.segments import total
 from kalman_rl.kernels.jit import inner
 
 Array = Any
@@ -28,23 +28,23 @@ Array = Any
 
 @inner
 def gradients_of_four(
-    gradient: Array, table: Array, runs: Array, order: Array, start: int, stop: int, out: Array
+    gradient: Array, table: Array, segments: Array, order: Array, start: int, stop: int, out: Array
 ) -> None:
-    """:func:`gradients_by_table` of at most four runs, as :func:`means_of_four`."""
+    """:func:`gradients_by_table` of at most four segments, as :func:`means_of_four`."""
     gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
     i0, i1 = 5 * order[start], 5 * order[min(start + 1, stop - 1)]
     i2, i3 = 5 * order[min(start + 2, stop - 1)], 5 * order[min(start + 3, stop - 1)]
-    g0, o0 = gradient[runs[i0 + 2] : runs[i0 + 3]], out[runs[i0 + 2] : runs[i0 + 3]]
-    g1, o1 = gradient[runs[i1 + 2] : runs[i1 + 3]], out[runs[i1 + 2] : runs[i1 + 3]]
-    g2, o2 = gradient[runs[i2 + 2] : runs[i2 + 3]], out[runs[i2 + 2] : runs[i2 + 3]]
-    g3, o3 = gradient[runs[i3 + 2] : runs[i3 + 3]], out[runs[i3 + 2] : runs[i3 + 3]]
+    g0, o0 = gradient[segments[i0 + 2] : segments[i0 + 3]], out[segments[i0 + 2] : segments[i0 + 3]]
+    g1, o1 = gradient[segments[i1 + 2] : segments[i1 + 3]], out[segments[i1 + 2] : segments[i1 + 3]]
+    g2, o2 = gradient[segments[i2 + 2] : segments[i2 + 3]], out[segments[i2 + 2] : segments[i2 + 3]]
+    g3, o3 = gradient[segments[i3 + 2] : segments[i3 + 3]], out[segments[i3 + 2] : segments[i3 + 3]]
     steps = min(len(g0), len(g1), len(g2), len(g3))
     c0 = c1 = c2 = c3 = 0.0
     for lane in range(min(4, stop - start)):
         i = i0 if lane == 0 else i1 if lane == 1 else i2 if lane == 2 else i3
-        c = total(gradient[runs[i + 3] : runs[i + 1]])
-        rest = runs[i + 2] + steps
-        gl, ol = gradient[rest : runs[i + 3]], out[rest : runs[i + 3]]
+        c = total(gradient[segments[i + 3] : segments[i + 1]])
+        rest = segments[i + 2] + steps
+        gl, ol = gradient[rest : segments[i + 3]], out[rest : segments[i + 3]]
         kl, al = gain[steps : steps + len(gl)], keep[steps : steps + len(gl)]
         t = len(gl)
         while t > 0:
@@ -52,11 +52,11 @@ def gradients_of_four(
             c += gl[t]
             ol[t] = kl[t] * c
             c *= al[t]
-        out[runs[i] : runs[i + 2]] = 0.0
-        out[runs[i + 3] : runs[i + 1]] = 0.0
+        out[segments[i] : segments[i + 2]] = 0.0
+        out[segments[i + 3] : segments[i + 1]] = 0.0
         c0, c1 = c if lane == 0 else c0, c if lane == 1 else c1
         c2, c3 = c if lane == 2 else c2, c if lane == 3 else c3
-    # A group that is not full repeats its last run: the same numbers are written again.
+    # A group that is not full repeats its last segment: the same numbers are written again.
     full = stop - start
     c1 = c1 if full > 1 else c0
     c2 = c2 if full > 2 else c1
@@ -79,7 +79,7 @@ def gradients_of_four(
 def gradients_by_table(
     gradient: Array,
     table: Array,
-    runs: Array,
+    segments: Array,
     order: Array,
     start: int,
     stop: int,
@@ -91,53 +91,53 @@ def gradients_by_table(
     gain, keep = table[: len(table) // 2], table[len(table) // 2 :]
     for g in range(start, stop, 8):
         if stop - g <= 4:
-            gradients_of_four(gradient, table, runs, order, g, stop, out)
+            gradients_of_four(gradient, table, segments, order, g, stop, out)
             break
-        common, steps = place(runs, order, g, stop, first)
+        common, steps = place(segments, order, g, stop, first)
         for lane in range(min(8, stop - g)):
             i = 5 * order[g + lane]
-            rest, last = runs[i + 2] + steps, runs[i + 3]
-            c = total(gradient[max(rest, last) : runs[i + 1]])
+            rest, last = segments[i + 2] + steps, segments[i + 3]
+            c = total(gradient[max(rest, last) : segments[i + 1]])
             for back in range(last - rest):
                 t = last - 1 - back
                 c += gradient[t]
-                out[t] = gain[t - runs[i + 2]] * c
-                c *= keep[t - runs[i + 2]]
-            out[runs[i] : runs[i + 2]] = 0.0
-            out[max(rest, last) : runs[i + 1]] = 0.0
+                out[t] = gain[t - segments[i + 2]] * c
+                c *= keep[t - segments[i + 2]]
+            out[segments[i] : segments[i + 2]] = 0.0
+            out[max(rest, last) : segments[i + 1]] = 0.0
             tile[lane] = c
         for lane in range(stop - g, 8):
             tile[lane] = tile[stop - 1 - g]
-        s, later, none, all_ = take(tile, 0), lanes(1.0), lanes(0.0), lanes(1.0)
-        write_lengths(runs, order, g, stop, tile)
-        lengths = take(tile, 0)
+        s, later, none, all_ = load(tile, 0), broadcast(1.0), broadcast(0.0), broadcast(1.0)
+        write_lengths(segments, order, g, stop, tile)
+        lengths = load(tile, 0)
         for back in range(16, steps - common + 16, 16):
             t = steps - back
-            turn_in(gradient, first, t, tile)
+            transpose_in(gradient, first, t, tile)
             k, a = gain[t : t + 16], keep[t : t + 16]
             for j in range(16):
                 i = 15 - j
                 seen = is_positive(lengths - 1.0 * (t + i))
-                s = later * s + take(tile, i)
-                put(tile, i, choose(seen, k[i] * s, none))
-                later = choose(seen, lanes(a[i]), all_)
-            turn_out(tile, out, first, t)
+                s = later * s + load(tile, i)
+                store(tile, i, choose(seen, k[i] * s, none))
+                later = choose(seen, broadcast(a[i]), all_)
+            transpose_out(tile, out, first, t)
         for back in range(16, common + 16, 16):
             t = common - back
-            turn_in(gradient, first, t, tile)
+            transpose_in(gradient, first, t, tile)
             k, a = gain[t : t + 16], keep[t : t + 16]
             for j in range(16):
                 i = 15 - j
-                s = later * s + take(tile, i)
-                put(tile, i, k[i] * s)
-                later = lanes(a[i])
-            turn_out(tile, out, first, t)
+                s = later * s + load(tile, i)
+                store(tile, i, k[i] * s)
+                later = broadcast(a[i])
+            transpose_out(tile, out, first, t)
 
 
 @inner
 def way_back(
     gradient: Array,
-    runs: Array,
+    segments: Array,
     order: Array,
     start: int,
     stop: int,
@@ -147,31 +147,31 @@ def way_back(
     gains: Array,
     out: Array,
 ) -> None:
-    """From the gains of eight runs, token by token, to the gradient of their observations."""
+    """From the gains of eight segments, token by token, to the gradient of their observations."""
     for lane in range(8):
         i = 5 * order[min(start + lane, stop - 1)]
-        rest, last = runs[i + 2] + steps, runs[i + 3]
-        c = total(gradient[max(rest, last) : runs[i + 1]])
+        rest, last = segments[i + 2] + steps, segments[i + 3]
+        c = total(gradient[max(rest, last) : segments[i + 1]])
         for back in range(last - rest):
             t = last - 1 - back
-            k = gains[8 * (t - runs[i + 2]) + lane]
+            k = gains[8 * (t - segments[i + 2]) + lane]
             c += gradient[t]
             out[t] = k * c
             c -= k * c
-        out[runs[i] : runs[i + 2]] = 0.0
-        out[max(rest, last) : runs[i + 1]] = 0.0
+        out[segments[i] : segments[i + 2]] = 0.0
+        out[max(rest, last) : segments[i + 1]] = 0.0
         tile[lane] = c
-    s, later = take(tile, 0), lanes(1.0)
+    s, later = load(tile, 0), broadcast(1.0)
     for back in range(16, steps + 16, 16):
         t = steps - back
-        turn_in(gradient, first, t, tile)
+        transpose_in(gradient, first, t, tile)
         for j in range(16):
             i = 15 - j
-            gain = take(gains, t + i)
-            s = later * s + take(tile, i)
-            put(tile, i, gain * s)
+            gain = load(gains, t + i)
+            s = later * s + load(tile, i)
+            store(tile, i, gain * s)
             later = 1.0 - gain
-        turn_out(tile, out, first, t)
+        transpose_out(tile, out, first, t)
 
 
 def gradients_with_holes(
@@ -179,7 +179,7 @@ def gradients_with_holes(
     mask: Array,
     q: float,
     start_p: float,
-    runs: Array,
+    segments: Array,
     order: Array,
     start: int,
     stop: int,
@@ -188,16 +188,16 @@ def gradients_with_holes(
     gains: Array,
     out: Array,
 ) -> None:
-    """The transpose of :func:`means_with_holes`. ``gains`` (8 T) is scratch: the gains of eight runs, token by
+    """The transpose of :func:`means_with_holes`. ``gains`` (8 T) is scratch: the gains of eight segments, token by
     token, come first, and the way back after them."""
     unknown = start_p == float("inf")
     for g in range(start, stop, 8):
-        _, steps = place(runs, order, g, stop, first)
-        u, v = lanes(1.0 if unknown else start_p), lanes(0.0 if unknown else 1.0)
+        _, steps = place(segments, order, g, stop, first)
+        u, v = broadcast(1.0 if unknown else start_p), broadcast(0.0 if unknown else 1.0)
         for t in range(0, steps, 16):
-            turn_in_mask(mask, first, t, tile)
+            transpose_in_mask(mask, first, t, tile)
             for i in range(0, 16, 2):
-                seen0, seen1 = take(tile, i), take(tile, i + 1)
+                seen0, seen1 = load(tile, i), load(tile, i + 1)
                 u0 = u + q * v
                 n0 = u0 + v
                 v = v + seen0 * u0
@@ -205,21 +205,21 @@ def gradients_with_holes(
                 n1 = u + v
                 v = v + seen1 * u
                 both = 1.0 / (n0 * n1)
-                put(gains, t + i, seen0 * (u0 * (n1 * both)))
-                put(gains, t + i + 1, seen1 * (u * (n0 * both)))
-            u, v = u / v, lanes(1.0)
-        put(tile, 0, u)
+                store(gains, t + i, seen0 * (u0 * (n1 * both)))
+                store(gains, t + i + 1, seen1 * (u * (n0 * both)))
+            u, v = u / v, broadcast(1.0)
+        store(tile, 0, u)
         for lane in range(8):
             i, p = 5 * order[min(g + lane, stop - 1)], tile[lane]
             p = start_p if steps == 0 else p
-            for t in range(runs[i + 2] + steps, runs[i + 3]):
+            for t in range(segments[i + 2] + steps, segments[i + 3]):
                 p += q
                 k = 0.0
                 if mask[t] != 0:
                     k = 1.0 if p == float("inf") else p / (p + 1.0)
                     p = k
-                gains[8 * (t - runs[i + 2]) + lane] = k
-        way_back(gradient, runs, order, g, stop, steps, first, tile, gains, out)
+                gains[8 * (t - segments[i + 2]) + lane] = k
+        way_back(gradient, segments, order, g, stop, steps, first, tile, gains, out)
 
 
 def gradients_in_general(
@@ -230,7 +230,7 @@ def gradients_in_general(
     strides: tuple[int, int, int, int],
     length: int,
     p0: float,
-    runs: Array,
+    segments: Array,
     order: Array,
     start: int,
     stop: int,
@@ -240,30 +240,30 @@ def gradients_in_general(
     out: Array,
 ) -> None:
     """The transpose of :func:`means_in_general`, as :func:`gradients_with_holes`."""
-    inf, nothing = float("inf"), lanes(0.0)
+    inf, nothing = float("inf"), broadcast(0.0)
     q_token, r_token = strides[1], strides[3]
     first, marks, qs, rs = places[:8], tiles[:128], tiles[128:256], tiles[256:384]
     for g in range(start, stop, 8):
-        _, steps = place(runs, order, g, stop, first)
+        _, steps = place(segments, order, g, stop, first)
         find_noises(q, r, strides, length, places, tiles)
-        p = lanes(p0)
+        p = broadcast(p0)
         for t in range(0, steps, 16):
-            turn_in_mask(mask, first, t, marks)
+            transpose_in_mask(mask, first, t, marks)
             if q_token > 0:
-                turn_in(q, places[8:16], t, qs)
+                transpose_in(q, places[8:16], t, qs)
             if r_token > 0:
-                turn_in(r, places[16:24], t, rs)
+                transpose_in(r, places[16:24], t, rs)
             for i in range(16):
-                noise = take(rs, i)
-                seen = is_number(nothing / take(marks, i) + (noise - noise))  # 0 / 0 where masked
-                p = p + take(qs, i)
-                k = choose(is_number(p - p), p / (p + noise), lanes(1.0))
-                put(gains, t + i, choose(seen, k, nothing))
+                noise = load(rs, i)
+                seen = is_number(nothing / load(marks, i) + (noise - noise))  # 0 / 0 where masked
+                p = p + load(qs, i)
+                k = choose(is_number(p - p), p / (p + noise), broadcast(1.0))
+                store(gains, t + i, choose(seen, k, nothing))
                 p = choose(seen, k * noise, p)
-        put(qs, 0, p)
+        store(qs, 0, p)
         for lane in range(8):
             i, variance = 5 * order[min(g + lane, stop - 1)], qs[lane]
-            rest, last = runs[i + 2] + steps, runs[i + 3]
+            rest, last = segments[i + 2] + steps, segments[i + 3]
             u, v = places[8 + lane] + steps * q_token, places[16 + lane] + steps * r_token
             for t in range(rest, last):
                 variance += q[u]
@@ -271,7 +271,7 @@ def gradients_in_general(
                 if mask[t] != 0 and noise1 != inf:
                     gain = 1.0 if variance == inf else variance / (variance + noise1)
                     variance = gain * noise1
-                gains[8 * (t - runs[i + 2]) + lane] = gain
+                gains[8 * (t - segments[i + 2]) + lane] = gain
                 u += q_token
                 v += r_token
-        way_back(gradient, runs, order, g, stop, steps, first, marks, gains, out)
+        way_back(gradient, segments, order, g, stop, steps, first, marks, gains, out)

@@ -71,7 +71,7 @@ class Means(torch.autograd.Function):
         return _adjoint(ctx.plan, gradient.contiguous(), gains), *(None,) * 6
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """What the kernels need besides the numbers of a batch."""
 
     mask: Tensor  # uint8, contiguous
@@ -86,7 +86,7 @@ class Plan(NamedTuple):
 
 def _plan(
     z: Tensor, mask: Tensor, segment: Tensor | None, q: Any, r: Any, m0: float, p0: float
-) -> Plan | None:
+) -> LaunchPlan | None:
     numbers = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (q, r)]
     if any(isinstance(x, Tensor) for x in numbers) or not triton_support.usable(z, mask, segment):
         return None
@@ -116,7 +116,7 @@ def _plan(
     if rows < ROWS and length > LONG:
         chunks = min(triton.cdiv(ROWS, rows), triton.cdiv(length, 2 * BLOCK))
     chunk = triton.cdiv(triton.cdiv(length, chunks), BLOCK) * BLOCK
-    return Plan(
+    return LaunchPlan(
         bytes_, starts, constants, table, holes, segment is not None, triton.cdiv(length, chunk), chunk
     )
 
@@ -164,7 +164,7 @@ def on(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _forward(plan: Plan, z: Tensor, out: Tensor, gains: Tensor, store: bool = False) -> bool:
+def _forward(plan: LaunchPlan, z: Tensor, out: Tensor, gains: Tensor, store: bool = False) -> bool:
     """Fill ``out``; False if an observed number is not finite."""
     rows, length = z.shape
     grid, kinds = (
@@ -196,7 +196,7 @@ def _forward(plan: Plan, z: Tensor, out: Tensor, gains: Tensor, store: bool = Fa
     return not bool(bad.any())
 
 
-def _adjoint(plan: Plan, gradient: Tensor, gains: Tensor) -> Tensor:
+def _adjoint(plan: LaunchPlan, gradient: Tensor, gains: Tensor) -> Tensor:
     rows, length = gradient.shape
     out, grid = torch.empty_like(gradient), (rows, plan.chunks)
     new = functools.partial(torch.empty, dtype=plan.constants.dtype, device=gradient.device)

@@ -1,8 +1,8 @@
 """Where the sequences of a batch begin, end and have holes, for the kernels that take them one by one.
 
-A row is cut into runs: one for each segment, ``(begin, end, first, last, hole)``, positions in the flat array.
-Tokens outside ``[first, last)`` are padding; ``hole`` says whether a token inside is masked. Importing this module
-imports numba.
+A row of a batch holds one segment, a packed row several. Each is five numbers, ``(begin, end, first, last, hole)``:
+positions in the flat array. Tokens outside ``[first, last)`` are padding; ``hole`` says whether a token inside is
+masked. Importing this module imports numba.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from kalman_rl.kernels.jit import REORDER, inner
 
 Array = Any  # one-dimensional, contiguous
-BUCKETS = 256  # of lengths, in find_runs
+BUCKETS = 256  # of lengths, in find_segments
 BLOCK = 128  # so many ones fit into a byte
 
 
@@ -52,12 +52,12 @@ def total(values: Array) -> float:
     return added
 
 
-def find_runs(mask: Array, segment: Array, rows: int, length: int, runs: Array, order: Array) -> int:
-    """Fill ``runs`` (5 n) and ``order`` (n): runs without holes first, each kind from long to short.
+def find_segments(mask: Array, segment: Array, rows: int, length: int, segments: Array, order: Array) -> int:
+    """Fill ``segments`` (5 n) and ``order`` (n): segments without holes first, each kind from long to short.
 
     Args: mask: uint8. segment: int64, empty = one segment a row.
 
-    Returns: how many runs have no hole; the number of runs is in ``order[-1]``.
+    Returns: how many segments have no hole; the number of segments is in ``order[-1]``.
     """
     n = clean = 0
     for row in range(rows):
@@ -82,12 +82,12 @@ def find_runs(mask: Array, segment: Array, rows: int, length: int, runs: Array, 
                     last -= 0 if some else len(block)
                 while mask[last - 1] == 0:
                     last -= 1
-            runs[5 * n], runs[5 * n + 1] = begin, end
-            runs[5 * n + 2], runs[5 * n + 3], runs[5 * n + 4] = first, last, 1 - whole
+            segments[5 * n], segments[5 * n + 1] = begin, end
+            segments[5 * n + 2], segments[5 * n + 3], segments[5 * n + 4] = first, last, 1 - whole
             clean += whole
             n += 1
             begin = end
-    # Sorted by counting, in at most 2 x 256 buckets, which lie behind the runs' own places.
+    # Sorted by counting, in at most 2 x 256 buckets, which lie behind the segments' own places.
     shift = 0
     while length >> shift >= BUCKETS:
         shift += 1
@@ -96,16 +96,16 @@ def find_runs(mask: Array, segment: Array, rows: int, length: int, runs: Array, 
     for i in range(2 * width):
         count[i] = 0
     for i in range(n):
-        observed = runs[5 * i + 3] - runs[5 * i + 2]
-        count[runs[5 * i + 4] * width + ((length - observed) >> shift)] += 1
+        observed = segments[5 * i + 3] - segments[5 * i + 2]
+        count[segments[5 * i + 4] * width + ((length - observed) >> shift)] += 1
     total = 0
     for i in range(2 * width):
         here = count[i]
         count[i] = total
         total += here
     for i in range(n):
-        observed = runs[5 * i + 3] - runs[5 * i + 2]
-        bucket = runs[5 * i + 4] * width + ((length - observed) >> shift)
+        observed = segments[5 * i + 3] - segments[5 * i + 2]
+        bucket = segments[5 * i + 4] * width + ((length - observed) >> shift)
         order[count[bucket]] = i
         count[bucket] += 1
     order[-1] = n

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalman_rl.kernels.filter.cpu import RATIO_LIMIT, gains, room_for_runs, scratch
+from kalman_rl.kernels.filter.cpu import RATIO_LIMIT, gains, room_for_segments, scratch
 from kalman_rl.kernels.jit import EXACT, compiled
 from kalman_rl.kernels.loss.cpu_chunk import BUFFERS, CHUNK, RAW_AROUND, SURROGATE, WIDTH, constants
 from kalman_rl.kernels.loss.cpu_loops import fused
-from kalman_rl.kernels.loss.plan import FILTERED, METRICS, SEQUENCE_SUM, TOKEN, Fused, Recipe
+from kalman_rl.kernels.loss.plan import FILTERED, METRICS, SEQUENCE_SUM, TOKEN, Fused, Plan
 
 NO_TABLE = np.empty(0)
 NUMPY: dict[Any, Any] = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 
 
 def run(
-    recipe: Recipe,
+    plan: Plan,
     logp: Tensor,
     old: Tensor,
     mask: Tensor,
@@ -35,12 +35,12 @@ def run(
 ) -> Fused | None:
     """:func:`kalman_rl.kernels.loss.dispatch.run` for CPU tensors."""
     (rows, length), dtype = mask.shape, logp.dtype
-    filtered = recipe.ratio == FILTERED
+    filtered = plan.ratio == FILTERED
     advantage = advantage.detach().to(dtype)
     if advantage.dim() == 2 and advantage.stride(1) == 0 and length > 0:
         advantage = advantage[:, 0]
-    marks, runs, order = room_for_runs(rows, segment)
-    kinds, limits, model, numbers = _settings(recipe, dtype, advantage.dim() == 2)
+    marks, segments, order = room_for_segments(rows, segment)
+    kinds, limits, model, numbers = _settings(plan, dtype, advantage.dim() == 2)
     tokens, sequences = (-1.0, -1.0) if step is None else step
     log_ratio, log_weight, coefficient, gradient = (torch.empty(rows, length, dtype=dtype) for _ in range(4))
     gain = torch.empty(rows if filtered else 0, length, dtype=dtype)
@@ -50,9 +50,9 @@ def run(
     fine = compiled(fused, EXACT)(
         _flat(logp), _flat(old), _flat(mask).view(np.uint8), _flat(advantage), marks, rows, length, kinds, limits,
         model, float(tokens), float(sequences), numbers,
-        gains(recipe.process, 1.0, recipe.start, length) if filtered else NO_TABLE,
+        gains(plan.process, 1.0, plan.start, length) if filtered else NO_TABLE,
         *(_flat(x) for x in (log_ratio, log_weight, gain, coefficient)), _flat(kept).view(np.uint8),
-        _flat(gradient), sums, found, runs, order, *scratch(), work, work.view(f"i{work.itemsize}"), flags,
+        _flat(gradient), sums, found, segments, order, *scratch(), work, work.view(f"i{work.itemsize}"), flags,
     )  # fmt: skip
     if not fine:
         return None
@@ -60,7 +60,7 @@ def run(
         torch.from_numpy(np.array(sums[SURROGATE], numbers.dtype)),
         gradient,
         log_ratio,
-        log_ratio if recipe.ratio == TOKEN else log_weight,
+        log_ratio if plan.ratio == TOKEN else log_weight,
         gain if filtered else None,
         coefficient,
         kept,
@@ -69,15 +69,15 @@ def run(
 
 
 @functools.lru_cache(maxsize=64)
-def _settings(recipe: Recipe, dtype: torch.dtype, per_token: bool) -> tuple[Any, Any, Any, Any]:
+def _settings(plan: Plan, dtype: torch.dtype, per_token: bool) -> tuple[Any, Any, Any, Any]:
     """``kinds, limits, model, numbers`` of the kernel."""
     kind = NUMPY[dtype]
-    kinds = (recipe.ratio, recipe.trust, recipe.aggregate, per_token)
-    divisor = recipe.length if recipe.aggregate == SEQUENCE_SUM else 1.0
+    kinds = (plan.ratio, plan.trust, plan.aggregate, per_token)
+    divisor = plan.length if plan.aggregate == SEQUENCE_SUM else 1.0
     return (
         np.array(kinds, np.int64),
-        np.array([recipe.low, recipe.high, recipe.dual], kind),
-        np.array([recipe.process, recipe.start, recipe.process <= RATIO_LIMIT, divisor]),
+        np.array([plan.low, plan.high, plan.dual], kind),
+        np.array([plan.process, plan.start, plan.process <= RATIO_LIMIT, divisor]),
         constants(kind),
     )
 

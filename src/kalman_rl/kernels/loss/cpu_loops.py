@@ -1,6 +1,6 @@
 """Loss, gradient and metrics of a fused method in one pass over the tokens, compiled for the CPU.
 
-A *run* is one sequence, a row or a segment of a packed row, as in ``segments``; arrays are flat. Its tokens
+A *segment* is one sequence, a row or a part of a packed row, as in ``segments``; arrays are flat. Its tokens
 from the first trained one to the last are taken by chunks, in buffers that stay in the cache; the loops
 over them, in ``cpu_chunk``, go on to a multiple of a vector's width, over tokens that count as masked. States of the
 filter and sums of chunks are float64; the sums alone may be reordered.
@@ -14,7 +14,7 @@ import numpy as np
 
 from kalman_rl.kernels import jit
 from kalman_rl.kernels.filter import cpu_loops as filter_loops
-from kalman_rl.kernels.filter import segments as filter_runs
+from kalman_rl.kernels.filter import segments as filter_segments
 from kalman_rl.kernels.filter.segments import ones, total
 from kalman_rl.kernels.loss import cpu_chunk as chunk
 from kalman_rl.kernels.loss.cpu_chunk import (
@@ -43,55 +43,59 @@ from kalman_rl.kernels.loss.cpu_chunk import (
 )  # fmt: skip
 from kalman_rl.kernels.loss.plan import FILTERED, SEQUENCE, SEQUENCE_MEAN, TOKEN, TOKEN_MEAN
 
-find_runs = jit.inner(filter_runs.find_runs)
+find_segments = jit.inner(filter_segments.find_segments)
 means_by_table = jit.inner(filter_loops.means_by_table)
 means_with_holes = jit.inner(filter_loops.means_with_holes)
 
 
 def fused(
     logp, old, mask, advantage, segment, rows, length, kinds, limits, model, tokens, sequences, numbers, table,
-    log_ratio, log_weight, gain, coefficient, kept, gradient, sums, metrics, runs, order, first, tiles, work, bits,
+    log_ratio, log_weight, gain, coefficient, kept, gradient, sums, metrics, segments, order, first, tiles, work, bits,
     flags,
 ):  # fmt: skip
     """Fill the outputs; False if a number at a trained token is not finite.
 
     ``kinds``: ratio, trust, aggregate, 1 if there is an advantage a token and 0 if a row. ``limits``: low, high,
     dual (inf for none), in the type of ``logp``. ``model``: Q / R, P0 / R, if holes may share divisions, length
-    for SEQUENCE_SUM; ``table``: gains of a run without holes. ``tokens`` and ``sequences``: of the optimizer step,
-    negative: those of this batch. ``gain`` is empty without a filter. From ``runs`` on everything is scratch:
+    for SEQUENCE_SUM; ``table``: gains of a segment without holes. ``tokens`` and ``sequences``: of the optimizer
+    step, negative: those of this batch. ``gain`` is empty without a filter. From ``segments`` on everything is scratch:
     ``bits`` shows ``work`` as integers.
     """
-    clean = find_runs(mask, segment, rows, length, runs, order)
-    all_runs = order[-1]
+    clean = find_segments(mask, segment, rows, length, segments, order)
+    all_segments = order[-1]
     counts = np.zeros(7, np.int64)
     if tokens < 0:
         tokens, sequences = 0.0, 0.0
-        for g in range(all_runs):
-            n = ones(mask[runs[5 * g + 2] : runs[5 * g + 3]])
+        for g in range(all_segments):
+            n = ones(mask[segments[5 * g + 2] : segments[5 * g + 3]])
             tokens += n
             sequences += n > 0
     fine, group = True, 0
-    while group < all_runs:  # eight runs at a time: what one step writes is still near when the next reads it
-        after = min(group + 8, clean if group < clean else all_runs)
+    while (
+        group < all_segments
+    ):  # eight segments at a time: what one step writes is still near when the next reads it
+        after = min(group + 8, clean if group < clean else all_segments)
         for g in range(group, after):
             i = 5 * order[g]
-            a, b = runs[i], runs[i + 1]
+            a, b = segments[i], segments[i + 1]
             fine &= _observe(logp[a:b], old[a:b], mask[a:b], log_ratio[a:b])
         if kinds[0] == FILTERED and group < clean:
-            fine &= means_by_table(log_ratio, table, 0.0, runs, order, group, after, first, tiles, log_weight)
+            fine &= means_by_table(
+                log_ratio, table, 0.0, segments, order, group, after, first, tiles, log_weight
+            )
         elif kinds[0] == FILTERED and model[2] == 1.0:
             fine &= means_with_holes(
-                log_ratio, mask, model[0], model[1], 0.0, runs, order, group, after, first, tiles, log_weight, gain
+                log_ratio, mask, model[0], model[1], 0.0, segments, order, group, after, first, tiles, log_weight, gain
             )  # fmt: skip
         elif kinds[0] == FILTERED:
             for g in range(group, after):
                 i = 5 * order[g]
-                a, b = runs[i + 2], runs[i + 3]
+                a, b = segments[i + 2], segments[i + 3]
                 _means_alone(log_ratio[a:b], mask[a:b], model[0], model[1], log_weight[a:b], gain[a:b])
         for g in range(group, after):
             _run(
                 5 * order[g], logp, mask, advantage, length, kinds, limits, model, tokens, sequences, numbers, table,
-                log_ratio, log_weight, gain, coefficient, kept, gradient, sums, counts, runs, work, bits, flags,
+                log_ratio, log_weight, gain, coefficient, kept, gradient, sums, counts, segments, work, bits, flags,
             )  # fmt: skip
         group = after
     if kinds[0] == TOKEN:
@@ -103,11 +107,11 @@ def fused(
 @exact
 def _run(
     i, logp, mask, advantage, length, kinds, limits, model, tokens, sequences, numbers, table, log_ratio, log_weight,
-    gain, coefficient, kept, gradient, sums, counts, runs, work, bits, flags,
+    gain, coefficient, kept, gradient, sums, counts, segments, work, bits, flags,
 ):  # fmt: skip
-    """One run, whose log-ratios are there, and the filter's means."""
-    begin, end, start = runs[i], runs[i + 1], runs[i + 2]
-    stop, hole = runs[i + 3], runs[i + 4]
+    """One segment, whose log-ratios are there, and the filter's means."""
+    begin, end, start = segments[i], segments[i + 1], segments[i + 2]
+    stop, hole = segments[i + 3], segments[i + 4]
     for lower, upper in ((begin, start), (stop, end)):
         chunk.clear(coefficient[lower:upper])
         chunk.clear(gradient[lower:upper])
@@ -197,7 +201,7 @@ def _observe(logp, old, mask, log_ratio):
 
 @exact
 def _means_alone(z, mask, process, variance, mean, gain):
-    """One run with holes at any Q / R, infinity included, from a state of 0; R = 1."""
+    """One segment with holes at any Q / R, infinity included, from a state of 0; R = 1."""
     state = 0.0
     for t in range(len(z)):
         variance += process
@@ -213,7 +217,7 @@ def _means_alone(z, mask, process, variance, mean, gain):
 
 @exact
 def _metrics(counts, sums, out):
-    """The numbers of ``METRICS`` in ``recipe.py`` from the sums over tokens."""
+    """The numbers of ``METRICS`` in ``plan.py`` from the sums over tokens."""
     n, pairs = max(counts[COUNT], 1), max(counts[PAIRS], 1)
     size = n * sums[SQUARES]
     out[0] = max(sums[RAW_SQUARES] / n - (sums[RAW] / n) ** 2, 0.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kalman_rl.kernels.filter.cuda import BLOCK, WARPS, numbers_of, on, spans, table_size
 from kalman_rl.kernels.filter.cuda_kernels import block_gains, last_of, mean_maps
 from kalman_rl.kernels.loss import plan as kinds
-from kalman_rl.kernels.loss.plan import Fused, Recipe
+from kalman_rl.kernels.loss.plan import Fused, Plan
 
 ONE, TOKEN = tl.constexpr(kinds.ONE), tl.constexpr(kinds.TOKEN)
 SEQUENCE, FILTERED = tl.constexpr(kinds.SEQUENCE), tl.constexpr(kinds.FILTERED)
@@ -171,7 +171,7 @@ def fused_kernel(
 
 
 def run(
-    recipe: Recipe,
+    plan: Plan,
     logp: Tensor,
     old: Tensor,
     mask: Tensor,
@@ -191,13 +191,13 @@ def run(
     if advantage.dim() == 2:
         advantage, stride = advantage.contiguous(), length
     first, last, count = spans(seen)
-    whole = _whole(recipe, count, step).to(dtype)
-    filtered = recipe.ratio == kinds.FILTERED
-    numbers = (recipe.process, 1.0, 0.0, recipe.start) if filtered else (0.0, 1.0, 0.0, 0.0)
+    whole = _whole(plan, count, step).to(dtype)
+    filtered = plan.ratio == kinds.FILTERED
+    numbers = (plan.process, 1.0, 0.0, plan.start) if filtered else (0.0, 1.0, 0.0, 0.0)
     constants, table = numbers_of(*numbers, table_size(length if filtered else 1), dtype, logp.device)
-    limits = torch.tensor([recipe.low, recipe.high, recipe.dual], dtype=dtype, device=logp.device)
+    limits = torch.tensor([plan.low, plan.high, plan.dual], dtype=dtype, device=logp.device)
     log_ratio, coefficient, gradient = (torch.empty_like(logp) for _ in range(3))
-    log_weight = log_ratio if recipe.ratio == kinds.TOKEN else torch.empty_like(logp)
+    log_weight = log_ratio if plan.ratio == kinds.TOKEN else torch.empty_like(logp)
     gain = torch.empty_like(logp) if filtered else None
     kept = torch.empty_like(seen)
     statistics = torch.empty((rows, STATISTICS), dtype=dtype, device=logp.device)
@@ -206,7 +206,7 @@ def run(
             logp, old, seen, advantage.contiguous(), first, count, whole, constants, table, limits,
             log_ratio, log_weight, gradient if gain is None else gain, coefficient, kept, gradient, statistics,
             length, table.shape[1], stride,
-            RATIO=recipe.ratio, TRUST=recipe.trust, SHARED=recipe.aggregate == kinds.SEQUENCE_MEAN,
+            RATIO=plan.ratio, TRUST=plan.trust, SHARED=plan.aggregate == kinds.SEQUENCE_MEAN,
             HOLES=filtered and bool((last - first > count).any()), BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     metrics, value = _metrics(statistics.double())
@@ -217,15 +217,15 @@ def run(
     )
 
 
-def _whole(recipe: Recipe, count: Tensor, step: tuple[float, float] | None) -> Tensor:
+def _whole(plan: Plan, count: Tensor, step: tuple[float, float] | None) -> Tensor:
     """The weight of a token or sequence, (1,) float64, from the counts of the step or of this batch."""
     if step is None:
         tokens, sequences = count.sum().double(), (count > 0).sum().double()
     else:
         tokens, sequences = torch.tensor(step, dtype=torch.float64, device=count.device).unbind()
-    if recipe.aggregate == kinds.TOKEN_MEAN:
+    if plan.aggregate == kinds.TOKEN_MEAN:
         return 1 / tokens.clamp(min=1.0)[None]
-    length = recipe.length if recipe.aggregate == kinds.SEQUENCE_SUM else 1.0
+    length = plan.length if plan.aggregate == kinds.SEQUENCE_SUM else 1.0
     return 1 / (length * sequences.clamp(min=1.0)[None])
 
 

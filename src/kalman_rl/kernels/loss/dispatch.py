@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kalman_rl.errors import ConfigError
 from kalman_rl.kernels import jit, triton_support
-from kalman_rl.kernels.loss.plan import Fused, Recipe
+from kalman_rl.kernels.loss.plan import Fused, Plan
 
 SWITCH = "KALMAN_RL_FUSED"
 """Environment variable: ``0`` turns fused passes off, ``1`` (the default) uses them where they fit."""
@@ -42,7 +42,7 @@ def backend(*tensors: Tensor) -> ModuleType | None:
 
 
 def run(
-    recipe: Recipe,
+    plan: Plan,
     logp: Tensor,
     old: Tensor,
     mask: Tensor,
@@ -65,7 +65,7 @@ def run(
     module = backend(logp, old, mask, advantage, *(() if segment is None else (segment,)))
     if module is None:
         return None
-    result: Fused | None = module.run(recipe, logp, old, mask, advantage, segment, totals)
+    result: Fused | None = module.run(plan, logp, old, mask, advantage, segment, totals)
     return result
 
 

@@ -16,7 +16,7 @@ SEQUENCE_MEAN, TOKEN_MEAN, SEQUENCE_SUM = range(3)
 """Aggregations."""
 
 
-class Recipe(NamedTuple):
+class Plan(NamedTuple):
     """One composition: the kinds of its parts and their numbers.
 
     ``low, high`` bound the weight itself; ``dual`` is inf for none. ``process`` and ``start`` are Q / R and

@@ -12,10 +12,10 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
-def lanes():
-    from kalman_rl.kernels.filter import lanes
+def vectors():
+    from kalman_rl.kernels.filter import vectors
 
-    return lanes
+    return vectors
 
 
 def compiled(function):
@@ -24,20 +24,20 @@ def compiled(function):
     return numba.njit(error_model="numpy")(function)
 
 
-def test_arithmetic_with_lanes_and_numbers(lanes) -> None:
-    take, put, same = lanes.take, lanes.put, lanes.lanes
+def test_arithmetic_with_vectors_and_numbers(vectors) -> None:
+    load, store, same = vectors.load, vectors.store, vectors.broadcast
 
     @compiled
     def run(a, b, x, out):
-        u, v = take(a, 0), take(b, 0)
-        put(out, 0, u + v)
-        put(out, 1, u - v)
-        put(out, 2, u * v)
-        put(out, 3, u / v)
-        put(out, 4, x - u)
-        put(out, 5, u / x)
-        put(out, 6, x / u)
-        put(out, 7, same(x) + x)
+        u, v = load(a, 0), load(b, 0)
+        store(out, 0, u + v)
+        store(out, 1, u - v)
+        store(out, 2, u * v)
+        store(out, 3, u / v)
+        store(out, 4, x - u)
+        store(out, 5, u / x)
+        store(out, 6, x / u)
+        store(out, 7, same(x) + x)
 
     a, b, x = RNG.normal(size=8), RNG.normal(size=8), 0.3
     out = np.empty((8, 8))
@@ -46,13 +46,13 @@ def test_arithmetic_with_lanes_and_numbers(lanes) -> None:
     np.testing.assert_allclose(out, np.stack(expected), rtol=3e-16)  # a reciprocal may stand for a division
 
 
-def test_choices(lanes) -> None:
-    take, put, choose, is_number = lanes.take, lanes.put, lanes.choose, lanes.is_number
+def test_masks(vectors) -> None:
+    load, store, choose, is_number = vectors.load, vectors.store, vectors.choose, vectors.is_number
 
     @compiled
     def run(a, b, out):
-        u, v = take(a, 0), take(b, 0)
-        put(out, 0, choose(is_number(u), u, v))
+        u, v = load(a, 0), load(b, 0)
+        store(out, 0, choose(is_number(u), u, v))
 
     a, b = np.array([1.0, np.nan, -np.inf, np.inf, 0.0, np.nan, -0.0, 1e-320]), RNG.normal(size=8)
     out = np.empty(8)
@@ -61,13 +61,13 @@ def test_choices(lanes) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_tiles_go_in_and_out(lanes, dtype) -> None:
-    turn_in, turn_out = lanes.turn_in, lanes.turn_out
+def test_tiles_go_in_and_out(vectors, dtype) -> None:
+    transpose_in, transpose_out = vectors.transpose_in, vectors.transpose_out
 
     @compiled
     def run(source, first, t, tile, target):
-        turn_in(source, first, t, tile)
-        turn_out(tile, target, first, t)
+        transpose_in(source, first, t, tile)
+        transpose_out(tile, target, first, t)
 
     source = RNG.normal(size=1000).astype(dtype)
     first = np.array([0, 3, 100, 40, 700, 977, 500, 61])  # the last tile ends with the array
@@ -80,12 +80,12 @@ def test_tiles_go_in_and_out(lanes, dtype) -> None:
     assert np.array_equal(target, expected)
 
 
-def test_a_result_is_rounded_to_the_type_it_goes_to(lanes) -> None:
-    turn_out = lanes.turn_out
+def test_a_result_is_rounded_to_the_type_it_goes_to(vectors) -> None:
+    transpose_out = vectors.transpose_out
 
     @compiled
     def run(tile, target, first):
-        turn_out(tile, target, first, 0)
+        transpose_out(tile, target, first, 0)
 
     tile, target = RNG.normal(size=128), np.empty(128, np.float32)
     run(tile, target, np.arange(0, 128, 16))
@@ -94,13 +94,13 @@ def test_a_result_is_rounded_to_the_type_it_goes_to(lanes) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, None])
-def test_what_is_not_seen_is_nan_and_never_judged(lanes, dtype, bad) -> None:
-    turn_in_seen, turn_in_mask = lanes.turn_in_seen, lanes.turn_in_mask
+def test_what_is_not_seen_is_nan_and_never_judged(vectors, dtype, bad) -> None:
+    transpose_in_seen, transpose_in_mask = vectors.transpose_in_seen, vectors.transpose_in_mask
 
     @compiled
     def run(source, mask, first, tile, marks):
-        turn_in_mask(mask, first, 0, marks)
-        return turn_in_seen(source, mask, first, 0, tile)
+        transpose_in_mask(mask, first, 0, marks)
+        return transpose_in_seen(source, mask, first, 0, tile)
 
     source, mask = RNG.normal(size=(8, 16)).astype(dtype), (RNG.random((8, 16)) < 0.6).astype(np.uint8)
     source[mask == 0] = np.nan

@@ -1,13 +1,13 @@
 """Eight float64 numbers as one value inside a kernel, so that eight rows are filtered side by side.
 
 numba knows no vectors, and its compiler packs neighbouring scalars only by luck. Here a value of type
-``Lanes`` is one LLVM vector: it stays in registers, and each of ``+ - * /`` is one instruction where the
+``Vector`` is one LLVM vector: it stays in registers, and each of ``+ - * /`` is one instruction where the
 processor has vectors that wide, a few where it has not. A *tile* is an array of 128 float64: sixteen tokens of
-eight rows, token by token. ``turn_in`` and ``turn_out`` move tiles between rows in memory and that order.
+eight rows, token by token. ``transpose_in`` and ``transpose_out`` move tiles between rows in memory and that order.
 Sixteen float32 are one line of a cache: rows whose length is a power of two share their places in the first-level
 cache, where eight lines read and eight written would push each other out between two halves of a line.
 
-Operands are lanes, or one of them a float64. Indices are not checked. Importing this module imports numba.
+Operands are vectors, or one of them a float64. Indices are not checked. Importing this module imports numba.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from numba.extending import intrinsic, models, overload, register_model
 
 N = 8
 F64, BIT, I8, I32 = ir.DoubleType(), ir.IntType(1), ir.IntType(8), ir.IntType(32)
-VECTOR, FLAGS = ir.VectorType(F64, N), ir.VectorType(BIT, N)
+LLVM_VECTOR, LLVM_MASK = ir.VectorType(F64, N), ir.VectorType(BIT, N)
 FREEDOMS = ("contract", "nsz", "arcp")  # as in jit.py
 
 
-class Lanes(types.Type):
+class Vector(types.Type):
     """Eight float64."""
 
 
-class Choice(types.Type):
+class Mask(types.Type):
     """Eight booleans."""
 
 
-LANES, CHOICE = Lanes("lanes"), Choice("choice")
+VECTOR, MASK = Vector("vector"), Mask("mask")
 
 
-@register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, VECTOR)
+        super().__init__(manager, kind, LLVM_VECTOR)
 
 
-@register_model(Choice)
-class _ChoiceModel(models.PrimitiveModel):
+@register_model(Mask)
+class _MaskModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, FLAGS)
+        super().__init__(manager, kind, LLVM_MASK)
 
 
 def _constant(values: list[int]) -> Any:
@@ -53,7 +53,7 @@ def _constant(values: list[int]) -> Any:
 
 
 def _same(builder: Any, x: Any) -> Any:
-    undefined = ir.Constant(VECTOR, ir.Undefined)
+    undefined = ir.Constant(LLVM_VECTOR, ir.Undefined)
     one = builder.insert_element(undefined, x, ir.Constant(I32, 0))
     return builder.shuffle_vector(one, undefined, _constant([0] * N))
 
@@ -63,14 +63,14 @@ def _arithmetic(function: Any, instruction: str) -> None:
     def both(typing: Any, a: Any, b: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pairs = zip(arguments, signature.args, strict=True)
-            x, y = (v if kind == LANES else _same(builder, v) for v, kind in pairs)
+            x, y = (v if kind == VECTOR else _same(builder, v) for v, kind in pairs)
             return getattr(builder, instruction)(x, y, flags=FREEDOMS)
 
-        return LANES(a, b), build
+        return VECTOR(a, b), build
 
     @overload(function)
     def operation(a, b):  # numba wants the signature of what it returns
-        if LANES in (a, b) and {a, b} <= {LANES, types.float64}:
+        if VECTOR in (a, b) and {a, b} <= {VECTOR, types.float64}:
             return lambda a, b: both(a, b)
         return None
 
@@ -85,9 +85,9 @@ for _function, _instruction in (
 
 
 @intrinsic
-def lanes(typing: Any, x: Any) -> Any:
+def broadcast(typing: Any, x: Any) -> Any:
     """``x`` eight times."""
-    return LANES(types.float64), lambda context, builder, signature, arguments: _same(builder, arguments[0])
+    return VECTOR(types.float64), lambda context, builder, signature, arguments: _same(builder, arguments[0])
 
 
 @intrinsic
@@ -97,7 +97,7 @@ def is_number(typing: Any, x: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fcmp_ordered("ord", arguments[0], arguments[0])
 
-    return CHOICE(LANES), build
+    return MASK(VECTOR), build
 
 
 @intrinsic
@@ -105,9 +105,9 @@ def is_positive(typing: Any, x: Any) -> Any:
     """Where x > 0."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fcmp_ordered(">", arguments[0], ir.Constant(VECTOR, [0.0] * N))
+        return builder.fcmp_ordered(">", arguments[0], ir.Constant(LLVM_VECTOR, [0.0] * N))
 
-    return CHOICE(LANES), build
+    return MASK(VECTOR), build
 
 
 @intrinsic
@@ -117,7 +117,7 @@ def choose(typing: Any, where: Any, a: Any, b: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.select(*arguments)
 
-    return LANES(CHOICE, LANES, LANES), build
+    return VECTOR(MASK, VECTOR, VECTOR), build
 
 
 def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
@@ -134,7 +134,7 @@ def _tile_row(builder: Any, data: Any, i: int) -> Any:
     return _place(builder, data, ir.Constant(ir.IntType(64), N * i), F64)
 
 
-def _turned(builder: Any, rows: list[Any]) -> list[Any]:
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """Eight vectors of eight transposed: blocks of 1, 2, 4 elements change places across the diagonal."""
     for size in (1, 2, 4):
         low = _constant([c if not c & size else (c ^ size) + N for c in range(N)])
@@ -145,7 +145,7 @@ def _turned(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-def _load(builder: Any, place: Any, bits: int) -> Any:
+def _load_vector(builder: Any, place: Any, bits: int) -> Any:
     return builder.load(place, align=bits // 8)
 
 
@@ -156,18 +156,18 @@ def _positions(builder: Any, first: Any, t: Any) -> list[list[Any]]:
 
 
 def _rows(builder: Any, data: Any, element: Any, bits: int, positions: list[Any]) -> list[Any]:
-    return [_load(builder, _place(builder, data, position, element), bits) for position in positions]
+    return [_load_vector(builder, _place(builder, data, position, element), bits) for position in positions]
 
 
 def _fill(builder: Any, tile: Any, half: int, rows: list[Any], widen: bool) -> None:
     """Half a tile."""
-    for i, row in enumerate(_turned(builder, rows)):
-        value = builder.fpext(row, VECTOR) if widen else row
+    for i, row in enumerate(_transposed(builder, rows)):
+        value = builder.fpext(row, LLVM_VECTOR) if widen else row
         builder.store(value, _tile_row(builder, tile, N * half + i), align=8)
 
 
 @intrinsic
-def turn_in(typing: Any, source: Any, first: Any, t: Any, tile: Any) -> Any:
+def transpose_in(typing: Any, source: Any, first: Any, t: Any, tile: Any) -> Any:
     """``tile[8 i + l] = source[first[l] + t + i]`` for sixteen i and eight l. source: float32 or float64."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -183,8 +183,8 @@ def turn_in(typing: Any, source: Any, first: Any, t: Any, tile: Any) -> Any:
 
 
 @intrinsic
-def turn_in_seen(typing: Any, source: Any, mask: Any, first: Any, t: Any, tile: Any) -> Any:
-    """As :func:`turn_in` with NaN where the mask (uint8) is 0; False if a number that is seen is NaN."""
+def transpose_in_seen(typing: Any, source: Any, mask: Any, first: Any, t: Any, tile: Any) -> Any:
+    """As :func:`transpose_in` with NaN where the mask (uint8) is 0; False if a number that is seen is NaN."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
@@ -192,7 +192,7 @@ def turn_in_seen(typing: Any, source: Any, mask: Any, first: Any, t: Any, tile: 
         bits = kinds[0].dtype.bitwidth
         element = context.get_data_type(kinds[0].dtype)
         nan = ir.Constant(ir.VectorType(element, N), [float("nan")] * N)
-        none, bad = ir.Constant(ir.VectorType(I8, N), [0] * N), ir.Constant(FLAGS, [0] * N)
+        none, bad = ir.Constant(ir.VectorType(I8, N), [0] * N), ir.Constant(LLVM_MASK, [0] * N)
         for half, positions in enumerate(_positions(builder, begin, arguments[3])):
             rows, values = [], _rows(builder, data, element, bits, positions)
             for row, seen in zip(values, _rows(builder, marks, I8, 8, positions), strict=True):
@@ -206,7 +206,7 @@ def turn_in_seen(typing: Any, source: Any, mask: Any, first: Any, t: Any, tile: 
 
 
 @intrinsic
-def turn_in_mask(typing: Any, mask: Any, first: Any, t: Any, tile: Any) -> Any:
+def transpose_in_mask(typing: Any, mask: Any, first: Any, t: Any, tile: Any) -> Any:
     """``tile[8 i + l] = 1.0 if mask[first[l] + t + i] else 0.0``."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -214,8 +214,8 @@ def turn_in_mask(typing: Any, mask: Any, first: Any, t: Any, tile: Any) -> Any:
         marks, begin, to = (_data(context, builder, kinds[i], arguments[i]) for i in (0, 1, 3))
         none = ir.Constant(ir.VectorType(I8, N), [0] * N)
         for half, positions in enumerate(_positions(builder, begin, arguments[2])):
-            for i, row in enumerate(_turned(builder, _rows(builder, marks, I8, 8, positions))):
-                seen = builder.uitofp(builder.icmp_unsigned("!=", row, none), VECTOR)
+            for i, row in enumerate(_transposed(builder, _rows(builder, marks, I8, 8, positions))):
+                seen = builder.uitofp(builder.icmp_unsigned("!=", row, none), LLVM_VECTOR)
                 builder.store(seen, _tile_row(builder, to, N * half + i), align=8)
         return context.get_dummy_value()
 
@@ -223,7 +223,7 @@ def turn_in_mask(typing: Any, mask: Any, first: Any, t: Any, tile: Any) -> Any:
 
 
 @intrinsic
-def turn_out(typing: Any, tile: Any, target: Any, first: Any, t: Any) -> Any:
+def transpose_out(typing: Any, tile: Any, target: Any, first: Any, t: Any) -> Any:
     """``target[first[l] + t + i] = tile[8 i + l]``, rounded to the type of target."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -233,10 +233,10 @@ def turn_out(typing: Any, tile: Any, target: Any, first: Any, t: Any) -> Any:
         element = context.get_data_type(kinds[1].dtype)
         halves = []
         for half in range(2):
-            rows = [_load(builder, _tile_row(builder, data, N * half + i), 64) for i in range(N)]
+            rows = [_load_vector(builder, _tile_row(builder, data, N * half + i), 64) for i in range(N)]
             if bits == 32:
                 rows = [builder.fptrunc(row, ir.VectorType(element, N)) for row in rows]
-            halves.append(_turned(builder, rows))
+            halves.append(_transposed(builder, rows))
         first_half, second = _positions(builder, begin, arguments[3])
         for lane in range(N):  # both halves of a line together
             for row, position in ((halves[0][lane], first_half[lane]), (halves[1][lane], second[lane])):
@@ -247,20 +247,20 @@ def turn_out(typing: Any, tile: Any, target: Any, first: Any, t: Any) -> Any:
 
 
 @intrinsic
-def take(typing: Any, tile: Any, i: Any) -> Any:
-    """Lanes of the i-th token of a tile, or of any float64 array with eight numbers a token."""
+def load(typing: Any, tile: Any, i: Any) -> Any:
+    """Vector of the i-th token of a tile, or of any float64 array with eight numbers a token."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = _data(context, builder, signature.args[0], arguments[0])
         index = builder.mul(arguments[1], ir.Constant(ir.IntType(64), N))
-        return _load(builder, _place(builder, data, index, F64), 64)
+        return _load_vector(builder, _place(builder, data, index, F64), 64)
 
-    return LANES(tile, types.intp), build
+    return VECTOR(tile, types.intp), build
 
 
 @intrinsic
-def put(typing: Any, tile: Any, i: Any, x: Any) -> Any:
-    """Write what :func:`take` reads."""
+def store(typing: Any, tile: Any, i: Any, x: Any) -> Any:
+    """Write what :func:`load` reads."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = _data(context, builder, signature.args[0], arguments[0])
@@ -268,4 +268,4 @@ def put(typing: Any, tile: Any, i: Any, x: Any) -> Any:
         builder.store(arguments[2], _place(builder, data, index, F64), align=8)
         return context.get_dummy_value()
 
-    return types.void(tile, types.intp, LANES), build
+    return types.void(tile, types.intp, VECTOR), build
