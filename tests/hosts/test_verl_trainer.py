@@ -24,6 +24,7 @@ from kalman_rl.beliefs import make_belief
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.hosts import state as state_file
 from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
+from kalman_rl.hosts.verl.estimators import TRACKED, TRACKER, make_estimator
 from kalman_rl.hosts.verl.tracker import (
     PromptNames,
     make_tracking,
@@ -113,6 +114,26 @@ def test_only_the_last_output_of_a_session_counts() -> None:
     assert len(books.belief) == 2 and books.last_step == 3
 
 
+def test_an_empty_response_is_missing_whatever_its_reward() -> None:
+    """Rejected by rollout correction, say: its 10 would move the belief and the others' baselines."""
+    rows = rows_of(["u_0_0", "u_1_0", "u_2_0"], [{}] * 3, ["p"] * 3)
+    books = tracking(belief="gaussian")
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0]])
+    scores = torch.tensor([[0.0, 1.0], [0.0, 0.0], [10.0, 0.0]])
+
+    def answer(reward: torch.Tensor) -> torch.Tensor:
+        return tracked_advantages(books, rows, reward, global_step=1, n=3)[0]
+
+    token = TRACKER.set(answer)
+    try:
+        found, _ = make_estimator(TRACKED)(scores, mask)
+    finally:
+        TRACKER.reset(token)
+    # A prior of mean 1/2 as wide as a reward's noise: the other's reward moves each baseline half of the way to it.
+    assert found.tolist() == [[0.75, 0.75], [-0.75, 0.0], [0.0, 0.0]]
+    assert books.belief.predict(["p"], step=1).mean.tolist() == [0.5]
+
+
 def test_a_batch_of_padding_only() -> None:
     rows = rows_of(["pad_0_0"], [{"is_padding": True}], ["p"])
     found, metrics = tracked_advantages(tracking(), rows, torch.zeros(1), global_step=1, n=2)
@@ -166,6 +187,22 @@ def test_beliefs_by_the_name_of_the_estimator() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             tracking(**settings)
+
+
+def test_weighted_metrics_are_divided_after_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.trainer.ppo.v1 import PPOTrainerSync
+
+    from kalman_rl.hosts.verl.trainer import KalmanPPOTrainer
+
+    def update(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        metrics |= {"actor/weighted/trust/kept": 0.2, "actor/weighted/tokens": 0.25, "actor/lr": 0.1}
+        return batch
+
+    monkeypatch.setattr(PPOTrainerSync, "_update_actor", update)
+    metrics = {"timing": 1.0}
+    trainer = KalmanPPOTrainer.__new__(KalmanPPOTrainer)
+    assert trainer._update_actor("batch", metrics) == "batch"
+    assert metrics == {"timing": 1.0, "actor/lr": 0.1, "actor/trust/kept": 0.8}
 
 
 # ---- inside verl
@@ -302,6 +339,8 @@ def test_a_crash_between_the_two_writes(driven: dict[str, Any]) -> None:
         ("belief", "expected 'spo'"),
         ("kl", "reward_range=real"),
         ("clip", "policy_loss.options.clip_ratio_low=0.1"),
+        ("norm", "algorithm.norm_adv_by_std_in_grpo: got False"),
+        ("bypass", "algorithm.rollout_correction.rollout_is: got 'token' in bypass mode"),
         ("same index", "got 'toy/0' for two different prompts"),
         ("no column", "which has no question_id"),
     ],

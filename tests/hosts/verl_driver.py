@@ -246,6 +246,12 @@ def refusals(folder: Path) -> dict[str, str]:
             "actor_rollout_ref.actor.policy_loss.loss_mode=kalman_rl/kpo",
             "actor_rollout_ref.actor.clip_ratio_low=0.1",
         ),
+        "norm": ("algorithm.norm_adv_by_std_in_grpo=false",),
+        "bypass": (
+            "actor_rollout_ref.actor.policy_loss.loss_mode=kalman_rl/kpo",
+            "algorithm.rollout_correction.bypass_mode=true",
+            "algorithm.rollout_correction.rollout_is=token",
+        ),
     }
     found = {}
     for name, overrides in cases.items():

@@ -9,8 +9,8 @@ from verl.workers.config import PolicyLossConfig
 
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.verl.choice import Choice, choose
+from kalman_rl.hosts.verl.settings import PREFIX, check_policy_loss
 
-PREFIX = "kalman_rl/"
 KNOBS = (
     "low",
     "high",
@@ -74,6 +74,7 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"policy_loss.options: got {self.options!r}, expected options by name")
         name = self.loss_mode.removeprefix(PREFIX)
+        check_policy_loss(name, self)
         options: dict[str, Any] = dict(self.options)
         for knob in KNOBS:
             value = getattr(self, knob)

@@ -17,6 +17,7 @@ from torch import Tensor
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.verl.choice import parts_moved
+from kalman_rl.hosts.verl.settings import check_algorithm
 from kalman_rl.methods import make_method
 from kalman_rl.methods.aliases import translated
 from kalman_rl.objectives.inputs import inputs_of
@@ -26,7 +27,7 @@ from kalman_rl.objectives.rollouts import score_energy
 TRACKED = "tracked"
 """Name of the estimator whose belief is chosen by ``algorithm.kalman_rl.belief``."""
 TRACKER: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("TRACKER", default=None)
-"""Rewards (B,) of verl's rows -> advantages (B,), set by our trainer around verl's own computation."""
+"""Rewards (B,) of verl's rows, NaN = missing -> advantages (B,), set by our trainer around verl's own computation."""
 
 Estimator = Callable[..., tuple[Tensor, Tensor]]
 
@@ -35,10 +36,11 @@ def make_estimator(name: str) -> Estimator:
     """The advantage of method NAME with verl's signature, or the tracked one.
 
     A completion's reward is the sum of its ``token_level_rewards``. Rows without trained tokens (verl's padding,
-    rejected completions) are left out of every baseline. Returns (advantages, returns), both (B, T), 0 outside the
-    mask.
+    rejected completions) are left out of every baseline and belief. Returns (advantages, returns), both (B, T), 0
+    outside the mask.
 
-    Raises: ConfigError for options that do not act on the advantage, and for what verl does not hand over.
+    Raises: ConfigError for options that do not act on the advantage, for settings of verl's own estimators, and for
+    what verl does not hand over.
     """
 
     def kalman_advantage(
@@ -48,13 +50,13 @@ def make_estimator(name: str) -> Estimator:
         index: Any = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor]:
+        check_algorithm(name, config)
         mask = response_mask.bool()
-        reward = token_level_rewards.sum(dim=-1)
+        reward = token_level_rewards.sum(dim=-1).masked_fill(~mask.any(dim=1), torch.nan)
         if remembers(name):
             found = _tracker(name)(reward)
         else:
             method = method_for(name, options_in(config))
-            reward = reward.masked_fill(~mask.any(dim=1), torch.nan)
             found = method.advantage(reward, _groups(index, name), **_extra(method, mask, others))
         found = found if found.dim() == 2 else found[:, None].expand(mask.shape)
         advantages = torch.where(mask, found.to(token_level_rewards), 0.0)

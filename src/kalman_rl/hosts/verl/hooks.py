@@ -29,6 +29,7 @@ VERL = Host(
             ),
         },
         "verl.workers.config": {"ActorConfig": None, "PolicyLossConfig": None},
+        "verl.trainer.config": {"AlgoConfig": None},
     },
 )
 TRAINER = Host(
@@ -40,6 +41,7 @@ TRAINER = Host(
             "__init__": Method(("config",)),
             "_next_train_batch": Method(("num_prompts",)),
             "_compute_advantage": Method(("batch", "metrics")),
+            "_update_actor": Method(("batch", "metrics")),
             "_save_checkpoint": Method(),
             "_load_checkpoint": Method(),
             "global_steps": None,

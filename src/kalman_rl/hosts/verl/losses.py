@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
-from verl.workers.config import ActorConfig
 
-from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.verl.choice import Choice, choose
-from kalman_rl.hosts.verl.config import PREFIX, KalmanPolicyLossConfig
+from kalman_rl.hosts.verl.config import KalmanPolicyLossConfig
+from kalman_rl.hosts.verl.metrics import weighted
+from kalman_rl.hosts.verl.settings import PREFIX, check_actor
 from kalman_rl.objectives.aggregate import SequenceSum, Totals, sequence_mean, token_mean
 from kalman_rl.objectives.learning import bound_metrics, step_statistics, with_bounds
 from kalman_rl.objectives.loss import Method, policy_loss
@@ -28,8 +28,6 @@ from kalman_rl.objectives.rollouts import Rollouts
 
 logger = logging.getLogger(__name__)
 
-REPLACED = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
-"""Settings of verl's actor that the method replaces. Changing one would be silently ignored, so it is refused."""
 DROPPED = ("objective/surrogate", "objective/penalty")
 """Parts of a sum over micro-batches, which verl would average; their sum is verl's ``actor/pg_loss``."""
 
@@ -65,15 +63,26 @@ def make_loss(name: str) -> PolicyLossFn:
             logp_behaviour=old_log_prob if choice.old_is_sampler else None,
             allow_empty=True,
         )
-        metrics: dict[str, Any] = {}
+        bounds: dict[str, Any] = {}
         if "trust" in method.learns:
-            method, metrics = _with_bounds(method, rollouts, log_prob, advantages, info)
+            method, bounds = _with_bounds(method, rollouts, log_prob, advantages)
         loss = policy_loss(method, rollouts, log_prob, advantage=advantages)
-        metrics = {k: v for k, v in loss.metrics.items() if k not in DROPPED} | metrics
-        log_ratio = loss.tokens.log_ratio
-        metrics["actor/ppo_kl"] = -log_ratio.sum() / rollouts.mask.sum().clamp(min=1)
-        metrics["actor/pg_clipfrac"] = 1 - loss.metrics["trust/kept"] if rollouts.mask.any() else 0.0
-        return loss.value, as_numbers(metrics, log_prob.device)
+        metrics = {k: v for k, v in loss.metrics.items() if k not in DROPPED} | bounds
+        tokens = rollouts.mask.sum()
+        metrics["actor/ppo_kl"] = -loss.tokens.log_ratio.sum() / tokens.clamp(min=1)
+        metrics["actor/pg_clipfrac"] = 1 - loss.metrics["trust/kept"]
+        numbers = as_numbers(metrics | {"tokens": tokens}, log_prob.device)
+        trained = int(numbers.pop("tokens"))
+        reported = weighted(
+            numbers,
+            tokens=trained,
+            rows=len(response_mask),
+            info=info,
+            dynamic=bool(getattr(config, "use_dynamic_bsz", False)),
+        )
+        if bounds and trained:
+            reported["trust/bound_share"] = trained / (info.get("batch_num_tokens") or trained)
+        return loss.value, reported
 
     kalman_policy_loss.__name__ = kalman_policy_loss.__qualname__ = f"policy_loss_{name}"
     kalman_policy_loss.kalman_rl = name  # type: ignore[attr-defined]
@@ -92,18 +101,6 @@ def choice_for(name: str, config: Any) -> Choice:
 @functools.cache
 def _default(name: str) -> Choice:
     return choose(name, {})
-
-
-def check_actor(name: str, config: Any) -> None:
-    """Raise ConfigError if a setting of verl's actor was changed that the method replaces."""
-    defaults = {f.name: f.default for f in dataclasses.fields(ActorConfig)}
-    for setting in REPLACED:
-        value = getattr(config, setting, None)
-        if value is not None and value != defaults[setting]:
-            raise ConfigError(
-                f"actor.{setting}: got {value}, expected verl's default {defaults[setting]} because {PREFIX}{name} "
-                f"decides this; set +actor_rollout_ref.actor.policy_loss.options.{setting}={value}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,16 +186,13 @@ def _say_mode(name: str, mode: str, own: str) -> None:
 
 
 def _with_bounds(
-    method: Method, rollouts: Rollouts, log_prob: Tensor, advantages: Tensor, info: Mapping[str, Any]
+    method: Method, rollouts: Rollouts, log_prob: Tensor, advantages: Tensor
 ) -> tuple[Method, dict[str, Any]]:
     """Bounds that a trust region learns, found on the micro-batch at hand: verl shows the loss no other.
     ``trust/bound_share`` is the micro-batch's share of the step's tokens; at 1 the bounds are those of the whole
     step."""
     found = with_bounds(method, step_statistics(method, rollouts, log_prob, advantage=advantages))
-    tokens = rollouts.mask.sum()
-    everything = info.get("batch_num_tokens")
-    share = 1.0 if everything is None else tokens / everything
-    return found, {**bound_metrics(found), "trust/bound_share": share}
+    return found, bound_metrics(found)
 
 
 def as_numbers(metrics: Mapping[str, Any], device: torch.device) -> dict[str, float]:

@@ -22,10 +22,10 @@ from kalman_rl.errors import ConfigError
 from kalman_rl.hooks import check
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.hosts.verl import plugin
-from kalman_rl.hosts.verl.config import PREFIX
 from kalman_rl.hosts.verl.estimators import TRACKED, TRACKER, options_in, remembers
 from kalman_rl.hosts.verl.hooks import TRAINER
-from kalman_rl.hosts.verl.losses import check_actor
+from kalman_rl.hosts.verl.metrics import divided
+from kalman_rl.hosts.verl.settings import PREFIX, check_actor, check_algorithm, check_bypass
 from kalman_rl.hosts.verl.tracker import (
     PromptNames,
     Rows,
@@ -90,6 +90,12 @@ class KalmanPPOTrainer(PPOTrainerSync):
         finally:
             TRACKER.reset(token)
 
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        of_step: dict[str, Any] = {}
+        batch = super()._update_actor(batch, of_step)
+        metrics.update(divided(of_step))
+        return batch
+
     def _tracked(self, rows: Rows, metrics: dict[str, Any], reward: Tensor) -> Tensor:
         """What the estimator asks for while verl computes advantages."""
         found, numbers = tracked_advantages(
@@ -151,6 +157,7 @@ def check_trainer(config: Any) -> str:
             f"algorithm.adv_estimator: got {estimator!r} with trainer_mode=kalman_rl, expected one of {choices}; "
             "with other estimators verl's own trainers do the same"
         )
+    check_algorithm(name, config.algorithm)
     groups = config.algorithm.get("filter_groups", None)
     if groups is not None and groups.get("enable", False):
         raise ConfigError(
@@ -169,6 +176,7 @@ def check_trainer(config: Any) -> str:
     loss = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
     if loss.startswith(PREFIX):
         check_actor(loss.removeprefix(PREFIX), config.actor_rollout_ref.actor)
+        check_bypass(config.algorithm.get("rollout_correction", None))
     return name
 
 
