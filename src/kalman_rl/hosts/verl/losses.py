@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 
+from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.verl.choice import Choice, choose
 from kalman_rl.hosts.verl.config import KalmanPolicyLossConfig
 from kalman_rl.hosts.verl.metrics import weighted
