@@ -297,8 +297,39 @@ def test_bad_settings(changes: dict[str, Any], message: str, model_path: str, tm
 def test_rows_need_a_stable_name(model_path: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prompt_id: got None, expected a text or integer .*with_indices"):
         trained(tmp_path, model_path, rows=[{"prompt": row["prompt"]} for row in ROWS])
-    with pytest.raises(ConfigError, match="prompt_id: got 'same' for two different prompts"):
+    with pytest.raises(ConfigError, match="prompt_id: got 'same' for two different rows .*differ in prompt"):
         trained(tmp_path, model_path, rows=[{"prompt": row["prompt"], "prompt_id": "same"} for row in ROWS])
+
+
+@pytest.mark.parametrize("allocation", ["fixed", "predictive", "rounds"])
+def test_one_name_for_two_answers_is_refused(allocation: str, model_path: str, tmp_path: Path) -> None:
+    shared = [row | {"answer": "1"} for row in ROWS] + [ROWS[0] | {"answer": "2"}]
+    with pytest.raises(
+        ConfigError, match=rf"prompt_id: got '{ROWS[0]['prompt_id']}' for two .*differ in answer"
+    ):
+        trained(tmp_path, model_path, rows=shared, allocation=allocation)
+    repeated = [row | {"answer": "1"} for row in [*ROWS, ROWS[0]]]
+    trainer, _, _ = trained(tmp_path, model_path, rows=repeated, allocation=allocation, max_steps=2)
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("allocation", ["predictive", "rounds"])
+def test_one_prompt_with_two_answers_is_scored_with_both(
+    allocation: str, model_path: str, tmp_path: Path
+) -> None:
+    asked: set[tuple[str, str]] = set()
+
+    def noting(completions: list[str], prompts: list[str], answer: list[str], **columns: Any) -> list[float]:
+        asked.update(zip(prompts, answer))
+        return odd_first(completions)
+
+    twins = [
+        {"prompt": row["prompt"], "prompt_id": f"{row['prompt_id']} {a}", "answer": a}
+        for row in ROWS[:2]
+        for a in "12"
+    ]
+    trained(tmp_path, model_path, noting, rows=twins, allocation=allocation, max_steps=2, completions_min=1)
+    assert asked == {(row["prompt"], answer) for row in ROWS[:2] for answer in "12"}
 
 
 def test_rewards_outside_the_declared_range_are_named(model_path: str, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import rows as batches
+from kalman_rl.hosts.trl.packed import pack, unpack
+from kalman_rl.hosts.trl.prompts import prompts_by_id
 from kalman_rl.sampling.records import belief_record
 from kalman_rl.sampling.rounds import Sampled
 from kalman_rl.sampling.tracking import Tracking, fixed_groups, outcome_metrics
@@ -54,7 +55,7 @@ def tracked_generation(
         share = -(-len(names) // accelerator.num_processes)
         padded = names + names[:1] * (share * accelerator.num_processes - len(names))
         start = accelerator.process_index * share
-        local = generate([by_id[name] for name in padded[start : start + share]])
+        local = unpack(generate([by_id[name] for name in padded[start : start + share]]))
         parts.append(batches.take(batches.gather(local, accelerator, padding), torch.arange(len(names))))
         told.append(names)
         rewards.append(trainer._last_rewards[: len(names)].double().cpu())
@@ -94,7 +95,7 @@ def tracked_generation(
         _note_outcome(whole, sampled, by_id, slice(None), accelerator.device)
         # Every rank takes each n-th row, so that what a budget leaves empty is spread over ranks like the rest.
         index = torch.arange(size) * accelerator.num_processes + rank
-        mine = batches.take(batches.fill(whole, len(everyone)), index)
+        mine = pack(batches.take(batches.fill(whole, len(everyone)), index))
     trained = (mine["completion_mask"] * mine.get("tool_mask", 1)).sum()
     return mine | {"num_items_in_batch": accelerator.gather(trained).sum()}
 
@@ -117,24 +118,6 @@ def _log(trainer: Any, metrics: dict[str, float], reward: Tensor) -> None:
     metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
     for name, value in metrics.items():
         trainer._metrics["train"][name].append(value)
-
-
-def prompts_by_id(rows: list[dict[str, Any]]) -> dict[Hashable, dict[str, Any]]:
-    """The dataset's row of every prompt. Raises: ConfigError for rows without a usable ``prompt_id``."""
-    by_id: dict[Hashable, dict[str, Any]] = {}
-    for row in rows:
-        name = row.get("prompt_id")
-        if not isinstance(name, (str, int)) or isinstance(name, bool):
-            raise ConfigError(
-                f"prompt_id: got {name!r}, expected a text or integer in every row of the dataset because beliefs "
-                "are kept by prompt; add one, e.g. dataset.map(lambda row, i: {'prompt_id': i}, with_indices=True)"
-            )
-        if by_id.setdefault(name, row)["prompt"] != row["prompt"]:
-            raise ConfigError(
-                f"prompt_id: got {name!r} for two different prompts, expected one name per prompt; beliefs "
-                "about them would be mixed"
-            )
-    return by_id
 
 
 def note_features(trainer: Any, tracking: Tracking, by_id: dict[Hashable, dict[str, Any]]) -> None:

@@ -49,7 +49,11 @@ TRL = Host(
             "_step": None,
             "_tag_names": None,
             "_tokenizer": None,
-        }
+        },
+        "trl.trainer.utils": {
+            "split_pixel_values_by_grid": Method(("batch",)),
+            "unsplit_pixel_values_by_grid": Method(("batch",)),
+        },
     },
 )
 TRANSFORMERS = Host(

@@ -29,6 +29,7 @@ from kalman_rl.hosts.trl.config import (
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards
+from kalman_rl.hosts.trl.prompts import check_names
 from kalman_rl.hosts.trl.ranks import RanksTrainer
 from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals
@@ -112,6 +113,8 @@ class KalmanGRPOTrainer(RanksTrainer):
         self.missing = MissingRewards()
         check_combination(self.method, args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        if self.tracking is not None:
+            check_names(self.train_dataset)
         if self._entropy_bonus_enabled:
             raise ConfigError(
                 f"entropy_coef: got {self.entropy_coef}, expected 0 because the entropy bonus is not part of "

@@ -1,0 +1,71 @@
+"""Prompts by name: beliefs are kept by ``prompt_id``, so one name must stand for one row of the dataset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import numpy as np
+
+from kalman_rl.errors import ConfigError
+
+Row = dict[str, Any]
+
+
+def prompts_by_id(rows: Iterable[Row]) -> dict[Hashable, Row]:
+    """The dataset's row of every prompt.
+
+    Raises: ConfigError for rows without a usable ``prompt_id``, or two different rows under one: only the first would
+        be sampled and scored.
+    """
+    by_id: dict[Hashable, Row] = {}
+    for row in rows:
+        name = row.get("prompt_id")
+        if not isinstance(name, (str, int)) or isinstance(name, bool):
+            raise ConfigError(
+                f"prompt_id: got {name!r}, expected a text or integer in every row of the dataset because beliefs "
+                "are kept by prompt; add one, e.g. dataset.map(lambda row, i: {'prompt_id': i}, with_indices=True)"
+            )
+        first = by_id.setdefault(name, row)
+        differ = (
+            [] if first is row else [key for key in first | row if not same(first.get(key), row.get(key))]
+        )
+        if differ:
+            raise ConfigError(
+                f"prompt_id: got {name!r} for two different rows (they differ in {', '.join(differ)}), expected one "
+                "name per row; beliefs about them would be mixed; give each its own name"
+            )
+    return by_id
+
+
+def check_names(dataset: Any) -> None:
+    """Look at all rows that share a name, where the dataset can be looked at before training.
+
+    Raises: as :func:`prompts_by_id`.
+    """
+    if "prompt_id" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
+        return
+    places: dict[Hashable, list[int]] = {}
+    for place, name in enumerate(dataset["prompt_id"]):
+        places.setdefault(name, []).append(place)
+    for shared in places.values():
+        if len(shared) > 1:
+            prompts_by_id(dataset[place] for place in shared)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of a row are the same; NaN is NaN, and arrays and images are compared by content.
+
+    >>> same({"x": [1, float("nan")]}, {"x": [1, float("nan")]}), same([1], [2])
+    (True, False)
+    """
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and isinstance(other, float) and math.isnan(one):
+        return math.isnan(other)
+    if hasattr(one, "__array__") and hasattr(other, "__array__"):
+        return np.array_equal(np.asarray(one), np.asarray(other))
+    return bool(one == other)
