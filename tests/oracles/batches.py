@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.advantage import JamesStein, Tracked
-from kalman_rl.instruments.verify.definitions import LOOPS, lookup
+from kalman_rl.instruments.verify.definitions import LOOPS, LOSSES, Example, Terms, lookup
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import ratio
 from kalman_rl.objectives.advantage.filtered import BatchFilter, GroupFilter
@@ -26,7 +26,7 @@ from kalman_rl.objectives.ratio.robust import RobustFiltered
 from kalman_rl.objectives.ratio.token_noise import NoiseFiltered
 from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts
 from kalman_rl.objectives.trust.balance import Balance
-from kalman_rl.objectives.trust.clip import Cap, Clip, GeometricClip, SoftGate
+from kalman_rl.objectives.trust.clip import Cap, Clip, GeometricClip, SoftGate, log_likelihood, unclipped
 from kalman_rl.objectives.trust.curvature import CurvatureMask
 from kalman_rl.objectives.trust.divergence import DivergenceMask, log_complement
 
@@ -283,6 +283,8 @@ def naive_coefficient(
     mask, part = batch.mask.numpy(), method.trust
     a = per_token(advantage).expand_as(batch.logp).numpy()
     weight, keep = np.exp(np.minimum(log_weight, 20.0)), np.ones_like(mask)
+    if type(part) not in BY_HAND and part not in BY_HAND:
+        return by_autograd(method, batch, log_weight, a)
     if isinstance(part, Balance):
         part = settled_by_hand(part, weight, a, mask)
     if isinstance(part, CurvatureMask):
@@ -319,6 +321,35 @@ def naive_coefficient(
                 keep[i, t] = z[t] == observed[i, t]
             weight[i, tokens] = math.exp(min(sum(z.values()) / len(tokens), 20.0))
     return weight, keep
+
+
+BY_HAND = {
+    Balance,
+    Cap,
+    Clip,
+    CurvatureMask,
+    DivergenceMask,
+    GeometricClip,
+    SoftGate,
+    unclipped,
+    log_likelihood,
+}
+"""Trust regions whose definition is restated above; another is differentiated from its loss in ``definitions``."""
+
+
+def by_autograd(
+    method: Method, batch: Batch, log_weight: np.ndarray, a: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(B, T) weight and keep from the derivative of the loss as printed; a dropped token has no weight, and an
+    advantage of 0 counts as a positive one."""
+    logp = batch.logp.detach().double().requires_grad_()
+    advantage = torch.from_numpy(np.where(a == 0, 1.0, a)).double()
+    weight = (logp - logp.detach() + torch.from_numpy(log_weight)).exp()
+    example = Example(batch.rollouts(), batch.logp, batch.top(batch.logp), batch.current(batch.logp).step)
+    loss = lookup(LOSSES, method.trust)(method.trust, Terms(logp, weight, advantage, example))
+    (slope,) = torch.autograd.grad(loss[batch.mask].sum(), logp)
+    found = torch.where(batch.mask, -slope / advantage, 0.0).numpy()
+    return found, found != 0
 
 
 def settled_by_hand(part: Balance, weight: np.ndarray, a: np.ndarray, mask: np.ndarray) -> Clip:
