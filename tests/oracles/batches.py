@@ -394,7 +394,7 @@ def naive_metrics(method: Method, batch: Batch, advantage: Tensor) -> dict[str, 
     return metrics | {
         "ratio/raw_log_variance": float(np.var(raw)),
         "ratio/filtered_log_variance": float(np.var(used)),
-        "ratio/effective_sample_size": float(w.sum() ** 2 / (len(w) * (w**2).sum())),
+        "ratio/effective_sample_size": float(w.sum() ** 2 / (len(w) * (w**2).sum())) if w.any() else 1.0,
         "ratio/max_abs_log_ratio": float(np.abs(raw).max()),
         "ratio/capped": float(np.mean(np.array(used) > 20)),
         "ratio/raw_sign_switch": float(np.mean(switches["raw"] or [0.0])),
