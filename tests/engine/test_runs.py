@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -395,7 +397,9 @@ def checkpoint(run: Run, step: int, seal: bool = True) -> Path:
     folder = run.path / "checkpoints" / f"checkpoint-{step}"
     (folder / "sub").mkdir(parents=True)
     (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
-    (folder / "model.safetensors").write_bytes(bytes(range(64)))
+    (folder / "model.safetensors").write_bytes(
+        safetensors.numpy.save({"head": np.arange(4, dtype="float32")})
+    )
     (folder / "sub" / "empty").write_bytes(b"")
     if seal:
         run.seal_checkpoint(folder)
@@ -415,6 +419,25 @@ def test_an_unsealed_checkpoint_is_skipped_aloud(run: Run, caplog: pytest.LogCap
     assert f"{new}: has no {SEAL}" in caplog.text
     run.seal_checkpoint(new)
     assert run.latest_checkpoint() == new
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_sealed_nor_resumed(
+    run: Run, bad: float, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = checkpoint(run, 10), checkpoint(run, 20, seal=False)
+    weights = {"whole": np.arange(3), "head": np.array([1.0, bad], dtype="float16")}
+    safetensors.numpy.save_file(weights, new / "adapter_model.safetensors")
+    with pytest.raises(
+        RunError, match=r"checkpoint-20: got NaN or infinity in head, expected finite weights"
+    ):
+        run.seal_checkpoint(new)
+    assert run.checkpoints() == [old]
+    with monkeypatch.context() as patch:  # as a run before this check left it
+        patch.setattr("kalman_rl.engine.runs.checkpoints._check_weights", lambda folder: None)
+        run.seal_checkpoint(new)
+    assert run.latest_checkpoint() == old
+    assert "NaN or infinity in head" in caplog.text
 
 
 def test_no_checkpoint(run: Run) -> None:

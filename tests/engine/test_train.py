@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +23,11 @@ from safetensors.torch import load_file
 
 from kalman_rl.engine.callbacks import Progress
 from kalman_rl.engine.config import TrainConfig, build, to_toml, validate
+from kalman_rl.engine.models.load import load_model
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.train import train
-from kalman_rl.errors import ConfigError, RewardError
+from kalman_rl.errors import ConfigError, NumericError, RewardError
 from kalman_rl.kernels.memory import keep_freed_memory
 
 SMALL: dict[str, Any] = {
@@ -137,6 +140,67 @@ def test_resume_gives_the_weights_of_the_uninterrupted_run(model_path: str, rewa
         {k: v for k, v in r.items() if k not in {"time", "step_time"}} for r in rows if r["kind"] == "train"
     ]
     assert strip(read_metrics(whole)) == strip(read_metrics(cut))
+
+
+def break_gradient(monkeypatch: pytest.MonkeyPatch, *passes: int) -> None:
+    """NaN in one gradient of these backward passes, counted from 1."""
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        loaded, done = load_model(*args, **kwargs), []
+
+        def change(gradient: torch.Tensor) -> torch.Tensor:
+            done.append(0)
+            return gradient * math.nan if len(done) in passes else gradient
+
+        loaded.model.model.norm.weight.register_hook(change)
+        return loaded
+
+    monkeypatch.setattr("kalman_rl.engine.train.load_model", load)
+
+
+def test_a_gradient_of_nan_stops_the_run_which_resumes(
+    model_path: str, rewards_module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rewards_module / "run"
+    with monkeypatch.context() as patch:
+        break_gradient(patch, 3)
+        with pytest.raises(
+            NumericError, match=r"^step 3: got a gradient .*last good checkpoint is .*checkpoint-2"
+        ):
+            start(model_path, path, reward="my_rewards:digits")
+    assert json.loads((path / "manifest.json").read_text())["status"] == "failed"
+    with Run.open(path) as run:
+        assert [folder.name for folder in run.checkpoints()] == ["checkpoint-2"]
+        config = build(TrainConfig, SMALL | {"model": model_path, "run": path, "reward": "my_rewards:digits"})
+        assert train(config, run, resume=True) == 0
+    whole = rewards_module / "whole"
+    start(model_path, whole, reward="my_rewards:digits")
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(path)[name]), name
+
+
+def test_a_step_with_a_gradient_of_nan_may_be_skipped(
+    model_path: str, rewards_module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_gradient(monkeypatch, 3)
+    path = rewards_module / "run"
+    _, code = start(model_path, path, reward="my_rewards:digits", nonfinite="skip")
+    assert code == 0 and all(value.isfinite().all() for value in weights(path).values())
+    rows = [row for row in read_metrics(path) if row["kind"] == "train"]
+    assert [row["step/skipped"] for row in rows] == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_dropout_of_a_model_is_switched_off(model_path: str, rewards_module: Path) -> None:
+    """At learning rate 0 no ratio moves, whatever the model's settings say, with LoRA as well."""
+    noisy = rewards_module / "noisy"
+    shutil.copytree(model_path, noisy)
+    settings = json.loads((noisy / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (noisy / "config.json").write_text(json.dumps(settings))
+    path = rewards_module / "run"
+    start(str(noisy), path, reward="my_rewards:digits", learning_rate=0.0, lora_rank=2)
+    rows = [row for row in read_metrics(path) if row["kind"] == "train"]
+    assert max(row["ratio/max_abs_log_ratio"] for row in rows) < 1e-5
+    assert all(row["trust/kept"] == 1 for row in rows)
 
 
 @pytest.mark.timeout(240)

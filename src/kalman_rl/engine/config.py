@@ -93,6 +93,8 @@ class TrainConfig(Budget, Subject):
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
     """Longest gradient (L2 norm); 0 switches clipping off."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss, penalty or gradient is NaN or infinite: stop before the optimizer step, or skip that step."""
     temperature: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     """Sampling temperature, applied to the log-probabilities of the loss too."""
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None

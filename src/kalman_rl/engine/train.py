@@ -255,6 +255,7 @@ def build_trainer(
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        nonfinite=config.nonfinite,
         beta=config.kl,
         seed=config.seed,
         data_seed=config.seed,
@@ -275,6 +276,7 @@ def build_trainer(
         peft_config = LoraConfig(
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank,
+            lora_dropout=0.0,
             target_modules=LORA_TARGETS,
             task_type="CAUSAL_LM",
         )

@@ -89,6 +89,25 @@ def load_state(folder: str | Path) -> dict[str, Any] | None:
     return state
 
 
+def broken_tensor(folder: str | Path) -> str | None:
+    """Name of a weight with NaN or infinity in a checkpoint's safetensors, or None; our own state is not looked at.
+
+    Raises: RunError for a file that cannot be read.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        if path.name == STATE_FILE:
+            continue
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_tensor(name)
+                    if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                        return str(name)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path}: cannot be read: {error}; take an older checkpoint") from None
+    return None
+
+
 def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """The value with every tensor moved to ``tensors`` and a mark in its place."""
     if isinstance(value, Tensor):

@@ -26,6 +26,7 @@ from kalman_rl.engine.models.tiny import (
 from kalman_rl.engine.runs.files import replacing
 from kalman_rl.engine.tasks.task import Task
 from kalman_rl.errors import AdapterError, ConfigError, RunError, one_line, unknown_name
+from kalman_rl.hosts.trl.dropout import switch_off_dropout
 
 Progress = Callable[[str], None]
 
@@ -40,8 +41,8 @@ class LoadedModel:
     """A causal language model ready for a TRL trainer.
 
     Args:
-        model: the model on the CPU, in evaluation mode. Its ``generation_config.eos_token_id`` holds every
-            token that ends a reply; TRL reads that list both to stop sampling and to mask what follows.
+        model: the model on the CPU, in evaluation mode and without dropout. Its ``generation_config.eos_token_id``
+            holds every token that ends a reply; TRL reads that list both to stop sampling and to mask what follows.
         tokenizer: pads on the left, with a pad token and an end-of-sequence token.
         path: directory or hub id from which the same weights load again.
         dtype: type of the weights.
@@ -104,6 +105,10 @@ def load_model(
     if task is not None:
         check_template(tokenizer, task, name)
     stop_token_ids = _end_replies(model, tokenizer, task)
+    if dropped := switch_off_dropout(model):
+        notes.append(
+            f"dropout up to {max(dropped.values()):g} is switched off: its noise would enter every log-ratio"
+        )
     return LoadedModel(model.eval(), tokenizer, path, chosen, stop_token_ids, notes)
 
 

@@ -21,9 +21,11 @@ CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 def seal_checkpoint(folder: Path) -> None:
     """Sync every file of a checkpoint to disk, then write ``complete.json`` with their sizes and SHA-256.
 
-    Raises: RunError if ``trainer_state.json`` is missing or something is neither file nor directory.
+    Raises: RunError if ``trainer_state.json`` is missing, something is neither file nor directory, or a weight is NaN
+        or infinite.
     """
     content = _checkpoint_content(Path(folder), flush=True)
+    _check_weights(Path(folder))
     write_file(Path(folder) / SEAL, content)
     sync(Path(folder).parent)
 
@@ -44,6 +46,14 @@ def verify_checkpoint(folder: Path) -> None:
             SEAL
         ]
         raise RunError(f"{folder}: changed since it was saved: {', '.join(changed[:5])}")
+    _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    from kalman_rl.hosts.state import broken_tensor  # here, because it brings in torch
+
+    if (name := broken_tensor(folder)) is not None:
+        raise RunError(f"{folder}: got NaN or infinity in {name}, expected finite weights; take an older one")
 
 
 def _checkpoint_content(folder: Path, *, flush: bool = False) -> bytes:

@@ -13,6 +13,7 @@ from kalman_rl.errors import extra
 
 if TYPE_CHECKING:
     from kalman_rl.hosts.trl.config import KalmanGRPOConfig, check_host
+    from kalman_rl.hosts.trl.dropout import switch_off_dropout
     from kalman_rl.hosts.trl.ranks import last_good_checkpoint
     from kalman_rl.hosts.trl.sinks import SafeSink, make_sinks
     from kalman_rl.hosts.trl.trainer import KalmanGRPOTrainer, TokenBatch
@@ -25,6 +26,7 @@ _HOMES = {
     "check_host": "config",
     "last_good_checkpoint": "ranks",
     "make_sinks": "sinks",
+    "switch_off_dropout": "dropout",
 }
 __all__ = [
     "KalmanGRPOConfig",
@@ -34,6 +36,7 @@ __all__ = [
     "check_host",
     "last_good_checkpoint",
     "make_sinks",
+    "switch_off_dropout",
 ]
 
 

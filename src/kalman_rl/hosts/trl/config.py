@@ -66,6 +66,13 @@ class KalmanGRPOConfig(GRPOConfig):
         default_factory=dict,
         metadata={"help": 'Options of the method, for example {"process_noise": 1e-4}.'},
     )
+    nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "When a loss, penalty or gradient is NaN or infinite: stop with an error before the optimizer "
+            "step, or skip that step."
+        },
+    )
     top_k_distribution: int = field(
         default=32,
         metadata={"help": "Tokens per position for methods that look at distributions (DPPO top-k, CAPO)."},

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from trl import GRPOTrainer
 
 from kalman_rl.errors import KalmanRLError, RunError
-from kalman_rl.hosts.state import STATE_FILE, load_state
+from kalman_rl.hosts.state import broken_tensor, load_state
 
 
 class RanksTrainer(GRPOTrainer):
@@ -76,7 +75,7 @@ def lost_process(error: BaseException) -> bool:
 
 
 def last_good_checkpoint(output_dir: str | Path) -> Path | None:
-    """Newest ``checkpoint-N`` in a folder with all its parts: trainer state, weights that open, our state.
+    """Newest ``checkpoint-N`` in a folder with all its parts: trainer state, finite weights, our state.
 
     TRL writes checkpoints in place, so a process killed while saving leaves a torn one; transformers'
     ``get_last_checkpoint`` goes by the number alone. Ours is the last file of a save.
@@ -89,10 +88,6 @@ def last_good_checkpoint(output_dir: str | Path) -> Path | None:
 def _whole(folder: Path) -> bool:
     try:
         json.loads((folder / "trainer_state.json").read_text())
-        for file in folder.glob("*.safetensors"):
-            if file.name != STATE_FILE:
-                with safe_open(str(file), framework="pt"):  # compares its header with the file's size
-                    pass
-        return load_state(folder) is not None
-    except (OSError, ValueError, SafetensorError):
+        return broken_tensor(folder) is None and load_state(folder) is not None
+    except (OSError, ValueError):
         return False

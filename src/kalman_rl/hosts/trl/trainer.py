@@ -26,11 +26,12 @@ from kalman_rl.hosts.trl.config import (
     check_combination,
     resolve_method,
 )
+from kalman_rl.hosts.trl.dropout import warn_of_dropout
+from kalman_rl.hosts.trl.finite import FiniteTrainer, check_nonfinite
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards
 from kalman_rl.hosts.trl.prompts import check_names
-from kalman_rl.hosts.trl.ranks import RanksTrainer
 from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals
 from kalman_rl.objectives.inputs import inputs_of
@@ -68,7 +69,7 @@ class TokenBatch(NamedTuple):
     loss: Loss
 
 
-class KalmanGRPOTrainer(RanksTrainer):
+class KalmanGRPOTrainer(FiniteTrainer):
     """TRL's GRPOTrainer with the policy objective of this package.
 
     Args:
@@ -112,9 +113,11 @@ class KalmanGRPOTrainer(RanksTrainer):
         self._last_rewards: Tensor | None = None
         self.missing = MissingRewards()
         check_combination(self.method, args)
+        check_nonfinite(args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.tracking is not None:
             check_names(self.train_dataset)
+        warn_of_dropout(self.model)
         if self._entropy_bonus_enabled:
             raise ConfigError(
                 f"entropy_coef: got {self.entropy_coef}, expected 0 because the entropy bonus is not part of "
@@ -379,11 +382,11 @@ class KalmanGRPOTrainer(RanksTrainer):
             estimate = KL(1.0, importance_weighted=self.args.use_bias_correction_kl)
             metrics["kl"] = diagnostics.masked_mean(estimate(logp.float(), rollouts), rollouts.mask)
         values = torch.stack([value.detach().float() for value in metrics.values()])
-        for name, value in zip(
-            metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True
-        ):
+        numbers = dict(zip(metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+        for name, value in numbers.items():
             self._metrics[mode][name].append(value)
         if mode == "train":
+            self.notice_terms(numbers)
             cycle = self.args.steps_per_generation * self.num_iterations
             self._noop_steps = self._noop_steps + 1 if bool(metrics["ratio/noop"]) else 0
             if self._noop_steps == 2 * cycle:
