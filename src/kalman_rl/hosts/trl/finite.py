@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.hosts.trl.dropout import warn_of_dropout
 from kalman_rl.hosts.trl.ranks import RanksTrainer, last_good_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,11 @@ class FiniteTrainer(RanksTrainer):
 
     _bad_term: str | None = None
     _skipped_in_a_row = 0
+
+    def __init__(self, model: Any, reward_funcs: Any, args: Any, *more: Any, **kwargs: Any) -> None:
+        check_nonfinite(args)
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        warn_of_dropout(self.model)
 
     @property
     def _skips(self) -> bool:

@@ -26,8 +26,7 @@ from kalman_rl.hosts.trl.config import (
     check_combination,
     resolve_method,
 )
-from kalman_rl.hosts.trl.dropout import warn_of_dropout
-from kalman_rl.hosts.trl.finite import FiniteTrainer, check_nonfinite
+from kalman_rl.hosts.trl.finite import FiniteTrainer
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards
@@ -113,11 +112,9 @@ class KalmanGRPOTrainer(FiniteTrainer):
         self._last_rewards: Tensor | None = None
         self.missing = MissingRewards()
         check_combination(self.method, args)
-        check_nonfinite(args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.tracking is not None:
             check_names(self.train_dataset)
-        warn_of_dropout(self.model)
         if self._entropy_bonus_enabled:
             raise ConfigError(
                 f"entropy_coef: got {self.entropy_coef}, expected 0 because the entropy bonus is not part of "
