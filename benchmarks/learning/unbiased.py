@@ -39,7 +39,7 @@ TOLERANCE = 1e-12
 class World:
     """A tabular policy: S possible sequences of at most T tokens for each of N prompts, P parameters.
 
-    ``logp`` and ``collision`` (N, S, T); ``every`` (N, S, T, V) log-probabilities of all tokens; ``score``
+    ``logp`` and ``sum_pi_squared`` (N, S, T); ``every`` (N, S, T, V) log-probabilities of all tokens; ``score``
     (N, S, T, P) gradient of ``logp``; ``mask`` (S, T); ``reward`` (N, S); ``group`` completions a prompt.
     """
 
@@ -85,7 +85,7 @@ class World:
             self.prompt,
             logp_behaviour=logp,
             top_behaviour=every,
-            collision=every.exp().square().sum(-1),
+            sum_pi_squared=every.exp().square().sum(-1),
         )
 
 

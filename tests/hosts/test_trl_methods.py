@@ -187,7 +187,7 @@ def test_next_tokens_are_the_models_softmax(model_path: str) -> None:
     probability = torch.softmax(logits.double(), -1)
     sampled = probability.gather(-1, ids[:, 4:, None])[..., 0]
     torch.testing.assert_close(found.logp.double().exp(), sampled, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found.collision.double(), (probability**2).sum(-1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found.sum_pi_squared.double(), (probability**2).sum(-1), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
         found.top_logp.double().exp(), probability.gather(-1, found.top_ids), rtol=1e-5, atol=1e-7
     )

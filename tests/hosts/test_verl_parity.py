@@ -261,12 +261,12 @@ def scored(seed: int, rows: int = 12) -> Scored:
     mask = torch.arange(LENGTH) < length[:, None]
     logp = -torch.rand(rows, LENGTH, generator=g, dtype=torch.float64) * 3 - 0.01
     spare = 1 - logp.exp()
-    collision = logp.exp().square() + 0.4 * spare.square()
+    sum_pi_squared = logp.exp().square() + 0.4 * spare.square()
     reward = torch.randn(rows, generator=g, dtype=torch.float64)
     group = (torch.arange(rows) % 3)[torch.randperm(rows, generator=g)]
     scores = torch.zeros(rows, LENGTH, dtype=torch.float64)
     scores[torch.arange(rows), length - 1] = reward
-    return Scored(Rollouts(logp, mask, reward, group, collision=collision), scores, group.numpy())
+    return Scored(Rollouts(logp, mask, reward, group, sum_pi_squared=sum_pi_squared), scores, group.numpy())
 
 
 ADVANTAGES: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor], float]] = {
@@ -298,7 +298,7 @@ def test_advantage(name: str, seed: int) -> None:
         batch.scores[:4] = 0.0  # zero rewards, so that alpha is not 1
         batch = batch._replace(rollouts=dataclasses.replace(batch.rollouts, reward=batch.scores.sum(1)))
     mask = batch.rollouts.mask
-    options |= {"old_log_probs": batch.rollouts.logp_old, "sum_pi_squared": batch.rollouts.collision}
+    options |= {"old_log_probs": batch.rollouts.logp_old, "sum_pi_squared": batch.rollouts.sum_pi_squared}
     if "optimal" not in function:
         options = {k: v for k, v in options.items() if k not in ("old_log_probs", "sum_pi_squared")}
     expected, _ = core_algos.get_adv_estimator_fn(function)(

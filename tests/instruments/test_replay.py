@@ -27,7 +27,7 @@ pytest.importorskip("pyarrow")
 OPTIONS = {"process_noise": 0.01, "low": 0.05, "high": 0.06}
 TOKENS = ("a", " b", "\x1b[31m", "\u202e", "\n", "'c")
 WORKING = [
-    name for name in METHODS if not {"top_logp", "step", "energy"} & set(make_method(name).inputs)
+    name for name in METHODS if not {"top_logp", "step", "score_norm_squared"} & set(make_method(name).inputs)
 ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_a_wrong_self_check_is_said(run: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "name, need", [("dppo_topk_tv", "top_behaviour"), ("capo", "step"), ("otb", "energy")]
+    "name, need", [("dppo_topk_tv", "top_behaviour"), ("capo", "step"), ("otb", "score_norm_squared")]
 )
 def test_methods_that_need_more_are_refused(run: Path, name: str, need: str) -> None:
     with pytest.raises(

@@ -107,14 +107,14 @@ class Reduction:
 
 
 def unlikely(batch: Batch) -> Batch:
-    """The same ratios, with old probabilities below 1/5, where a score energy of 1 can occur."""
+    """The same ratios, with old probabilities below 1/5, where a squared score norm of 1 can occur."""
     shift = math.log(5)
     return dataclasses.replace(batch, logp_old=batch.logp_old - shift, logp=batch.logp - shift)
 
 
-def equal_energy(batch: Batch) -> dict[str, Any]:
-    """Score energy ``1 - 2 p + collision`` of 1 at every token."""
-    return {"collision": 2 * batch.logp_old.exp()}
+def equal_score_norms(batch: Batch) -> dict[str, Any]:
+    """Squared score norm ``1 - 2 p + sum_pi_squared`` of 1 at every token."""
+    return {"sum_pi_squared": 2 * batch.logp_old.exp()}
 
 
 G = 3
@@ -253,12 +253,12 @@ REDUCTIONS: dict[str, Reduction] = {
     "OPO, equal lengths: group mean": Reduction(
         TABLE["opo"], of("opo", advantage=advantage.group_centred), holes=False
     ),
-    "OTB, equal energies and lengths: group mean": Reduction(
+    "OTB, equal score norms and lengths: group mean": Reduction(
         TABLE["otb"],
         of("otb", advantage=advantage.group_centred),
         batch=unlikely,
         holes=False,
-        options=equal_energy,
+        options=equal_score_norms,
     ),
     "DAPO with GRPO's band, equal lengths: GRPO": Reduction(
         make_method("dapo", high=0.2), TABLE["grpo"], holes=False

@@ -17,7 +17,7 @@ from kalman_rl.objectives.correction import Masked, Truncated
 from kalman_rl.objectives.learning import step_statistics, with_bounds
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.penalty import KL, SquaredLogRatio, k1, k2, k3
-from kalman_rl.objectives.rollouts import Current, Rollouts, score_energy
+from kalman_rl.objectives.rollouts import Current, Rollouts, score_norm_squared
 from tests.oracles.batches import CASES, Batch, advantage_of, make_batch
 
 FAR = (20.0, 50.0, 60.0, 89.0, 95.0, 178.0, 1e3, 1e4)
@@ -150,5 +150,5 @@ def test_a_log_probability_that_rounding_put_above_zero_is_certain(dtype: torch.
     rollouts = Rollouts(above, torch.ones(1, 1), logp_behaviour=torch.full((1, 1), -1.0, dtype=dtype))
     distance = trust.binary_tv(Current(above), rollouts)
     assert distance.item() == pytest.approx(1 - math.exp(-1.0))
-    assert score_energy(above, torch.ones(1, 1, dtype=dtype)).item() == 0
+    assert score_norm_squared(above, torch.ones(1, 1, dtype=dtype)).item() == 0
     assert diagnostics.kl_old(above, rollouts.mask).isfinite()

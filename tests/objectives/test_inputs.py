@@ -14,7 +14,7 @@ from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives.inputs import INPUTS, inputs_of, required
 from kalman_rl.objectives.loss import policy_loss
-from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts, score_energy
+from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts, score_norm_squared
 from kalman_rl.registry import make
 
 # ---- inputs
@@ -37,10 +37,10 @@ def test_methods_only_ask_for_what_can_be_supplied(name: str) -> None:
     method = make_method(name)
     assert set(method.inputs) <= set(INPUTS)
     for asked in inputs_of(method.advantage):
-        assert asked in {f.name for f in dataclasses.fields(Rollouts)} | {"length", "energy"}
+        assert asked in {f.name for f in dataclasses.fields(Rollouts)} | {"length", "score_norm_squared"}
 
 
-WITHOUT = {"bapo": (), "otb": ("energy", "mask"), "opo": ("length",), "capo": ("step",)}
+WITHOUT = {"bapo": (), "otb": ("mask", "score_norm_squared"), "opo": ("length",), "capo": ("step",)}
 WITHOUT |= {"dppo_tv": ("logp_behaviour",), "dppo_topk_kl": ("logp_behaviour", "top_behaviour", "top_logp")}
 
 
@@ -153,25 +153,26 @@ def top(*probabilities: float) -> Tensor:
 
 
 def test_fields_are_optional_detached_and_in_float32_at_least() -> None:
-    assert rollouts().top_behaviour is None and rollouts().collision is None and rollouts().energy is None
+    assert rollouts().top_behaviour is None and rollouts().sum_pi_squared is None
+    assert rollouts().score_norm_squared is None
     for dtype, stored in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
         r = rollouts(
             top_behaviour=top(0.5, 0.25).to(dtype).requires_grad_(),
-            collision=torch.full((2, 3), 0.5, dtype=dtype).requires_grad_(),
+            sum_pi_squared=torch.full((2, 3), 0.5, dtype=dtype).requires_grad_(),
         )
-        assert r.top_behaviour is not None and r.collision is not None
-        for field in (r.top_behaviour, r.collision):
+        assert r.top_behaviour is not None and r.sum_pi_squared is not None
+        for field in (r.top_behaviour, r.sum_pi_squared):
             assert field.dtype == stored and not field.requires_grad
             assert (field[~r.mask] == 0).all() and (field[r.mask] != 0).all()
 
 
 def test_length_and_energy() -> None:
-    r = rollouts(collision=torch.full((2, 3), 0.4))
+    r = rollouts(sum_pi_squared=torch.full((2, 3), 0.4))
     assert r.length.tolist() == [2, 2]
     p = math.exp(-1)
-    assert r.energy is not None
+    assert r.score_norm_squared is not None
     expected = torch.where(r.mask, 1 - 2 * p + 0.4, 0.0)
-    torch.testing.assert_close(r.energy, expected)
+    torch.testing.assert_close(r.score_norm_squared, expected)
     empty = rollouts(mask=torch.tensor([[1, 0, 1], [0, 0, 0]]), allow_empty=True)
     assert empty.length.tolist() == [2, 0]
 
@@ -181,10 +182,10 @@ def test_poison_under_the_mask_is_not_read() -> None:
     poison = torch.tensor(math.nan)
     r = rollouts(
         top_behaviour=torch.where(mask[..., None], top(0.5, 0.25), poison),
-        collision=torch.where(mask, 0.4, poison),
+        sum_pi_squared=torch.where(mask, 0.4, poison),
     )
     assert r.top_behaviour is not None and torch.isfinite(r.top_behaviour).all()
-    assert r.energy is not None and torch.isfinite(r.energy).all()
+    assert r.score_norm_squared is not None and torch.isfinite(r.score_norm_squared).all()
 
 
 @pytest.mark.parametrize("bad", [(0.9, 0.2), (0.5, math.nan), (1.1,), (math.inf, 0.1)])
@@ -215,22 +216,24 @@ def test_top_behaviour_shape(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.1])
 def test_collision_out_of_range(bad: float) -> None:
-    collision = torch.full((2, 3), 0.4)
-    collision[0, 2] = bad
-    with pytest.raises(NumericError, match=r"^collision: got .* at row 0, token 2 .*sum of squared prob"):
-        rollouts(collision=collision)
+    sum_pi_squared = torch.full((2, 3), 0.4)
+    sum_pi_squared[0, 2] = bad
+    with pytest.raises(
+        NumericError, match=r"^sum_pi_squared: got .* at row 0, token 2 .*sum of squared prob"
+    ):
+        rollouts(sum_pi_squared=sum_pi_squared)
 
 
 def test_collision_shape() -> None:
-    with pytest.raises(ShapeError, match=r"^collision: got shape \(2, 1\), expected \(2, 3\)"):
-        rollouts(collision=torch.zeros(2, 1))
+    with pytest.raises(ShapeError, match=r"^sum_pi_squared: got shape \(2, 1\), expected \(2, 3\)"):
+        rollouts(sum_pi_squared=torch.zeros(2, 1))
 
 
-def test_energy_of_tiny_and_certain_tokens() -> None:
+def test_score_norm_squared_of_tiny_and_certain_tokens() -> None:
     logp = torch.tensor([0.0, -1e-6, -100.0])
-    energy = score_energy(logp, torch.tensor([1.0, 1.0, 0.5]))
-    assert energy[0] == 0 and 0.99e-12 <= energy[1] <= 2.01e-12
-    assert energy[2].item() == pytest.approx(1.5, rel=1e-6)
+    norms = score_norm_squared(logp, torch.tensor([1.0, 1.0, 0.5]))
+    assert norms[0] == 0 and 0.99e-12 <= norms[1] <= 2.01e-12
+    assert norms[2].item() == pytest.approx(1.5, rel=1e-6)
 
 
 # ---- Current

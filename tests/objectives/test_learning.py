@@ -70,7 +70,7 @@ def test_missing_is_what_is_asked_less_what_is_provided(name: str) -> None:
 
 
 def test_a_part_that_the_host_computes_asks_for_nothing() -> None:
-    assert set(missing(make_method("otb"), ())) == {"energy", "mask"}
+    assert set(missing(make_method("otb"), ())) == {"score_norm_squared", "mask"}
     assert not missing(make_method("otb"), {"advantage"})
     assert set(missing(make_method("capo"), {"advantage", "aggregate"})) == {"step"}
 

@@ -98,7 +98,7 @@ class Batch:
         values = {
             "logp_behaviour": self.behaviour,
             "top_behaviour": self.top(self.behaviour),
-            "collision": p**2 + share * (1 - p) ** 2,
+            "sum_pi_squared": p**2 + share * (1 - p) ** 2,
             "logp_old": self.logp_old,
             "mask": self.mask,
             "reward": self.reward,

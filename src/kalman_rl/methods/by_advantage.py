@@ -1,9 +1,9 @@
 """Methods that differ in the advantage: who did better than expected.
 
 Options of most: ``low``, ``high`` >= 0, distances of the clip's ends from a ratio of 1; ``dual`` > 1 or None, see
-:class:`kalman_rl.objectives.trust.Clip`; ``epsilon`` >= 0, reward units, added to the group's standard deviation. Here
-``process_noise``, ``observation_noise`` and ``initial_variance`` are variances of rewards, in squared reward units
-(:mod:`kalman_rl.objectives.advantage.filtered`). NumericError for a value outside its range.
+:class:`kalman_rl.objectives.trust.Clip`; ``epsilon`` >= 0, reward units, added to the group's standard deviation.
+Here ``process_noise``, ``observation_noise`` and ``initial_variance`` are variances of rewards, in squared reward
+units (:mod:`kalman_rl.objectives.advantage.filtered`). NumericError for a value outside its range.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def opo(*, low: float = 0.2, high: float = 0.2) -> Method:
 
 
 def otb(*, low: float = 0.2, high: float = 0.2) -> Method:
-    """Optimal token baseline: one baseline per position, weighted by score energy. Source: verl 0.9.1.
+    """Optimal token baseline: one baseline per position, weighted by the squared norm of the score. Source: verl
+    0.9.1.
 
-    Needs the collision probability of every old next-token distribution.
+    Needs ``sum_pi_squared`` of every old next-token distribution.
     """
     return Method(
         "otb", advantage.OptimalTokenBaseline(), ratio.token, trust.Clip(low, high), aggregate.token_mean

@@ -43,7 +43,8 @@ INPUTS: dict[str, str] = {
     "group": "one integer per completion (B,) for advantages; put group into Rollouts, or pass advantage=",
     "length": "(B,) trained tokens per completion; Rollouts has it as .length",
     "mask": "(B, T) trained tokens; Rollouts has it as .mask",
-    "energy": "(B, T) squared score norms; pass Rollouts(collision=sum_v pi_old(v)^2), which gives .energy. "
+    "score_norm_squared": "(B, T) squared norms of the score; pass Rollouts(sum_pi_squared=...), (B, T) "
+    "sum_v pi_old(v)^2, which gives .score_norm_squared. "
     "KalmanGRPOTrainer does so",
 }
 """Name of an input -> what it is and how to supply it."""

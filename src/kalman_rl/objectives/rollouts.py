@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
 
-_OPTIONAL = "reward group logp_behaviour logp_reference top_behaviour collision segment".split()
+_OPTIONAL = "reward group logp_behaviour logp_reference top_behaviour sum_pi_squared segment".split()
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rollouts:
         logp_reference: (B, T) log-probabilities under the reference policy, for penalties.
         top_behaviour: (B, T, k) log-probabilities under the sampler of k different tokens, the sampled one
             among them (:func:`kalman_rl.objectives.trust.top_k_with_sampled`), for top-k trust regions.
-        collision: (B, T) ``sum_v pi_old(v)^2`` at each position, for the optimal token baseline.
+        sum_pi_squared: (B, T) ``sum_v pi_old(v)^2`` at each position, for the optimal token baseline.
         segment: (B, T) integers for packed rows: a change of value along T starts a new sequence.
         allow_empty: accept rows without any trained token; they contribute nothing.
 
@@ -55,7 +55,7 @@ class Rollouts:
     logp_behaviour: Tensor | None = None
     logp_reference: Tensor | None = None
     top_behaviour: Tensor | None = None
-    collision: Tensor | None = None
+    sum_pi_squared: Tensor | None = None
     segment: Tensor | None = None
     allow_empty: bool = False
 
@@ -84,8 +84,8 @@ class Rollouts:
                 self._store(name, masked_logp(name, value.detach(), mask))
         if self.top_behaviour is not None:
             self._store("top_behaviour", checked_top("top_behaviour", self.top_behaviour, mask))
-        if self.collision is not None:
-            self._store("collision", _checked_collision(self.collision, mask))
+        if self.sum_pi_squared is not None:
+            self._store("sum_pi_squared", _checked_sum_pi_squared(self.sum_pi_squared, mask))
         for name in ("reward", "group"):
             value = getattr(self, name)
             if value is not None and value.shape != shape[:1]:
@@ -132,12 +132,12 @@ class Rollouts:
         return self.mask.sum(dim=1)
 
     @property
-    def energy(self) -> Tensor | None:
+    def score_norm_squared(self) -> Tensor | None:
         """(B, T) squared norm of each token's score by the logits, ``1 - 2 pi_old(y) + sum_v pi_old(v)^2``;
-        0 outside the mask, None without ``collision``."""
-        if self.collision is None:
+        0 outside the mask, None without ``sum_pi_squared``."""
+        if self.sum_pi_squared is None:
             return None
-        return torch.where(self.mask, score_energy(self.logp_old, self.collision), 0.0)
+        return torch.where(self.mask, score_norm_squared(self.logp_old, self.sum_pi_squared), 0.0)
 
     @property
     def sequence_count(self) -> int:
@@ -164,18 +164,18 @@ class Current(NamedTuple):
     step: LastLayerStep | None = None
 
 
-def score_energy(logp: Tensor, collision: Tensor) -> Tensor:
+def score_norm_squared(logp: Tensor, sum_pi_squared: Tensor) -> Tensor:
     """``1 - 2 p + sum_v p_v^2``, the squared norm of ``onehot(y) - p``, for the sampled token's ``logp``.
 
     Taken as ``(1 - p)^2`` plus the other tokens' squares, which lie between 0 and ``(1 - p)^2``: never
     negative, and right within a factor of two where the plain sum is all rounding.
 
-    >>> score_energy(torch.tensor([0.5]).log(), torch.tensor([0.375]))  # p = 1/2, 1/4, 1/4
+    >>> score_norm_squared(torch.tensor([0.5]).log(), torch.tensor([0.375]))  # p = 1/2, 1/4, 1/4
     tensor([0.3750])
     """
     logp = logp.clamp(max=0.0)
     rest = torch.expm1(logp).square()
-    others = collision - (2 * logp).exp()
+    others = sum_pi_squared - (2 * logp).exp()
     return rest + torch.minimum(others.clamp(min=0.0), rest)
 
 
@@ -255,15 +255,15 @@ def prepared(rollouts: Rollouts, logp: Tensor | Current, advantage: Tensor) -> t
     return logp, Current(logp.detach(), top, current.step), advantage.to(logp.dtype)
 
 
-def _checked_collision(collision: Tensor, mask: Tensor) -> Tensor:
+def _checked_sum_pi_squared(sum_pi_squared: Tensor, mask: Tensor) -> Tensor:
     """Sums of squared probabilities as :func:`masked_finite` values, refusing what is outside [0, 1]."""
     expected = "a sum of squared probabilities, 0 to 1, where the mask is True"
-    values = masked_finite("collision", collision.detach(), mask, expected)
+    values = masked_finite("sum_pi_squared", sum_pi_squared.detach(), mask, expected)
     bad = (values < 0) | (values > 1 + 1e-3)  # rounding may end a little above 1
     if bad.any():
         row, token = bad.nonzero()[0].tolist()
         got = f"{values[row, token].item()} at row {row}, token {token} ({int(bad.sum())} such tokens)"
-        raise NumericError(f"collision: got {got}, expected {expected}")
+        raise NumericError(f"sum_pi_squared: got {got}, expected {expected}")
     return values
 
 

@@ -103,14 +103,16 @@ def token_case(seed: int, rows: int = 6, length: int = 8) -> tuple[Tensor, Tenso
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(rows, length, generator=g) < 0.7
     mask[:, 2] = True
-    energy = torch.rand(rows, length, generator=g, dtype=torch.float64) + 0.01
+    score_norm_squared = torch.rand(rows, length, generator=g, dtype=torch.float64) + 0.01
     reward = torch.randn(rows, generator=g, dtype=torch.float64)
-    return reward, torch.randint(2, (rows,), generator=g), torch.where(mask, energy, 0.0), mask
+    return reward, torch.randint(2, (rows,), generator=g), torch.where(mask, score_norm_squared, 0.0), mask
 
 
-def naive_otb(reward: Tensor, group: Tensor, energy: Tensor, mask: Tensor, silent: bool) -> np.ndarray:
+def naive_otb(
+    reward: Tensor, group: Tensor, score_norm_squared: Tensor, mask: Tensor, silent: bool
+) -> np.ndarray:
     """Each completion squeezed to its trained tokens; then position by position."""
-    squeezed = [np.cumsum(e[m].numpy()) for e, m in zip(energy, mask)]
+    squeezed = [np.cumsum(e[m].numpy()) for e, m in zip(score_norm_squared, mask)]
     out = np.zeros(mask.shape)
     for i in range(len(reward)):
         members = [j for j in range(len(reward)) if group[j] == group[i] and not math.isnan(reward[j])]
@@ -130,23 +132,23 @@ def naive_otb(reward: Tensor, group: Tensor, energy: Tensor, mask: Tensor, silen
 @quick
 @given(seed=seeds, silent=st.booleans(), missing=st.booleans())
 def test_optimal_token_baseline_against_a_loop(seed: int, silent: bool, missing: bool) -> None:
-    reward, group, energy, mask = token_case(seed)
+    reward, group, score_norm_squared, mask = token_case(seed)
     if missing:
         reward[1] = math.nan
-    ours = OptimalTokenBaseline(silent)(reward, group, energy=energy, mask=mask)
-    expected = naive_otb(reward, group, energy, mask, silent)
+    ours = OptimalTokenBaseline(silent)(reward, group, score_norm_squared=score_norm_squared, mask=mask)
+    expected = naive_otb(reward, group, score_norm_squared, mask, silent)
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_padding_and_holes_shift_nothing() -> None:
-    reward, group, energy, mask = token_case(5)
-    plain = OptimalTokenBaseline()(reward, group, energy=energy, mask=mask)
+    reward, group, score_norm_squared, mask = token_case(5)
+    plain = OptimalTokenBaseline()(reward, group, score_norm_squared=score_norm_squared, mask=mask)
     wide = torch.zeros(6, 20, dtype=torch.bool)
     wide[:, 3:19:2] = mask
     poison = torch.full((6, 20), math.nan, dtype=torch.float64)
-    poison[:, 3:19:2] = energy
+    poison[:, 3:19:2] = score_norm_squared
     poison = torch.where(wide, poison, math.nan)
-    ours = OptimalTokenBaseline()(reward, group, energy=poison, mask=wide)
+    ours = OptimalTokenBaseline()(reward, group, score_norm_squared=poison, mask=wide)
     torch.testing.assert_close(ours[:, 3:19:2], plain)
     assert (ours[~wide] == 0).all()
 
@@ -173,19 +175,19 @@ def test_optimal_token_baseline_against_verl(seed: int) -> None:
         old_log_probs=old,
         sum_pi_squared=squares,
     )
-    rollouts = Rollouts(old, mask, reward=reward, group=group, collision=squares)
+    rollouts = Rollouts(old, mask, reward=reward, group=group, sum_pi_squared=squares)
     ours = estimate_advantage(make_method("otb"), rollouts)
     torch.testing.assert_close(ours, theirs.double(), rtol=1e-6, atol=1e-6)
 
 
-def test_score_energy_is_the_squared_norm_of_the_score() -> None:
+def test_score_norm_squared_is_that_of_the_score() -> None:
     logits = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sampled = torch.tensor([[0, 5, 2, 2]])
     pi = torch.softmax(logits, -1)
     score = torch.nn.functional.one_hot(sampled, 6) - pi
     logp = pi.log().gather(-1, sampled[..., None])[..., 0]
-    rollouts = Rollouts(logp, torch.ones(1, 4), collision=pi.square().sum(-1))
-    torch.testing.assert_close(rollouts.energy, score.square().sum(-1))
+    rollouts = Rollouts(logp, torch.ones(1, 4), sum_pi_squared=pi.square().sum(-1))
+    torch.testing.assert_close(rollouts.score_norm_squared, score.square().sum(-1))
 
 
 @pytest.mark.parametrize("scale", [10.0, 30.0, 60.0])
@@ -196,10 +198,14 @@ def test_certain_tokens_have_an_energy_in_float32(scale: float) -> None:
     sampled = exact.argmax(-1)
     pi = torch.softmax(exact.float(), -1)
     logp = torch.log_softmax(exact.float(), -1).gather(-1, sampled[..., None])[..., 0]
-    energy = Rollouts(logp, torch.ones(20, 40), collision=pi.square().sum(-1)).energy
-    assert energy is not None and (energy >= 0).all()
+    score_norm_squared = Rollouts(
+        logp, torch.ones(20, 40), sum_pi_squared=pi.square().sum(-1)
+    ).score_norm_squared
+    assert score_norm_squared is not None and (score_norm_squared >= 0).all()
     rest = -torch.expm1(logp.double())  # 1 - p as the input has it
-    assert (energy >= rest.square() * 0.999).all() and (energy <= 2.001 * rest.square()).all()
+    assert (score_norm_squared >= rest.square() * 0.999).all() and (
+        score_norm_squared <= 2.001 * rest.square()
+    ).all()
 
 
 def test_completions_that_start_almost_surely_still_have_a_baseline() -> None:
@@ -210,16 +216,16 @@ def test_completions_that_start_almost_surely_still_have_a_baseline() -> None:
         torch.ones(4, 3),
         reward=torch.tensor([1.0, 1.0, 1.0, 0.0]),
         group=torch.zeros(4).long(),
-        collision=(2 * logp).exp(),
+        sum_pi_squared=(2 * logp).exp(),
     )
     advantage = estimate_advantage(make_method("otb"), rollouts)
     torch.testing.assert_close(advantage[:, 0], torch.tensor([0.25, 0.25, 0.25, -0.75]))
 
 
-@pytest.mark.parametrize("name", ["energy", "mask"])
+@pytest.mark.parametrize("name", ["score_norm_squared", "mask"])
 def test_token_shapes(name: str) -> None:
-    reward, group, energy, mask = token_case(0)
-    given: dict[str, Any] = {"energy": energy, "mask": mask}
+    reward, group, score_norm_squared, mask = token_case(0)
+    given: dict[str, Any] = {"score_norm_squared": score_norm_squared, "mask": mask}
     given[name] = given[name][:, :4]
-    with pytest.raises(ShapeError, match=r"^energy, mask: got shapes .*expected \(6, T\) both"):
+    with pytest.raises(ShapeError, match=r"^score_norm_squared, mask: got shapes .*expected \(6, T\) both"):
         OptimalTokenBaseline()(reward, group, **given)

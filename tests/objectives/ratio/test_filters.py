@@ -391,8 +391,10 @@ def test_first_order_error_of_a_log_probability() -> None:
         f = (1 - p[:, y]) ** 2
         close(bracket, f + (p.square().sum(1) - p[:, y] ** 2))
         assert (bracket >= f).all() and (bracket <= 2 * f + 1e-15).all()
-        rollouts = Rollouts(p[:, [y]].log(), torch.ones(50, 1), collision=p.square().sum(1, keepdim=True))
-        close(rollouts.energy[:, 0], bracket)
+        rollouts = Rollouts(
+            p[:, [y]].log(), torch.ones(50, 1), sum_pi_squared=p.square().sum(1, keepdim=True)
+        )
+        close(rollouts.score_norm_squared[:, 0], bracket)
 
 
 def rounded(seed: int, centre: float, spread: float, tokens: int = 8000) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,13 @@ from kalman_rl.objectives.trust.divergence import log_probabilities, top_k_with_
 
 class NextTokens(NamedTuple):
     """Per completion position, (B, T, ...): ids and log-probabilities of the top tokens, the sampled token's
-    log-probability, the collision probability ``sum_v pi(v)^2``, and the head's input divided by the
+    log-probability, ``sum_pi_squared`` (``sum_v pi(v)^2``), and the head's input divided by the
     temperature."""
 
     top_ids: Tensor
     top_logp: Tensor
     logp: Tensor
-    collision: Tensor
+    sum_pi_squared: Tensor
     hidden: Tensor | None
 
 
@@ -75,9 +75,9 @@ def next_tokens(
         else:
             chosen, top_logp = top_ids[part], log_probabilities(logits, top_ids[part])
         logp = log_probabilities(logits, sampled[part][..., None])[..., 0]
-        collision = torch.softmax(logits, -1).square().sum(-1)
+        sum_pi_squared = torch.softmax(logits, -1).square().sum(-1)
         state = out.hidden_states[-1][:, -keep - 1 : -1].float() / temperature if hidden else None
-        parts.append(NextTokens(chosen, top_logp, logp, collision, state))
+        parts.append(NextTokens(chosen, top_logp, logp, sum_pi_squared, state))
     columns = list(zip(*parts, strict=True))
     joined = [None if column[0] is None else torch.cat(column) for column in columns]
     return NextTokens(*joined)  # type: ignore[arg-type]

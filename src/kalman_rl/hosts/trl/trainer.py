@@ -37,7 +37,7 @@ from kalman_rl.objectives.inputs import inputs_of
 from kalman_rl.objectives.learning import LearnedState, bound_metrics, step_statistics
 from kalman_rl.objectives.loss import Loss, Method, policy_loss
 from kalman_rl.objectives.penalty import KL
-from kalman_rl.objectives.rollouts import Current, Rollouts, score_energy
+from kalman_rl.objectives.rollouts import Current, Rollouts, score_norm_squared
 from kalman_rl.objectives.trust.curvature import last_layer_step
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.tracking import Tracking
@@ -262,11 +262,13 @@ class KalmanGRPOTrainer(FiniteTrainer):
         """What the advantage asks for, of all ranks; notes the sampler's distributions for the loss."""
         asked, mask = self.method.inputs, self._loss_mask(output)
         found: dict[str, Tensor] = {"mask": mask, "length": mask.sum(dim=1)}
-        if {"top_behaviour", "energy"} & set(asked):
+        if {"top_behaviour", "score_norm_squared"} & set(asked):
             now = self._next_tokens(self.model, output)
             if "top_behaviour" in asked:
                 output["top_ids"], output["top_behaviour"] = now.top_ids, now.top_logp
-            found["energy"] = torch.where(mask, score_energy(now.logp, now.collision), 0.0)
+            found["score_norm_squared"] = torch.where(
+                mask, score_norm_squared(now.logp, now.sum_pi_squared), 0.0
+            )
         padded = {name: found[name] for name in inputs_of(self.method.advantage)}
         for name, value in padded.items():
             if value.dim() == 2:

@@ -22,7 +22,7 @@ from kalman_rl.methods import make_method
 from kalman_rl.methods.aliases import translated
 from kalman_rl.objectives.inputs import inputs_of
 from kalman_rl.objectives.loss import Method
-from kalman_rl.objectives.rollouts import score_energy
+from kalman_rl.objectives.rollouts import score_norm_squared
 
 TRACKED = "tracked"
 """Name of the estimator whose belief is chosen by ``algorithm.kalman_rl.belief``."""
@@ -115,9 +115,9 @@ def _extra(method: Method, mask: Tensor, others: Mapping[str, Any]) -> dict[str,
             extra[name] = mask
         elif name == "length":
             extra[name] = mask.sum(dim=1)
-        elif name == "energy" and {"old_log_probs", "sum_pi_squared"} <= others.keys():
-            energy = score_energy(others["old_log_probs"], others["sum_pi_squared"])
-            extra[name] = torch.where(mask, energy, 0.0)
+        elif name == "score_norm_squared" and {"old_log_probs", "sum_pi_squared"} <= others.keys():
+            norms = score_norm_squared(others["old_log_probs"], others["sum_pi_squared"])
+            extra[name] = torch.where(mask, norms, 0.0)
         else:
             raise ConfigError(
                 f"kalman_rl/{method.name}: got no {name}, expected it from verl, which hands sum_pi_squared to its own "

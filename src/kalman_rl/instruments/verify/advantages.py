@@ -58,13 +58,13 @@ def _length_weighted(part: Any, r: list[float], group: list[int], rollouts: Roll
 def _token_baseline(
     part: advantage.OptimalTokenBaseline, r: list[float], group: list[int], rollouts: Rollouts
 ) -> Tensor:
-    assert rollouts.energy is not None
+    assert rollouts.score_norm_squared is not None
     places = [row.nonzero().flatten().tolist() for row in rollouts.mask]
     out = torch.zeros_like(rollouts.logp_old)
     for i, g in enumerate(group):
         for rank, t in enumerate(places[i]):
             alive = [j for j, other in enumerate(group) if other == g and len(places[j]) > rank]
-            gathered = [rollouts.energy[j, places[j][: rank + 1]].sum().item() for j in alive]
+            gathered = [rollouts.score_norm_squared[j, places[j][: rank + 1]].sum().item() for j in alive]
             if len(alive) == 1:
                 out[i, t] = 0.0 if part.silent_tail else r[i]
             else:

@@ -62,7 +62,7 @@ def example(
         logp_behaviour=put(old[..., 0]),
         logp_reference=put(old[..., 0] + scale * normal(rows, length)),
         top_behaviour=put(old[..., :3]),
-        collision=put(old.exp().square().sum(-1)),
+        sum_pi_squared=put(old.exp().square().sum(-1)),
     )
     along, curvature = normal(rows, length).abs() * 90, normal(rows, length).square() * 900
     step = LastLayerStep(put(along), put(curvature), 1e-4)

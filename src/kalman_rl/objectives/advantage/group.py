@@ -179,7 +179,7 @@ class LengthWeighted:
 
 @dataclass(frozen=True)
 class OptimalTokenBaseline:
-    """A baseline for every position: rewards weighted by the energy that each completion has gathered so far.
+    """A baseline for every position: rewards weighted by the squared score norms of each completion so far.
 
         W_it = sum_{u <= t} |score_iu|^2,    b_t = sum_i W_it r_i / sum_i W_it    (completions alive at t)
         A_it = r_i - b_t;    the end of a completion that outlives its group has b = 0
@@ -189,22 +189,24 @@ class OptimalTokenBaseline:
         silent_tail: give the part of the longest completion beyond the second longest advantage 0 instead
             of its reward, because there is nothing to compare it with.
 
-    Needs: ``energy``, ``mask``. Source: verl 0.9.1, ``optimal_token_baseline``, outcome rewards. Positions
-    are counted in trained tokens, so padding and holes shift nothing. Deviations: groups of one, equal
+    Needs: ``score_norm_squared``, ``mask``. Source: verl 0.9.1, ``optimal_token_baseline``, outcome rewards.
+    Positions are counted in trained tokens, so padding and holes shift nothing. Deviations: groups of one, equal
     rewards, and ``silent_tail`` (published code: the reward itself).
     """
 
     silent_tail: bool = True
-    inputs: ClassVar[tuple[str, ...]] = ("energy", "mask")
+    inputs: ClassVar[tuple[str, ...]] = ("score_norm_squared", "mask")
 
-    def __call__(self, reward: Tensor, group: Tensor, *, energy: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, reward: Tensor, group: Tensor, *, score_norm_squared: Tensor, mask: Tensor) -> Tensor:
         s = group_statistics(reward, group)
         filled, known = known_rewards(reward, group)
-        if mask.dim() != 2 or not energy.shape == mask.shape == (len(reward), mask.shape[1]):
-            shapes = f"{tuple(energy.shape)}, {tuple(mask.shape)}"
-            raise ShapeError(f"energy, mask: got shapes {shapes}, expected ({len(reward)}, T) both")
+        if mask.dim() != 2 or not score_norm_squared.shape == mask.shape == (len(reward), mask.shape[1]):
+            shapes = f"{tuple(score_norm_squared.shape)}, {tuple(mask.shape)}"
+            raise ShapeError(
+                f"score_norm_squared, mask: got shapes {shapes}, expected ({len(reward)}, T) both"
+            )
         alive = mask & known[:, None]
-        gathered = torch.where(alive, energy.double(), 0.0).cumsum(1)
+        gathered = torch.where(alive, score_norm_squared.double(), 0.0).cumsum(1)
         rank = torch.where(mask, mask.cumsum(1) - 1, 0)  # position among trained tokens
         index = torch.unique(group, return_inverse=True)[1]
         shape = (int(index.max()) + 1 if len(index) else 0, mask.shape[1])

@@ -8,7 +8,13 @@ from kalman_rl.objectives.ratio.learned import (
     observed_series,
 )
 from kalman_rl.objectives.ratio.robust import BINS, LOG_RANGE, NORMAL_MEDIAN, RobustFiltered, clipped
-from kalman_rl.objectives.ratio.token_noise import NoiseFiltered, NoiseModel, calibrate, doubt, noise_sums
+from kalman_rl.objectives.ratio.token_noise import (
+    NoiseFiltered,
+    NoiseModel,
+    calibrate,
+    noise_sums,
+    one_minus_p_squared,
+)
 from kalman_rl.objectives.ratio.transforms import (
     BehaviourToken,
     KalmanFiltered,
@@ -38,11 +44,11 @@ __all__ = [
     "calibrate",
     "check_memory",
     "clipped",
-    "doubt",
     "innovation_sums",
     "noise_sums",
     "observed_series",
     "one",
+    "one_minus_p_squared",
     "sequence_mean",
     "token",
     "token_log_ratio",

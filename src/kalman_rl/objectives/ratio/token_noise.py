@@ -5,8 +5,8 @@ If the logits carry independent errors ``e_j`` of variance sigma^2, then to firs
     d logp_y = e_y - sum_j p_j e_j = (1 - p_y) e_y - sum_{j != y} p_j e_j
     Var d logp_y = sigma^2 [(1 - p_y)^2 + sum_{j != y} p_j^2]
 
-which is sigma^2 times ``Rollouts.energy``. The other probabilities sum to ``1 - p_y``, so the bracket lies
-between ``(1 - p_y)^2`` (spread over many tokens) and ``2 (1 - p_y)^2`` (all on one). The model used here
+which is sigma^2 times ``Rollouts.score_norm_squared``. The other probabilities sum to ``1 - p_y``, so the bracket
+lies between ``(1 - p_y)^2`` (spread over many tokens) and ``2 (1 - p_y)^2`` (all on one). The model used here
 keeps what the sampled token alone knows::
 
     R_t = floor + scale (1 - p_t)^2
@@ -65,10 +65,10 @@ class NoiseModel:
 
     def variance(self, logp: Tensor) -> Tensor:
         """R, float64 and detached, of tokens whose log-probability under the old policy is ``logp``."""
-        return self.floor + self.scale * doubt(logp)
+        return self.floor + self.scale * one_minus_p_squared(logp)
 
 
-def doubt(logp: Tensor) -> Tensor:
+def one_minus_p_squared(logp: Tensor) -> Tensor:
     """``(1 - p)^2`` in float64, exact to the last digits near p = 1."""
     return torch.expm1(logp.detach().double()).square()
 
@@ -109,12 +109,12 @@ def calibrate(log_ratio: Tensor, logp_old: Tensor, mask: Tensor) -> NoiseModel:
 
 
 def noise_sums(log_ratio: Tensor, logp_old: Tensor, mask: Tensor) -> Tensor:
-    """The sums of :mod:`kalman_rl.numerics.likelihood` for ``g = (rho + f) / (rho + 1)``, f = (1 - p)^2, over the grid
-    of rho = floor / scale: float64 (77,), additive, detached.
+    """The sums of :mod:`kalman_rl.numerics.likelihood` for ``g = (rho + f) / (rho + 1)``, f = (1 - p)^2, over the
+    grid of rho = floor / scale: float64 (77,), additive, detached.
 
     Args: log_ratio: (B, T) noise, nats. logp_old: (B, T) nats, for p. mask: (B, T) bool, the tokens that count.
     """
-    square, f = log_ratio.detach().double()[mask].square(), doubt(logp_old)[mask]
+    square, f = log_ratio.detach().double()[mask].square(), one_minus_p_squared(logp_old)[mask]
     quadratic, log_determinant = [square.sum()], [square.new_zeros(())]  # rho = inf: g = 1
     for log_rho in LOG_GRID[-2::-1]:  # one at a time: the batch may be large
         rho = math.exp(log_rho)
@@ -138,8 +138,8 @@ class NoiseFiltered:
 
         x_t = x_{t-1} + w_t,  Var w = Q;    l_t = x_t + v_t,  Var v_t = R_t
 
-    With ``scale = 0`` it is :class:`kalman_rl.objectives.ratio.KalmanFiltered` with R = floor, to the last bit (so KPO
-    with ``initial_variance = 0``). ``Q = inf`` is GRPO's token ratio. Q = 0 from a diffuse start ends in a
+    With ``scale = 0`` it is :class:`kalman_rl.objectives.ratio.KalmanFiltered` with R = floor, to the last bit (so
+    KPO with ``initial_variance = 0``). ``Q = inf`` is GRPO's token ratio. Q = 0 from a diffuse start ends in a
     weighted sequence mean, weights ``1 / R_t``, which is GSPO's where ``scale = 0``.
 
     A caution: a token of probability near 1 has a small noise *and* a small log-ratio, because a shift of
