@@ -29,6 +29,7 @@ from kalman_rl.objectives.trust.balance import Balance
 from kalman_rl.objectives.trust.clip import Cap, Clip, GeometricClip, SoftGate, log_likelihood, unclipped
 from kalman_rl.objectives.trust.curvature import CurvatureMask
 from kalman_rl.objectives.trust.divergence import DivergenceMask, log_complement
+from kalman_rl.objectives.trust.gamma import Gamma
 
 TABLE: dict[str, Method] = {name: make_method(name) for name in METHODS}
 """Every method of the package with its defaults."""
@@ -320,10 +321,20 @@ def naive_coefficient(
                 z[t] = min(z[t], limit) if a[i, t] > 0 else max(z[t], limit)
                 keep[i, t] = z[t] == observed[i, t]
             weight[i, tokens] = math.exp(min(sum(z.values()) / len(tokens), 20.0))
+    if isinstance(part, Gamma):
+        for i, row in enumerate(mask):
+            whole = sum(min(max(x, -20.0), 20.0) for x in log_weight[i, row])
+            whole = min(max(whole, math.log(1e-8)), 20.0)
+            for t in np.flatnonzero(row):
+                good = a[i, t] >= 0
+                power = part.positive_power if good else part.negative_power
+                decay = part.positive_decay if good else part.negative_decay
+                weight[i, t] = math.exp(decay + power * whole - decay * math.exp(whole))
     return weight, keep
 
 
 BY_HAND = {
+    Gamma,
     Balance,
     Cap,
     Clip,
