@@ -279,9 +279,10 @@ def test_on_policy_setting_warns_that_ratios_do_nothing(
 
 
 def test_default_is_off_policy(tmp_path: Path) -> None:
-    values = settings(tmp_path)
+    values = settings(tmp_path, gradient_accumulation_steps=2)
     del values["steps_per_generation"]
-    assert KalmanGRPOConfig(**values, gradient_accumulation_steps=2).steps_per_generation == 8
+    assert KalmanGRPOConfig(**values, method="grpo").steps_per_generation == 8
+    assert KalmanGRPOConfig(**values).steps_per_generation == GRPOConfig(**values).steps_per_generation == 2
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,8 @@ def test_default_is_off_policy(tmp_path: Path) -> None:
         ({"delta": 4.0}, "delta"),
         ({"scale_rewards": "none"}, "scale_rewards"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level"),
-        ({"entropy_coef": 0.1}, "entropy_coef"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
+        ({"sapo_temperature_pos": 2.0}, "sapo_temperature_pos"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(

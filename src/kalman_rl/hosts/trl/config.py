@@ -1,4 +1,4 @@
-"""Settings of the trainer: a method instead of TRL's loss options, and the guard of TRL's private hooks."""
+"""Settings of the trainer: a method beside or instead of TRL's loss options, and the guard of TRL's private hooks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import ConfigError
 from kalman_rl.hooks import check
 from kalman_rl.hosts.trl.hooks import TORCH, TRANSFORMERS, TRL
+from kalman_rl.hosts.trl.translate import DEFAULTS, check_settings, translated
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.correction import CORRECTIONS
 from kalman_rl.objectives.inputs import INPUTS, check_provided
@@ -20,18 +21,6 @@ from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.registry import make
 from kalman_rl.sampling.budget import Budget
-
-# TRL settings that the method replaces. Changing one would be silently ignored, so it is refused.
-_REPLACED = (
-    "loss_type",
-    "importance_sampling_level",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "scale_rewards",
-    "multi_objective_aggregation",
-)
-
 
 PROVIDED = {*INPUTS, "past_steps", "whole_step"}
 """What the trainer makes for a method, as :func:`kalman_rl.objectives.inputs.missing` reads it."""
@@ -50,19 +39,46 @@ def _budget_field(name: str, text: str) -> Any:
     return field(default=getattr(Budget, name), metadata={"help": text})
 
 
+def _loss_field(name: str) -> Any:
+    """A field of GRPOConfig that may stay unset."""
+    text = GRPOConfig.__dataclass_fields__[name].metadata["help"]
+    return field(default=None, metadata={"help": f"{text} Unset beside a method."})
+
+
 @dataclass
 class KalmanGRPOConfig(GRPOConfig):
-    """GRPOConfig with a method instead of ``loss_type``.
+    """GRPOConfig with a method, by name.
 
-    Differs from GRPOConfig in one default: without ``steps_per_generation`` (and
-    ``generation_batch_size``) it takes four optimizer steps per generation batch. TRL's default is exactly
-    on-policy, where every log-ratio is 0 and every ratio method is the same method.
+    Without one it is GRPOConfig: same settings, same defaults, same training. With one, TRL's settings of the loss
+    stay unset (None), and without ``steps_per_generation`` (and ``generation_batch_size``) it takes four optimizer
+    steps per generation batch. TRL's default is exactly on-policy, where every log-ratio is 0 and every ratio method
+    is the same method.
     """
 
-    method: str = field(
-        default="kpo_diffuse", metadata={"help": "Name in kalman_rl.METHODS, or module:function."}
+    _VALID_DICT_FIELDS = [
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "method_options",
+        "correction_options",
+        "belief_options",
+    ]
+
+    loss_type: str | None = _loss_field("loss_type")
+    importance_sampling_level: str | None = _loss_field("importance_sampling_level")
+    epsilon: float | None = _loss_field("epsilon")
+    sapo_temperature_neg: float | None = _loss_field("sapo_temperature_neg")
+    sapo_temperature_pos: float | None = _loss_field("sapo_temperature_pos")
+    vespo_k_pos: float | None = _loss_field("vespo_k_pos")
+    vespo_lambda_pos: float | None = _loss_field("vespo_lambda_pos")
+    vespo_k_neg: float | None = _loss_field("vespo_k_neg")
+    vespo_lambda_neg: float | None = _loss_field("vespo_lambda_neg")
+    scale_rewards: str | None = _loss_field("scale_rewards")
+    multi_objective_aggregation: str | None = _loss_field("multi_objective_aggregation")
+
+    method: str | None = field(
+        default=None,
+        metadata={"help": "Name in kalman_rl.METHODS, or module:function; None: TRL's loss settings decide."},
     )
-    method_options: dict[str, Any] = field(
+    method_options: dict[str, Any] | str | None = field(
         default_factory=dict,
         metadata={"help": 'Options of the method, for example {"process_noise": 1e-4}.'},
     )
@@ -84,7 +100,7 @@ class KalmanGRPOConfig(GRPOConfig):
             "With vLLM, TRL's own correction must then be off (vllm_importance_sampling_correction=False)."
         },
     )
-    correction_options: dict[str, Any] = field(
+    correction_options: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": 'Its options, for example {"cap": 2.0, "level": "sequence"}.'}
     )
 
@@ -95,7 +111,9 @@ class KalmanGRPOConfig(GRPOConfig):
             "gaussian, beta, spo, one of a package, or module:function. The dataset needs a stable column prompt_id."
         },
     )
-    belief_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the belief."})
+    belief_options: dict[str, Any] | str | None = field(
+        default_factory=dict, metadata={"help": "Options of the belief."}
+    )
     prompt_features: bool = field(
         default=False,
         metadata={
@@ -131,22 +149,41 @@ class KalmanGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if getattr(self, "steps_per_generation", None) is None and self.generation_batch_size is None:
+        self.given = [name for name in DEFAULTS if getattr(self, name) is not None]
+        """TRL's settings of the loss that the user wrote."""
+        if self.method is None:
+            for name in set(DEFAULTS) - set(self.given):
+                setattr(self, name, DEFAULTS[name])
+        elif getattr(self, "steps_per_generation", None) is None and self.generation_batch_size is None:
             self.steps_per_generation = 4 * self.gradient_accumulation_steps
         super().__post_init__()
 
 
+def names_a_method(method: Method | str | None, args: GRPOConfig) -> bool:
+    """Whether the trainer or its settings name a method; else TRL's loss settings are translated."""
+    return method is not None or getattr(args, "method", None) is not None
+
+
 def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
-    """The method to train with: as given, or by name from the settings, with correction and penalty added.
+    """The method to train with: as given, by name from the settings, or what TRL's settings of the loss stand for,
+    with correction and penalty added.
 
     Raises: ConfigError for an unknown name or option, or a correction beside TRL's own; NumericError for a value out
         of range.
     """
+    level: Any = "token"
     if isinstance(method, Method):
         resolved = method
-    else:
-        name = method if method is not None else getattr(args, "method", KalmanGRPOConfig.method)
+    elif names_a_method(method, args):
+        name = str(method or getattr(args, "method", None))
         resolved = make_method(name, **_options(args, "method_options"))
+    else:
+        if _options(args, "method_options"):
+            raise ConfigError(
+                f"method_options: got {getattr(args, 'method_options', {})!r} without a method, expected {{}}; name "
+                "the method, or write them as TRL's settings"
+            )
+        resolved, level = translated(args), args.importance_sampling_level
     belief = getattr(args, "belief", None)
     if belief is not None:
         tracked = Tracked(belief, tuple(_options(args, "belief_options").items()))
@@ -162,28 +199,23 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
         resolved = dataclasses.replace(resolved, correction=factor)
     if args.beta and resolved.penalty is None:
         resolved = dataclasses.replace(
-            resolved, penalty=KL(args.beta, importance_weighted=args.use_bias_correction_kl)
+            resolved, penalty=KL(args.beta, importance_weighted=args.use_bias_correction_kl, level=level)
         )
     return resolved
 
 
 def _options(args: GRPOConfig, name: str) -> Mapping[str, Any]:
-    options = getattr(args, name, {})
+    options = getattr(args, name, None) or {}
     if not isinstance(options, Mapping):
         raise ConfigError(f"{name}: got {options!r}, expected options by name, {{}} for none")
     return options
 
 
-def check_combination(method: Method, args: GRPOConfig) -> None:
-    """Raise ConfigError for settings that the method would silently override or cannot work with."""
-    defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
-    for name in _REPLACED:
-        value = getattr(args, name)
-        if value != defaults[name]:
-            raise ConfigError(
-                f"{name}: got {value!r}, expected TRL's default {defaults[name]!r} because the method "
-                f"{method.name!r} decides this; set it through method_options or a Method of your own"
-            )
+def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -> None:
+    """Raise ConfigError for settings that a ``named`` method would silently override or cannot work with."""
+    if named:
+        changed = [name for name, default in DEFAULTS.items() if getattr(args, name) != default]
+        check_settings(method, args, getattr(args, "given", changed))
     allocation = Budget.of(args).allocation
     if allocation != "fixed" and not isinstance(method.advantage, Tracked):
         raise ConfigError(

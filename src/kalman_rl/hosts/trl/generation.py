@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import rows as batches
 from kalman_rl.hosts.trl.packed import pack, unpack
 from kalman_rl.hosts.trl.prompts import prompts_by_id
@@ -79,7 +80,7 @@ def tracked_generation(
     metrics = outcome_metrics(sampled, (told[0], rewards[0]), predicted, tracking, len(everyone))
     tracking.note(sampled)
     if tracking.observers and accelerator.is_main_process:
-        texts = {name: str(row["prompt"]) for name, row in by_id.items()}
+        texts = {name: str(row.get("prompt", "")) for name, row in by_id.items()}
         record = belief_record(
             tracking, sampled, (told[0], rewards[0]), predicted, texts, step=step, rows=len(everyone)
         )
@@ -107,7 +108,7 @@ def _note_outcome(
     batch["advantages"] = (sampled.advantage * sampled.weight)[rows].float().to(device)
     batch["rewards"] = sampled.reward[rows].float().to(device)
     batch["prompt_id"] = sampled.ids[rows]
-    batch["prompt"] = [by_id[name]["prompt"] for name in batch["prompt_id"]]
+    batch["prompt"] = [by_id[name].get("prompt") for name in batch["prompt_id"]]
 
 
 def _log(trainer: Any, metrics: dict[str, float], reward: Tensor) -> None:
@@ -133,6 +134,11 @@ def note_features(trainer: Any, tracking: Tracking, by_id: dict[Hashable, dict[s
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     without_adapter = getattr(model, "disable_adapter", contextlib.nullcontext)
+    if any("prompt" not in by_id[name] for name in new):
+        raise ConfigError(
+            "prompt_features: got rows without a prompt, expected one in every row of the dataset because it is read "
+            "before an environment starts; set prompt_features=False"
+        )
     tokens = trainer._tokenize_prompts([by_id[name]["prompt"] for name in new])[0]
     size = trainer.args.per_device_train_batch_size
     with torch.no_grad(), without_adapter():

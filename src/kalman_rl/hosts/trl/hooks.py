@@ -29,6 +29,7 @@ TRL = Host(
             ),
             "_tokenize_prompts": Method(("prompts",)),
             "_get_output_dir": Method(("trial",)),
+            "_set_signature_columns_if_needed": Method(()),
             "get_high_entropy_mask": Method(("entropies", "mask", "threshold")),
             "get_off_policy_mask": Method(
                 (),
@@ -43,9 +44,12 @@ TRL = Host(
             # read, or set on the class
             "_buffered_inputs": None,
             "_entropy_bonus_enabled": None,
+            "_entropy_window_stats": None,
+            "_last_world_entropy": None,
             "_metrics": None,
             "_name": None,
             "_paper": None,
+            "_signature_columns": None,
             "_step": None,
             "_tag_names": None,
             "_tokenizer": None,
@@ -54,6 +58,7 @@ TRL = Host(
             "split_pixel_values_by_grid": Method(("batch",)),
             "unsplit_pixel_values_by_grid": Method(("batch",)),
         },
+        "trl:GRPOConfig": {"_VALID_DICT_FIELDS": None},  # texts of the command line that are read as JSON
     },
 )
 TRANSFORMERS = Host(

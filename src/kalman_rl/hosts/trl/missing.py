@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kalman_rl.errors import RewardError
 
 IN_A_ROW = 3
 """Generation batches without any reward that end a run; fewer may be a grader that was away for a moment."""
+
+
+def check_finite(rewards: Tensor, names: Sequence[str]) -> None:
+    """Refuse an infinite reward: it would make the advantages of its whole group undefined.
+
+    Args: rewards: (n, K), one column per reward function; NaN = missing. names: K.
+    Raises: RewardError that names the function.
+    """
+    bad = torch.isinf(rewards)
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise RewardError(
+            f"reward {names[column]}: got {rewards[row, column].item()} for completion {row} of the generation batch "
+            f"({int(bad.sum())} such numbers), expected a finite number; return None where there is none"
+        )
 
 
 class MissingRewards:

@@ -19,18 +19,22 @@ from torch import Tensor
 from trl import GRPOConfig
 
 from kalman_rl.beliefs.advantage import Tracked
-from kalman_rl.errors import AdapterError, ConfigError
+from kalman_rl.errors import AdapterError
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.hosts.trl.config import (
     KalmanGRPOConfig,
     check_combination,
+    names_a_method,
     resolve_method,
 )
+from kalman_rl.hosts.trl.entropy import entropy_bonus
+from kalman_rl.hosts.trl.factors import scaled_advantage
 from kalman_rl.hosts.trl.finite import FiniteTrainer
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import tracked_generation
-from kalman_rl.hosts.trl.missing import MissingRewards
+from kalman_rl.hosts.trl.missing import MissingRewards, check_finite
 from kalman_rl.hosts.trl.prompts import check_names
+from kalman_rl.hosts.trl.translate import DEFAULTS, step_totals
 from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals
 from kalman_rl.objectives.inputs import inputs_of
@@ -73,13 +77,13 @@ class KalmanGRPOTrainer(FiniteTrainer):
 
     Args:
         method: a Method or a name of :data:`kalman_rl.methods.METHODS`; default: ``args.method`` with
-            ``args.method_options``.
+            ``args.method_options``, and without one what TRL's settings of the loss stand for.
         observers: callables that receive a :class:`TokenBatch` after every training micro-batch, as does the
             method ``observe`` of a callback that has one.
         Everything else as in GRPOTrainer. ``args.beta > 0`` adds the k3 penalty as in TRL.
 
     Raises:
-        ConfigError: a TRL setting that the method replaces was changed, or cannot be combined.
+        ConfigError: a TRL setting contradicts the method that was named, or cannot be combined.
         RewardError: several generation batches in a row had no reward at all.
         AdapterError: TRL has other hooks than tested, or another library replaced the loss.
     """
@@ -111,17 +115,19 @@ class KalmanGRPOTrainer(FiniteTrainer):
         self._noop_steps = 0
         self._last_rewards: Tensor | None = None
         self.missing = MissingRewards()
-        check_combination(self.method, args)
+        named = names_a_method(method, args)
+        self.as_trl = not named and self.tracking is None
+        check_combination(self.method, args, named=named)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.tracking is not None:
             check_names(self.train_dataset)
-        if self._entropy_bonus_enabled:
-            raise ConfigError(
-                f"entropy_coef: got {self.entropy_coef}, expected 0 because the entropy bonus is not part of "
-                "a method yet; set entropy_coef=0 and adaptive entropy off"
-            )
+        for name in (
+            "scale_rewards",
+            "multi_objective_aggregation",
+        ):  # TRL's metrics read them beside a method
+            setattr(self, name, getattr(self, name) or DEFAULTS[name])
         cycle = self.args.steps_per_generation * self.num_iterations
-        if self.args.gradient_accumulation_steps % cycle == 0 and not self.use_vllm:
+        if self.args.gradient_accumulation_steps % cycle == 0 and not self.use_vllm and not self.as_trl:
             self._warn_noop(
                 f"one optimizer step per generation batch (gradient_accumulation_steps="
                 f"{self.args.gradient_accumulation_steps}, steps_per_generation * num_iterations={cycle})"
@@ -131,9 +137,17 @@ class KalmanGRPOTrainer(FiniteTrainer):
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        check_finite(rewards, self.reward_func_names)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._last_rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        self._rewards_by_function = rewards
         return rewards
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns  # type: ignore[has-type]
+        if self.tracking is not None and "prompt_id" not in columns:
+            self._signature_columns = [*columns, "prompt_id"]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.tracking is not None and self.model.training:
@@ -153,7 +167,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         extra = self._method_inputs(output)
         output["advantages"] = self.method.advantage(rewards, group, **extra)[local]
         output["rewards"] = rewards[local]
-        output["prompt"] = [row["prompt"] for row in inputs]
+        output["prompt"] = [row.get("prompt") for row in inputs]  # an environment may bring it later
         output["prompt_id"] = [row.get("prompt_id") for row in inputs]
         return self._counted(output)
 
@@ -180,7 +194,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         mask = self._loss_mask(inputs)
         logp, entropy, aux_loss = self._score(model, inputs)
         rollouts = self._rollouts(inputs, logp)
-        advantage = self._scaled_advantage(inputs, logp, entropy, mask)
+        advantage = scaled_advantage(self, inputs, logp, entropy, mask)
         current = self._current(model, inputs, logp, advantage)
         method = self._with_bounds(model, inputs, rollouts, current, advantage, mode)
         loss = policy_loss(method, rollouts, current, advantage=advantage, totals=self._totals(inputs, mode))
@@ -191,6 +205,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
             for observe in (*self.observers, *watching):
                 observe(TokenBatch(self.state.global_step, inputs, rollouts, logp.detach(), loss))
         value = loss.value
+        if self._entropy_bonus_enabled:
+            value = value + entropy_bonus(self, entropy, mask, mode, loss.value)
         if self.aux_loss_enabled:
             share = self.current_gradient_accumulation_steps if mode == "train" else 1.0
             value = value + self.router_aux_loss_coef * aux_loss / share
@@ -269,11 +285,13 @@ class KalmanGRPOTrainer(FiniteTrainer):
             found["score_norm_squared"] = torch.where(
                 mask, score_norm_squared(now.logp, now.sum_pi_squared), 0.0
             )
-        padded = {name: found[name] for name in inputs_of(self.method.advantage)}
+        padded = {name: found[name] for name in inputs_of(self.method.advantage) if name != "rewards"}
         for name, value in padded.items():
             if value.dim() == 2:
                 value = self.accelerator.pad_across_processes(value, dim=1)
             padded[name] = self.accelerator.gather(value)
+        if "rewards" in asked:
+            padded["rewards"] = self._rewards_by_function  # TRL gathered them
         return padded
 
     def _next_tokens(
@@ -330,7 +348,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
                 other = self._buffered_inputs[(self._step + i) % self.args.steps_per_generation]
                 with torch.no_grad():
                     logp, entropy, _ = self._score(model, other)
-                scaled = self._scaled_advantage(other, logp, entropy, self._loss_mask(other))
+                scaled = scaled_advantage(self, other, logp, entropy, self._loss_mask(other))
                 part = step_statistics(method, self._rollouts(other, logp), logp, advantage=scaled)
                 total = part if total is None or part is None else total + part
             self._step_method = self.learning.with_bounds(total)
@@ -343,42 +361,23 @@ class KalmanGRPOTrainer(FiniteTrainer):
         mask = inputs["completion_mask"]
         return (mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]).bool()
 
-    def _scaled_advantage(
-        self, inputs: dict[str, Any], logp: Tensor, entropy: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Advantages (B, T) times TRL's detached per-token factors; a factor >= 0 on A scales the gradient
-        exactly as it would on the loss, and leaves the trust region's decision alone."""
-        advantage = inputs["advantages"]
-        advantage = (advantage if advantage.dim() == 2 else advantage[:, None]).expand_as(logp).float()
-        if self.top_entropy_quantile < 1.0:
-            advantage = advantage * self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            advantage = advantage * inputs["importance_sampling_ratio"]
-        if self.off_policy_mask_threshold is not None:
-            old = inputs.get("old_per_token_logps", logp.detach())
-            advantage = advantage * self.get_off_policy_mask(
-                advantages=advantage,
-                per_token_logps=logp.detach(),
-                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old),
-                mask=mask,
-                off_policy_threshold=self.off_policy_mask_threshold,
-            )
-        return torch.where(mask, advantage, 0.0)
-
     def _totals(self, inputs: dict[str, Any], mode: str) -> Totals:
         """Counts of one optimizer step per rank. TRL counts over the generation batch, which spans
         ``steps_per_generation`` micro-batches; gradients are averaged over ranks, hence the division."""
         share = 1.0 / self.accelerator.num_processes
+        accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
         if mode == "train":
-            share *= self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return Totals(
-            float(inputs["num_items_in_batch"]) * share, float(inputs["num_sequences_in_batch"]) * share
-        )
+            share *= accumulation / self.args.steps_per_generation
+        tokens = float(inputs["num_items_in_batch"]) * share
+        if self.as_trl:
+            return step_totals(self.args.loss_type, self._loss_mask(inputs), tokens, accumulation)
+        return Totals(tokens, float(inputs["num_sequences_in_batch"]) * share)
 
     def _record(self, mode: str, loss: Loss, rollouts: Rollouts, logp: Tensor, entropy: Tensor) -> None:
         metrics = loss.metrics | {"entropy": diagnostics.masked_mean(entropy, rollouts.mask)}
         if rollouts.logp_reference is not None:
-            estimate = KL(1.0, importance_weighted=self.args.use_bias_correction_kl)
+            level: Any = getattr(self.method.penalty, "level", "token")
+            estimate = KL(1.0, importance_weighted=self.args.use_bias_correction_kl, level=level)
             metrics["kl"] = diagnostics.masked_mean(estimate(logp.float(), rollouts), rollouts.mask)
         values = torch.stack([value.detach().float() for value in metrics.values()])
         numbers = dict(zip(metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
@@ -388,7 +387,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
             self.notice_terms(numbers)
             cycle = self.args.steps_per_generation * self.num_iterations
             self._noop_steps = self._noop_steps + 1 if bool(metrics["ratio/noop"]) else 0
-            if self._noop_steps == 2 * cycle:
+            if self._noop_steps == 2 * cycle and not self.as_trl:
                 self._warn_noop(f"{self._noop_steps} micro-batches in a row")
 
     def _warn_noop(self, why: str) -> None:
