@@ -15,7 +15,7 @@ import torch
 from kalman_rl.sampling.divide import divide, gradient_gains
 from kalman_rl.sampling.gains import beta_signal, gradient_gain, half_width, mixed_group_gain
 
-MOST = 32
+MAX_SAMPLES = 32
 
 
 class Draws:
@@ -209,7 +209,7 @@ class Price(Rule):
         due = step - self.last[rows, ids] >= self.patience
         draws.draw(np.where((self._gain(draws, 2) >= point) | due, 2, 0))
         while True:
-            more = (draws.n > 0) & (draws.n + self.k <= MOST)
+            more = (draws.n > 0) & (draws.n + self.k <= MAX_SAMPLES)
             more &= self._gain(draws, self.k) >= point
             if not more.any():
                 break
@@ -239,8 +239,10 @@ class Predictive(Rule):
         least = torch.zeros(draws.n.shape[1], dtype=torch.long)
         counts = np.empty(draws.n.shape, dtype=np.int64)
         for w, budget in enumerate(point[:, 0]):
-            gains = gradient_gains(signal[w], MOST)
-            counts[w] = divide(gains, round(float(budget) * len(least)), least, least + MOST).counts.numpy()
+            gains = gradient_gains(signal[w], MAX_SAMPLES)
+            counts[w] = divide(
+                gains, round(float(budget) * len(least)), least, least + MAX_SAMPLES
+            ).counts.numpy()
         draws.draw(counts)
 
 

@@ -1,6 +1,7 @@
 """Does the collapse warning help: false alarms on runs that hold, lead time on runs that fail, against simple rules.
 
-    python -m benchmarks.collapse.runs && python -m benchmarks.collapse   # writes results/collapse/alarm.{json,md,png}
+    python -m benchmarks.collapse.runs && python -m benchmarks.collapse   # writes
+    results/collapse/alarm.{json,md,png}
 
 Decided before looking at any alarm of the reported runs:
 
@@ -10,8 +11,8 @@ Decided before looking at any alarm of the reported runs:
 * An alarm warns of a collapse if it comes at most 64 steps before it, or at the collapse itself. Later it is late;
   earlier is too early to count. Lead is the collapse minus the first alarm that warns.
 * Every detector has a small grid of settings. On the runs of seeds 0 and 1 the one that warned of most collapses is
-  chosen among those with at most 1 false alarm per 1000 steps (then fewest false and too early alarms, then the longest
-  lead). The runs of the other seeds are what is reported.
+  chosen among those with at most 1 false alarm per 1000 steps (then fewest false and too early alarms, then the
+  longest lead). The runs of the other seeds are what is reported.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from benchmarks.collapse.surprise import Surprise, Watch, WatchOptions
 from kalman_rl.engine.collapse import Fall
 
 RESULTS = Path(__file__).parents[1] / "results" / "collapse"
-HORIZON, MOST_FALSE, REST = 64, 1.0, 16
+HORIZON, MAX_FALSE, REST = 64, 1.0, 16
 
 
 # ---------------------------------------------------------------- detectors
@@ -77,7 +78,8 @@ def _against_the_window(run: Recorded, window: int) -> Iterator[tuple[int, list[
 
 
 def fixed(run: Recorded, limits: dict[tuple[str, int], float], factor: float) -> list[Event]:
-    """The value beyond the most extreme one of the held runs of seeds 0 and 1, by ``factor`` transformed deviations."""
+    """The value beyond the most extreme one of the held runs of seeds 0 and 1, by ``factor`` transformed
+    deviations."""
     events, rest = [], dict.fromkeys((metric.name for metric in WATCHED), 0)
     for row in run.rows:
         for metric in WATCHED:
@@ -204,7 +206,7 @@ def choose(runs: list[Recorded]) -> dict[str, tuple[dict[str, Any], Detector, di
 
         def rank(entry: tuple[dict[str, Any], Detector, dict[str, Any]]) -> tuple[float, ...]:
             result = entry[2]
-            allowed = result["per_1000"] <= MOST_FALSE
+            allowed = result["per_1000"] <= MAX_FALSE
             # where nothing is quiet enough, the quietest
             return (
                 allowed,
@@ -237,7 +239,7 @@ def main() -> int:
     whole = {
         "lasts": LASTS,
         "horizon": HORIZON,
-        "most_false": MOST_FALSE,
+        "most_false": MAX_FALSE,
         "runs": groups,
         "detectors": results,
     }

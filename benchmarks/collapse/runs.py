@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "method": "kpo_diffuse",
         "learning_rate": 3e-4,
         "reward": "benchmarks.collapse.reward:length",
-        "max_completion_tokens": hacked_reward.LONGEST,
+        "max_completion_tokens": hacked_reward.MAX_LENGTH,
     },
 }
 

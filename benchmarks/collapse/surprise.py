@@ -30,7 +30,7 @@ RATIOS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 PROFILE_PRIOR = 100.0
 """Variance of the profile before a phase was seen, in units of the noise."""
 DRIFT = 0.1
-MOST_PHASES = 64
+MAX_PHASES = 64
 CLIP = 3.0
 """Innovations beyond it move level and noise as if they were this many standard deviations."""
 CLIPPED_SECOND_MOMENT = 0.9950072780344535
@@ -42,8 +42,8 @@ class WatchOptions:
     """How the filter learns.
 
     Args:
-        stiffest: in (0, inf), largest q of the bank that may speak. A larger one follows a random walk without alarms,
-            a smaller one keeps a slow slide visible.
+        stiffest: in (0, inf), largest q of the bank that may speak. A larger one follows a random walk without
+            alarms, a smaller one keeps a slow slide visible.
         memory: in (0, 1), share of the evidence about noise that an observation keeps.
         warm_up: observations of a metric before it can say anything.
     """
@@ -91,7 +91,7 @@ class Watch:
                 f"period: got {period!r}, expected the steps from one sampling to the next, >= 1"
             )
         self.metrics, self.period, self.options = metrics, int(period), options or WatchOptions()
-        self.phases = self.period if self.period <= MOST_PHASES else 1
+        self.phases = self.period if self.period <= MAX_PHASES else 1
         ratios = [q for q in RATIOS if q <= self.options.stiffest] or [self.options.stiffest]
         self._ratios = torch.tensor(ratios, dtype=torch.float64)
         shape = (len(metrics), len(ratios))

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, last_good_checkpoint, switch_off_dropout
 from kalman_rl.hosts.trl.dropout import dropout_of
-from kalman_rl.hosts.trl.finite import MOST_SKIPPED, gradient_norm
+from kalman_rl.hosts.trl.finite import MAX_SKIPPED, gradient_norm
 from tests.hosts.test_trl import ROWS, digit_sum, settings
 from tests.hosts.tiny_llama import model, tokenizer
 
@@ -85,10 +85,10 @@ def test_the_step_may_be_skipped(tmp_path: Path) -> None:
 
 
 def test_a_run_that_only_skips_is_stopped(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, nonfinite="skip", max_steps=MOST_SKIPPED + 4)
+    trainer = trainer_of(tmp_path, nonfinite="skip", max_steps=MAX_SKIPPED + 4)
     poison(trainer, math.nan, *range(1, 99))
     with pytest.raises(
-        NumericError, match=rf"^step {MOST_SKIPPED + 1}: .*no checkpoint was saved.*steps in a row"
+        NumericError, match=rf"^step {MAX_SKIPPED + 1}: .*no checkpoint was saved.*steps in a row"
     ):
         trainer.train()
 

@@ -20,9 +20,9 @@ from kalman_rl.errors import RunError
 from kalman_rl.instruments import report
 from kalman_rl.instruments.replay import replay
 from kalman_rl.instruments.report.page import as_json, page
-from kalman_rl.instruments.report.sections.collapse import MOST as MOST_ALARMS
+from kalman_rl.instruments.report.sections.collapse import MAX_ALARMS
 from kalman_rl.instruments.report.sections.positions import position_figure
-from kalman_rl.instruments.report.sections.tokens import MOST_OF_ONE, inspected, spread_out
+from kalman_rl.instruments.report.sections.tokens import MAX_OF_COMPLETION, inspected, spread_out
 from kalman_rl.instruments.report.stats.pool import pooled
 from kalman_rl.instruments.report.stats.savings import mixed_share, savings
 from kalman_rl.instruments.report.stats.series import with_interval
@@ -31,7 +31,7 @@ from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.sampling.budget import Budget
-from kalman_rl.sampling.records import LEVELS, MOST_PROMPTS, belief_record
+from kalman_rl.sampling.records import LEVELS, MAX_PROMPTS, belief_record
 from kalman_rl.sampling.tracking import Tracking
 from tests.instruments.report_runs import write_beliefs, write_run, write_trace
 
@@ -108,13 +108,13 @@ def sampled_batch(
 def test_a_record_holds_what_happened(tmp_path: Path) -> None:
     torch.manual_seed(3)
     tracking = Tracking(make_belief("auto"), Budget("rounds", rounds=(2, 4), max_rounds=2))
-    names = [f"q{i}" for i in range(MOST_PROMPTS + 16)]
+    names = [f"q{i}" for i in range(MAX_PROMPTS + 16)]
     rates = {name: (i % 10) / 10 for i, name in enumerate(names)}
     records = [sampled_batch(tracking, names, rates, step) for step in (0, 4)]
     before = repr(tracking.state_dict())
     first, last = json.loads(json.dumps(records))
     assert (
-        len(first["id"]) == MOST_PROMPTS
+        len(first["id"]) == MAX_PROMPTS
         and first["id"] == last["id"]
         and set(first["texts"]) == set(first["id"])
     )
@@ -133,7 +133,7 @@ def test_a_record_holds_what_happened(tmp_path: Path) -> None:
         for record in records:
             run.append("beliefs.jsonl", record)
     read = read_beliefs(tmp_path / "run", [])
-    assert read and [batch.step for batch in read.batches] == [0.0, 4.0] and len(read.prompts) == MOST_PROMPTS
+    assert read and [batch.step for batch in read.batches] == [0.0, 4.0] and len(read.prompts) == MAX_PROMPTS
     assert read.batches[0].inside == dict(zip(LEVELS, map(float, first["inside"])))
     assert read.texts[last["id"][0]] == f"text of {last['id'][0]}"
     fixed = Tracking(make_belief("auto"), Budget())
@@ -266,13 +266,13 @@ def test_traces_that_lack_columns_show_what_they_have(tmp_path: Path) -> None:
 def test_long_and_many_completions_are_sampled(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {}, updates=4)
     for step in range(1, 31):
-        write_trace(run, ["ab"] * (MOST_OF_ONE + 40 if step == 30 else 20), step=step, sequences=9)
+        write_trace(run, ["ab"] * (MAX_OF_COMPLETION + 40 if step == 30 else 20), step=step, sequences=9)
     shown = inspected([read_run(run)])
     assert sorted({completion["step"] for completion in shown.completions}) == spread_out(
         list(range(1, 31)), 8
     )
     long = [completion for completion in shown.completions if completion["step"] == 30]
-    assert long and all(c["cut"] == 40 and len(c["token"]) == MOST_OF_ONE for c in long)
+    assert long and all(c["cut"] == 40 and len(c["token"]) == MAX_OF_COMPLETION for c in long)
     assert sum(len(completion["token"]) for completion in shown.completions) <= 12_000
     assert "out of 30 traced steps" in shown.said[-1] and "cut at 1200 tokens" in shown.said[-1]
 
@@ -349,13 +349,11 @@ def test_alarms_are_listed_as_text_and_only_where_there_are_some(tmp_path: Path)
     folder = write_run(tmp_path / "run", {"method": "kpo"}, updates=6)
     assert 'id="alarms"' not in page([folder])
     hostile = "<script>alert(1)</script>"
-    for step in range(1, MOST_ALARMS + 3):
+    for step in range(1, MAX_ALARMS + 3):
         alarm = Alarm(step=step, level=0.1, best=0.5, z=-6.0, tokens=(Token(hostile, 2.5, "p", 3),))
         append_alarm(folder, alarm, "warn")
     text = page([folder])
-    assert (
-        'href="#alarms"' in text and text.count("the newest checkpoint from before the fall") == MOST_ALARMS
-    )
-    assert f"The first {MOST_ALARMS} of {MOST_ALARMS + 2} alarms" in text
+    assert 'href="#alarms"' in text and text.count("the newest checkpoint from before the fall") == MAX_ALARMS
+    assert f"The first {MAX_ALARMS} of {MAX_ALARMS + 2} alarms" in text
     assert hostile not in text and "&lt;script&gt;alert(1)" in text
     assert "the reward has fallen to 0.1, below half of its best 0.5 (-6.0 deviations)" in text

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kalman_rl.instruments.report.charts.axis import log_axis, nice_ticks
 from kalman_rl.instruments.report.charts.chart import Line, lines_chart, spread
 from kalman_rl.instruments.report.stats.intervals import newcombe, t_interval, t_quantile, wilson
-from kalman_rl.instruments.report.stats.series import MOST_POINTS, cycle_of, over_seeds, smooth, thin
+from kalman_rl.instruments.report.stats.series import MAX_POINTS, cycle_of, over_seeds, smooth, thin
 
 
 def test_intervals_agree_with_other_libraries() -> None:
@@ -70,7 +70,7 @@ def test_a_hole_breaks_the_line_and_names_are_escaped() -> None:
 
 def test_series_tools() -> None:
     long = [(float(step), math.sin(step)) for step in range(10_000)]
-    assert len(thin(long)) <= MOST_POINTS + 2 and max(thin(long))[0] >= 9_900
+    assert len(thin(long)) <= MAX_POINTS + 2 and max(thin(long))[0] >= 9_900
     assert smooth([(0, 1.0), (1, 3.0), (2, 5.0)], 3) == [(0, 3.0), (1, 3.0), (2, 3.0)]
     line, band = over_seeds([[(0, 1.0), (1, 2.0)], [(0, 3.0), (1, 6.0), (2, 9.0)]])
     assert line == [(0, 2.0), (1, 4.0)] and band == [(0, 1.0, 3.0), (1, 2.0, 6.0)]

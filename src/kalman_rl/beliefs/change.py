@@ -9,9 +9,9 @@ from torch import Tensor
 
 FAR = 8.0
 """A batch whose variance is this many times larger or smaller than the learned one is off."""
-LEAST_JUDGED = 16
+MIN_JUDGED = 16
 """Numbers in a batch below which it says too little about a variance."""
-LONGEST_WAIT = 8
+MAX_WAIT = 8
 _TRIMMED = 0.05
 
 
@@ -19,7 +19,7 @@ _TRIMMED = 0.05
 class Change:
     """Whether batches contradict a learned variance for good.
 
-    As many batches in a row must be off, on the same side, as agreed before, and at most LONGEST_WAIT: one odd batch
+    As many batches in a row must be off, on the same side, as agreed before, and at most MAX_WAIT: one odd batch
     among many changes nothing, and one odd batch at the start lasts for one batch. A batch that is larger even
     without its most extreme twentieths is believed at once: outliers do not explain it.
 
@@ -34,11 +34,11 @@ class Change:
 
         Args: count: numbers that the variance is of. core: variance without extremes, 0 = not known.
         """
-        if count < LEAST_JUDGED or known <= 0 or variance <= 0:
+        if count < MIN_JUDGED or known <= 0 or variance <= 0:
             return False
         side = (variance > FAR * known) - (known > FAR * variance)
         self.off = self.off + side if self.off * side > 0 else side
-        if side and (core > FAR * known or abs(self.off) >= min(self.age, LONGEST_WAIT)):
+        if side and (core > FAR * known or abs(self.off) >= min(self.age, MAX_WAIT)):
             self.age, self.off = 1, 0
             return True
         self.age += 1

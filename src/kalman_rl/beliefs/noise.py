@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.beliefs.change import LONGEST_WAIT, Change
+from kalman_rl.beliefs.change import MAX_WAIT, Change
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.checks import expect, is_real, is_whole
 from kalman_rl.errors import ConfigError
@@ -28,7 +28,7 @@ HEAVY_TAIL = 1.0
 """Excess kurtosis of within-group residuals above which robust mode is on."""
 ROBUST_INFLATION = 1.7
 """Clipped rewards look more certain than they are; reported variances are multiplied by this."""
-_LEAST_NOISE = 0.1  # of a squared innovation, when the belief's variance seems to explain all of it
+_MIN_NOISE = 0.1  # of a squared innovation, when the belief's variance seems to explain all of it
 _TINY = 1e-12
 
 
@@ -84,7 +84,7 @@ class RewardNoise:
             return max(squares / self.freedom, _TINY)
         if not self.surprises:
             return None
-        return max(self.surprise, _LEAST_NOISE * self.innovations, _TINY) / self.surprises
+        return max(self.surprise, _MIN_NOISE * self.innovations, _TINY) / self.surprises
 
     def of(self, mean: Tensor, default: float) -> Tensor:
         """(u,) R at the predicted means: by formula for 0/1 rewards, pooled otherwise."""
@@ -172,7 +172,7 @@ class AdvantageScale:
     def learn(self, advantage: Tensor, known: Tensor) -> None:
         """Absorb the (n,) unscaled advantages of a batch."""
         squares, count = float(advantage[known].square().sum()), float(known.sum())
-        odd = 0 < self.batches < LONGEST_WAIT and Change().seen(
+        odd = 0 < self.batches < MAX_WAIT and Change().seen(
             self.squares / self.count, squares / max(count, 1), count
         )
         keep = 0.0 if odd and squares < self.squares else 1 - self.rate
@@ -199,7 +199,7 @@ def restored(kind: type[Any], state: Any) -> Any:
                 "belief state", name, value is None or isinstance(value, bool), value, "True, False or None"
             )
         elif isinstance(wanted, int):
-            expect("belief state", name, is_whole(value, -LONGEST_WAIT), value, "a count")
+            expect("belief state", name, is_whole(value, -MAX_WAIT), value, "a count")
         else:
             expect("belief state", name, is_real(value) and abs(value) < math.inf, value, "a finite number")
     return kind(**state)

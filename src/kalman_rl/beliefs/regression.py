@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.base import ROUNDING, Prior, TableBelief, prompt_features
-from kalman_rl.beliefs.change import LONGEST_WAIT, Change, core_variance
+from kalman_rl.beliefs.change import MAX_WAIT, Change, core_variance
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.beliefs.mixture import Evidence, LocalLevels, is_finite
 from kalman_rl.beliefs.ridge import LEVEL_PRECISION, Features, Ridge
@@ -26,9 +26,10 @@ PRIOR_VARIANCE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 1.0)
 """Default bank of tau^2, the variance of values around the regression, in squared reward scales.
 
 From scores that are almost all noise to scores that hardly have any; more of them cost no memory."""
-_LEAST_TAU2 = 1e-4
+_MIN_TAU2 = 1e-4
 ROW_ROUNDING = 2e-5
-"""Of a level as stored: float32 rounds to 6e-8 of it, and an update with a small gain loses more than one of these."""
+"""Of a level as stored: float32 rounds to 6e-8 of it, and an update with a small gain loses more than one of
+these."""
 
 
 class RegressionBelief(TableBelief):
@@ -154,7 +155,7 @@ class RegressionBelief(TableBelief):
         )
         evidence, features = self._evidence.checked(evidence), self._features.checked(features)
         numbers = is_real(offset, unit) and abs(offset) < math.inf and 0 <= unit < math.inf
-        counts = is_whole(age) and is_whole(off, -LONGEST_WAIT)
+        counts = is_whole(age) and is_whole(off, -MAX_WAIT)
         expect("belief state", "reward", numbers and counts, state["reward"], "offset, unit, age and off")
         legal = is_finite(first, 2) and is_finite(spread, 2)
         expect("belief state", "first, spread", legal, (first, spread), "two finite numbers each")
@@ -212,7 +213,7 @@ class RegressionBelief(TableBelief):
             new = rows < 0
             self._learn_first(groups, rows, y - mean, x, noise)
             fit, doubt = self._ridge.predict(x, step)
-            spread = torch.where(new, (variance - doubt).clamp(min=_LEAST_TAU2 * self._unit2), variance)
+            spread = torch.where(new, (variance - doubt).clamp(min=_MIN_TAU2 * self._unit2), variance)
             self._ridge.learn(x, y - (mean - fit), 1 / (noise + spread), step)
             self._noise.learn(groups, *prior.value)
         self._learn_spread(levels.observed(y, noise[:, None] + late))
@@ -258,7 +259,7 @@ class RegressionBelief(TableBelief):
     def _all_tau2(self) -> Tensor:
         """(1 + T,) tau^2 of each column of the evidence."""
         number, total = self._first.tolist()
-        moment = max(total / number if number else 0.0, _LEAST_TAU2 * self._unit2)
+        moment = max(total / number if number else 0.0, _MIN_TAU2 * self._unit2)
         return torch.cat((self._tau2.new_tensor([moment]), self._tau2 * self._unit2))
 
     def _weights(self) -> Tensor:
@@ -330,7 +331,7 @@ class RegressionBelief(TableBelief):
         apart = (mean - mean.mean()).square() * (len(mean) / max(len(mean) - 1, 1)) + variance
         kept = 0.8 * self._spread
         self._spread = kept + torch.stack((apart.new_tensor(float(len(apart))), apart.sum()))
-        self._ridge.spread = max(float(self._spread[1] / self._spread[0]), _LEAST_TAU2 * self._unit2)
+        self._ridge.spread = max(float(self._spread[1] / self._spread[0]), _MIN_TAU2 * self._unit2)
 
     def _write(self, names: list[Hashable], rows: Tensor, levels: LocalLevels, x: Tensor, step: int) -> None:
         rows = self._table.add(names, rows)

@@ -10,7 +10,7 @@ from kalman_rl.beliefs.base import Prior
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.numerics.kalman import Gaussian
 
-_LEAST_SHARE = 1e-6
+_MIN_SHARE = 1e-6
 
 
 def leave_one_out_prior(groups: Groups, mean: float) -> Prior:
@@ -69,5 +69,5 @@ def _prior_of(sums: _Sums, mean: float) -> tuple[float, float, float]:
     noise = within / freedom if freedom else spread
     value = max(0.0, spread - noise * inverse / number) if freedom else spread / 2
     # Others that agree exactly still leave a little doubt, so that R is never 0.
-    noise = max(noise, _LEAST_SHARE * (noise + spread), 1e-12)
+    noise = max(noise, _MIN_SHARE * (noise + spread), 1e-12)
     return centre, value if number > 1 else math.inf, noise

@@ -31,7 +31,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SELF_CHECK = 1e-5
 """Largest difference of the run's own method to the stored columns, relative to 1 or the value."""
 
-LONGEST = 1_000_000
+MAX_POSITIONS = 1_000_000
 """Positions that a completion may span; a larger number in a file is damage."""
 
 PROVIDED = {"logp_behaviour", "length", "mask", "reward", "group", "past_steps", "whole_step"}
@@ -247,8 +247,8 @@ def batch_of(columns: dict[str, list[Any]]) -> Batch:
     rows = torch.tensor([index[sequence] for sequence in sequences])
     steps = torch.tensor([p - starts[s] for s, p in zip(sequences, positions)])
     width = int(steps.max()) + 1
-    if width > LONGEST or len(index) * width > 200 * len(sequences) + LONGEST:
-        raise ValueError(f"got a completion over {width} positions, expected up to {LONGEST:,}")
+    if width > MAX_POSITIONS or len(index) * width > 200 * len(sequences) + MAX_POSITIONS:
+        raise ValueError(f"got a completion over {width} positions, expected up to {MAX_POSITIONS:,}")
     if len(set(zip(sequences, positions))) != len(sequences):
         raise ValueError("got a position of a completion twice")
     shape = (len(index), width)
@@ -328,7 +328,7 @@ class _Collected:
                 (mine.log_weight[i].item(), theirs.log_weight[i].item()),
                 (mine.coefficient[i].item(), theirs.coefficient[i].item()),
             )
-            heapq.heappush(self._heap, (value, -len(self.steps) * LONGEST - i, entry))
+            heapq.heappush(self._heap, (value, -len(self.steps) * MAX_POSITIONS - i, entry))
             if len(self._heap) > self.top:
                 heapq.heappop(self._heap)
 

@@ -13,7 +13,7 @@ from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.sampling.divide import Allocation, divide, divide_at_price
 
 FORMAT = 2
-LEAST_SLACK = 0.05
+MIN_SLACK = 0.05
 """Share of a step's budget that the price may move it by, once the first steps are over."""
 
 
@@ -96,7 +96,7 @@ class Price:
 
     @property
     def _slack(self) -> float:
-        return max(0.5**self.steps, LEAST_SLACK)
+        return max(0.5**self.steps, MIN_SLACK)
 
     def update(self, mean: float, prompts: int = 1) -> float:
         """Move the price after a step that took ``mean`` completions for each of ``prompts``; returns the new price.

@@ -14,12 +14,12 @@ from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.rounds import Sampled
 from kalman_rl.sampling.tracking import Tracking
 
-MOST_PROMPTS = 64
+MAX_PROMPTS = 64
 """Prompts written down per batch. Of more, those with the smallest checksum of their id, so that the same ones
 are followed whenever they come up."""
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Central intervals whose coverage is counted, over all prompts of the batch."""
-LONGEST_PROMPT = 200
+MAX_PROMPT = 200
 
 
 def belief_record(
@@ -50,7 +50,7 @@ def belief_record(
     names, counts = sampled.prompts, sampled.tau.tolist()
     rewards = _known(sampled.ids, sampled.reward)
     judged, inside = _coverage(_known(*first), names, predicted)
-    chosen = sorted(range(len(names)), key=lambda i: (zlib.crc32(repr(names[i]).encode()), i))[:MOST_PROMPTS]
+    chosen = sorted(range(len(names)), key=lambda i: (zlib.crc32(repr(names[i]).encode()), i))[:MAX_PROMPTS]
     followed = [names[i] for i in sorted(chosen)]
     place = {name: i for i, name in enumerate(names)}
     after = tracking.belief.predict(followed, step=step, features=tracking.known_features(followed))
@@ -83,7 +83,7 @@ def belief_record(
     fresh = [name for name in followed if name not in tracking.written]
     tracking.written.update(fresh)
     if fresh:
-        record["texts"] = {str(name): texts.get(name, "")[:LONGEST_PROMPT] for name in fresh}
+        record["texts"] = {str(name): texts.get(name, "")[:MAX_PROMPT] for name in fresh}
     return record
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from kalman_rl.engine.collapse.rule import (
-    SHOWN_TOKENS,
+    MAX_SHOWN_TOKENS,
     Alarm,
     Fall,
     Token,
@@ -83,19 +83,19 @@ class CollapseAlarm(TrainerCallback, ExportableState):
     def observe(self, batch: Any) -> None:
         """Observer of the trainer: note the tokens with the largest |log-ratio| since the last reward.
 
-        The reward is logged with the first update after sampling, whose log-ratios are zero; what moved the policy are
-        the updates before it.
+        The reward is logged with the first update after sampling, whose log-ratios are zero; what moved the policy
+        are the updates before it.
         """
         if self._broken:
             return
         ratio = torch.where(batch.rollouts.mask, batch.loss.tokens.log_ratio.detach().float(), 0.0)
-        place = ratio.abs().flatten().topk(min(SHOWN_TOKENS, ratio.numel())).indices
+        place = ratio.abs().flatten().topk(min(MAX_SHOWN_TOKENS, ratio.numel())).indices
         width = ratio.shape[1]
         for index, value in zip(place.tolist(), ratio.flatten()[place].tolist()):
             row, position = divmod(index, width)
             token = int(batch.inputs["completion_ids"][row, position])
             self._tokens.append((token, position, str(_entry(batch.inputs.get("prompt_id"), row)), value))
-        self._tokens = sorted(self._tokens, key=lambda token: -abs(token[3]))[:SHOWN_TOKENS]
+        self._tokens = sorted(self._tokens, key=lambda token: -abs(token[3]))[:MAX_SHOWN_TOKENS]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,8 +1,9 @@
-"""The reward has fallen: its filtered level lies below half of its best, beyond doubt.
+"""The reward has fallen: its filtered level lies below half of its best, by more than its margin of error.
 
 A local-level filter of the reward, ``Q = q R`` with R the discounted mean of squared innovations over their variance;
-level m with standard deviation s. An alarm when ``m + DOUBT s < best / 2``, where best is the largest ``m - DOUBT s``
-so far; the next one only after ``m`` has been above ``best / 2`` again. Rewards whose best is not positive never alarm.
+level m with standard deviation s. An alarm when ``m + MARGIN s < best / 2``, where best is the largest ``m - MARGIN
+s`` so far; the next one only after ``m`` has been above ``best / 2`` again. Rewards whose best is not positive never
+alarm.
 
 Alarms are kept in ``alarms.jsonl`` in the run's folder, one whole line each.
 """
@@ -26,12 +27,12 @@ from kalman_rl.numerics.kalman import Gaussian, predict, update
 RATIO = 0.2
 MEMORY = 0.95
 WARM_UP = 4
-DOUBT = 1.0
-LEAST = 0.01
-"""Standard deviation of the level below which doubt does not go."""
+MARGIN = 1.0
+MIN_DEVIATION = 0.01
+"""Smallest standard deviation of the level."""
 LARGEST = 1e100
 """A reward beyond it is taken for missing: its square would overflow."""
-SHOWN_TOKENS = 3
+MAX_SHOWN_TOKENS = 3
 """Tokens that an alarm names."""
 ADVICE = "the newest checkpoint from before the fall, with a lower learning rate or a KL penalty (kl)"
 FILE = "alarms.jsonl"
@@ -102,12 +103,12 @@ class Fall:
         self._count += 1
         if self._count <= WARM_UP:
             return None
-        spread = max(math.sqrt(self._variance * self._squares / self._weight), LEAST)
-        self._best = max(self._best, self._mean - DOUBT * spread)
+        spread = max(math.sqrt(self._variance * self._squares / self._weight), MIN_DEVIATION)
+        self._best = max(self._best, self._mean - MARGIN * spread)
         half = self._best / 2
         if self._best <= 0 or self._mean > half:
             self._down = False
-        if self._down or self._best <= 0 or self._mean + DOUBT * spread >= half:
+        if self._down or self._best <= 0 or self._mean + MARGIN * spread >= half:
             return None
         self._down = True
         return Alarm(step, self._mean, self._best, (self._mean - half) / spread)

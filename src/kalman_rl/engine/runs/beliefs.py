@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kalman_rl.engine.runs.reading import clean, number
 from kalman_rl.sampling.gains import NINETY
 
-MOST_LINES, LONGEST_LINE = 200_000, 4_000_000
+MAX_LINES, MAX_LINE = 200_000, 4_000_000
 LISTS = ("n", "reward", "mean", "sd", "noise", "after", "after_sd")
 LEARNED, HOPELESS = 0.8, 0.2
 """A prompt is learned if its whole 90 % interval lies above the one, hopeless if it lies below the other."""
@@ -107,12 +107,12 @@ def read_beliefs(path: Path, notes: list[str]) -> Beliefs | None:
 
 def _rows(lines: Any) -> Iterator[Any]:
     for index, line in enumerate(lines):
-        if index >= MOST_LINES:
+        if index >= MAX_LINES:
             return
         if not line.strip():
             continue
         try:
-            yield json.loads(line) if len(line) <= LONGEST_LINE else None
+            yield json.loads(line) if len(line) <= MAX_LINE else None
         except (ValueError, RecursionError):
             yield None
 

@@ -26,7 +26,7 @@ LARGEST = 1e100
 """Beyond it a number is as good as infinite, and differences of such numbers would be."""
 LARGEST_STEP = 2**52
 """Beyond it the next step is the same float."""
-SHOWN_BREAKS = {"\n": "\n", "\t": "\t"}
+KEPT_BREAKS = {"\n": "\n", "\t": "\t"}
 logger = logging.getLogger("kalman_rl")
 
 
@@ -66,7 +66,7 @@ def clean(value: object, limit: int = 80, *, breaks: bool = False) -> str:
     """
     text = str(value)
     cut = text[:limit]
-    kept = SHOWN_BREAKS if breaks else {}
+    kept = KEPT_BREAKS if breaks else {}
     shown = "".join(kept.get(char) or _visible(char) for char in cut)
     return shown + ("…" if len(text) > limit else "")
 

@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 CHOICES = ("stop", "skip")
 TERMS = {"objective/surrogate": "loss", "objective/penalty": "penalty"}
-MOST_SKIPPED = 10
+MAX_SKIPPED = 10
 """Steps skipped in a row; a run that skips more learns nothing and is stopped."""
 
 
 class FiniteTrainer(RanksTrainer):
     """A trainer that takes no optimizer step whose loss, penalty or gradient is not finite.
 
-    ``args.nonfinite``: stop with a NumericError, or skip the step: the gradients are dropped, weights and moments stay
-    as they are, and the metric ``step/skipped`` counts it. DeepSpeed keeps its gradients and steps inside the
+    ``args.nonfinite``: stop with a NumericError, or skip the step: the gradients are dropped, weights and moments
+    stay as they are, and the metric ``step/skipped`` counts it. DeepSpeed keeps its gradients and steps inside the
     backward pass: there only the loss is looked at, after its step, and stopping is the only choice.
     """
 
@@ -67,7 +67,7 @@ class FiniteTrainer(RanksTrainer):
         if bad is None:
             return
         step = self.state.global_step + 1
-        if not self._skips or self._skipped_in_a_row > MOST_SKIPPED:
+        if not self._skips or self._skipped_in_a_row > MAX_SKIPPED:
             raise NumericError(self._refusal(step, bad))
         logger.warning("step %d: got %s, expected finite numbers; the step is skipped", step, bad)
         model.zero_grad(set_to_none=True)

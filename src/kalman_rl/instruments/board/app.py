@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from kalman_rl.instruments.board.page import PAGE_POLICY, POLICY, shell
 from kalman_rl.instruments.board.source import Source
 
-MOST_LISTENERS = 16
+MAX_LISTENERS = 16
 HEARTBEAT = 15.0
 HEADERS = {
     "Cache-Control": "no-store",
@@ -28,8 +28,8 @@ class Board:
     """ASGI application.
 
     ``/TOKEN/`` is the frame, ``/TOKEN/page`` the report, ``/TOKEN/events`` a stream of changes; anything else is 404.
-    A Host header that is not in ``hosts`` is 400 before anything else is looked at, so that a page elsewhere whose name
-    resolves to this machine learns nothing; then a method other than GET is 405.
+    A Host header that is not in ``hosts`` is 400 before anything else is looked at, so that a page elsewhere whose
+    name resolves to this machine learns nothing; then a method other than GET is 405.
 
     Args:
         source: what is shown.
@@ -81,7 +81,7 @@ class Board:
             headers = {"Content-Security-Policy": PAGE_POLICY, "X-Frame-Options": "SAMEORIGIN"}
             return HTMLResponse(page, status, headers)
         if name == "events":
-            if self._listeners >= MOST_LISTENERS:
+            if self._listeners >= MAX_LISTENERS:
                 return PlainTextResponse("too many listeners\n", 503, {"Retry-After": "10"})
             return StreamingResponse(self._events(), media_type="text/event-stream")
         return PlainTextResponse("not found\n", 404)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 ZERO_ROW = 20.0
 """Height of the row of zeros below a log axis, in px."""
-MOST_DECADES = 12
+MAX_DECADES = 12
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -93,7 +93,7 @@ def log_axis(values: Iterable[float], start: float, end: float) -> Axis:
     positive = [value for value in finite if value > 0] or [1.0]
     zero = start if any(value <= 0 for value in finite) else None
     high = math.ceil(math.log10(max(positive)) - 1e-9)
-    low = max(math.floor(math.log10(min(positive)) + 1e-9), high - MOST_DECADES)
+    low = max(math.floor(math.log10(min(positive)) + 1e-9), high - MAX_DECADES)
     low = low if low < high else low - 1
     stride = math.ceil((high - low) / 5)
     ticks = [(10.0**power, f"10{_superscript(str(power))}") for power in range(high, low - 1, -stride)]

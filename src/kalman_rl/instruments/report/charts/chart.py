@@ -17,7 +17,7 @@ from kalman_rl.instruments.report.stats.intervals import Interval
 from kalman_rl.instruments.report.stats.series import Band, Point, thin
 
 COLOURS = 8
-LONGEST_NAME = 18
+MAX_NAME = 18
 LABEL_GAP = 14.0
 LETTER = 6.3
 """Width of an average letter in px at the page's 12 px chart font."""
@@ -59,7 +59,7 @@ def lines_chart(
     y_range: Sequence[float] = (),
     reference: tuple[float, str] | None = None,
     labels: bool = True,
-    names: int = LONGEST_NAME,
+    names: int = MAX_NAME,
 ) -> Markup:
     """Lines over steps with direct labels at their ends.
 
@@ -190,7 +190,7 @@ def dots_chart(
     """One row per name: single values as rings, the mean as a solid dot on its interval."""
     top, gap = 34.0, 26.0
     bottom = top + gap * len(rows)
-    left = 14 + LETTER * min(max((len(row.name) for row in rows), default=0), LONGEST_NAME)
+    left = 14 + LETTER * min(max((len(row.name) for row in rows), default=0), MAX_NAME)
     values = [*x_range, *([reference[0]] if reference else [])]
     values += [value for row in rows for value in (row.mean, *row.values, *(row.interval or ()))]
     x = linear_axis(values, left, width - 14.0, 4)
@@ -221,7 +221,7 @@ def _dots_row(row: Dots, x: Axis, left: float, height: float) -> Markup:
     return Markup("").join(parts)
 
 
-def _shortened(name: str, most: int = LONGEST_NAME) -> str:
+def _shortened(name: str, most: int = MAX_NAME) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

@@ -10,14 +10,14 @@ from markupsafe import Markup
 from kalman_rl.engine.runs.beliefs import Visit
 
 WIDTH, HEIGHT, PAD = 400.0, 48.0, 4.0
-MOST_VISITS = 80
+MAX_VISITS = 80
 
 
 def belief_line(
     visits: Sequence[Visit], steps: tuple[float, float], limits: tuple[float, float], name: str
 ) -> Markup:
     """Posterior mean, its 90 % band and the observed means as SVG; steps and limits are the axes' ends."""
-    shown = list(visits[:: max(1, math.ceil(len(visits) / MOST_VISITS))])
+    shown = list(visits[:: max(1, math.ceil(len(visits) / MAX_VISITS))])
     if shown[-1] is not visits[-1]:
         shown.append(visits[-1])
 

@@ -19,7 +19,7 @@ from kalman_rl.instruments.report.stats.savings import Saving, beta_shapes, mixe
 from kalman_rl.instruments.report.stats.series import Point, smooth, window_of
 from kalman_rl.instruments.report.words import counted, decimal
 
-MOST_PROMPTS = 12
+MAX_PROMPTS = 12
 BINS = 8
 BAND_COLOURS = {"learned": 2, "undecided": 7, "hopeless": 1}
 
@@ -211,7 +211,7 @@ def _saved(saving: Saving) -> dict[str, str]:
 def _rows(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> list[PromptRow]:
     """Prompts spread over the range of what is believed of them, the lowest first."""
     ordered = sorted(prompts, key=lambda name: (prompts[name][-1].after, name))
-    count = min(MOST_PROMPTS, len(ordered))
+    count = min(MAX_PROMPTS, len(ordered))
     chosen = [ordered[round(i * (len(ordered) - 1) / max(1, count - 1))] for i in range(count)]
     every = [visit for name in chosen for visit in prompts[name]]
     steps = (beliefs.batches[0].step, beliefs.batches[-1].step)
@@ -249,8 +249,10 @@ def _note(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> str:
         "mean reward of the batch, larger for more completions. Next: completions if the batch came up again."
     )
     most = sum(batch.prompts > len(batch.visits) for batch in beliefs.batches)
-    if len(prompts) > MOST_PROMPTS:
-        text += f" Shown: {MOST_PROMPTS} of {len(prompts)} followed prompts, spread over what is believed of them."
+    if len(prompts) > MAX_PROMPTS:
+        text += (
+            f" Shown: {MAX_PROMPTS} of {len(prompts)} followed prompts, spread over what is believed of them."
+        )
     if most:
         text += f" In {most} batches the run wrote down a sample of the prompts only."
     return text

@@ -8,7 +8,7 @@ from kalman_rl.engine.collapse.rule import ADVICE, read_alarms
 from kalman_rl.engine.runs.reading import clean
 from kalman_rl.instruments.report.sections.section import Context
 
-MOST = 40
+MAX_ALARMS = 40
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Line:
 
 @dataclass(frozen=True)
 class AlarmSection:
-    """The first alarms of every run, at most MOST in all, and a sentence about the rest."""
+    """The first alarms of every run, at most MAX_ALARMS in all, and a sentence about the rest."""
 
     lines: list[Line]
     note: str
@@ -44,7 +44,7 @@ def build(context: Context) -> AlarmSection | None:
             tokens=tuple(f"{clean(t.text, 24)} ({t.log_ratio:+.2f})" for t in alarm.tokens),
             advice=ADVICE,
         )
-        for run, alarm in found[:MOST]
+        for run, alarm in found[:MAX_ALARMS]
     ]
-    note = "" if len(found) <= MOST else f"The first {MOST} of {len(found)} alarms are shown."
+    note = "" if len(found) <= MAX_ALARMS else f"The first {MAX_ALARMS} of {len(found)} alarms are shown."
     return AlarmSection(lines, note)

@@ -9,7 +9,7 @@ from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.stats.study import evaluations
 from kalman_rl.instruments.report.words import decimal, duration
 
-SHOWN_CONFIGS = 4
+MAX_CONFIGS = 4
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Details:
 
 def build(context: Context) -> Details:
     """The details; the sections built before have added their notes."""
-    main = [run for run in context.first if run.config][:SHOWN_CONFIGS]
+    main = [run for run in context.first if run.config][:MAX_CONFIGS]
     stressed = [run for run in context.stressed if run.config][:1]
     rows = [_row(run) for run in context.runs]
     return Details(context.absent, context.notes, rows, context.shown[0], main + stressed)

@@ -11,15 +11,15 @@ from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.engine.runs.traces import Table
 from kalman_rl.instruments.replay import own_method
 from kalman_rl.instruments.report.charts.chart import Line, lines_chart
-from kalman_rl.instruments.report.sections.tokens import MOST_ROWS, number_of, sequences, spread_out
+from kalman_rl.instruments.report.sections.tokens import MAX_ROWS, number_of, sequences, spread_out
 from kalman_rl.instruments.report.stats.metrics import Figure
 from kalman_rl.instruments.report.stats.pool import Group
 from kalman_rl.instruments.report.words import counted
 from kalman_rl.objectives import aggregate
 
 COLUMNS = ("sequence", "coefficient", "advantage")
-MOST_FILES = 12
-MOST_BINS = 24
+MAX_FILES = 12
+MAX_BINS = 24
 Sums = dict[int, list[float]]
 """Per token number: the gradient's size as trained, and with every token kept at coefficient 1."""
 
@@ -37,7 +37,7 @@ def position_figure(groups: Sequence[Group], palette: dict[str, int]) -> Figure 
         if not sums:
             continue
         files = max(files, read)
-        size = max(1, math.ceil(_usual_length(sums) / MOST_BINS))
+        size = max(1, math.ceil(_usual_length(sums) / MAX_BINS))
         for index, (name, dashed) in enumerate((("as trained", False), ("all tokens kept", True))):
             total = sum(pair[index] for pair in sums.values())
             if total <= 0:
@@ -47,7 +47,7 @@ def position_figure(groups: Sequence[Group], palette: dict[str, int]) -> Figure 
                 shares[place // size] = shares.get(place // size, 0.0) + pair[index] / total
             last = max(shares)
             points = [
-                (1 + size * (i + 0.5) - 0.5, shares.get(i, 0.0)) for i in range(min(last + 1, 2 * MOST_BINS))
+                (1 + size * (i + 0.5) - 0.5, shares.get(i, 0.0)) for i in range(min(last + 1, 2 * MAX_BINS))
             ]
             colour = index if single else palette.get(group.name, 0)
             label = name if single else group.name if index == 0 else f"{group.name}, {name}"
@@ -70,8 +70,8 @@ def _sums(run: RunRecord) -> tuple[Sums, int]:
     read = 0
     method, _ = own_method(run.path) if files else (None, [])
     per_sequence = method is None or method.aggregate is aggregate.sequence_mean
-    for step in spread_out(list(files), MOST_FILES):
-        table = traces.read(files[step], COLUMNS, [], optional=["position"], limit=MOST_ROWS)
+    for step in spread_out(list(files), MAX_FILES):
+        table = traces.read(files[step], COLUMNS, [], optional=["position"], limit=MAX_ROWS)
         if table:
             read += 1
             _add(sums, table, per_sequence)

@@ -24,7 +24,7 @@ PUBLISHED, DIFFUSE, CONTROL = "kpo", "kpo_diffuse", "ratio_one"
 FILTERED = "ratio/filtered_log_variance"
 SHARPENING = 0.1
 """A sampled gain that exceeds the greedy one by this much is called sharpening in part."""
-MOST_SENTENCES = 4
+MAX_SENTENCES = 4
 """More main runs than this are summed up by their verdicts."""
 VERDICTS = {
     "learned": "learned",
@@ -49,7 +49,7 @@ def summarise(
     """Plain words about the main runs (or the first of each group of seeds) and the stress study."""
     summary = Summary()
     names = names or names_of(main)
-    if len(main) > MOST_SENTENCES:
+    if len(main) > MAX_SENTENCES:
         summary.lead.append(_many(names, main_arms))
     else:
         for run, arm, name in zip(main, main_arms, names):

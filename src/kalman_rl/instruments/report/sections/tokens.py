@@ -23,13 +23,13 @@ from kalman_rl.instruments.report.words import counted
 NEEDED = ("sequence", "token", "log_ratio")
 OPTIONAL = ("prompt", "position", "token_id", "logp_old", "logp_behaviour", "logp", "filtered_log_ratio", "gain",
             "coefficient", "kept", "advantage", "reward")  # fmt: skip
-MOST_ROWS = 200_000
-MOST_TOKENS = 12_000
+MAX_ROWS = 200_000
+MAX_TOKENS = 12_000
 """Tokens of all completions on a page together; about 100 bytes each."""
-MOST_OF_ONE = 1_200
-MOST_RUNS, MOST_STEPS, MOST_OF_STEP = 3, 8, 6
-MOST_TRIES = 4
-LONGEST_TOKEN, LONGEST_PROMPT = 200, 2_000
+MAX_OF_COMPLETION = 1_200
+MAX_RUNS, MAX_STEPS, MAX_OF_STEP = 3, 8, 6
+MAX_TRIES = 4
+MAX_TOKEN, MAX_PROMPT = 200, 2_000
 
 
 @dataclass
@@ -60,7 +60,7 @@ def inspected(runs: Sequence[RunRecord]) -> Inspected:
     traced = [(run, files) for run in runs if (files := traces.steps(run.path))]
     if not traced:
         return Inspected("No token traces were recorded, so there is no completion to show.")
-    shown = traced[:MOST_RUNS]
+    shown = traced[:MAX_RUNS]
     completions: list[dict[str, Any]] = []
     said = (
         [f"Tokens of {counted(len(shown), 'run')} of {len(traced)} with traces."]
@@ -69,7 +69,7 @@ def inspected(runs: Sequence[RunRecord]) -> Inspected:
     )
     methods: list[dict[str, Any]] = []
     for run, files in shown:
-        room = MOST_TOKENS // len(shown)
+        room = MAX_TOKENS // len(shown)
         chosen, there = _of_run(files, room, problems)
         if not chosen:
             continue
@@ -109,7 +109,7 @@ def _of_run(files: dict[int, Path], room: int, problems: list[str]) -> tuple[lis
     chosen: list[Table] = []
     there = 0
     used: set[int] = set()
-    steps = spread_out(list(files), MOST_STEPS)
+    steps = spread_out(list(files), MAX_STEPS)
     for index, step in enumerate(steps):
         table = _moved(files, step, used, problems)
         if table is None:
@@ -118,10 +118,10 @@ def _of_run(files: dict[int, Path], room: int, problems: list[str]) -> tuple[lis
         rows_of = sequences(table)
         there += len(rows_of)
         left = room * (index + 1) // len(steps) - sum(
-            min(len(columns["token"]), MOST_OF_ONE) for columns in chosen
+            min(len(columns["token"]), MAX_OF_COMPLETION) for columns in chosen
         )
-        for rows in list(_most_moved_first(list(rows_of.values()), table))[:MOST_OF_STEP]:
-            size = min(len(rows), MOST_OF_ONE)
+        for rows in list(_most_moved_first(list(rows_of.values()), table))[:MAX_OF_STEP]:
+            size = min(len(rows), MAX_OF_COMPLETION)
             if size <= left or not chosen:
                 chosen.append({name: [values[row] for row in rows] for name, values in table.items()})
                 left -= size
@@ -133,11 +133,11 @@ def _moved(files: dict[int, Path], step: int, used: set[int], problems: list[str
     steps = list(files)
     place = steps.index(step)
     still = None
-    for near in reversed(steps[max(0, place - MOST_TRIES + 1) : place + 1]):
+    for near in reversed(steps[max(0, place - MAX_TRIES + 1) : place + 1]):
         if near in used:
             continue
         why: list[str] = []
-        table = traces.read(files[near], NEEDED, why, optional=OPTIONAL, limit=MOST_ROWS)
+        table = traces.read(files[near], NEEDED, why, optional=OPTIONAL, limit=MAX_ROWS)
         problems += [
             f"The token trace {clean(files[near].name)} could not be read ({clean(reason, 300)})."
             for reason in why
@@ -183,7 +183,7 @@ def _completion(columns: Table, run: int) -> dict[str, Any]:
 
     A long one is cut here, after the methods saw all of it.
     """
-    end = MOST_OF_ONE
+    end = MAX_OF_COMPLETION
 
     def numbers(name: str, digits: int = 4) -> list[float | None] | None:
         values = [rounded(value, digits) for value in columns.get(name, [])[:end]]
@@ -194,11 +194,11 @@ def _completion(columns: Table, run: int) -> dict[str, Any]:
         "run": run,
         "step": columns["step"][0],
         "sequence": clean(columns["sequence"][0], 20),
-        "prompt": clean(prompt, LONGEST_PROMPT, breaks=True),
+        "prompt": clean(prompt, MAX_PROMPT, breaks=True),
         "reward": rounded(columns["reward"][0]) if "reward" in columns else None,
         "advantage": rounded(columns["advantage"][0]) if "advantage" in columns else None,
         "cut": max(0, len(columns["token"]) - end),
-        "token": [clean(token, LONGEST_TOKEN, breaks=True) for token in columns["token"][:end]],
+        "token": [clean(token, MAX_TOKEN, breaks=True) for token in columns["token"][:end]],
         "id": numbers("token_id", 15),
         "old": numbers("logp_old"),
         "now": numbers("logp"),
@@ -212,10 +212,10 @@ def _completion(columns: Table, run: int) -> dict[str, Any]:
 
 def _sampled(run: RunRecord, chosen: Sequence[Table], files: dict[int, Path], there: int) -> str:
     steps = sorted({columns["step"][0] for columns in chosen})
-    cut = sum(len(columns["token"]) > MOST_OF_ONE for columns in chosen)
+    cut = sum(len(columns["token"]) > MAX_OF_COMPLETION for columns in chosen)
     text = (
         f"{clean(run.name, 60)}: {counted(len(chosen), 'completion')} of steps "
         f"{', '.join(map(str, steps))} (out of {counted(len(files), 'traced step')}; these files hold {there}), "
         "those that moved most, encouraged and discouraged in turn."
     )
-    return text + (f" {counted(cut, 'long one')} cut at {MOST_OF_ONE} tokens." if cut else "")
+    return text + (f" {counted(cut, 'long one')} cut at {MAX_OF_COMPLETION} tokens." if cut else "")

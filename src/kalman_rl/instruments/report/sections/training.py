@@ -49,7 +49,7 @@ from kalman_rl.instruments.report.stats.study import (
 from kalman_rl.instruments.report.words import counted, decimal, duration, listing, signed
 
 WIDE, FULL, NARROW = 660, 1056, 344
-FEW_EVALUATIONS = 16
+MAX_DOTS = 16
 IN_TRAINING = {
     "reward": "Training reward",
     "entropy": "Entropy, nats",
@@ -163,7 +163,7 @@ def _held_out(groups: Sequence[Group], palette: dict[str, int]) -> Figure | None
             else:
                 points, band = [(row["step"], row[key]) for row in many[0]], []
                 spread = [(row["step"], *wilson(row[key], n)) for row in many[0] if (n := answers(row, key))]
-                few = len(points) <= FEW_EVALUATIONS
+                few = len(points) <= MAX_DOTS
                 whiskers, band = (spread, []) if few and single else ([], spread if single else [])
             lines.append(
                 Line(
@@ -173,7 +173,7 @@ def _held_out(groups: Sequence[Group], palette: dict[str, int]) -> Figure | None
                     band=band,
                     whiskers=whiskers,
                     dashed=key == GREEDY,
-                    dots=len(points) <= FEW_EVALUATIONS,
+                    dots=len(points) <= MAX_DOTS,
                 )
             )
     if not lines:

@@ -10,7 +10,7 @@ from kalman_rl.instruments.report.stats.study import flat, names_of
 
 NOT_THE_SAME_RUN = frozenset({"seed", "run", "quiet", "threads", "report_to"})
 """Settings that do not make two runs different experiments."""
-LONGEST_VALUE = 24
+MAX_VALUE = 24
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
     if 1 <= len(keys) <= 2:
         told = [
             ", ".join(
-                [method, *(f"{key.split('.')[-1]} {table.get(key, 'unset')[:LONGEST_VALUE]}" for key in keys)]
+                [method, *(f"{key.split('.')[-1]} {table.get(key, 'unset')[:MAX_VALUE]}" for key in keys)]
             )
             for method, table in zip(methods, tables)
         ]

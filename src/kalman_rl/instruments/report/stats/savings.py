@@ -12,8 +12,8 @@ from kalman_rl.engine.runs.beliefs import Beliefs, Visit
 from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.gains import beta_from_moments, beta_signal
 
-MOST = 4096.0
-MOST_VISITS = 3_000
+MAX_SAMPLES = 4096.0
+MAX_VISITS = 3_000
 """Of more, every second, third... is counted; it changes the second digit at most."""
 
 
@@ -42,7 +42,7 @@ def savings(beliefs: Beliefs) -> list[Saving]:
     visits = [visit for batch in beliefs.batches for visit in batch.visits.values()]
     if len(visits) < 2 or not beliefs.unit:
         return []
-    visits = visits[:: math.ceil(len(visits) / MOST_VISITS)]
+    visits = visits[:: math.ceil(len(visits) / MAX_VISITS)]
     used = sum(visit.n for visit in visits) / len(visits)
     shapes = beta_shapes(visits)
     result = []
@@ -81,7 +81,7 @@ def mixed_share(size: float, shape: tuple[float, float]) -> float:
 
 
 def _fixed_for(found: float, shapes: Sequence[tuple[float, float]]) -> float:
-    low, high = 1.0, MOST
+    low, high = 1.0, MAX_SAMPLES
     if sum(mixed_share(high, shape) for shape in shapes) < found:
         return math.inf
     for _ in range(40):

@@ -13,7 +13,7 @@ from kalman_rl.instruments.report.stats.intervals import t_interval
 
 Point = tuple[float, float]
 Band = tuple[float, float, float]
-MOST_POINTS = 400
+MAX_POINTS = 400
 LOG_MAX = math.log(sys.float_info.max)
 
 
@@ -61,7 +61,7 @@ def smooth(points: Sequence[Point], window: int) -> list[Point]:
 
     Of a long series it keeps every second, fourth, eighth... point, so that seeds keep the same steps.
     """
-    stride = 2 ** max(0, math.ceil(math.log2(max(1, len(points)) / MOST_POINTS)))
+    stride = 2 ** max(0, math.ceil(math.log2(max(1, len(points)) / MAX_POINTS)))
     result = []
     for index in sorted({*range(0, len(points), stride), *([len(points) - 1] if points else [])}):
         step, value = points[index]
@@ -88,10 +88,10 @@ def cycle_of(rows: Sequence[Row]) -> int:
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
-    """At most about ``MOST_POINTS`` points: the lowest and the highest of each stretch of a long series."""
-    if len(points) <= MOST_POINTS:
+    """At most about ``MAX_POINTS`` points: the lowest and the highest of each stretch of a long series."""
+    if len(points) <= MAX_POINTS:
         return list(points)
-    size = math.ceil(2 * len(points) / MOST_POINTS)
+    size = math.ceil(2 * len(points) / MAX_POINTS)
     result: list[Point] = []
     for start in range(0, len(points), size):
         stretch = [point for point in points[start : start + size] if math.isfinite(point[1])]
@@ -115,7 +115,7 @@ def over_seeds(many: Sequence[Sequence[Point]]) -> tuple[list[Point], list[Band]
         line.append((step, fmean(values)))
         if len(values) > 1 and all(map(math.isfinite, values)):
             band.append((step, min(values), max(values)))
-    stride = max(1, len(line) // MOST_POINTS)
+    stride = max(1, len(line) // MAX_POINTS)
     return line[::stride], band[::stride]
 
 
@@ -137,5 +137,5 @@ def with_interval(many: Sequence[Sequence[Point]], *, log: bool = False) -> tupl
         if usable and interval and len(values) > 1:
             low, high = (math.exp(min(end, LOG_MAX)) for end in interval) if log else interval
             band.append((step, low, high))
-    stride = max(1, len(line) // MOST_POINTS)
+    stride = max(1, len(line) // MAX_POINTS)
     return line[::stride], band[::stride]

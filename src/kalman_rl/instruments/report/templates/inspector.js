@@ -6,7 +6,7 @@
   const data = JSON.parse(source.textContent);
   const MODES = ["raw", "filtered", "difference", "coefficient"];
   const MARKS = { "\n": "↵\n", "\t": "⇥", "\r": "␍" };
-  const MOST_LISTED = 20;
+  const MAX_LISTED = 20;
   const state = { completion: 0, token: 0, mode: "raw", method: 0, order: "changed", rank: "change" };
 
   const current = () => data.completions[state.completion];
@@ -188,7 +188,7 @@
       others: ([n, i]) => disagreement(data.completions[n], i),
     };
     const key = keys[state.rank];
-    const ranked = every.map((pair) => [key(pair), pair]).sort((a, b) => b[0] - a[0]).slice(0, MOST_LISTED);
+    const ranked = every.map((pair) => [key(pair), pair]).sort((a, b) => b[0] - a[0]).slice(0, MAX_LISTED);
     body.replaceChildren();
     for (const [, [n, i]] of ranked) {
       const c = data.completions[n];
