@@ -51,6 +51,7 @@ class Train:
     """Print the resolved settings as TOML and stop."""
 
     def __call__(self) -> int:
+        _check_one_process()
         config = self.settings
         if config.run is None:
             config = dataclasses.replace(config, run=default_run(config))
@@ -82,8 +83,11 @@ class Resume:
     """Directory of the run."""
     quiet: Switch = False
     """Print errors only."""
+    allow_change: tuple[Literal["data"], ...] = ()
+    """What may differ from the run's beginning: data, the rows and their split."""
 
     def __call__(self) -> int:
+        _check_one_process()
         from kalman_rl.engine.runs.run import Run
 
         with Run.open(self.run) as run:
@@ -95,7 +99,7 @@ class Resume:
             validate(config)
             from kalman_rl.engine.train import train
 
-            return train(config, run, resume=True)
+            return train(config, run, resume=True, allow_change=self.allow_change)
 
 
 @dataclass(frozen=True)
@@ -268,6 +272,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print("error: " + one_line(text), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+
+
+def _check_one_process() -> None:
+    """Refuse torchrun and accelerate launch with several processes, all of which would write the same run."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and size != "1":
+        raise ConfigError(
+            f"torchrun: got WORLD_SIZE={size}, expected one process; start kalman-rl without torchrun, or use "
+            "KalmanGRPOTrainer in a script of your own for several"
+        )
 
 
 def default_run(config: TrainConfig, now: datetime | None = None) -> Path:

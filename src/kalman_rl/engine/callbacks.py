@@ -40,6 +40,33 @@ class WriteMetrics(TrainerCallback):
             self.show(state.global_step, numbers)
 
 
+class NoSignal(TrainerCallback):
+    """Say once that in ``patience`` generation batches in a row no prompt had completions with different rewards."""
+
+    def __init__(self, say: Callable[[str], None], patience: int = 5) -> None:
+        self.say, self.patience, self.equal, self.said = say, patience, 0, False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        share = (logs or {}).get("frac_reward_zero_std")
+        if share is None:  # no generation in this step
+            return
+        self.equal = self.equal + 1 if share == 1 else 0
+        if self.equal == self.patience and not self.said:
+            self.said = True
+            self.say(
+                f"warning: in {self.patience} generation batches no prompt had completions with different rewards, so "
+                "there was nothing to compare and a group's advantages are 0; the prompts are all too hard or too "
+                "easy, or the reward never changes (kalman-rl doctor tries it)"
+            )
+
+
 class Evaluate(TrainerCallback):
     """Evaluate every ``every`` optimizer steps; the first and last evaluation are the caller's."""
 

@@ -99,6 +99,9 @@ class TrainConfig(Budget, Subject):
     """Sampling temperature, applied to the log-probabilities of the loss too."""
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     """Longest completion, in tokens. Unset: the task's own limit."""
+    max_prompt_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    """Longest prompt, in tokens; longer ones are left out and counted. Unset: a prompt that does not fit the model
+    is an error."""
     kl: Annotated[float, Field(ge=0, le=1_000)] = 0.0
     """Weight of the KL penalty towards the starting model, per nat; 0 switches it off."""
     lora_rank: Annotated[int, Field(ge=0, le=1_024)] = 16

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import PrinterCallback
 from kalman_rl.beliefs.advantage import JamesStein
 from kalman_rl.engine.callbacks import (
     Evaluate,
+    NoSignal,
     Progress,
     SealCheckpoints,
     StopOnSignal,
@@ -34,6 +35,7 @@ from kalman_rl.engine.callbacks import (
 )
 from kalman_rl.engine.collapse.callback import CollapseAlarm
 from kalman_rl.engine.config import TrainConfig
+from kalman_rl.engine.early import check_lora_targets, check_same_data, fit_prompts
 from kalman_rl.engine.evaluation import evaluate
 from kalman_rl.engine.models.load import LoadedModel, load_model
 from kalman_rl.engine.runs.reading import read_metrics
@@ -72,6 +74,7 @@ def train(
     run: Run,
     *,
     resume: bool = False,
+    allow_change: Collection[str] = (),
     cache: Path | None = None,
     prefix: str = "",
     task: Task | None = None,
@@ -80,6 +83,8 @@ def train(
 
     With ``resume`` it goes on from the newest checkpoint, or from the start where none was completed. At ``steps`` or
     beyond nothing is trained; the model is saved and evaluated.
+
+    The rows must be those that the run began with, unless ``allow_change`` names "data".
 
     Converted and warm-started weights are kept in ``cache``, by default ``.cache`` beside the run. ``task`` is what
     :func:`chosen_task` gives, where it was called before.
@@ -93,7 +98,16 @@ def train(
     with stop:
         try:
             with _quiet_third_parties():
-                code = _train(config, run, stop, progress, resume=resume, cache=cache, task=task)
+                code = _train(
+                    config,
+                    run,
+                    stop,
+                    progress,
+                    resume=resume,
+                    allow_change=allow_change,
+                    cache=cache,
+                    task=task,
+                )
         except KeyboardInterrupt:
             code = 130
         finally:
@@ -113,6 +127,7 @@ def _train(
     progress: Progress,
     *,
     resume: bool,
+    allow_change: Collection[str],
     cache: Path | None,
     task: Task | None,
 ) -> int:
@@ -129,6 +144,8 @@ def _train(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     task = task or chosen_task(config)
+    source = f"task {config.task!r}" if config.data is None else str(config.data)
+    check_same_data(run, task, source, resume=resume, allow_change=allow_change)
     cache = cache or run.path.parent / ".cache"
     loaded = load_model(config.model, cache=cache, dtype=config.dtype, task=task, seed=0, progress=say)
     for note in loaded.notes:
@@ -137,6 +154,10 @@ def _train(
     if config.advantage in BASELINES:
         method = dataclasses.replace(method, advantage=BASELINES[config.advantage])
     max_tokens = config.max_completion_tokens or task.max_completion_tokens
+    task = fit_prompts(task, loaded.tokenizer, loaded.model, config.max_prompt_tokens, max_tokens, say)
+    _check_enough(task, config)
+    if config.lora_rank:
+        check_lora_targets(loaded.model, LORA_TARGETS, say)
     _warn_short(method, max_tokens, say)
     run.update_manifest(
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -177,6 +198,7 @@ def _train(
 
     for callback in (
         WriteMetrics(run, progress),
+        NoSignal(say),
         Evaluate(measure, config.eval_every),
         SealCheckpoints(run),
         stop,
@@ -305,12 +327,16 @@ def chosen_task(config: TrainConfig) -> Task:
         task = load_task(config.task, train_size=config.train_size, test_size=config.test_size)
         if reward is not None:
             task = dataclasses.replace(task, reward=reward)
+    _check_enough(task, config)
+    return task
+
+
+def _check_enough(task: Task, config: TrainConfig) -> None:
     if len(task.train) < config.prompts_per_generation:
         raise ConfigError(
             f"prompts_per_generation: got {config.prompts_per_generation}, expected at most the "
             f"{len(task.train)} training rows of task {task.name!r}; lower it or add rows"
         )
-    return task
 
 
 def _warn_short(method: Method, max_tokens: int, say: Any) -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.tasks.scoring import reply_text
-from kalman_rl.engine.tasks.task import Prompt, Reward, Row, Task, first_line, make_prompt_id, prompt_text
+from kalman_rl.engine.tasks.task import (
+    Prompt,
+    Reward,
+    Row,
+    Task,
+    first_line,
+    make_prompt_id,
+    prompt_text,
+    spell,
+)
 from kalman_rl.errors import ConfigError
 
 # Names under which TRL passes its own arguments to a reward function; a column of that name would collide.
@@ -188,7 +197,7 @@ def _clean(name: str, where: str, row: Row, columns: list[str], needs_answer: bo
             )
     content = {key: value for key, value in row.items() if key not in ("split", "prompt_id")}
     given = row.get("prompt_id")
-    row["prompt_id"] = make_prompt_id(name, _spell(content)) if given is None else given
+    row["prompt_id"] = make_prompt_id(name, spell(content)) if given is None else given
     return row
 
 
@@ -207,7 +216,7 @@ def _check_prompt(prompt: Any, where: str) -> None:
 def _check_spelling(row: Row, where: str) -> None:
     for name, value in row.items():
         try:
-            _spell(value).encode()
+            spell(value).encode()
         except UnicodeEncodeError as error:
             raise ConfigError(
                 f"{name}: got half of a character ({error.object[error.start]!a}, a surrogate on its own), expected "
@@ -226,16 +235,12 @@ def _check_one_kind(located: list[tuple[str, Row]]) -> None:
             )
 
 
-def _spell(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, ensure_ascii=False, default=repr)
-
-
 def _merge(located: list[tuple[str, Row]]) -> tuple[list[Row], list[str]]:
     """Drops exact repetitions; two different rows under one prompt_id are an error."""
     kept: dict[str, tuple[str, Row]] = {}
     for where, row in located:
         first_where, first = kept.setdefault(str(row["prompt_id"]), (where, row))
-        differ = [column for column in row if _spell(first[column]) != _spell(row[column])]
+        differ = [column for column in row if spell(first[column]) != spell(row[column])]
         if differ:
             raise ConfigError(
                 f"prompt_id: got {str(row['prompt_id'])!r} for two different rows, expected one row per prompt_id; "
@@ -283,4 +288,4 @@ def _by_share(merged: list[Row], share: float, file: Path) -> tuple[list[Row], l
 
 
 def _key(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else _spell(prompt)
+    return prompt if isinstance(prompt, str) else spell(prompt)

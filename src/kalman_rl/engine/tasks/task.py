@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,14 @@ class Task:
         """
         return reward == 1.0
 
+    def digest(self) -> str:
+        """SHA-256 of all rows, in order, and of the side of the split that each is on."""
+        found = hashlib.sha256()
+        for side, rows in (("train", self.train), ("test", self.test)):
+            for row in rows:
+                found.update(f"{side} {spell(row)}\n".encode())
+        return found.hexdigest()
+
     def target(self, row: Row) -> str:
         """Text that a perfect reply to ``row`` consists of, up to and including the stop text."""
         return f"{self.lead}{row['answer']}{self.stop or ''}"
@@ -67,6 +76,11 @@ def make_prompt_id(task: str, question: str) -> str:
     True
     """
     return _digest(f"{task}\0{question}").hex()[:16]
+
+
+def spell(content: Any) -> str:
+    """Content as one text, the same for the same content."""
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, default=repr)
 
 
 def prompt_text(prompt: Prompt) -> str:
