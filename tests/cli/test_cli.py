@@ -26,7 +26,15 @@ TRAIN_FLAGS = {
     *("--reward", "--run", "--seed", "--steps", "--prompts-per-generation", "--completions-per-prompt"),
     *("--updates-per-generation", "--iterations", "--gradient-accumulation", "--learning-rate"),
     *("--warmup-steps", "--schedule", "--weight-decay", "--max-grad-norm", "--temperature"),
-    *("--max-completion-tokens", "--kl", "--lora-rank", "--dtype", "--eval-every", "--eval-prompts"),
+    *(
+        "--max-completion-tokens",
+        "--max-prompt-tokens",
+        "--kl",
+        "--lora-rank",
+        "--dtype",
+        "--eval-every",
+        "--eval-prompts",
+    ),
     *("--eval-samples",),
     *("--save-every", "--traces-per-step", "--train-size", "--test-size", "--report-to", "--threads"),
     *("--log-every", "--quiet", "--no-quiet"),
@@ -43,7 +51,7 @@ TRAIN_FLAGS = {
 }
 FLAGS = {
     "train": TRAIN_FLAGS,
-    "resume": {"--help", "--quiet"},
+    "resume": {"--help", "--quiet", "--allow-change"},
     "report": {"--help", "--output"},
     "board": {"--help", "--port", "--host", "--every", "--open"},
     "methods": {"--help", "--cite", "--verify", "--device", "--json"},
@@ -250,7 +258,7 @@ def test_resume_uses_the_settings_of_the_run(calls: Calls, capsys: pytest.Captur
     Path("x").rename("moved")
     assert main(["resume", "moved", "--quiet"]) == 0
     _, (config, run), keywords = calls[1]
-    assert keywords == {"resume": True} and config.steps == 8 and config.quiet
+    assert keywords == {"resume": True, "allow_change": ()} and config.steps == 8 and config.quiet
     assert config.run == Path("moved") == run.path
     with Run.open(Path("moved")) as again:
         again.finish("finished")
@@ -278,7 +286,9 @@ def test_resume_without_a_status_or_a_checkpoint(
     manifest = json.loads(Path("x/manifest.json").read_text())
     del manifest["status"]
     Path("x/manifest.json").write_text(json.dumps(manifest))
-    assert main(["resume", "x"]) == 0 and calls[-1][2] == {"resume": True}
+    assert main(["resume", "x"]) == 0 and calls[-1][2] == {"resume": True, "allow_change": ()}
+    assert main(["resume", "x", "--allow-change", "data"]) == 0
+    assert calls[-1][2] == {"resume": True, "allow_change": ("data",)}
     monkeypatch.delitem(sys.modules, "kalman_rl.engine.train")
     train = pytest.importorskip("kalman_rl.engine.train")
     monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("loads a model in vain"))
