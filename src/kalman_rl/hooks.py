@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from kalman_rl.errors import AdapterError
 
 
-class Method(NamedTuple):
+class HookedMethod(NamedTuple):
     """A function: leading parameters after self, in order, and names that it must accept anywhere."""
 
     leading: tuple[str, ...] = ()
@@ -30,22 +30,22 @@ class Host(NamedTuple):
     Args:
         name: of the library.
         tested: range of versions, as pip reads it.
-        hooks: by owner, ``module`` or ``module:Class``: names to a Method, or to None for what is no function.
+        hooks: by owner, ``module`` or ``module:Class``: names to a HookedMethod, or to None for what is no function.
         otherwise: what happens where one of them moved; empty: the adapter refuses to load.
     """
 
     name: str
     tested: str
-    hooks: Mapping[str, Mapping[str, Method | None]]
+    hooks: Mapping[str, Mapping[str, HookedMethod | None]]
     otherwise: str = ""
 
 
 def moved(host: Host) -> list[str]:
     """One sentence for every hook that is missing or has other parameters.
 
-    >>> moved(Host("json", ">=2", {"json:JSONDecoder": {"decode": Method(("text",)), "_memory": None}}))[1]
+    >>> moved(Host("json", ">=2", {"json:JSONDecoder": {"decode": HookedMethod(("text",)), "_memory": None}}))[1]
     'JSONDecoder._memory: got no such name, expected one'
-    >>> moved(Host("json", ">=2", {"json:JSONDecoder": {"decode": Method(("text",))}}))
+    >>> moved(Host("json", ">=2", {"json:JSONDecoder": {"decode": HookedMethod(("text",))}}))
     ['JSONDecoder.decode: got (s, _w), expected (text, ...)']
     """
     texts = []
@@ -75,7 +75,7 @@ def check(*hosts: Host) -> None:
             )
 
 
-def _moved(place: str, owner: Any, name: str, hook: Method | None) -> str:
+def _moved(place: str, owner: Any, name: str, hook: HookedMethod | None) -> str:
     static = inspect.getattr_static(owner, name, None)
     if hook is None:
         there = static is not None or hasattr(owner, name) or _assigned(owner, name)

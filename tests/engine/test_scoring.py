@@ -17,7 +17,7 @@ from kalman_rl.engine.evaluation import prompt_tokens
 from kalman_rl.engine.models.tiny import character_tokenizer
 from kalman_rl.engine.tasks import by_row, from_verl, rows, score_replies, trainer_rows
 from kalman_rl.errors import ConfigError
-from kalman_rl.instruments.doctor import Plan, reward
+from kalman_rl.instruments.doctor import PlannedRun, reward
 from tests.engine.test_train import start
 
 BIG = 10**25
@@ -96,7 +96,7 @@ def test_training_and_evaluation_see_the_rows_of_the_file(
 
 def test_the_doctor_sees_the_rows_of_the_file(recording: Path) -> None:
     data = write(recording / "own.jsonl", OWN)
-    found = list(reward.dry_run(Plan(data=data, reward="recording:record")))
+    found = list(reward.dry_run(PlannedRun(data=data, reward="recording:record")))
     assert not [f for f in found if f.status == "problem"], found
     assert len(calls()) == 6
     for _, _, seen in calls():
@@ -142,7 +142,7 @@ def test_chats_go_through_the_models_template(chat_model: str, recording: Path) 
         check_exact(seen)
     before = len(calls())
     assert not [
-        f for f in reward.dry_run(Plan(data=data, reward="recording:record")) if f.status == "problem"
+        f for f in reward.dry_run(PlannedRun(data=data, reward="recording:record")) if f.status == "problem"
     ]
     assert all(prompt == chat(str(seen["prompt_id"])) for _, prompt, seen in calls()[before:])
 

@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
 from kalman_rl.errors import ConfigError, RunError  # noqa: E402
-from kalman_rl.instruments.board import Board  # noqa: E402
+from kalman_rl.instruments.board import BoardApp  # noqa: E402
 from kalman_rl.instruments.board.page import POLICY, SCRIPT, shell  # noqa: E402
 from kalman_rl.instruments.board.serve import accepted_hosts, listen, serve  # noqa: E402
 from kalman_rl.instruments.board.source import Source  # noqa: E402
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", {"method": "kpo", "task": "products", "seed": 0}, status="running")
 
 
-def ask(app: Board, path: str, method: str = "GET", host: str = "127.0.0.1:8000") -> Any:
+def ask(app: BoardApp, path: str, method: str = "GET", host: str = "127.0.0.1:8000") -> Any:
     """One request to the application without a server."""
     import anyio
 
@@ -49,8 +49,8 @@ def ask(app: Board, path: str, method: str = "GET", host: str = "127.0.0.1:8000"
 
 
 @pytest.fixture
-def app(run: Path) -> Board:
-    return Board(Source(run, least=0.0), TOKEN, accepted_hosts(8000), every=0.1)
+def app(run: Path) -> BoardApp:
+    return BoardApp(Source(run, least=0.0), TOKEN, accepted_hosts(8000), every=0.1)
 
 
 def grow(run: Path, step: int, **values: Any) -> None:
@@ -61,7 +61,7 @@ def grow(run: Path, step: int, **values: Any) -> None:
 # ---------------------------------------------------------------- who may ask for what
 
 
-def test_frame_and_report(app: Board) -> None:
+def test_frame_and_report(app: BoardApp) -> None:
     frame = ask(app, f"/{TOKEN}/")
     assert frame.status_code == 200 and "<iframe" in frame.text
     assert frame.headers["content-security-policy"] == POLICY and "unsafe" not in POLICY
@@ -79,7 +79,7 @@ def test_frame_and_report(app: Board) -> None:
 @pytest.mark.parametrize(
     "path", ["/", "/page", f"/{TOKEN}", "/a-tokem/", "/a-tokem/page", f"/{TOKEN}x/page", "//", f"/x/{TOKEN}/"]
 )
-def test_wrong_token_is_not_found(app: Board, path: str) -> None:
+def test_wrong_token_is_not_found(app: BoardApp, path: str) -> None:
     assert ask(app, path).status_code == 404
 
 
@@ -87,18 +87,18 @@ def test_wrong_token_is_not_found(app: Board, path: str) -> None:
     "host",
     ["evil.example", "127.0.0.1", "127.0.0.1:8001", "localhost.evil.example:8000", "127.0.0.1:8000.evil", ""],
 )
-def test_wrong_host_is_refused_before_the_token(app: Board, host: str) -> None:
+def test_wrong_host_is_refused_before_the_token(app: BoardApp, host: str) -> None:
     for path in (f"/{TOKEN}/", "/nothing"):
         assert ask(app, path, host=host).status_code == 400
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "LOCALHOST:8000", "[::1]:8000"])
-def test_own_hosts(app: Board, host: str) -> None:
+def test_own_hosts(app: BoardApp, host: str) -> None:
     assert ask(app, f"/{TOKEN}/", host=host).status_code == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE"])
-def test_get_only(app: Board, method: str) -> None:
+def test_get_only(app: BoardApp, method: str) -> None:
     answer = ask(app, f"/{TOKEN}/page", method)
     assert answer.status_code == 405 and answer.headers["allow"] == "GET"
 
@@ -111,7 +111,7 @@ def test_get_only(app: Board, method: str) -> None:
     ..\\..\\etc\\passwd page%00 events/../page/x static/ get-artifact?path=../../etc/passwd .%00./etc/passwd
     """.split(),
 )
-def test_no_file_is_served(app: Board, path: str) -> None:
+def test_no_file_is_served(app: BoardApp, path: str) -> None:
     answer = ask(app, f"/{TOKEN}/x/{path}")
     assert answer.status_code == 404 and answer.text == "not found\n"
     direct = ask(app, f"/{TOKEN}/{path}")
@@ -178,7 +178,7 @@ def test_half_written_last_line(run: Path) -> None:
         assert Source(run).page()[0] == 200
 
 
-def test_deleted_run_is_said(run: Path, app: Board) -> None:
+def test_deleted_run_is_said(run: Path, app: BoardApp) -> None:
     assert ask(app, f"/{TOKEN}/page").status_code == 200
     shutil.rmtree(run)
     answer = ask(app, f"/{TOKEN}/page")
@@ -187,7 +187,7 @@ def test_deleted_run_is_said(run: Path, app: Board) -> None:
     assert "event: gone" in stream.text and "the run folder is gone" in stream.text
 
 
-def test_too_many_listeners(app: Board) -> None:
+def test_too_many_listeners(app: BoardApp) -> None:
     app._listeners = 16
     assert ask(app, f"/{TOKEN}/events").status_code == 503
 
@@ -202,7 +202,7 @@ def served(run: Path) -> Iterator[str]:
 
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
-    app = Board(Source(run, least=0.0), TOKEN, accepted_hosts(port), every=0.1)
+    app = BoardApp(Source(run, least=0.0), TOKEN, accepted_hosts(port), every=0.1)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
     app.closing = lambda: server.should_exit
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

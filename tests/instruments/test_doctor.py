@@ -16,7 +16,16 @@ import pytest
 
 from kalman_rl.hooks import moved
 from kalman_rl.hosts.trl import hooks as trl_hooks
-from kalman_rl.instruments.doctor import Finding, Plan, doctor, examine, hosts, machine, reward, versions
+from kalman_rl.instruments.doctor import (
+    Finding,
+    PlannedRun,
+    doctor,
+    examine,
+    hosts,
+    machine,
+    reward,
+    versions,
+)
 
 ROWS = [{"prompt": f"{a} + 1 =", "answer": str(a + 1)} for a in range(1, 9)]
 NAMES = trl_hooks.TRL.hooks["trl:GRPOTrainer"]
@@ -109,7 +118,7 @@ def test_this_environment_is_sound(data: Path, tmp_path: Path) -> None:
 
 def test_a_problem_is_exit_code_one(stub: Any, data: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    bad = Plan(data=data, reward=rewards(tmp_path, "raising", "raise KeyError('gold')"))
+    bad = PlannedRun(data=data, reward=rewards(tmp_path, "raising", "raise KeyError('gold')"))
     assert doctor(bad, show=lines.append) == 1
     (line,) = [line for line in lines if line.startswith("problem  reward")]
     assert "KeyError: 'gold'" in line and "raising.py:3" in line and "\n" + " " * 23 + "do: correct" in line
@@ -122,7 +131,7 @@ def test_a_problem_is_exit_code_one(stub: Any, data: Path, tmp_path: Path) -> No
 def test_broken_imports_are_findings(stub: Any) -> None:
     stub("numba", "import sys; print('noise on stdout'); sys.exit('numba wants to stop')")
     stub("triton", "raise ImportError('libcuda.so.1: \\x1b[31mcannot open')")
-    found = by_check(list(examine(Plan())))
+    found = by_check(list(examine(PlannedRun())))
     assert found["torch"].status == found["transformers"].status == "ok"
     assert "SystemExit: numba wants to stop" in found["numba"].found
     assert "libcuda.so.1:  [31mcannot open" in found["triton"].found
@@ -143,7 +152,7 @@ def test_broken_imports_are_findings(stub: Any) -> None:
 )
 def test_an_import_that_takes_the_process_with_it(stub: Any, code: str, words: str) -> None:
     stub("accelerate", f"import os, signal, time; {code}")
-    found = by_check(list(examine(Plan(), limit=3.0 if "sleep" in code else 60.0)))
+    found = by_check(list(examine(PlannedRun(), limit=3.0 if "sleep" in code else 60.0)))
     assert found["accelerate"].found == words and found["accelerate"].status == "problem"
     assert "checks after it did not run" in found["accelerate"].advice
     assert found["verl"].found.startswith(metadata.version("verl")), "versions need no import"
@@ -152,7 +161,7 @@ def test_an_import_that_takes_the_process_with_it(stub: Any, code: str, words: s
 
 def test_without_torch_the_rest_is_still_looked_at(stub: Any) -> None:
     stub("torch", "raise OSError('libtorch_cpu.so: undefined symbol')")
-    found = by_check(list(examine(Plan())))
+    found = by_check(list(examine(PlannedRun())))
     assert found["torch"].status == "problem" and "undefined symbol" in found["torch"].found
     assert "--force-reinstall 'torch>=2.7'" in found["torch"].advice
     assert "undefined symbol" in found["gpu build"].found and found["gpu build"].status == "problem"
@@ -161,7 +170,7 @@ def test_without_torch_the_rest_is_still_looked_at(stub: Any) -> None:
 
 def test_two_copies_and_wrong_versions(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stub("verl", "__version__ = '0.1'")
-    assert "but what imports is 0.1 from" in by_check(list(examine(Plan())))["verl"].found
+    assert "but what imports is 0.1 from" in by_check(list(examine(PlannedRun())))["verl"].found
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: {"numba": "0.60.0"}.get(name) or real(name))
     old = versions.library("numba")
@@ -193,7 +202,7 @@ def test_a_moved_hook_is_named(stub: Any) -> None:
     other = GOOD_TRAINER.replace("_compute_loss(self, model, inputs", "_compute_loss(self, batch")
     other = other.replace("def _tokenize_prompts", "def tokenize")
     stub("trl", f"class GRPOTrainer:\n{other}")
-    texts = [f for f in examine(Plan()) if f.check == "trl hooks"]
+    texts = [f for f in examine(PlannedRun()) if f.check == "trl hooks"]
     assert [f.status for f in texts] == ["problem", "problem"]
     assert texts[0].found.startswith("GRPOTrainer._compute_loss: got (batch, more), expected (model, inputs")
     assert texts[1].found.startswith("GRPOTrainer._tokenize_prompts: got no such method")
@@ -220,7 +229,7 @@ def plugin_finding(monkeypatch: pytest.MonkeyPatch, registered: Any) -> Finding:
     ours = types.ModuleType("kalman_rl.hosts.verl")
     ours.registered = registered  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, ours.__name__, ours)
-    (finding,) = hosts.plugin(Plan())
+    (finding,) = hosts.plugin(PlannedRun())
     return finding
 
 
@@ -284,7 +293,7 @@ def test_rewards(
     name: str, code: str, status: str, words: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reward, "SLOW", 0.05)
-    plan = Plan(data=data, reward=rewards(tmp_path, f"r_{name}", code))
+    plan = PlannedRun(data=data, reward=rewards(tmp_path, f"r_{name}", code))
     found = list(reward.dry_run(plan))
     assert by_check(found)["reward"].status == status, found
     assert any(words in finding.found for finding in found), found
@@ -292,35 +301,35 @@ def test_rewards(
 
 def test_a_reward_that_ends_or_blocks_the_process(stub: Any, data: Path, tmp_path: Path) -> None:
     ends = rewards(tmp_path, "ending", "os._exit(7)")
-    found = by_check(list(examine(Plan(data=data, reward=ends))))
+    found = by_check(list(examine(PlannedRun(data=data, reward=ends))))
     assert found["reward"].found == "the process ended with exit code 7" and found["trl hooks"].status == "ok"
     blocks = rewards(tmp_path, "blocking", "10**10**9")
-    found = by_check(list(examine(Plan(data=data, reward=blocks), limit=10)))
+    found = by_check(list(examine(PlannedRun(data=data, reward=blocks), limit=10)))
     assert found["reward"].found == "the process gave no answer within 10 s"
     assert found["reward"].status == "problem"
 
 
 def test_rewards_that_cannot_be_tried(data: Path) -> None:
-    (nothing,) = reward.dry_run(Plan())
+    (nothing,) = reward.dry_run(PlannedRun())
     assert nothing.status == "ok" and nothing.found.startswith("not asked for")
-    (rowless,) = reward.dry_run(Plan(reward="mine:score"))
+    (rowless,) = reward.dry_run(PlannedRun(reward="mine:score"))
     assert rowless.status == "warning" and "needs rows" in rowless.found
-    (absent,) = reward.dry_run(Plan(data=data, reward="no_such_module:score"))
+    (absent,) = reward.dry_run(PlannedRun(data=data, reward="no_such_module:score"))
     assert absent.status == "problem" and "found no module 'no_such_module'" in absent.found
-    (unknown,) = reward.dry_run(Plan(task="prodcts"))
+    (unknown,) = reward.dry_run(PlannedRun(task="prodcts"))
     assert unknown.status == "problem" and "'prodcts'" in unknown.found
 
 
 def test_settings_are_checked_and_used(data: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text(f'method = "kpo"\nsteps = 40\nupdates_per_generation = 4\ndata = "{data}"\n')
-    plan = Plan(config=config)
+    plan = PlannedRun(config=config)
     (fine,) = reward.settings(plan)
     assert fine.status == "ok" and plan.data == data and plan.task is None
     config.write_text('method = "kpoo"\n')
-    (wrong,) = reward.settings(Plan(config=config))
+    (wrong,) = reward.settings(PlannedRun(config=config))
     assert wrong.status == "problem" and "did you mean 'kpo'" in wrong.found
-    assert list(reward.settings(Plan())) == []
+    assert list(reward.settings(PlannedRun())) == []
 
 
 # ---- machine
@@ -343,11 +352,11 @@ def test_build_against_devices(platform: str | None, available: bool, present: b
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    blocked = machine.disk(Plan(run=tmp_path / "file" / "run"))
+    blocked = machine.disk(PlannedRun(run=tmp_path / "file" / "run"))
     assert blocked.status == "problem" and "cannot be written to" in blocked.found
     for free, status in ((1e8, "problem"), (1e9, "warning"), (1e10, "ok")):
         monkeypatch.setattr(
             machine.shutil, "disk_usage", lambda folder, free=free: types.SimpleNamespace(free=free)
         )
-        finding = machine.disk(Plan(run=tmp_path / "new" / "run"))
+        finding = machine.disk(PlannedRun(run=tmp_path / "new" / "run"))
         assert finding.status == status

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalman_rl.instruments.report.charts.axis import log_axis, nice_ticks
-from kalman_rl.instruments.report.charts.chart import Line, lines_chart, spread
+from kalman_rl.instruments.report.charts.chart import ChartLine, lines_chart, spread
 from kalman_rl.instruments.report.stats.intervals import newcombe, t_interval, t_quantile, wilson
 from kalman_rl.instruments.report.stats.series import MAX_POINTS, cycle_of, over_seeds, smooth, thin
 
@@ -61,7 +61,7 @@ def test_a_log_axis_has_a_row_for_zero() -> None:
 
 def test_a_hole_breaks_the_line_and_names_are_escaped() -> None:
     points = [(0.0, 1.0), (1.0, 2.0), (2.0, math.nan), (3.0, 1.0), (4.0, 2.0)]
-    svg = lines_chart([Line("<b>&", points)])
+    svg = lines_chart([ChartLine("<b>&", points)])
     path = re.search(r'class="line s0" d="([^"]*)"', svg)
     assert path and path[1].count("M") == 2
     assert "<b>" not in svg and "&lt;b&gt;&amp;" in svg and "nan" not in svg

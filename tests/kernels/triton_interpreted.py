@@ -64,7 +64,7 @@ def test_means_and_gradient_are_the_definitions(
     dtype = [torch.float64, torch.float32][number % 2]
     z, mask, segment = batch(number, dtype, holes, packed)
     given = z.clone().requires_grad_()
-    mean = filter_cuda.Means.apply(given, mask, segment, *MODELS[number].values())
+    mean = filter_cuda.CudaMeans.apply(given, mask, segment, *MODELS[number].values())
     wide = torch.where(mask, z, 0.0).double().requires_grad_()
     expected = causal_filter_loop(wide, mask, segment=segment, **MODELS[number]).state.mean
     weight = torch.randn(3, 27, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 from kalman_rl.engine import hooks as engine_hooks
 from kalman_rl.errors import AdapterError
-from kalman_rl.hooks import Host, Method, check, moved
+from kalman_rl.hooks import HookedMethod, Host, check, moved
 from kalman_rl.hosts.trl import hooks as trl_hooks
 from kalman_rl.hosts.verl import hooks as verl_hooks
 from kalman_rl.kernels import hooks as kernel_hooks
@@ -242,7 +242,7 @@ def test_what_our_subclasses_define_is_theirs_or_declared() -> None:
 
 
 def test_a_moved_hook_is_refused() -> None:
-    gone = Host("torch", ">=2.7", {"torch.nn:Module": {"forward_all": Method(("x",))}})
+    gone = Host("torch", ">=2.7", {"torch.nn:Module": {"forward_all": HookedMethod(("x",))}})
     with pytest.raises(AdapterError, match=r"torch: got version \S+ with Module\.forward_all: got no such"):
         check(gone)
     assert moved(Host("torch", ">=2.7", {"torch.nowhere": {"x": None}}))[0].startswith("torch.nowhere: got ")

@@ -236,9 +236,11 @@ class Doctor:
     """Print JSON."""
 
     def __call__(self) -> int:
-        from kalman_rl.instruments.doctor import Plan, doctor
+        from kalman_rl.instruments.doctor import PlannedRun, doctor
 
-        plan = Plan(task=self.task, data=self.data, reward=self.reward, config=self.config, run=self.run)
+        plan = PlannedRun(
+            task=self.task, data=self.data, reward=self.reward, config=self.config, run=self.run
+        )
         return doctor(plan, as_json=self.json)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from kalman_rl.engine.runs.reading import clean
 from kalman_rl.errors import ConfigError
-from kalman_rl.instruments.replay import SELF_CHECK, Replay, StepReplay, replay
+from kalman_rl.instruments.replay import SELF_CHECK, ReplayResult, StepReplay, replay
 
 LISTED_STEPS = 40
 
@@ -46,12 +46,12 @@ def step_range(text: str) -> tuple[int, int] | None:
     return bounds
 
 
-def passed(result: Replay) -> bool | None:
+def passed(result: ReplayResult) -> bool | None:
     """Whether the run's own method gives its stored columns again; None if that was not tried."""
     return None if result.self_check is None else result.self_check <= SELF_CHECK and not result.flipped
 
 
-def as_table(result: Replay) -> dict[str, Any]:
+def as_table(result: ReplayResult) -> dict[str, Any]:
     """JSON-compatible; numbers that are not finite become null."""
     return {
         "method": result.method,
@@ -80,7 +80,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_text(result: Replay) -> str:
+def as_text(result: ReplayResult) -> str:
     """For a terminal: self-check, notes, numbers overall and per step, tokens."""
     a, b = result.method, result.against
     lines = [_self_check(result), *(f"note: {clean(note, 300)}" for note in result.notes), ""]
@@ -100,7 +100,7 @@ def as_text(result: Replay) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _self_check(result: Replay) -> str:
+def _self_check(result: ReplayResult) -> str:
     if result.self_check is None:
         return "self-check: not possible for this run"
     word = "pass" if passed(result) else "FAIL"
@@ -123,7 +123,7 @@ def _steps(steps: list[StepReplay]) -> list[str]:
     return lines
 
 
-def _tokens(result: Replay) -> list[str]:
+def _tokens(result: ReplayResult) -> list[str]:
     if not result.disagreements:
         return ["", "no token gets another coefficient"]
     lines = ["", f"tokens with the largest difference, {result.method} | {result.against}"]

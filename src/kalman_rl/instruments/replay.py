@@ -1,4 +1,4 @@
-"""Replay: any method on the stored tokens of a run, without model or GPU.
+"""ReplayResult: any method on the stored tokens of a run, without model or GPU.
 
 Traces hold a few completions per step, not whole groups: the stored advantages are used as they are, and
 bounds that a method chooses on its batch are chosen on the traced rows. Steps are read one at a time; what
@@ -54,7 +54,7 @@ class Field(NamedTuple):
     kept: Tensor
 
 
-class Summary(NamedTuple):
+class FieldSummary(NamedTuple):
     """A coefficient field in numbers; ``effective_sample_size`` is Kish's share, NaN if nothing is kept."""
 
     kept: float
@@ -68,8 +68,8 @@ class StepReplay(NamedTuple):
     step: int
     tokens: int
     sequences: int
-    method: Summary
-    against: Summary
+    method: FieldSummary
+    against: FieldSummary
     cosine: float
 
 
@@ -86,7 +86,7 @@ class Disagreement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replay:
+class ReplayResult:
     """Result of :func:`replay`; ``self_check`` is the error of the run's own method, None without one."""
 
     method: str
@@ -108,7 +108,7 @@ def replay(
     against: str | Method | None = None,
     steps: tuple[int, int] | None = None,
     top: int = 20,
-) -> Replay:
+) -> ReplayResult:
     """Recompute a method on the stored tokens of a run and compare it with another.
 
     Args:
@@ -140,7 +140,7 @@ def replay(
     for step, path in _files(run, steps):
         collected.add(step, path, ours, other, own)
     notes += _notes(ours, other, collected.borrowed)
-    return Replay(
+    return ReplayResult(
         ours.name,
         "as recorded" if other is None else other.name,
         None if own is None else own.name,
@@ -210,7 +210,7 @@ def _files(run: Path, steps: tuple[int, int] | None) -> Iterator[tuple[int, Path
     yield from ((step, found[step]) for step in chosen)
 
 
-class Batch(NamedTuple):
+class TraceBatch(NamedTuple):
     """One step's file: padded (B, T) ``rollouts``, ``logp`` and ``advantage``; ``place`` the (row, column) of each of
     its n tokens; ``stored`` and ``log_ratio`` (n,) as the run recorded them; ``columns`` the file's own."""
 
@@ -223,7 +223,7 @@ class Batch(NamedTuple):
     columns: dict[str, list[Any]]
 
 
-def _read(path: Path) -> Batch:
+def _read(path: Path) -> TraceBatch:
     """One step's file as a batch in the precision of training; RunError if it is damaged."""
     problems: list[str] = []
     columns = traces.read(path, _COLUMNS, problems)
@@ -235,7 +235,7 @@ def _read(path: Path) -> Batch:
         raise RunError(f"{path}: damaged trace: {one_line(error, 300)}") from None
 
 
-def batch_of(columns: dict[str, list[Any]]) -> Batch:
+def batch_of(columns: dict[str, list[Any]]) -> TraceBatch:
     """Tokens of a trace file as a batch. Raises: ValueError, TypeError for columns that are no trace."""
     sequences, positions = columns["sequence"], columns["position"]
     if not sequences:
@@ -268,12 +268,12 @@ def batch_of(columns: dict[str, list[Any]]) -> Batch:
     stored = Field(flat("filtered_log_ratio"), flat("coefficient"), kept)
     if not all(torch.isfinite(values).all() for values in stored[:2]):
         raise ValueError("got a coefficient or log-weight that is not finite")
-    return Batch(
+    return TraceBatch(
         rollouts, spread("logp"), spread("advantage"), (rows, steps), stored, flat("log_ratio"), columns
     )
 
 
-def field_of(method: Method, batch: Batch) -> Field:
+def field_of(method: Method, batch: TraceBatch) -> Field:
     """What a method does to the n tokens of a batch, with the stored advantages."""
     tokens: Tokens = policy_loss(method, batch.rollouts, batch.logp, advantage=batch.advantage).tokens
     return Field(*(values[batch.place] for values in (tokens.log_weight, tokens.coefficient, tokens.kept)))
@@ -313,7 +313,7 @@ class _Collected:
             error = (found - expected).abs() / expected.abs().clamp(min=1.0)
             self.self_check = max(self.self_check, error.max().item())
 
-    def _rank(self, step: int, batch: Batch, mine: Field, theirs: Field) -> None:
+    def _rank(self, step: int, batch: TraceBatch, mine: Field, theirs: Field) -> None:
         difference = (mine.coefficient - theirs.coefficient).abs()
         best = difference.topk(min(self.top, len(difference)))
         for value, i in zip(best.values.tolist(), best.indices.tolist()):
@@ -349,8 +349,8 @@ def _numbers(step: int, sequences: int, pair: tuple[Tensor, Tensor], kept: tuple
     return StepReplay(step, len(first), sequences, mine, theirs, cosine)
 
 
-def _summary(values: Tensor, kept: int) -> Summary:
+def _summary(values: Tensor, kept: int) -> FieldSummary:
     ordered, squares = values.sort().values, values.square().sum().item()
     ends = {f"{q:g}": ordered[round(q * (len(ordered) - 1))].item() for q in QUANTILES}  # nearest rank
     size = values.sum().item() ** 2 / (len(values) * squares) if squares > 0 else math.nan
-    return Summary(kept / len(values), size, ends)
+    return FieldSummary(kept / len(values), size, ends)

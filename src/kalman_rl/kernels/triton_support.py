@@ -48,4 +48,4 @@ def means(*arguments: Any, gradient: bool = False) -> Any:
     if not usable(*arguments):
         return None
     module = jit.module("filter.cuda")
-    return module.Means.apply(*arguments) if gradient else module.means(*arguments)
+    return module.CudaMeans.apply(*arguments) if gradient else module.means(*arguments)

@@ -46,7 +46,7 @@ class Visit(NamedTuple):
         return "learned" if low > LEARNED else "hopeless" if high < HOPELESS else "undecided"
 
 
-class Batch(NamedTuple):
+class BeliefBatch(NamedTuple):
     """Counts over one whole generation batch, and the visits that were written down."""
 
     step: float
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
 class Beliefs:
     """Everything read; ``texts`` by prompt id; ``unit`` if rewards lie in [0, 1]."""
 
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[BeliefBatch] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     allocation: str = "fixed"
     unit: bool = True
@@ -123,7 +123,7 @@ def _texts(table: Any) -> dict[str, str]:
     return {clean(name, 80): clean(text, 200) for name, text in table.items()}
 
 
-def _batch(row: dict[str, Any]) -> Batch | None:
+def _batch(row: dict[str, Any]) -> BeliefBatch | None:
     """A checked row, None if its step or its lists are no good."""
     names = row.get("id")
     step = number(row.get("step"))
@@ -149,7 +149,7 @@ def _batch(row: dict[str, Any]) -> Batch | None:
     shares = {
         level: _count(count) for key, count in pairs if (level := number(key)) is not None and 0 < level < 1
     }
-    return Batch(step, **counts, inside=shares, visits=visits)
+    return BeliefBatch(step, **counts, inside=shares, visits=visits)
 
 
 def _finite(value: Any) -> float:

@@ -6,7 +6,7 @@ accelerate is used by its public names alone.
 
 from __future__ import annotations
 
-from kalman_rl.hooks import Host, Method
+from kalman_rl.hooks import HookedMethod, Host
 
 TRL = Host(
     "trl",
@@ -14,24 +14,24 @@ TRL = Host(
     {
         "trl:GRPOTrainer": {
             # overridden or called
-            "__init__": Method(
+            "__init__": HookedMethod(
                 ("model", "reward_funcs", "args"), ("train_dataset", "processing_class", "callbacks")
             ),
-            "training_step": Method(("model", "inputs", "num_items_in_batch")),
-            "_compute_loss": Method(("model", "inputs")),
-            "_calculate_rewards": Method(("inputs", "prompts", "completions", "completion_ids_list")),
-            "_generate_and_score_completions": Method(("inputs",)),
-            "_save_checkpoint": Method(("model", "trial")),
-            "_load_optimizer_and_scheduler": Method(("checkpoint",)),
-            "_get_per_token_logps_and_entropies": Method(
+            "training_step": HookedMethod(("model", "inputs", "num_items_in_batch")),
+            "_compute_loss": HookedMethod(("model", "inputs")),
+            "_calculate_rewards": HookedMethod(("inputs", "prompts", "completions", "completion_ids_list")),
+            "_generate_and_score_completions": HookedMethod(("inputs",)),
+            "_save_checkpoint": HookedMethod(("model", "trial")),
+            "_load_optimizer_and_scheduler": HookedMethod(("checkpoint",)),
+            "_get_per_token_logps_and_entropies": HookedMethod(
                 ("model", "input_ids", "attention_mask", "logits_to_keep"),
                 ("compute_entropy", "compute_aux_loss"),
             ),
-            "_tokenize_prompts": Method(("prompts",)),
-            "_get_output_dir": Method(("trial",)),
-            "_set_signature_columns_if_needed": Method(()),
-            "get_high_entropy_mask": Method(("entropies", "mask", "threshold")),
-            "get_off_policy_mask": Method(
+            "_tokenize_prompts": HookedMethod(("prompts",)),
+            "_get_output_dir": HookedMethod(("trial",)),
+            "_set_signature_columns_if_needed": HookedMethod(()),
+            "get_high_entropy_mask": HookedMethod(("entropies", "mask", "threshold")),
+            "get_off_policy_mask": HookedMethod(
                 (),
                 (
                     "advantages",
@@ -55,8 +55,8 @@ TRL = Host(
             "_tokenizer": None,
         },
         "trl.trainer.utils": {
-            "split_pixel_values_by_grid": Method(("batch",)),
-            "unsplit_pixel_values_by_grid": Method(("batch",)),
+            "split_pixel_values_by_grid": HookedMethod(("batch",)),
+            "unsplit_pixel_values_by_grid": HookedMethod(("batch",)),
         },
         "trl:GRPOConfig": {"_VALID_DICT_FIELDS": None},  # texts of the command line that are read as JSON
     },
@@ -72,5 +72,5 @@ TRANSFORMERS = Host(
 TORCH = Host(
     "torch",
     ">=2.7",
-    {"torch.distributed.distributed_c10d": {"_set_pg_timeout": Method(("timeout", "group"))}},
+    {"torch.distributed.distributed_c10d": {"_set_pg_timeout": HookedMethod(("timeout", "group"))}},
 )

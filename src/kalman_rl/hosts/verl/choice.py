@@ -26,7 +26,7 @@ ADVICE = {
 """What a method may ask for and verl's loss does not get -> what to do."""
 
 
-class Choice(NamedTuple):
+class SelectedMethod(NamedTuple):
     """What the settings of a run come to: the ``method``, who aggregates, and whose log-probabilities the old
     ones are."""
 
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 
 def choose(
     name: str, options: Mapping[str, Any], *, aggregation: str = "verl", old_is_sampler: bool = False
-) -> Choice:
+) -> SelectedMethod:
     """The method to run as a policy loss of verl.
 
     Args:
@@ -58,7 +58,7 @@ def choose(
     method = make_method(name, **known)
     _check_provided(method, known, old_is_sampler)
     _check_effect(name, known, aggregation)
-    return Choice(method, aggregation, old_is_sampler)
+    return SelectedMethod(method, aggregation, old_is_sampler)
 
 
 def _check_provided(method: Method, options: Mapping[str, Any], old_is_sampler: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Optional
 from verl.workers.config import PolicyLossConfig
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.hosts.verl.choice import Choice, choose
+from kalman_rl.hosts.verl.choice import SelectedMethod, choose
 from kalman_rl.hosts.verl.settings import PREFIX, check_policy_loss
 
 KNOBS = (
@@ -59,7 +59,7 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
     def __post_init__(self) -> None:
         self.choice()
 
-    def choice(self) -> Choice:
+    def choice(self) -> SelectedMethod:
         """The method that these settings name. Raises: ConfigError, as at construction."""
         if not isinstance(self.loss_mode, str) or not self.loss_mode.startswith(PREFIX):
             raise ConfigError(

@@ -5,7 +5,7 @@ In two lists, since every worker loads the losses and only the driver loads the 
 
 from __future__ import annotations
 
-from kalman_rl.hooks import Host, Method
+from kalman_rl.hooks import HookedMethod, Host
 
 VERL = Host(
     "verl",
@@ -14,9 +14,9 @@ VERL = Host(
         "verl.trainer.ppo.core_algos": {
             "POLICY_LOSS_REGISTRY": None,
             "ADV_ESTIMATOR_REGISTRY": None,
-            "register_policy_loss": Method(("name",)),
-            "register_adv_est": Method(("name_or_enum",)),
-            "agg_loss": Method(
+            "register_policy_loss": HookedMethod(("name",)),
+            "register_adv_est": HookedMethod(("name_or_enum",)),
+            "agg_loss": HookedMethod(
                 (),
                 (
                     "loss_mat",
@@ -36,14 +36,14 @@ TRAINER = Host(
     "verl",
     "==0.9.*",
     {
-        "verl.trainer.ppo.v1": {"register_trainer": Method(("name",))},
+        "verl.trainer.ppo.v1": {"register_trainer": HookedMethod(("name",))},
         "verl.trainer.ppo.v1:PPOTrainerSync": {
-            "__init__": Method(("config",)),
-            "_next_train_batch": Method(("num_prompts",)),
-            "_compute_advantage": Method(("batch", "metrics")),
-            "_update_actor": Method(("batch", "metrics")),
-            "_save_checkpoint": Method(),
-            "_load_checkpoint": Method(),
+            "__init__": HookedMethod(("config",)),
+            "_next_train_batch": HookedMethod(("num_prompts",)),
+            "_compute_advantage": HookedMethod(("batch", "metrics")),
+            "_update_actor": HookedMethod(("batch", "metrics")),
+            "_save_checkpoint": HookedMethod(),
+            "_load_checkpoint": HookedMethod(),
             "global_steps": None,
             "trainer_mode": None,
         },

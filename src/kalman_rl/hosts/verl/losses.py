@@ -18,7 +18,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.hosts.verl.choice import Choice, choose
+from kalman_rl.hosts.verl.choice import SelectedMethod, choose
 from kalman_rl.hosts.verl.config import KalmanPolicyLossConfig
 from kalman_rl.hosts.verl.metrics import weighted
 from kalman_rl.hosts.verl.settings import PREFIX, check_actor
@@ -39,7 +39,8 @@ def make_loss(name: str) -> PolicyLossFn:
     """The policy loss ``kalman_rl/NAME`` with verl's signature.
 
     It takes verl's tensors (B, T), returns the loss to call ``backward`` on and metrics as numbers. Advantages are
-    used as given. ``rollout_is_weights`` multiply coefficient and surrogate of every token, and leave penalties alone.
+    used as given. ``rollout_is_weights`` multiply coefficient and surrogate of every token, and leave penalties
+    alone.
 
     Gradient: through ``log_prob`` only. Raises: ConfigError for settings that do not go together.
     """
@@ -90,7 +91,7 @@ def make_loss(name: str) -> PolicyLossFn:
     return kalman_policy_loss
 
 
-def choice_for(name: str, config: Any) -> Choice:
+def choice_for(name: str, config: Any) -> SelectedMethod:
     """What the actor's configuration says about a method; its defaults where it says nothing."""
     check_actor(name, config)
     settings = getattr(config, "policy_loss", None)
@@ -100,7 +101,7 @@ def choice_for(name: str, config: Any) -> Choice:
 
 
 @functools.cache
-def _default(name: str) -> Choice:
+def _default(name: str) -> SelectedMethod:
     return choose(name, {})
 
 
@@ -152,7 +153,7 @@ def own_mode(method: Method) -> tuple[str, float] | None:
     return None
 
 
-def aggregated(choice: Choice, mode: str, info: Mapping[str, Any]) -> Method:
+def aggregated(choice: SelectedMethod, mode: str, info: Mapping[str, Any]) -> Method:
     """The method with verl's aggregation: by verl's mode, or by the mode that the method was published with.
 
     Raises: ConfigError for a method whose own aggregation verl does not have, where that is asked for.

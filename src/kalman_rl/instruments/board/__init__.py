@@ -1,6 +1,6 @@
 """The board: the report of a run, served on this machine and renewed while the run goes on."""
 
-from kalman_rl.instruments.board.app import Board
+from kalman_rl.instruments.board.app import BoardApp
 from kalman_rl.instruments.board.serve import serve
 
-__all__ = ["Board", "serve"]
+__all__ = ["BoardApp", "serve"]

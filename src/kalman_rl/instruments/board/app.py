@@ -24,7 +24,7 @@ HEADERS = {
 }
 
 
-class Board:
+class BoardApp:
     """ASGI application.
 
     ``/TOKEN/`` is the frame, ``/TOKEN/page`` the report, ``/TOKEN/events`` a stream of changes; anything else is 404.

@@ -14,7 +14,7 @@ from typing import Any
 
 from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, RunError, extra
-from kalman_rl.instruments.board.app import Board
+from kalman_rl.instruments.board.app import BoardApp
 from kalman_rl.instruments.board.source import Source
 
 LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "::1": "::1"}
@@ -49,7 +49,7 @@ def serve(
             import uvicorn
         bound = sock.getsockname()[1]
         token = secrets.token_urlsafe(24)
-        app = Board(source, token, accepted_hosts(bound), every=every)
+        app = BoardApp(source, token, accepted_hosts(bound), every=every)
         config = uvicorn.Config(
             app,
             log_level="warning",

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from kalman_rl.errors import one_line
 from kalman_rl.instruments.doctor import machine, reward, versions
-from kalman_rl.instruments.doctor.finding import Finding, Plan
+from kalman_rl.instruments.doctor.finding import Finding, PlannedRun
 
-__all__ = ["Finding", "Plan", "doctor", "examine"]
+__all__ = ["Finding", "PlannedRun", "doctor", "examine"]
 
 LIMIT = 180.0  # seconds for all imports and the reward
 QUIET = {
@@ -28,7 +28,7 @@ QUIET = {
 }
 
 
-def doctor(plan: Plan, *, as_json: bool = False, show: Callable[[str], None] = print) -> int:
+def doctor(plan: PlannedRun, *, as_json: bool = False, show: Callable[[str], None] = print) -> int:
     """Print what the checks find; the exit code is 1 if one of them is a problem, else 0."""
     findings = []
     for finding in examine(plan):
@@ -44,7 +44,7 @@ def doctor(plan: Plan, *, as_json: bool = False, show: Callable[[str], None] = p
     return 1 if problems else 0
 
 
-def examine(plan: Plan, *, limit: float = LIMIT) -> Iterator[Finding]:
+def examine(plan: PlannedRun, *, limit: float = LIMIT) -> Iterator[Finding]:
     """Findings: of what is declared here, then of what has to be imported or run, in a process that may die of it.
 
     Args:
@@ -59,7 +59,7 @@ def examine(plan: Plan, *, limit: float = LIMIT) -> Iterator[Finding]:
     yield from _trial(plan, limit)
 
 
-def _trial(plan: Plan, limit: float) -> Iterator[Finding]:
+def _trial(plan: PlannedRun, limit: float) -> Iterator[Finding]:
     """Findings of :mod:`kalman_rl.instruments.doctor.trial`, and how it ended if it did not come to its end."""
     with tempfile.TemporaryDirectory() as folder:
         findings, output = Path(folder, "findings"), Path(folder, "output")

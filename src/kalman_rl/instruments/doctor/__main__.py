@@ -1,4 +1,5 @@
-"""``python -m kalman_rl.instruments.doctor``: the same checks where the command ``kalman-rl`` itself does not start."""
+"""``python -m kalman_rl.instruments.doctor``: the same checks where the command ``kalman-rl`` itself does not
+start."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kalman_rl.instruments.doctor import Plan, doctor
+from kalman_rl.instruments.doctor import PlannedRun, doctor
 
 
 def main() -> int:
@@ -17,7 +18,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     as_json = given.pop("json")
-    return doctor(Plan(**given), as_json=as_json)
+    return doctor(PlannedRun(**given), as_json=as_json)
 
 
 if __name__ == "__main__":

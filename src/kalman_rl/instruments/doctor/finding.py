@@ -47,7 +47,7 @@ class Finding:
 
 
 @dataclass
-class Plan:
+class PlannedRun:
     """What the user is about to do, as far as the checks were told.
 
     Args:
@@ -69,7 +69,7 @@ class Plan:
         return {name: None if value is None else str(value) for name, value in vars(self).items()}
 
     @classmethod
-    def from_texts(cls, texts: dict[str, Any]) -> Plan:
+    def from_texts(cls, texts: dict[str, Any]) -> PlannedRun:
         """The plan that :meth:`texts` wrote."""
         paths = {name: Path(texts[name]) for name in ("data", "run", "config") if texts[name] is not None}
         return cls(**(texts | paths))

@@ -11,7 +11,7 @@ from kalman_rl.engine import hooks as engine
 from kalman_rl.hooks import moved
 from kalman_rl.hosts.trl import hooks as trl
 from kalman_rl.hosts.verl import hooks as verl
-from kalman_rl.instruments.doctor.finding import Finding, Plan, explain
+from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 from kalman_rl.kernels import hooks as kernels
 
 HOOKS = {
@@ -24,7 +24,7 @@ GROUP = "verl.plugins"
 SWITCH = "VERL_USE_EXTERNAL_PLUGINS"
 
 
-def hooks(name: str, plan: Plan) -> Iterator[Finding]:
+def hooks(name: str, plan: PlannedRun) -> Iterator[Finding]:
     """Every private name of a library that this package relies on, against what was tested."""
     if importlib.util.find_spec(name) is None:
         yield Finding(f"{name} hooks", "ok", f"{name} is not installed, so there is nothing to compare")
@@ -43,7 +43,7 @@ def hooks(name: str, plan: Plan) -> Iterator[Finding]:
         yield Finding(f"{name} hooks", "ok", f"{count} names are as tested")
 
 
-def plugin(plan: Plan) -> Iterator[Finding]:
+def plugin(plan: PlannedRun) -> Iterator[Finding]:
     """Is our plugin declared, allowed, importable, and in verl's tables? verl itself hides failures of plugins."""
     if importlib.util.find_spec("verl") is None:
         yield Finding("verl plugin", "ok", "verl is not installed, so there is nothing to load")

@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from kalman_rl.instruments.doctor.finding import Finding, Plan
+from kalman_rl.instruments.doctor.finding import Finding, PlannedRun
 
 GB = 1e9
 INSTALL_TORCH = "install torch as https://pytorch.org/get-started shows for this machine"
 
 
-def device(plan: Plan) -> Iterator[Finding]:
+def device(plan: PlannedRun) -> Iterator[Finding]:
     """Build of torch against the devices that are there."""
     import torch
 
@@ -44,7 +44,7 @@ def gpu_present() -> bool:
     return not hidden and any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/kfd"))
 
 
-def disk(plan: Plan) -> Finding:
+def disk(plan: PlannedRun) -> Finding:
     """Room and right to write where the run goes."""
     folder = plan.run.absolute()
     while not folder.exists() and folder != folder.parent:

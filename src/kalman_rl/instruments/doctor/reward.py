@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from kalman_rl.errors import ConfigError, RewardError, one_line
-from kalman_rl.instruments.doctor.finding import Finding, Plan, explain
+from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
 ROWS = 3
 SLOW = 1.0  # seconds per reward
 EXPLANATION = "a missing reward is left out of its group, it is not 0"
 
 
-def settings(plan: Plan) -> Iterator[Finding]:
+def settings(plan: PlannedRun) -> Iterator[Finding]:
     """The TOML file of the planned run: does it read, and is every value allowed?"""
     if plan.config is None:
         return
@@ -47,7 +47,7 @@ def settings(plan: Plan) -> Iterator[Finding]:
     )
 
 
-def dry_run(plan: Plan) -> Iterator[Finding]:
+def dry_run(plan: PlannedRun) -> Iterator[Finding]:
     """Reward of three rows: the row's own answer as a reply, and an empty reply."""
     if plan.task is None and plan.data is None:
         asked = "not asked for; --data rows.jsonl --reward module:function tries it on three rows"
@@ -108,7 +108,7 @@ def _speed(seconds: float) -> Finding:
     return Finding("reward", "warning", found, "training waits for it; score several completions at a time")
 
 
-def _task(plan: Plan) -> Any:
+def _task(plan: PlannedRun) -> Any:
     from kalman_rl.engine.tasks import load_reward, load_task, rows
 
     reward = load_reward(plan.reward) if plan.reward else None

@@ -1,4 +1,5 @@
-"""What has to be imported or run, in a process of its own: ``python -m kalman_rl.instruments.doctor.trial FILE PLAN``.
+"""What has to be imported or run, in a process of its own: ``python -m kalman_rl.instruments.doctor.trial FILE
+PLAN``.
 
 Writes to FILE a line of JSON before each check, its name and the length of stderr so far, and one for each finding;
 after the last check, "end". stderr has to be a file.
@@ -13,9 +14,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from kalman_rl.instruments.doctor import hosts, machine, reward, versions
-from kalman_rl.instruments.doctor.finding import Finding, Plan, explain
+from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
-CHECKS: dict[str, Callable[[Plan], Iterable[Finding]]] = {
+CHECKS: dict[str, Callable[[PlannedRun], Iterable[Finding]]] = {
     **{name: partial(versions.imported, name) for name in versions.LIBRARIES},
     "gpu build": machine.device,
     **{f"{name} hooks": partial(hosts.hooks, name) for name in hosts.HOOKS},
@@ -26,7 +27,7 @@ CHECKS: dict[str, Callable[[Plan], Iterable[Finding]]] = {
 
 def main() -> None:
     """Entry point of the process."""
-    plan = Plan.from_texts(json.loads(sys.argv[2]))
+    plan = PlannedRun.from_texts(json.loads(sys.argv[2]))
     with open(sys.argv[1], "a", encoding="utf-8", buffering=1) as file:
         for name, check in CHECKS.items():
             file.write(json.dumps([name, os.fstat(2).st_size]) + "\n")

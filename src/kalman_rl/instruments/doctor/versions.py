@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
-from kalman_rl.instruments.doctor.finding import Finding, Plan, explain
+from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
 PACKAGE = "kalman-rl"
 LIBRARIES = ("torch", "numba", "triton", "accelerate", "transformers", "trl", "verl")
@@ -64,7 +64,7 @@ def library(name: str) -> Finding:
     return Finding(name, "ok", found)
 
 
-def imported(name: str, plan: Plan) -> Iterator[Finding]:
+def imported(name: str, plan: PlannedRun) -> Iterator[Finding]:
     """What is wrong with a library once it is imported; nothing if it is fine or absent."""
     if importlib.util.find_spec(name) is None:
         return

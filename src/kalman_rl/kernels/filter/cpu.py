@@ -153,11 +153,11 @@ def differentiable_means(z: Tensor, mask: Tensor, segment: Tensor | None, *given
     """:func:`means`, with a gradient for the observations."""
     if not usable(z, mask, segment, *given[:2]):
         return None
-    out: Tensor | None = Means.apply(z, mask, segment, Model(*given))
+    out: Tensor | None = CpuMeans.apply(z, mask, segment, Model(*given))
     return out
 
 
-class Means(torch.autograd.Function):
+class CpuMeans(torch.autograd.Function):
     """:func:`means` with a gradient for the observations; ``apply`` returns None where means does."""
 
     @staticmethod
@@ -185,7 +185,7 @@ class Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradient: Any) -> Any:
         (mask, *_), (segment, model) = ctx.saved_tensors, ctx.rest
-        return Means.apply(gradient[0], mask, segment, model._replace(initial_mean=0.0)), None, None, None
+        return CpuMeans.apply(gradient[0], mask, segment, model._replace(initial_mean=0.0)), None, None, None
 
 
 def _remember(ctx: Any, mask: Tensor, segment: Tensor | None, model: Model) -> None:

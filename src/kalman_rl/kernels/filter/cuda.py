@@ -48,7 +48,7 @@ def means(z: Tensor, mask: Tensor, segment: Tensor | None, *model: Any) -> Tenso
     return out if fine else None
 
 
-class Means(torch.autograd.Function):
+class CudaMeans(torch.autograd.Function):
     """:func:`means` with a gradient for the observations; None where means is."""
 
     @staticmethod

@@ -24,7 +24,7 @@ LETTER = 6.3
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """One line: points in data units (NaN breaks it), an optional band or whiskers, raw points behind it."""
 
     name: str
@@ -49,7 +49,7 @@ class Dots:
 
 
 def lines_chart(
-    lines: Sequence[Line],
+    lines: Sequence[ChartLine],
     *,
     width: int = 344,
     height: int = 230,
@@ -108,7 +108,7 @@ def _frame(x: Axis, y: Axis, left: float, right: float, bottom: float, y_label: 
     return Markup("").join(parts)
 
 
-def _line(line: Line, x: Axis, y: Axis) -> Markup:
+def _line(line: ChartLine, x: Axis, y: Axis) -> Markup:
     colour = line.colour % COLOURS
     parts = []
     if line.band:
@@ -139,7 +139,7 @@ def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
     return "".join(pieces)
 
 
-def _end_labels(lines: Sequence[Line], x: Axis, y: Axis, top: float, bottom: float, most: int) -> Markup:
+def _end_labels(lines: Sequence[ChartLine], x: Axis, y: Axis, top: float, bottom: float, most: int) -> Markup:
     """Names beside the line ends, pushed apart so that none covers another."""
     ends = []
     for line in lines:

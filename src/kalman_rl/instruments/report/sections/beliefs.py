@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from kalman_rl.engine.runs.beliefs import BANDS, HOPELESS, LEARNED, Beliefs, Visit, read_beliefs
 from kalman_rl.engine.runs.reading import RunRecord, clean
-from kalman_rl.instruments.report.charts.chart import Line, lines_chart
+from kalman_rl.instruments.report.charts.chart import ChartLine, lines_chart
 from kalman_rl.instruments.report.charts.sparkline import belief_line
 from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.stats.intervals import wilson
@@ -105,7 +105,7 @@ def _bands(beliefs: Beliefs) -> Figure | str:
         f"Learned: the 90% interval of the success rate lies above {LEARNED:g}; hopeless: below {HOPELESS:g}; "
         "undecided: neither. Of the prompts seen so far."
     )
-    drawn = [Line(band, points, BAND_COLOURS[band]) for band, points in lines.items()]
+    drawn = [ChartLine(band, points, BAND_COLOURS[band]) for band, points in lines.items()]
     return Figure(
         "Learned, undecided, hopeless", note, lines_chart(drawn, y_label="share of prompts", y_range=(0, 1))
     )
@@ -130,8 +130,8 @@ def _calibration(beliefs: Beliefs) -> Figure | str:
         "few values, so the narrow intervals are judged roughly."
     )
     lines = [
-        Line("ideal", ideal, 7, dashed=True),
-        Line("observed", points, 0, whiskers=bars, dots=True),
+        ChartLine("ideal", ideal, 7, dashed=True),
+        ChartLine("observed", points, 0, whiskers=bars, dots=True),
     ]
     chart = lines_chart(lines, y_label="share inside", x_label="predicted interval, %", y_range=(0.4, 1.0))
     return Figure("Calibration", note, chart)
@@ -158,7 +158,7 @@ def _allocation(beliefs: Beliefs) -> Figure | str:
     note = (
         "Completions of a prompt in one batch by the success rate predicted for it; bars hold eight in ten."
     )
-    lines = [Line("mean", points, 0, whiskers=bars, dots=True)]
+    lines = [ChartLine("mean", points, 0, whiskers=bars, dots=True)]
     chart = lines_chart(
         lines, y_label="completions", x_label="predicted success rate, %", y_range=(0.0,),
         reference=(fixed, f"fixed: {fixed:.3g}"), labels=False,
@@ -181,10 +181,10 @@ def _informative(beliefs: Beliefs) -> Figure | str:
     if not observed:
         return ""
     window = window_of(len(observed))
-    lines = [Line("as drawn", smooth(observed, window), 0, behind=observed if window > 1 else [])]
+    lines = [ChartLine("as drawn", smooth(observed, window), 0, behind=observed if window > 1 else [])]
     note = "Prompts of a batch whose completions earned different rewards, so that they teach something."
     if beliefs.allocation != "fixed":
-        lines.append(Line("fixed, expected", smooth(expected, window), 7, dashed=True))
+        lines.append(ChartLine("fixed, expected", smooth(expected, window), 7, dashed=True))
         note += " Dashed: expected from the beliefs had the batch been shared out evenly."
     chart = lines_chart(lines, y_label="share of prompts", y_range=(0.0, 1.0), labels=len(lines) > 1)
     return Figure("Informative groups", note, chart)
@@ -245,7 +245,7 @@ def _row(
 
 def _note(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> str:
     text = (
-        "Line: posterior mean of the prompt's value after each batch it was in; band: its central 90%; dots: the "
+        "ChartLine: posterior mean of the prompt's value after each batch it was in; band: its central 90%; dots: the "
         "mean reward of the batch, larger for more completions. Next: completions if the batch came up again."
     )
     most = sum(batch.prompts > len(batch.visits) for batch in beliefs.batches)

@@ -12,7 +12,7 @@ MAX_ALARMS = 40
 
 
 @dataclass(frozen=True)
-class Line:
+class AlarmLine:
     """One alarm as shown; texts are safe."""
 
     run: str
@@ -26,7 +26,7 @@ class Line:
 class AlarmSection:
     """The first alarms of every run, at most MAX_ALARMS in all, and a sentence about the rest."""
 
-    lines: list[Line]
+    lines: list[AlarmLine]
     note: str
 
 
@@ -37,7 +37,7 @@ def build(context: Context) -> AlarmSection | None:
         return None
     found.sort(key=lambda pair: pair[1].step)
     lines = [
-        Line(
+        AlarmLine(
             run=run.name,
             step=alarm.step,
             sentence=alarm.happened(),

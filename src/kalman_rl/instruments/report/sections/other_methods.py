@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kalman_rl.engine.runs.reading import clean
 from kalman_rl.errors import KalmanRLError, one_line
-from kalman_rl.instruments.replay import Batch, Field, batch_of, field_of, own_method
+from kalman_rl.instruments.replay import Field, TraceBatch, batch_of, field_of, own_method
 from kalman_rl.methods import METHODS
 from kalman_rl.objectives.loss import Method
 
@@ -118,7 +118,7 @@ def _short(values: Sequence[Any]) -> list[float | None]:
     ]
 
 
-def _believed(own: Method, batch: Batch, completions: Sequence[dict[str, list[Any]]]) -> None:
+def _believed(own: Method, batch: TraceBatch, completions: Sequence[dict[str, list[Any]]]) -> None:
     """Standard deviation of the posterior and the innovation at each token, from the run's own filter."""
     try:
         ratio = own.ratio(batch.logp, batch.rollouts)

@@ -10,7 +10,7 @@ from kalman_rl.engine.runs import traces
 from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.engine.runs.traces import Table
 from kalman_rl.instruments.replay import own_method
-from kalman_rl.instruments.report.charts.chart import Line, lines_chart
+from kalman_rl.instruments.report.charts.chart import ChartLine, lines_chart
 from kalman_rl.instruments.report.sections.tokens import MAX_ROWS, number_of, sequences, spread_out
 from kalman_rl.instruments.report.stats.metrics import Figure
 from kalman_rl.instruments.report.stats.pool import Group
@@ -29,7 +29,7 @@ def position_figure(groups: Sequence[Group], palette: dict[str, int]) -> Figure 
 
     ``w`` is the token's part in its method's mean: one over the completion's length for a mean per sequence.
     """
-    lines: list[Line] = []
+    lines: list[ChartLine] = []
     single = len(groups) == 1
     files = 0
     for group in groups:
@@ -51,7 +51,7 @@ def position_figure(groups: Sequence[Group], palette: dict[str, int]) -> Figure 
             ]
             colour = index if single else palette.get(group.name, 0)
             label = name if single else group.name if index == 0 else f"{group.name}, {name}"
-            lines.append(Line(label, points, colour, dashed=dashed))
+            lines.append(ChartLine(label, points, colour, dashed=dashed))
     if not lines:
         return None
     note = (

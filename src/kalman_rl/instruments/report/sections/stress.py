@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from kalman_rl.instruments.report.charts.chart import Dots, Line, dots_chart, lines_chart
+from kalman_rl.instruments.report.charts.chart import ChartLine, Dots, dots_chart, lines_chart
 from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.stats.intervals import t_quantile, wilson
 from kalman_rl.instruments.report.stats.metrics import STRESS, Figure, Metric
@@ -80,7 +80,7 @@ def dashed(method: str) -> bool:
     return method == "ratio_one"
 
 
-def learning_lines(study: Study, condition: str, palette: dict[str, int]) -> tuple[str, list[Line]]:
+def learning_lines(study: Study, condition: str, palette: dict[str, int]) -> tuple[str, list[ChartLine]]:
     """What is drawn (``accuracy`` or ``reward``), and a line per method: mean and range over seeds."""
     often = all(
         len(evaluations(run, SAMPLED)) >= ENOUGH_EVALUATIONS for arm in study.arms for run in arm.runs
@@ -94,7 +94,7 @@ def learning_lines(study: Study, condition: str, palette: dict[str, int]) -> tup
                 many.append(points if often else smooth(points, window_of(len(points))))
         line, band = over_seeds(many)
         if line:
-            lines.append(Line(arm.method, line, palette[arm.method], band, dashed=dashed(arm.method)))
+            lines.append(ChartLine(arm.method, line, palette[arm.method], band, dashed=dashed(arm.method)))
     return ("accuracy" if often else "reward"), lines
 
 
@@ -122,7 +122,7 @@ def learning(study: Study, palette: dict[str, int]) -> tuple[str, list[Figure]]:
         "Sampled held-out accuracy over training." if what == "accuracy" else "Training reward, moving mean."
     )
     if study.seeds[1] > 1:
-        note += " Line: mean over seeds; band: lowest and highest seed."
+        note += " ChartLine: mean over seeds; band: lowest and highest seed."
     return note, figures
 
 
@@ -156,7 +156,7 @@ def _finals(study: Study, condition: str, palette: dict[str, int]) -> Figure | N
 def _multiples(study: Study, metric: Metric, palette: dict[str, int]) -> list[Figure]:
     """One small chart per condition, all on the same scale."""
     panel = metric.panels[0]
-    tables: dict[str, list[Line]] = {}
+    tables: dict[str, list[ChartLine]] = {}
     for condition in study.conditions:
         for arm in study.under(condition):
             many = []
@@ -167,7 +167,7 @@ def _multiples(study: Study, metric: Metric, palette: dict[str, int]) -> list[Fi
             line, _ = over_seeds(many)
             if line:
                 tables.setdefault(condition, []).append(
-                    Line(arm.method, line, palette[arm.method], dashed=dashed(arm.method))
+                    ChartLine(arm.method, line, palette[arm.method], dashed=dashed(arm.method))
                 )
     shared = [
         value

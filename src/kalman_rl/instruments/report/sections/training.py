@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from kalman_rl.engine.runs.reading import RunRecord
-from kalman_rl.instruments.report.charts.chart import Line, lines_chart
+from kalman_rl.instruments.report.charts.chart import ChartLine, lines_chart
 from kalman_rl.instruments.report.sections.positions import position_figure
 from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.stats.intervals import wilson
@@ -60,7 +60,7 @@ RATIO_NOTE = "Updates at which every log-ratio is zero are left out."
 
 
 @dataclass(frozen=True)
-class Change:
+class BeforeAfter:
     """One cell of the before-and-after table, as shown."""
 
     before: str
@@ -77,7 +77,7 @@ class MainSection:
     learning: list[Figure] = field(default_factory=list)
     ratios: list[Figure] = field(default_factory=list)
     costs: list[Figure] = field(default_factory=list)
-    table: list[tuple[str, dict[str, Change]]] = field(default_factory=list)
+    table: list[tuple[str, dict[str, BeforeAfter]]] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     spent: list[tuple[str, list[str]]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -146,7 +146,7 @@ def _bands(groups: Sequence[Group]) -> str:
 
 
 def _held_out(groups: Sequence[Group], palette: dict[str, int]) -> Figure | None:
-    lines: list[Line] = []
+    lines: list[ChartLine] = []
     counts: set[str] = set()
     single = len(groups) == 1
     for group in groups:
@@ -166,7 +166,7 @@ def _held_out(groups: Sequence[Group], palette: dict[str, int]) -> Figure | None
                 few = len(points) <= MAX_DOTS
                 whiskers, band = (spread, []) if few and single else ([], spread if single else [])
             lines.append(
-                Line(
+                ChartLine(
                     kind if single else group.name if key == SAMPLED else f"{group.name}, {kind}",
                     points,
                     (0 if key == SAMPLED else 1) if single else palette[group.name],
@@ -209,10 +209,12 @@ def _small(metric: Metric, groups: Sequence[Group], palette: dict[str, int]) -> 
             if len(many) > 1:
                 points, band = with_interval([points for points, _ in many], log=metric.log)
                 band = [(step, *metric.inside(low, high)) for step, low, high in band]
-                lines.append(Line(name, points, colour, band=band, dashed=panel.dashed))
+                lines.append(ChartLine(name, points, colour, band=band, dashed=panel.dashed))
             else:
                 points, raw = many[0]
-                lines.append(Line(name, points, colour, behind=raw if single else [], dashed=panel.dashed))
+                lines.append(
+                    ChartLine(name, points, colour, behind=raw if single else [], dashed=panel.dashed)
+                )
     if not lines:
         return None
     note = metric.note
@@ -240,7 +242,7 @@ def _panel(run: RunRecord, metric: Metric, panel: Panel) -> tuple[list[Point], l
     return smooth(points, window), points if window > 1 else []
 
 
-def _before_after(group: Group, arm: Arm) -> dict[str, Change]:
+def _before_after(group: Group, arm: Arm) -> dict[str, BeforeAfter]:
     """Accuracies at the first and last evaluation; training metrics in the first and last tenth."""
     rows = {
         f"{kind.capitalize()} accuracy": _change(arm.measured[key])
@@ -252,16 +254,16 @@ def _before_after(group: Group, arm: Arm) -> dict[str, Change]:
         known = [pair for pair in pairs if pair]
         if known:
             before, after = (fmean(pair[side] for pair in known) for side in (0, 1))
-            rows[label] = Change(decimal(before), decimal(after), signed(after - before))
+            rows[label] = BeforeAfter(decimal(before), decimal(after), signed(after - before))
     return rows
 
 
-def _change(numbers: Measured) -> Change:
+def _change(numbers: Measured) -> BeforeAfter:
     after = decimal(numbers.mean)
     if numbers.start is None:
-        return Change("–", after, "–")
+        return BeforeAfter("–", after, "–")
     interval = f"{signed(numbers.change[0])} to {signed(numbers.change[1])}" if numbers.change else ""
-    return Change(decimal(numbers.start), after, signed(numbers.mean - numbers.start), interval)
+    return BeforeAfter(decimal(numbers.start), after, signed(numbers.mean - numbers.start), interval)
 
 
 def _spent(group: Group) -> dict[str, str]:
