@@ -279,7 +279,7 @@ def test_resume_reports_a_damaged_config(calls: Calls, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == told
 
 
-def test_resume_without_a_status_or_a_checkpoint(
+def test_resume_without_a_status_or_an_intact_checkpoint(
     calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["train", "--run", "x", "--quiet"]) == 0
@@ -289,6 +289,12 @@ def test_resume_without_a_status_or_a_checkpoint(
     assert main(["resume", "x"]) == 0 and calls[-1][2] == {"resume": True, "allow_change": ()}
     assert main(["resume", "x", "--allow-change", "data"]) == 0
     assert calls[-1][2] == {"resume": True, "allow_change": ("data",)}
+    state = Path("x/checkpoints/checkpoint-2/trainer_state.json")
+    state.parent.mkdir()
+    state.write_text('{"global_step": 2}')
+    with Run.open(Path("x")) as run:
+        run.seal_checkpoint(state.parent)
+    state.write_text('{"global_step": 3}')
     monkeypatch.delitem(sys.modules, "kalman_rl.engine.train")
     train = pytest.importorskip("kalman_rl.engine.train")
     monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("loads a model in vain"))

@@ -30,7 +30,7 @@ class Absent:
 
     def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         score: list[float | None] = [sum(c.isdigit() for c in text) / 5 for text in completions]
-        if "completion_ids" not in columns:  # which TRL passes, an evaluation does not
+        if columns.get("trainer_state") is None:  # only a trainer has one, an evaluation does not
             return [None] * len(score) if self.in_evaluation else score
         self.calls.append(len(score))
         return [None] * len(score) if self.missing(len(self.calls)) else score
