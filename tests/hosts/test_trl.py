@@ -20,7 +20,7 @@ import torch
 
 pytest.importorskip("trl")
 from datasets import Dataset
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from kalman_rl import METHODS, make_method
@@ -47,6 +47,11 @@ def digit_sum(completions: list[str], **columns: Any) -> list[float]:
 
 def few_digits(completions: list[str], **columns: Any) -> list[float]:
     return [min(score, 1.0) for score in digit_sum(completions)]
+
+
+def sixteenths(completions: list[str], **columns: Any) -> list[float]:
+    """Exact in float32, so that an advantage of 0 is 0 however it is rounded on the way."""
+    return [sum(int(c) for c in text if c.isdigit()) / 16 for text in completions]
 
 
 def settings(output: Path, **changes: Any) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def run(
 ) -> tuple[Any, History]:
     history = History()
     trainer = trainer_class(
-        model=LlamaForCausalLM.from_pretrained(model_path),
+        model=AutoModelForCausalLM.from_pretrained(model_path),
         reward_funcs=kwargs.pop("reward", digit_sum),
         args=config,
         train_dataset=Dataset.from_list(ROWS),
@@ -104,10 +109,16 @@ def run(
 
 
 def ours(
-    output: Path, model_path: str, method: Any, *, checkpoint: Path | None = None, **changes: Any
+    output: Path,
+    model_path: str,
+    method: Any,
+    *,
+    checkpoint: Path | None = None,
+    reward: Any = digit_sum,
+    **changes: Any,
 ) -> tuple[Any, History]:
     config = KalmanGRPOConfig(**settings(output, **changes))
-    return run(KalmanGRPOTrainer, config, model_path, checkpoint=checkpoint, method=method)
+    return run(KalmanGRPOTrainer, config, model_path, checkpoint=checkpoint, method=method, reward=reward)
 
 
 PARITY = {
@@ -141,15 +152,25 @@ def assert_same_training(a: History, b: History) -> None:
     assert any(g.abs().max() > 1e-3 for g in a.gradients[-1].values()), "nothing was trained"
 
 
+def assert_same_curves(mine: History, reference: History) -> None:
+    """Every number that TRL logs, but its clock: a dashboard of TRL's shows the same curves."""
+    for left, right in zip(mine.logs, reference.logs, strict=True):
+        for name in right.keys() - {"loss", "grad_norm", "step_time"}:
+            assert left[name] == pytest.approx(right[name], rel=1e-4, abs=2e-6, nan_ok=True), name
+
+
 @pytest.mark.parametrize("case", PARITY)
 def test_plain_grpo_equals_trl(case: str, model_path: str, tmp_path: Path) -> None:
-    _, mine = ours(tmp_path / "a", model_path, "grpo", **PARITY[case])
+    _, mine = ours(tmp_path / "a", model_path, "grpo", reward=sixteenths, **PARITY[case])
     theirs = GRPOConfig(**settings(tmp_path / "b", loss_type="grpo", **PARITY[case]))
-    _, reference = run(GRPOTrainer, theirs, model_path)
+    _, reference = run(GRPOTrainer, theirs, model_path, reward=sixteenths)
     assert_same_training(mine, reference)
     if "beta" in PARITY[case]:
         assert mine.logs[-1]["kl"] == pytest.approx(reference.logs[-1]["kl"], rel=1e-4)
     assert mine.logs[-1]["entropy"] == pytest.approx(reference.logs[-1]["entropy"], rel=1e-4)
+    if case != "accumulation":  # there TRL averages the averages of micro-batches
+        assert_same_curves(mine, reference)
+        assert "clip_ratio/low_min" in reference.logs[-1]
 
 
 @pytest.mark.parametrize("name", METHOD_TO_TRL)
@@ -159,6 +180,7 @@ def test_other_methods_equal_trl(name: str, model_path: str, tmp_path: Path) -> 
     theirs = GRPOConfig(**settings(tmp_path / "b", **METHOD_TO_TRL[name]))
     _, reference = run(GRPOTrainer, theirs, model_path)
     assert_same_training(mine, reference)
+    assert_same_curves(mine, reference)
 
 
 def test_gspo_equals_trl_sequence_level(model_path: str, tmp_path: Path) -> None:
@@ -174,6 +196,27 @@ def test_gspo_equals_trl_sequence_level(model_path: str, tmp_path: Path) -> None
     )
     _, reference = run(GRPOTrainer, theirs, model_path)
     assert_same_training(mine, reference)
+    assert_same_curves(mine, reference)
+    assert any(0 < log["clip_ratio/region_mean"] < 1 for log in reference.logs), "something is clipped"
+
+
+def test_a_mixture_of_experts_equals_trl(tmp_path: Path) -> None:
+    """The router's loss is in the loss and in the log."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    experts = dict(
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1
+    )
+    config = MixtralConfig(
+        vocab_size=14, pad_token_id=0, eos_token_id=1, initializer_range=0.2, **sizes, **experts
+    )
+    path = str(tmp_path / "model")
+    MixtralForCausalLM(config).save_pretrained(path)
+    _, mine = ours(tmp_path / "a", path, "grpo")
+    _, reference = run(GRPOTrainer, GRPOConfig(**settings(tmp_path / "b", loss_type="grpo")), path)
+    assert_same_training(mine, reference)
+    assert_same_curves(mine, reference)
+    assert reference.logs[-1]["aux_loss"] > 0.1
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -219,7 +262,7 @@ def test_emptied_rows_are_not_counted(model_path: str, tmp_path: Path) -> None:
 def test_lora_and_bfloat16_train(model_path: str, tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    model = LlamaForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
     config = KalmanGRPOConfig(**settings(tmp_path, method="kpo_diffuse", bf16=True, beta=0.01))
     trainer = KalmanGRPOTrainer(
         model=model,
@@ -255,7 +298,7 @@ def test_missing_rewards_do_not_move_the_policy(model_path: str, tmp_path: Path)
     seen: list[TokenBatch] = []
     config = KalmanGRPOConfig(**settings(tmp_path, method="rloo", max_steps=2))
     trainer = KalmanGRPOTrainer(
-        model=LlamaForCausalLM.from_pretrained(model_path),
+        model=AutoModelForCausalLM.from_pretrained(model_path),
         reward_funcs=sometimes,
         args=config,
         train_dataset=Dataset.from_list(ROWS),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -36,11 +35,7 @@ class Trainer:
         self._metrics: Any = {"train": defaultdict(list)}
         self._last_rewards = torch.zeros(0)
         self.missing, self.reward_func_names = MissingRewards(), ["made"]
-        self.calls = 0
-
-    @contextlib.contextmanager
-    def one_completion_per_row(self) -> Any:
-        yield
+        self.calls, self.num_generations = 0, 4
 
     def generate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch as TRL packs it; all that belongs to a prompt holds its number, tokens of images have type 1."""

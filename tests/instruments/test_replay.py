@@ -18,7 +18,7 @@ from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.instruments.replay import replay
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objectives.diagnostics import effective_sample_size
+from kalman_rl.objectives.diagnostics import effective_sample_size, sums_of
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
 
@@ -97,7 +97,7 @@ def test_numbers_against_a_direct_computation(run: Path) -> None:
     assert result.overall.cosine == pytest.approx((x @ y / x.norm() / y.norm()).item(), rel=1e-6)
     kept = [k for part in stored for k in part["kept"]]
     assert 0 < result.overall.method.kept == sum(kept) / len(kept) < 1
-    size = effective_sample_size(x, torch.ones_like(x, dtype=torch.bool)).item()
+    size = effective_sample_size(sums_of(x, torch.ones_like(x, dtype=torch.bool))).item()
     assert result.overall.method.effective_sample_size == pytest.approx(size, rel=1e-6)
     assert result.overall.method.quantiles["1"] == pytest.approx(max(a))
     assert result.overall.method.quantiles["0.5"] == pytest.approx(sorted(a)[round(0.5 * (len(a) - 1))])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.kernels.loss.plan import METRICS
-from kalman_rl.objectives import ratio, trust
+from kalman_rl.objectives import diagnostics, ratio, trust
 from kalman_rl.objectives.aggregate import SequenceSum, Totals, sequence_mean, token_mean
 from kalman_rl.objectives.loss import Loss, Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
@@ -137,4 +137,8 @@ def compare(method: Method, case: Case, expect: bool | None = True, state: float
         assert a.dtype == b.dtype and a.shape == b.shape and a.device == b.device, name
         assert not a.requires_grad
         noise = 3e-7 * (largest**2 if "variance" in name else largest if "kl" in name else 1.0)
-        assert a.item() == pytest.approx(b.item(), rel=2e-5, abs=max(noise, 1e-9) + state), name
+        near = {"rel": 2e-5, "abs": max(noise, 1e-9) + state}
+        assert a.item() == pytest.approx(b.item(), **near), name
+        for part in (fused.sums[name], composed.sums[name]):  # the sums say the same as the metric
+            assert part.dtype == torch.float64 and part[0] == composed.sums[name][0], name
+            assert diagnostics.metric(name, part).item() == pytest.approx(b.item(), **near), name

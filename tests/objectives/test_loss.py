@@ -21,7 +21,7 @@ from torch import Tensor
 from kalman_rl.beliefs.advantage import JamesStein, Tracked
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import METHODS, make_method
-from kalman_rl.objectives import aggregate, ratio, trust
+from kalman_rl.objectives import aggregate, diagnostics, ratio, trust
 from kalman_rl.objectives.aggregate import Totals, totals_of
 from kalman_rl.objectives.learning import step_statistics, with_bounds
 from kalman_rl.objectives.loss import Method, policy_loss
@@ -609,3 +609,36 @@ def test_penalty_without_reference() -> None:
     method = dataclasses.replace(TABLE["grpo"], penalty=KL(0.1))
     with pytest.raises(ConfigError, match=r"^logp_reference: got None, expected .*Rollouts"):
         run(method, make_batch(0), options={"logp_reference": None})
+
+
+# ---- metrics of a whole step
+
+
+@every
+@few
+@given(seed=seeds, shape=shapes, cuts=st.lists(st.integers(0, 6), max_size=3))
+def test_metrics_do_not_depend_on_micro_batches(
+    name: str, seed: int, shape: tuple[int, int], cuts: list[int]
+) -> None:
+    """Sums of micro-batches, an empty one among them, are divided once: a mean of their means is another number."""
+    batch, method = make_batch(seed, *shape), CASES[name]
+    advantage = advantage_of(method, batch)
+    if "trust" in method.learns:  # bounds of the whole step, see above
+        whole_step = step_statistics(method, batch.rollouts(), batch.current(batch.logp), advantage=advantage)
+        method = with_bounds(method, whole_step)
+    whole = run(method, batch, advantage=advantage)
+    edges = sorted({0, shape[0], *(min(c, shape[0]) for c in cuts)})
+    parts = [
+        run(method, batch.rows(torch.arange(a, b)), advantage=advantage[a:b])
+        for a, b in itertools.pairwise(edges)
+    ]
+    empty = dataclasses.replace(batch, mask=torch.zeros_like(batch.mask))
+    parts.append(run(method, empty, advantage=advantage, options={"allow_empty": True}))
+    found = {
+        key: diagnostics.metric(
+            key, diagnostics.joined(torch.stack([p.loss.sums[key] for p in parts]))
+        ).item()
+        for key in whole.loss.sums
+    }
+    metrics_close(found, {key: whole.metrics[key] for key in found})
+    assert set(whole.metrics) - set(found) <= {"objective/surrogate", "objective/penalty", "objective/fused"}

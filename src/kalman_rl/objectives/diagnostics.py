@@ -1,53 +1,106 @@
 """Diagnosis: numbers about the ratios of one batch, the same for every objective.
 
-Each function takes (B, T) values and the mask and returns a 0-dimensional tensor over trained tokens.
+A metric is made of sums over tokens, (4,) float64: how many there are, the sum of the values, the sum of their squares,
+and the largest. Sums of micro-batches, ranks and steps add up, and the metric is divided once at the end. A mean of
+means would let an empty micro-batch count as much as a full one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over trained tokens; 0 if there are none."""
-    return torch.where(mask, values.float(), 0.0).sum() / mask.sum().clamp(min=1)
+def sums_of(values: Tensor, mask: Tensor) -> Tensor:
+    """``(n, sum x, sum x^2, max x)`` (4,) float64 of the values (B, T) where the mask is True; zeros if nowhere.
+
+    >>> sums_of(torch.tensor([[3.0, 1.0, 9.0]]), torch.tensor([[True, True, False]])).tolist()
+    [2.0, 4.0, 10.0, 3.0]
+    """
+    if not mask.numel():
+        return torch.zeros(4, dtype=torch.float64, device=mask.device)
+    inside, count = torch.where(mask, values.double(), 0.0), mask.sum().double()
+    largest = torch.where(mask, inside, -torch.inf).amax()
+    largest = torch.where(count > 0, largest, 0.0)
+    return torch.stack([count, inside.sum(), inside.square().sum(), largest])
 
 
-def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
-    """Population variance over trained tokens."""
-    return masked_mean((values.float() - masked_mean(values, mask)).square(), mask)
+def joined(parts: Tensor) -> Tensor:
+    """Sums (..., 4) of all parts (m, ..., 4) together.
+
+    >>> joined(torch.tensor([[2.0, 4.0, 10.0, 3.0], [0.0, 0.0, 0.0, 0.0], [1.0, 5.0, 25.0, 5.0]])).tolist()
+    [3.0, 9.0, 35.0, 5.0]
+    """
+    largest = torch.where(parts[..., 0] > 0, parts[..., 3], -torch.inf).amax(0)
+    total = parts[..., :3].sum(0)
+    return torch.cat([total, torch.where(total[..., 0] > 0, largest, 0.0)[..., None]], dim=-1)
 
 
-def max_abs(values: Tensor, mask: Tensor) -> Tensor:
-    """Largest absolute value over trained tokens; 0 if there are none."""
-    inside = torch.where(mask, values.abs(), 0.0).float()
-    return inside.amax() if inside.numel() else inside.sum()
+def mean(sums: Tensor) -> Tensor:
+    """Mean; 0 if there are no tokens."""
+    return sums[1] / sums[0].clamp(min=1e-300)
 
 
-def effective_sample_size(weight: Tensor, mask: Tensor) -> Tensor:
-    """Kish's effective sample size as a share of the tokens: ``(sum w)^2 / (n sum w^2)``, in (0, 1]."""
-    weight = torch.where(mask, weight.double(), 0.0)
-    squares = weight.square().sum() * mask.sum()
-    return torch.where(squares > 0, weight.sum().square() / squares.clamp(min=1e-300), 1.0).float()
+def variance(sums: Tensor) -> Tensor:
+    """Population variance. In float64 it is right to a part in ``1e-15 mean^2 / variance``."""
+    return (sums[2] / sums[0].clamp(min=1e-300) - mean(sums).square()).clamp(min=0.0)
 
 
-def sign_switch(log_ratio: Tensor, mask: Tensor, sequence: Tensor | None = None) -> Tensor:
-    """Share of neighbouring trained tokens whose log-ratio changes sign; in packed rows, neighbours of the
-    same ``sequence`` (B, T) number.
+def effective_sample_size(sums: Tensor) -> Tensor:
+    """Kish's effective sample size as a share of the tokens: ``(sum w)^2 / (n sum w^2)``, in (0, 1]; 1 without any."""
+    squares = sums[0] * sums[2]
+    return torch.where(squares > 0, sums[1].square() / squares.clamp(min=1e-300), 1.0)
 
-    White noise gives 0.5; smoothing lowers it whether or not anything is learned, so it says how much was
+
+def largest(sums: Tensor) -> Tensor:
+    """The largest value."""
+    return sums[3]
+
+
+def smallest(sums: Tensor) -> Tensor:
+    """The smallest value, from the sums of the negative values."""
+    return -sums[3]
+
+
+def none_moved(sums: Tensor) -> Tensor:
+    """1 if the largest absolute value is 0, else 0."""
+    return (sums[3] == 0).double()
+
+
+READ: dict[str, Callable[[Tensor], Tensor]] = {
+    "ratio/raw_log_variance": variance,
+    "ratio/filtered_log_variance": variance,
+    "ratio/effective_sample_size": effective_sample_size,
+    "correction/effective_sample_size": effective_sample_size,
+    "ratio/max_abs_log_ratio": largest,
+    "ratio/noop": none_moved,
+    "clip_ratio/low_min": smallest,
+    "clip_ratio/high_max": largest,
+}
+"""How a metric is read from its sums, where it is not their mean."""
+
+
+def metric(name: str, sums: Tensor) -> Tensor:
+    """The metric of that name from its sums (4,): 0-dimensional."""
+    return READ.get(name, mean)(sums)
+
+
+def switches(log_ratio: Tensor, mask: Tensor, sequence: Tensor | None = None) -> Tensor:
+    """Sums over neighbouring trained tokens of whether their log-ratio changes sign; in packed rows, neighbours of
+    the same ``sequence`` (B, T) number.
+
+    White noise gives a mean of 0.5; smoothing lowers it whether or not anything is learned, so it says how much was
     smoothed, not how healthy a run is.
     """
-    if mask.shape[1] < 2:
-        return torch.zeros((), device=mask.device)
     pairs = mask[:, 1:] & mask[:, :-1]
     if sequence is not None:
         pairs = pairs & (sequence[:, 1:] == sequence[:, :-1])
     sign = log_ratio.sign()  # a product of the log-ratios themselves would underflow
-    return masked_mean(sign[:, 1:] * sign[:, :-1] < 0, pairs)
+    return sums_of(sign[:, 1:] * sign[:, :-1] < 0, pairs)
 
 
-def kl_old(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """Estimate of KL(old || current) per token in nats: mean of ``exp(l) - 1 - l >= 0`` under old samples."""
-    return masked_mean(torch.expm1(log_ratio.clamp(max=20.0)) - log_ratio, mask)
+def divergence(log_ratio: Tensor) -> Tensor:
+    """``exp(l) - 1 - l >= 0`` per token (B, T), nats: its mean under old samples estimates KL(old || current)."""
+    return torch.expm1(log_ratio.clamp(max=20.0)) - log_ratio

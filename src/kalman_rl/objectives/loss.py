@@ -85,11 +85,16 @@ class Tokens(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """``value`` to call ``backward`` on, ``metrics`` (detached scalars by name) and ``tokens`` to look at."""
+    """``value`` to call ``backward`` on, ``metrics`` (detached scalars by name) and ``tokens`` to look at.
+
+    ``sums`` are what the metrics over tokens are made of, by name: add those of several batches up with
+    :func:`kalman_rl.objectives.diagnostics.joined` and divide once with ``diagnostics.metric``.
+    """
 
     value: Tensor
     metrics: dict[str, Tensor]
     tokens: Tokens
+    sums: dict[str, Tensor]
 
 
 def policy_loss(
@@ -181,15 +186,14 @@ def _composed(
 
     carrier = -(weights * coefficient * advantage * logp).sum()
     value = surrogate + (carrier - carrier.detach())
-    metrics = _metrics(ratio, trust, rollouts) | {"objective/surrogate": surrogate}
+    sums = _sums(ratio, trust, rollouts)
     if method.correction is not None:
-        metrics["correction/mean"] = diagnostics.masked_mean(factor, mask)
-        metrics["correction/effective_sample_size"] = diagnostics.effective_sample_size(factor, mask)
-    metrics["objective/fused"] = torch.zeros((), device=mask.device)
+        sums["correction/mean"] = sums["correction/effective_sample_size"] = diagnostics.sums_of(factor, mask)
+    metrics = {name: diagnostics.metric(name, value).float() for name, value in sums.items()}
+    metrics |= {"objective/surrogate": surrogate, "objective/fused": torch.zeros((), device=mask.device)}
     gain = None if ratio.info is None else ratio.info.gain
-    return Loss(
-        value, metrics, Tokens(ratio.log_ratio, ratio.log_weight, gain, coefficient, mask & trust.keep)
-    )
+    tokens = Tokens(ratio.log_ratio, ratio.log_weight, gain, coefficient, mask & trust.keep)
+    return Loss(value, metrics, tokens, sums)
 
 
 def _fused(
@@ -209,7 +213,8 @@ def _fused(
         "objective/fused": torch.ones((), device=mask.device),
     }
     tokens = Tokens(result.log_ratio, result.log_weight, result.gain, result.coefficient, result.kept)
-    return Loss(attach(logp, result.value, result.gradient), metrics, tokens)
+    sums = dict(zip(METRICS, result.sums.unbind(), strict=True))
+    return Loss(attach(logp, result.value, result.gradient), metrics, tokens, sums)
 
 
 def estimate_advantage(method: Method, rollouts: Rollouts) -> Tensor:
@@ -228,21 +233,25 @@ def estimate_advantage(method: Method, rollouts: Rollouts) -> Tensor:
     return method.advantage(reward, group, **extra)
 
 
-def _metrics(ratio: Ratio, trust: Trust, rollouts: Rollouts) -> dict[str, Tensor]:
+def _sums(ratio: Ratio, trust: Trust, rollouts: Rollouts) -> dict[str, Tensor]:
+    """The sums behind ``METRICS``, (4,) each."""
     mask, sequence = rollouts.mask, rollouts.sequence_index
     dropped = mask & ~trust.keep
     below = ratio.log_weight < 0
-    return {
-        "ratio/raw_log_variance": diagnostics.masked_variance(ratio.log_ratio, mask),
-        "ratio/filtered_log_variance": diagnostics.masked_variance(ratio.log_weight, mask),
-        "ratio/effective_sample_size": diagnostics.effective_sample_size(trust.weight, mask),
-        "ratio/max_abs_log_ratio": diagnostics.max_abs(ratio.log_ratio, mask),
-        "ratio/capped": diagnostics.masked_mean(ratio.log_weight > LOG_WEIGHT_CAP, mask),
-        "ratio/raw_sign_switch": diagnostics.sign_switch(ratio.log_ratio, mask, sequence),
-        "ratio/filtered_sign_switch": diagnostics.sign_switch(ratio.log_weight, mask, sequence),
-        "ratio/noop": (torch.where(mask, ratio.log_ratio, 0.0) == 0).all().float(),
-        "trust/kept": diagnostics.masked_mean(trust.keep, mask),
-        "trust/clipped_low": diagnostics.masked_mean(dropped & below, mask),
-        "trust/clipped_high": diagnostics.masked_mean(dropped & ~below, mask),
-        "policy/kl_old": diagnostics.kl_old(ratio.log_ratio, mask),
+    moved = diagnostics.sums_of(ratio.log_ratio.abs(), mask)
+    values = {
+        "ratio/raw_log_variance": ratio.log_ratio,
+        "ratio/filtered_log_variance": ratio.log_weight,
+        "ratio/effective_sample_size": trust.weight,
+        "ratio/capped": ratio.log_weight > LOG_WEIGHT_CAP,
+        "trust/kept": trust.keep,
+        "trust/clipped_low": dropped & below,
+        "trust/clipped_high": dropped & ~below,
+        "policy/kl_old": diagnostics.divergence(ratio.log_ratio),
+    }
+    return {name: diagnostics.sums_of(value, mask) for name, value in values.items()} | {
+        "ratio/max_abs_log_ratio": moved,
+        "ratio/noop": moved,
+        "ratio/raw_sign_switch": diagnostics.switches(ratio.log_ratio, mask, sequence),
+        "ratio/filtered_sign_switch": diagnostics.switches(ratio.log_weight, mask, sequence),
     }

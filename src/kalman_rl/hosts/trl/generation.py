@@ -7,7 +7,7 @@ rows of all rounds are joined, shared out evenly over ranks, and filled up to th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def tracked_generation(
         rewards.append(trainer._last_rewards[: len(names)].double().cpu())
         return rewards[-1]
 
-    with trainer.one_completion_per_row():
+    with one_completion_per_row(trainer):
         if tracking.budget.allocation == "fixed":
             # Nothing moves: a rank keeps the rows it sampled, and only rewards were gathered.
             local = generate(inputs)
@@ -99,6 +99,20 @@ def tracked_generation(
         mine = pack(batches.take(batches.fill(whole, len(everyone)), index))
     trained = (mine["completion_mask"] * mine.get("tool_mask", 1)).sum()
     return mine | {"num_items_in_batch": accelerator.gather(trained).sum()}
+
+
+@contextlib.contextmanager
+def one_completion_per_row(trainer: Any) -> Iterator[None]:
+    """While it lasts, TRL takes every row for a prompt of its own and forms no groups."""
+    size = trainer.num_generations
+    trainer.num_generations = 1
+    marks = {name: len(values) for name, values in trainer._metrics["train"].items()}
+    try:
+        yield
+    finally:
+        trainer.num_generations = size
+        for name in ("reward", "reward_std", "frac_reward_zero_std"):  # of single rounds: drop them
+            del trainer._metrics["train"][name][marks.get(name, 0) :]
 
 
 def _note_outcome(

@@ -8,9 +8,8 @@ reference model, PEFT, accelerate, FSDP, DeepSpeed, vLLM, logging and checkpoint
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +33,8 @@ from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards, check_finite
 from kalman_rl.hosts.trl.prompts import check_names
+from kalman_rl.hosts.trl.tally import Tally, sums_behind
 from kalman_rl.hosts.trl.translate import DEFAULTS, step_totals
-from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals
 from kalman_rl.objectives.inputs import inputs_of
 from kalman_rl.objectives.learning import LearnedState, bound_metrics, step_statistics
@@ -121,10 +120,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.tracking is not None:
             check_names(self.train_dataset)
-        for name in (
-            "scale_rewards",
-            "multi_objective_aggregation",
-        ):  # TRL's metrics read them beside a method
+        self.tally = {mode: Tally(self.accelerator.gather) for mode in ("train", "eval")}
+        for name in ("scale_rewards", "multi_objective_aggregation"):  # TRL's metrics read them
             setattr(self, name, getattr(self, name) or DEFAULTS[name])
         cycle = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % cycle == 0 and not self.use_vllm and not self.as_trl:
@@ -175,19 +172,6 @@ class KalmanGRPOTrainer(FiniteTrainer):
         filled = self._loss_mask(output).any(dim=1).sum()
         return output | {"num_sequences_in_batch": self.accelerator.gather(filled).sum()}
 
-    @contextlib.contextmanager
-    def one_completion_per_row(self) -> Iterator[None]:
-        """While it lasts, TRL takes every row for a prompt of its own and forms no groups."""
-        size: int = self.num_generations  # type: ignore[has-type]
-        self.num_generations = 1
-        marks = {name: len(values) for name, values in self._metrics["train"].items()}
-        try:
-            yield
-        finally:
-            self.num_generations = size
-            for name in ("reward", "reward_std", "frac_reward_zero_std"):  # of single rounds: drop them
-                del self._metrics["train"][name][marks.get(name, 0) :]
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._own_loss_ran = True
         mode = "train" if self.model.training else "eval"
@@ -198,7 +182,14 @@ class KalmanGRPOTrainer(FiniteTrainer):
         current = self._current(model, inputs, logp, advantage)
         method = self._with_bounds(model, inputs, rollouts, current, advantage, mode)
         loss = policy_loss(method, rollouts, current, advantage=advantage, totals=self._totals(inputs, mode))
-        self._record(mode, loss, rollouts, logp.detach(), entropy)
+        share = self.current_gradient_accumulation_steps if mode == "train" else 1
+        kl = None
+        if rollouts.logp_reference is not None:
+            level: Any = getattr(self.method.penalty, "level", "token")
+            estimate = KL(1.0, importance_weighted=self.args.use_bias_correction_kl, level=level)
+            kl = estimate(logp.detach().float(), rollouts)
+        more, asked = {"entropy": entropy, "kl": kl}, inputs["advantages"]
+        self._record(mode, loss, sums_behind(method, loss, asked, rollouts.mask, share, more, aux_loss))
         if mode == "train":
             self.learning.observe(logp, rollouts)
             watching = (call.observe for call in self.callback_handler.callbacks if hasattr(call, "observe"))
@@ -207,8 +198,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         value = loss.value
         if self._entropy_bonus_enabled:
             value = value + entropy_bonus(self, entropy, mask, mode, loss.value)
-        if self.aux_loss_enabled:
-            share = self.current_gradient_accumulation_steps if mode == "train" else 1.0
+        if aux_loss is not None:
             value = value + self.router_aux_loss_coef * aux_loss / share
         return value
 
@@ -229,9 +219,9 @@ class KalmanGRPOTrainer(FiniteTrainer):
         if checkpoint is not None and self.tracking is not None:
             self.tracking.load_state_dict((state or {}).get("tracking"))
 
-    def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _score(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities (B, T), entropies (B, T), auxiliary loss of the completions under the model."""
-        scores: tuple[Tensor, Tensor, Tensor] = self._get_per_token_logps_and_entropies(
+        scores: tuple[Tensor, Tensor, Tensor | None] = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
@@ -373,22 +363,24 @@ class KalmanGRPOTrainer(FiniteTrainer):
             return step_totals(self.args.loss_type, self._loss_mask(inputs), tokens, accumulation)
         return Totals(tokens, float(inputs["num_sequences_in_batch"]) * share)
 
-    def _record(self, mode: str, loss: Loss, rollouts: Rollouts, logp: Tensor, entropy: Tensor) -> None:
-        metrics = loss.metrics | {"entropy": diagnostics.masked_mean(entropy, rollouts.mask)}
-        if rollouts.logp_reference is not None:
-            level: Any = getattr(self.method.penalty, "level", "token")
-            estimate = KL(1.0, importance_weighted=self.args.use_bias_correction_kl, level=level)
-            metrics["kl"] = diagnostics.masked_mean(estimate(logp.float(), rollouts), rollouts.mask)
-        values = torch.stack([value.detach().float() for value in metrics.values()])
-        numbers = dict(zip(metrics, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
-        for name, value in numbers.items():
-            self._metrics[mode][name].append(value)
-        if mode == "train":
-            self.notice_terms(numbers)
-            cycle = self.args.steps_per_generation * self.num_iterations
-            self._noop_steps = self._noop_steps + 1 if bool(metrics["ratio/noop"]) else 0
-            if self._noop_steps == 2 * cycle and not self.as_trl:
-                self._warn_noop(f"{self._noop_steps} micro-batches in a row")
+    def _record(self, mode: str, loss: Loss, sums: dict[str, Tensor]) -> None:
+        """Note the sums behind the metrics of one micro-batch."""
+        self.tally[mode].add(sums)
+        if mode == "eval":
+            self.tally[mode].share()
+            return
+        if self.accelerator.sync_gradients:  # the step's last micro-batch
+            self.notice_terms(self.tally[mode].share())
+        cycle = self.args.steps_per_generation * self.num_iterations
+        self._noop_steps = self._noop_steps + 1 if bool(loss.metrics["ratio/noop"]) else 0
+        if self._noop_steps == 2 * cycle and not self.as_trl:
+            self._warn_noop(f"{self._noop_steps} micro-batches in a row")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the loss's metrics divided once over all tokens since the last line."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode].update({name: [value] for name, value in self.tally[mode].end().items()})
+        super().log(logs, start_time)
 
     def _warn_noop(self, why: str) -> None:
         logger.warning(

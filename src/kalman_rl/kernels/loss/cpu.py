@@ -45,6 +45,7 @@ def run(
     log_ratio, log_weight, coefficient, gradient = (torch.empty(rows, length, dtype=dtype) for _ in range(4))
     gain = torch.empty(rows if filtered else 0, length, dtype=dtype)
     kept, found = torch.empty(rows, length, dtype=torch.bool), np.empty(len(METRICS), np.float32)
+    parts = np.empty((len(METRICS), 4))
     sums, (work, flags) = np.zeros(11), _buffers(numbers.dtype)
     sums[RAW_AROUND] = math.nan
     fine = compiled(fused, EXACT)(
@@ -52,7 +53,8 @@ def run(
         model, float(tokens), float(sequences), numbers,
         gains(plan.process, 1.0, plan.start, length) if filtered else NO_TABLE,
         *(_flat(x) for x in (log_ratio, log_weight, gain, coefficient)), _flat(kept).view(np.uint8),
-        _flat(gradient), sums, found, segments, order, *scratch(), work, work.view(f"i{work.itemsize}"), flags,
+        _flat(gradient), sums, found, parts, segments, order, *scratch(), work, work.view(f"i{work.itemsize}"),
+        flags,
     )  # fmt: skip
     if not fine:
         return None
@@ -65,6 +67,7 @@ def run(
         coefficient,
         kept,
         torch.from_numpy(found),
+        torch.from_numpy(parts),
     )
 
 

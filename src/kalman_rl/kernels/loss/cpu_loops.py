@@ -50,8 +50,8 @@ means_with_holes = jit.inner(filter_loops.means_with_holes)
 
 def fused(
     logp, old, mask, advantage, segment, rows, length, kinds, limits, model, tokens, sequences, numbers, table,
-    log_ratio, log_weight, gain, coefficient, kept, gradient, sums, metrics, segments, order, first, tiles, work, bits,
-    flags,
+    log_ratio, log_weight, gain, coefficient, kept, gradient, sums, metrics, parts, segments, order, first, tiles, work,
+    bits, flags,
 ):  # fmt: skip
     """Fill the outputs; False if a number at a trained token is not finite.
 
@@ -101,6 +101,7 @@ def fused(
     if kinds[0] == TOKEN:
         counts[USED_SWITCH] = counts[RAW_SWITCH]
     _metrics(counts, sums, metrics)
+    _parts(counts, sums, parts)
     return fine & math.isfinite(sums[SURROGATE])
 
 
@@ -232,3 +233,25 @@ def _metrics(counts, sums, out):
     out[9] = counts[LOW] / n
     out[10] = (counts[COUNT] - counts[KEPT] - counts[LOW]) / n
     out[11] = sums[KL] / n
+
+
+@exact
+def _parts(counts, sums, out):
+    """Behind each of these numbers: how many tokens or pairs, the sum of the values, of their squares, the largest."""
+    n, raw, used = counts[COUNT], sums[RAW_AROUND], sums[USED_AROUND]
+    out[:] = 0.0
+    out[:, 0] = n
+    out[5, 0] = out[6, 0] = counts[PAIRS]
+    if n == 0:
+        return
+    out[0, 1] = sums[RAW] + n * raw
+    out[0, 2] = sums[RAW_SQUARES] + 2 * raw * sums[RAW] + n * raw**2
+    out[1, 1] = sums[USED] + n * used
+    out[1, 2] = sums[USED_SQUARES] + 2 * used * sums[USED] + n * used**2
+    out[2, 1], out[2, 2] = sums[WEIGHT], sums[SQUARES]
+    out[3, 3] = out[7, 3] = sums[LARGEST]
+    out[4, 1] = counts[CAPPED]
+    out[5, 1], out[6, 1] = counts[RAW_SWITCH], counts[USED_SWITCH]
+    out[8, 1], out[9, 1] = counts[KEPT], counts[LOW]
+    out[10, 1] = n - counts[KEPT] - counts[LOW]
+    out[11, 1] = sums[KL]

@@ -209,11 +209,19 @@ def run(
             RATIO=plan.ratio, TRUST=plan.trust, SHARED=plan.aggregate == kinds.SEQUENCE_MEAN,
             HOLES=filtered and bool((last - first > count).any()), BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-    metrics, value = _metrics(statistics.double())
+    metrics, parts, value = _metrics(statistics.double())
     if not bool(torch.stack((value, metrics[-1].double())).isfinite().all()):  # the KL sees every log-ratio
         return None
     return Fused(
-        value.to(dtype), gradient, log_ratio, log_weight, gain, coefficient, kept.view(torch.bool), metrics
+        value.to(dtype),
+        gradient,
+        log_ratio,
+        log_weight,
+        gain,
+        coefficient,
+        kept.view(torch.bool),
+        metrics,
+        parts,
     )
 
 
@@ -229,22 +237,27 @@ def _whole(plan: Plan, count: Tensor, step: tuple[float, float] | None) -> Tenso
     return 1 / (length * sequences.clamp(min=1.0)[None])
 
 
-def _metrics(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers of ``METRICS``, float32, and the loss, from the statistics of every row."""
+def _metrics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of ``METRICS``, float32, the sums behind them, and the loss, from the statistics of every row."""
     sums = rows.sum(0)
     n, pairs = sums[COUNT].clamp(min=1.0), sums[PAIRS].clamp(min=1.0)
 
-    def variance(mean: int, spread: int) -> Tensor:
-        centre = (rows[:, COUNT] * rows[:, mean]).sum() / n
-        return (sums[spread] + (rows[:, COUNT] * (rows[:, mean] - centre).square()).sum()) / n
+    def moments(mean: int, spread: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum, sum of squares, variance."""
+        total = (rows[:, COUNT] * rows[:, mean]).sum()
+        off = sums[spread] + (rows[:, COUNT] * (rows[:, mean] - total / n).square()).sum()
+        return total, off + total.square() / n, off / n
+
+    raw, raw_squares, raw_variance = moments(RAW, RAW_SPREAD)
+    used, used_squares, used_variance = moments(USED, USED_SPREAD)
 
     largest = rows[:, LARGEST].amax()
     size = n * sums[SQUARES]
     sample = torch.where(size > 0, sums[WEIGHT].square() / size.clamp(min=1e-300), 1.0)
     dropped_high = sums[COUNT] - sums[KEPT] - sums[LOW]
     values = (
-        variance(RAW, RAW_SPREAD),
-        variance(USED, USED_SPREAD),
+        raw_variance,
+        used_variance,
         sample,
         largest,
         sums[CAPPED] / n,
@@ -256,4 +269,23 @@ def _metrics(rows: Tensor) -> tuple[Tensor, Tensor]:
         dropped_high / n,
         sums[KL] / n,
     )
-    return torch.stack(values).float(), sums[SURROGATE]
+    zero = torch.zeros_like(largest)
+    counts = torch.stack([sums[PAIRS] if i in (5, 6) else sums[COUNT] for i in range(len(values))])
+    totals = (
+        raw,
+        used,
+        sums[WEIGHT],
+        zero,
+        sums[CAPPED],
+        sums[RAW_SWITCH],
+        sums[USED_SWITCH],
+        zero,
+        sums[KEPT],
+        sums[LOW],
+        dropped_high,
+        sums[KL],
+    )
+    squares = torch.stack((raw_squares, used_squares, sums[SQUARES], *(zero,) * 9))
+    tops = torch.stack((*(zero,) * 3, largest, *(zero,) * 3, largest, *(zero,) * 4))
+    parts = torch.stack((counts, torch.stack(totals), squares, tops), dim=1)
+    return torch.stack(values).float(), parts, sums[SURROGATE]

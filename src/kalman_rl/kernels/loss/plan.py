@@ -36,7 +36,9 @@ class Plan(NamedTuple):
 
 class Fused(NamedTuple):
     """What a fused pass returns. ``value`` and ``gradient`` (B, T) of the surrogate with respect to logp;
-    the fields of :class:`kalman_rl.objectives.loss.Tokens`; ``metrics`` (12,) float32 in the order of ``METRICS``."""
+    the fields of :class:`kalman_rl.objectives.loss.Tokens`; ``metrics`` (12,) float32 in the order of ``METRICS``;
+    ``sums`` (12, 4) float64 behind each: tokens (or pairs), sum of the values and of their squares, largest. A sum
+    that its metric is not made of may be 0."""
 
     value: Tensor
     gradient: Tensor
@@ -46,6 +48,7 @@ class Fused(NamedTuple):
     coefficient: Tensor
     kept: Tensor
     metrics: Tensor
+    sums: Tensor
 
 
 METRICS = (

@@ -1,0 +1,141 @@
+"""Metrics of the loss between two lines of the log: sums over tokens, micro-batches, ranks and optimizer steps, divided
+once. TRL averages the averages of micro-batches, which lets an empty one count as much as a full one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kalman_rl.objectives.diagnostics import joined, metric, sums_of
+from kalman_rl.objectives.loss import Loss, Method, Tokens
+from kalman_rl.objectives.ratio import sequence_mean
+from kalman_rl.objectives.trust.clip import Cap, GeometricClip, weight_of
+
+
+class Tally:
+    """Sums (4,) by name, as in :mod:`kalman_rl.objectives.diagnostics`.
+
+    Args:
+        gather: a tensor (n, 4) of this rank to those of all ranks, one after another.
+    """
+
+    def __init__(self, gather: Callable[[Tensor], Tensor]) -> None:
+        self.gather = gather
+        self.own: list[Mapping[str, Tensor]] = []
+        self.all: list[Mapping[str, Tensor]] = []
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Note one micro-batch of this rank. No rank waits for another."""
+        self.own.append(sums)
+
+    def share(self) -> dict[str, float]:
+        """Take in what every rank has noted, and return its metrics; all ranks call this together, with the same names.
+
+        A metric that is not finite is kept from those of other steps, as TRL keeps NaN.
+        """
+        own = together(self.own)
+        everyone = self.gather(torch.stack(list(own.values())))
+        sums = dict(zip(own, joined(everyone.reshape(-1, len(own), 4)).unbind(), strict=True))
+        found = read(sums)
+        self.all.append({name: sums[name] for name, value in found.items() if math.isfinite(value)})
+        self.own = []
+        return found
+
+    def end(self) -> dict[str, float]:
+        """The metrics of all that was shared; the tally starts anew."""
+        found = read(together(self.all))
+        self.all = []
+        return found
+
+
+def read(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics from their sums, without those that no token stands behind."""
+    if not sums:
+        return {}
+    values = torch.stack([metric(name, value) for name, value in sums.items()])
+    counts = torch.stack([value[0] for value in sums.values()])
+    both = torch.stack([values, counts]).tolist()
+    return {name: value for name, value, count in zip(sums, *both) if count > 0}
+
+
+def together(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums of several parts, by name."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: joined(torch.stack([part[name] for part in parts if name in part])) for name in names}
+
+
+def sums_behind(
+    method: Method,
+    loss: Loss,
+    advantage: Tensor,
+    mask: Tensor,
+    share: int,
+    more: Mapping[str, Tensor | None],
+    aux_loss: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Sums (4,) behind every metric of one micro-batch.
+
+    Args:
+        method: with the bounds of this step.
+        advantage: (B,) or (B, T), as TRL compares its sign. mask: (B, T).
+        share: micro-batches in an optimizer step; the surrogate is a part of the step's sum.
+        more: values per token (B, T) by name.
+        aux_loss: the router's, a number for the micro-batch.
+    """
+    found = {name: sums_of(values.detach(), mask) for name, values in more.items() if values is not None}
+    found = loss.sums | found | clip_ratios(method, loss.tokens, advantage, mask)
+    for name in ("objective/surrogate", "objective/penalty"):
+        if name in loss.metrics:
+            found[name] = counted(loss.metrics[name], 1 / share)
+    tokens = mask.sum()
+    found["objective/fused"] = counted(loss.metrics["objective/fused"] * tokens, tokens)
+    if aux_loss is not None:
+        found["aux_loss"] = counted(aux_loss.detach(), 1.0)
+    return found
+
+
+def counted(total: Tensor, count: Tensor | float) -> Tensor:
+    """Sums (4,) of a number that is a total already, and of how much it stands for."""
+    return torch.stack([torch.as_tensor(x, device=total.device).double() for x in (count, total, 0.0, 0.0)])
+
+
+def clip_ratios(method: Method, tokens: Tokens, advantage: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Sums (4,) behind TRL's ``clip_ratio/*`` and ``cispo_clip_ratio``, as its ``_compute_loss`` defines them.
+
+        low:  w < 1 - epsilon      and A < 0          high:  w > 1 + epsilon_high  and A > 0
+
+    Means are over tokens, or over sequences where the ratio is the sequence's; ``low_min`` and ``high_max`` are of the
+    shares in a sequence. A trust region without such a band has ``region_mean`` alone: the share of dropped tokens.
+
+    Args:
+        method: with the bounds of this step.
+        tokens: of the loss. advantage: (B,) or (B, T). mask: (B, T).
+    """
+    advantage = advantage[:, None] if advantage.dim() == 1 else advantage
+    weight, dropped = weight_of(tokens.log_weight), mask & ~tokens.kept
+    bounds = getattr(method.trust, "bounds", None)
+    if isinstance(method.trust, Cap):
+        beyond = (weight > method.trust.high) & (advantage > 0)
+        return {"cispo_clip_ratio": sums_of(beyond, mask), "clip_ratio/region_mean": sums_of(dropped, mask)}
+    if bounds is not None:
+        low, high = (weight < bounds["low"]) & (advantage < 0), (weight > bounds["high"]) & (advantage > 0)
+    elif isinstance(method.trust, GeometricClip):
+        low, high = dropped & (advantage < 0), dropped & (advantage > 0)
+    else:
+        return {"clip_ratio/region_mean": sums_of(dropped, mask)}
+    low, high, length = low & mask, high & mask, mask.sum(dim=1)
+    shares = {name: x.sum(dim=1) / length.clamp(min=1) for name, x in (("low", low), ("high", high))}
+    filled = length > 0
+    found = {"low": low, "high": high, "region": low | high}
+    if method.ratio is sequence_mean:
+        found = {name: x.any(dim=1) for name, x in found.items()}
+    means = {
+        f"clip_ratio/{name}_mean": sums_of(x, filled if x.dim() == 1 else mask) for name, x in found.items()
+    }
+    return means | {
+        "clip_ratio/low_min": sums_of(-shares["low"], filled),
+        "clip_ratio/high_max": sums_of(shares["high"], filled),
+    }
