@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kalman_rl.beliefs import BySource, RegressionBelief, make_belief
+from kalman_rl.beliefs import BySource, RegressionBelief, Sources, make_belief
 from kalman_rl.errors import ConfigError, NumericError
 
 
@@ -35,3 +35,44 @@ def test_sources_learn_apart() -> None:
     )
     result = both.advantages(["y1", "x1"], torch.tensor([0.0, 0.0]), step=7)
     assert result.scale.shape == (2,) and result.scale[0] > 10 * result.scale[1]
+
+
+def test_one_source_is_as_no_source() -> None:
+    plain, apart = make_belief("auto"), make_belief("auto", source=lambda name: "all")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        ids = [f"p{i % 6}" for i in range(step, step + 16)]
+        reward = torch.randn(16, generator=generator)
+        one, other = plain.advantages(ids, reward, step=step), apart.advantages(ids, reward, step=step)
+        assert torch.equal(one.advantage, other.advantage) and torch.equal(one.baseline, other.baseline)
+        assert torch.equal(one.scale.expand(16), other.scale)
+        plain.update(ids, reward, step=step)
+        apart.update(ids, reward, step=step)
+        for what in ("predict", "predictive"):
+            for a, b in zip(getattr(plain, what)(ids, step=step), getattr(apart, what)(ids, step=step)):
+                assert torch.equal(a, b)
+
+
+def test_sources_of_a_dataset() -> None:
+    sources = Sources("source_column")
+    sources.note([1, "b", 1], ["maths", "code", "maths"])
+    with pytest.raises(
+        ConfigError, match="^source_column: got 'code' for prompt 1, which was of 'maths' before"
+    ):
+        sources.note(["c", 1], ["code", "code"])
+    with pytest.raises(ConfigError, match="^source_column: got 'y' for prompt 'd', which was of 'x' before"):
+        sources.note(["d", "d"], ["x", "y"])
+    for bad in (None, 1.5, True, ["x"]):
+        with pytest.raises(
+            ConfigError, match="^source_column: got .* for prompt 'c', expected a text or integer"
+        ):
+            sources.note(["c"], [bad])
+    for unknown in ("c", "d"):
+        with pytest.raises(ConfigError, match=f"^source_column: got prompt '{unknown}' before its source"):
+            sources(unknown)
+    again = Sources("source_column")
+    again.load_state_dict(sources.state_dict())
+    assert [again(1), again("b")] == ["maths", "code"]
+    with pytest.raises(ConfigError, match="^sources: got"):
+        again.load_state_dict([("maths", 5)])
+    assert again(1) == "maths"

@@ -396,6 +396,7 @@ def test_any_text_is_toml_or_a_config_error(tmp_path_factory: pytest.TempPathFac
             {"advantage": "tracked", "allocation": "predictive", "budget": 40.0},
             "budget: got 40.0, expected 0 to 32, the bounds of one prompt's completions",
         ),
+        ({"source_column": "topic"}, "source_column: got 'topic' with advantage='method', expected it unset"),
         ({"aim": "mixed_groups", "reward_noise": 0.5}, "aim: got 'mixed_groups' with reward_noise = 0.5"),
     ],
 )

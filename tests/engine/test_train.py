@@ -64,6 +64,9 @@ def rewards_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    if calls > 5:\n"
         "        raise ZeroDivisionError('the grader broke')\n"
         "    return digits(completions)\n"
+        "def noisy(completions, data_source, **columns):\n"
+        "    import torch\n"
+        "    return [float(torch.randn(())) * {'maths': 0.1, 'code': 2.0}[name] for name in data_source]\n"
         "def too_few(completions, **columns):\n"
         "    return [0.0]\n"
         "def nan(completions, **columns):\n"
@@ -278,6 +281,40 @@ def test_a_tracked_run_writes_its_beliefs_down(model_path: str, tmp_path: Path) 
         len(text) > 5 for text in asked
     )
     assert all(len(row["next"]) == len(row["id"]) == 4 and sum(row["next"]) == 16 for row in rows)
+
+
+def test_each_source_of_a_file_learns_its_own_noise(model_path: str, rewards_module: Path) -> None:
+    rows = rewards_module / "rows.jsonl"
+    content = [
+        {"prompt": f"{i}>", "prompt_id": i, "data_source": ("maths", "code")[i % 2]} for i in range(16)
+    ]
+    rows.write_text("".join(json.dumps(row | {"split": "train"}) + "\n" for row in content))
+    changes = {
+        "data": rows,
+        "reward": "my_rewards:noisy",
+        "advantage": "tracked",
+        "steps": 24,
+        "save_every": 0,
+    }
+    changes |= {"reward_range": "real", "eval_every": 0, "eval_prompts": 1, "learning_rate": 0.0}
+    message = "^source_column: got 'source', expected a column of the dataset, which has prompt, prompt_id, data_source"
+    with pytest.raises(ConfigError, match=message):
+        start(model_path, rewards_module / "none", source_column="source", **changes)
+    holes = rewards_module / "holes.jsonl"
+    holes.write_text("".join(json.dumps({"split": "train", "topic": 1} | row) + "\n" for row in content[:4]))
+    with holes.open("a") as file:
+        file.write(json.dumps(content[5] | {"split": "train", "topic": None}))
+    with pytest.raises(
+        ConfigError, match="^source_column: got None for prompt 5, expected a text or integer in every"
+    ):
+        start(model_path, rewards_module / "holes", source_column="topic", **changes | {"data": holes})
+    path = rewards_module / "run"
+    _, code = start(model_path, path, source_column="data_source", **changes)
+    assert code == 0
+    noise = {}  # as last written
+    for batch in map(json.loads, (path / "beliefs.jsonl").read_text().splitlines()):
+        noise |= {content[int(name)]["data_source"]: sd for name, sd in zip(batch["id"], batch["noise"])}
+    assert noise == {"maths": pytest.approx(0.1, rel=0.3), "code": pytest.approx(2.0, rel=0.3)}
 
 
 def test_too_few_rows_for_a_generation_batch(model_path: str, tmp_path: Path) -> None:

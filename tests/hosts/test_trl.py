@@ -29,7 +29,11 @@ from kalman_rl.hosts import trl as adapter
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
 from tests.hosts.tiny_llama import model, tokenizer
 
-ROWS = [{"prompt": f"{a}{b}>", "prompt_id": f"p{a}{b}"} for a in range(4) for b in range(4)]
+ROWS = [
+    {"prompt": f"{a}{b}>", "prompt_id": f"p{a}{b}", "data_source": "maths" if b % 2 else "code"}
+    for a in range(4)
+    for b in range(4)
+]
 
 
 @pytest.fixture(scope="module")

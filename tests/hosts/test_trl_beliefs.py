@@ -79,6 +79,7 @@ ALLOCATIONS = {
     "fixed": {},
     "predictive": {"allocation": "predictive"},
     "rounds": {"allocation": "rounds", "rounds": [1, 2], "max_rounds": 3},
+    "rounds by source": {"allocation": "rounds", "source_column": "data_source"},
     "mixed groups, rounds": {"allocation": "rounds", "rounds": [2, 4], "aim": "mixed_groups"},
 }
 
@@ -198,7 +199,7 @@ def test_two_ranks_hold_one_belief(model_path: str, tmp_path: Path) -> None:
     """Groups straddle ranks, rounds have odd sizes, some completions are saved: one belief all the same."""
     body = """
     import tests.hosts.test_trl_beliefs as b
-    saving = dict(rounds=[1, 2], max_rounds=4, budget=3.3, prompt_features=True)
+    saving = dict(rounds=[1, 2], max_rounds=4, budget=3.3, prompt_features=True, source_column="data_source")
     for name, options in (
         ("fixed", dict(prompt_features=True, num_generations=16)),
         ("predictive", dict(allocation="predictive", budget=3.3)),
@@ -230,6 +231,35 @@ def test_two_ranks_hold_one_belief(model_path: str, tmp_path: Path) -> None:
         assert len(first["rows"]) == len(second["rows"]) == 16, allocation
         assert set(rows[0]) & set(rows[1]), f"{allocation}: the case needs groups that straddle ranks"
         assert abs(len(rows[0]) - len(rows[1])) <= len(used), f"{allocation}: ranks share alike"
+
+
+def noisy(data_source: list[str], **columns: Any) -> list[float]:
+    """Rewards around 0 with the noise of their source, from torch's generator."""
+    return [float(torch.randn(())) * {"maths": 0.1, "code": 2.0}[name] for name in data_source]
+
+
+def test_each_source_learns_its_own_noise(model_path: str, tmp_path: Path) -> None:
+    options = {"max_steps": 24, "learning_rate": 0.0, "source_column": "data_source"}
+    trainer, _, _ = trained(tmp_path, model_path, noisy, **options)
+    assert trainer.tracking is not None
+    ids = ["p01", "p00"]  # maths, code
+    value = trainer.tracking.belief.predict(ids, step=24)
+    new = trainer.tracking.belief.predictive(ids, step=24)
+    noise = (new.variance - value.variance).sqrt()
+    torch.testing.assert_close(noise, torch.tensor([0.1, 2.0], dtype=torch.float64), rtol=0.3, atol=0)
+
+
+def test_sources_are_columns(model_path: str, tmp_path: Path) -> None:
+    columns = "prompt, prompt_id, data_source"
+    message = f"^source_column: got 'dataset', expected a column of the dataset, which has {columns}$"
+    with pytest.raises(ConfigError, match=message):
+        trained(tmp_path, model_path, source_column="dataset")
+    options = {"source_column": "data_source", "save_strategy": "steps", "save_steps": 8, "max_steps": 8}
+    trained(tmp_path, model_path, **options)
+    options |= {"rows": [row | {"data_source": "maths"} for row in ROWS], "max_steps": 10}
+    message = "^source_column: got 'maths' for prompt 'p.*', which was of 'code' before"
+    with pytest.raises(ConfigError, match=message):
+        trained(tmp_path, model_path, resume=str(tmp_path / "checkpoint-8"), **options)
 
 
 # ---- joining and filling
@@ -281,6 +311,11 @@ def test_rows_join_fill_and_take() -> None:
         ({"allocation": "predictive", "aim": "lite"}, "aim: got 'lite'"),
         ({"allocation": "rounds", "rounds": 3}, "rounds: got 3, expected a list"),
         ({"belief_options": None}, "belief_options: got None, expected options by name"),
+        (
+            {"belief": None, "source_column": "data_source"},
+            "source_column: got 'data_source' for method 'grpo', expected None because only a belief",
+        ),
+        ({"belief_options": {"source": str}, "source_column": "data_source"}, "options: got a source beside"),
         ({"method_options": ["low"]}, "method_options: got .*expected options by name"),
         ({"allocation": "rounds", "reward_noise_variance": -1.0}, "reward_noise_variance: got -1.0"),
         (

@@ -20,7 +20,7 @@ import torch
 
 pytest.importorskip("verl", exc_type=ImportError)
 pytest.importorskip("transfer_queue", exc_type=ImportError)
-from kalman_rl.beliefs import make_belief
+from kalman_rl.beliefs import BELIEFS, make_belief
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.hosts import state as state_file
 from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
@@ -40,7 +40,8 @@ ROOT = HERE.parents[1]
 
 
 def tracking(**settings: Any) -> Any:
-    return make_tracking("tracked", read_settings(settings))
+    """Beliefs of prompts whose source nobody noted."""
+    return make_tracking("tracked", read_settings({"source_key": None} | settings))
 
 
 # ---- by themselves
@@ -59,6 +60,7 @@ def tracking(**settings: Any) -> Any:
     ({"rounds": (1,)}, "rounds: got"),
     ({"coverage_steps": 0}, "coverage_steps: got 0"),
     ({"belief_options": ["rho"]}, "belief_options: got"),
+    ({"source_key": ["data_source"]}, "source_key: got .*, expected a column, or null"),
 ])  # fmt: skip
 def test_settings_are_checked_before_anything_is_sampled(settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^algorithm.kalman_rl(: |\.){message}"):
@@ -149,6 +151,47 @@ def test_prompts_of_unequal_groups_count_the_same() -> None:
     torch.testing.assert_close(weighted, plain * torch.tensor([2.0, 2 / 3, 2 / 3, 2 / 3]).double())
 
 
+def test_each_source_learns_its_own_noise() -> None:
+    """Two sources in every batch, noise 0.1 and 2: what is learned of each is its own, after a resume too."""
+    names = [f"{source}/{i}" for i in range(8) for source in ("maths", "code") for _ in range(4)]
+    sources = [name.partition("/")[0] for name in names]
+    rows = rows_of([f"{name}_{i % 4}_0" for i, name in enumerate(names)], [{}] * len(names), names)
+    sd = torch.tensor([{"maths": 0.1, "code": 2.0}[source] for source in sources])
+    generator = torch.Generator().manual_seed(0)
+    books, again = (make_tracking("tracked", read_settings({})) for _ in range(2))
+    for step in range(8):
+        reward = torch.randn(len(names), generator=generator) * sd
+        books.sources.note(names, sources)
+        found, _ = tracked_advantages(books, rows, reward, global_step=step, n=4)
+        if step > 4:
+            again.sources.note(names, sources)
+            same, _ = tracked_advantages(again, rows, reward, global_step=step, n=4)
+            assert torch.equal(found, same)
+        if step == 4:
+            again.load_state_dict(books.state_dict())
+    ids = ["maths/0", "code/0"]
+    noise = books.belief.predictive(ids, step=8).variance - books.belief.predict(ids, step=8).variance
+    torch.testing.assert_close(noise.sqrt(), torch.tensor([0.1, 2.0], dtype=torch.float64), rtol=0.25, atol=0)
+    with pytest.raises(
+        ConfigError, match="source_key: got 'code' for prompt 'maths/0', which was of 'maths' before"
+    ):
+        again.sources.note(["maths/0"], ["code"])
+
+
+def test_a_belief_that_cannot_be_divided_by_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is left out; a column that was named is refused."""
+
+    class Own:
+        predict = predictive = advantages = update = state_dict = load_state_dict = None
+
+    monkeypatch.setitem(BELIEFS.table, "own", Own)
+    assert tracking(belief="own", source_key="data_source").sources is None
+    with pytest.raises(
+        ConfigError, match="^source: got one with belief 'own', a Own; expected a TableBelief"
+    ):
+        tracking(belief="own", source_key="topic")
+
+
 def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "global_step_7"
     books = tracking()
@@ -175,8 +218,9 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
 
 
 def test_beliefs_by_the_name_of_the_estimator() -> None:
-    assert type(make_tracking("k_grpo", read_settings({})).belief) is type(make_belief("auto"))
-    spo = make_tracking("spo", read_settings({"belief_options": {"rho": 0.9}})).belief
+    one = {"source_key": None}
+    assert type(make_tracking("k_grpo", read_settings(one)).belief) is type(make_belief("auto"))
+    spo = make_tracking("spo", read_settings(one | {"belief_options": {"rho": 0.9}})).belief
     assert type(spo) is type(make_belief("spo"))
     assert type(tracking(belief="beta").belief) is type(make_belief("beta"))
     for settings, message in (

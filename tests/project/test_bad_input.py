@@ -296,7 +296,7 @@ def test_replay_and_report(options: dict[str, Any], message: str, tmp_path: Path
     (tmp_path / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(ConfigError, match=f"^{message}"):
         replay(tmp_path, **({"method": "kpo"} | options))
-    with pytest.raises(ConfigError, match="^report: got .*, expected a list of run directories"):
+    with pytest.raises(ConfigError, match="^runs: got .*, expected a list of run directories"):
         write_report(tmp_path)
 
 

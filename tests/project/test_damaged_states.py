@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl import KalmanPreferenceTracker
-from kalman_rl.beliefs import make_belief
+from kalman_rl.beliefs import Sources, make_belief
 from kalman_rl.errors import KalmanRLError, ShapeError
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.sampling.budget import Budget
@@ -43,7 +43,9 @@ def tracker(width: int) -> KalmanPreferenceTracker:
 
 
 def tracking() -> Tracking:
-    made = Tracking(taught("auto"), Budget())
+    sources = Sources()
+    sources.note(["a", "b", "c"], ["maths", "code", "maths"])
+    made = Tracking(taught("auto"), Budget(), sources)
     made.coverage.visit(["a", "b"], step=1)
     made.skipped, made.last_step = {"c"}, 2
     made.features = {"a": torch.ones(2), "b": torch.zeros(2)}

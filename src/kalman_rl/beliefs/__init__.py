@@ -7,7 +7,7 @@ from typing import Any
 
 from kalman_rl.beliefs.base import TableBelief
 from kalman_rl.beliefs.beta import BetaBelief
-from kalman_rl.beliefs.by_source import BySource
+from kalman_rl.beliefs.by_source import BySource, Sources
 from kalman_rl.beliefs.gaussian import GaussianBelief
 from kalman_rl.beliefs.protocol import Advantages, Belief, Observed
 from kalman_rl.beliefs.regression import RegressionBelief
@@ -34,7 +34,8 @@ def make_belief(
 
     Args:
         name: a key of BELIEFS, or ``module:function`` of your own.
-        source: prompt id -> source, for beliefs that learn apart (see :class:`BySource`); None = one for all.
+        source: prompt id -> source, for beliefs that learn apart (see :class:`BySource`, and :class:`Sources` for a
+            table that is filled as prompts come); None = one for all.
         options: of the belief's class, or function.
 
     Raises: ConfigError for an unknown name or option, and what the class raises.
@@ -73,6 +74,7 @@ __all__ = [
     "Observed",
     "RegressionBelief",
     "SPOBelief",
+    "Sources",
     "TableBelief",
     "make_belief",
 ]

@@ -6,6 +6,7 @@ and can travel; the belief itself lives where prompts have names, in a trainer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kalman_rl.beliefs import make_belief
 from kalman_rl.beliefs.protocol import Belief
+from kalman_rl.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,12 @@ class Tracked:
     def __post_init__(self) -> None:
         self.make()
 
-    def make(self) -> Belief:
-        """A new belief that has seen nothing."""
-        return make_belief(self.belief, **dict(self.options))
+    def make(self, source: Callable[[Any], Hashable] | None = None) -> Belief:
+        """A new belief that has seen nothing; with ``source`` (prompt id -> source), one for each source."""
+        options = dict(self.options)
+        if source is not None and "source" in options:
+            raise ConfigError("options: got a source beside the one of the dataset, expected one of the two")
+        return make_belief(self.belief, **(options if source is None else options | {"source": source}))
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         return _first_batch(self.make(), reward, group)

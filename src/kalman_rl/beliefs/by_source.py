@@ -11,7 +11,7 @@ from torch import Tensor
 from kalman_rl.beliefs.base import FORMAT, TableBelief, check_features
 from kalman_rl.beliefs.groups import check_id, group_rewards, unique_ids
 from kalman_rl.beliefs.protocol import Advantages, Observed
-from kalman_rl.checks import expect, reading, saved
+from kalman_rl.checks import expect, is_whole, reading, saved
 from kalman_rl.errors import ConfigError, ShapeError
 from kalman_rl.numerics.kalman import Gaussian
 
@@ -139,6 +139,69 @@ class BySource:
             ask = getattr(self.sources.get(name, self._unseen), what)
             out[:, rows] = torch.stack(ask([ids[i] for i in rows], step=step, features=_of(features, rows)))
         return Gaussian(*out)
+
+
+class Sources:
+    """The source of every prompt seen so far: a function for ``make_belief(source=...)`` that a dataset fills.
+
+    Args:
+        setting: who names the column that sources are read from, for messages.
+
+    >>> sources = Sources()
+    >>> sources.note(["a", "b", "a"], ["maths", "code", "maths"])
+    >>> sources("a")
+    'maths'
+    """
+
+    def __init__(self, setting: str = "source") -> None:
+        self.setting = setting
+        self._of: dict[Hashable, Hashable] = {}
+
+    def __call__(self, name: Hashable) -> Hashable:
+        """The source of a prompt. Raises: ConfigError for one that was never noted."""
+        if name not in self._of:
+            raise ConfigError(
+                f"{self.setting}: got prompt {name!r} before its source, expected note() to name it first"
+            )
+        return self._of[name]
+
+    def note(self, ids: Sequence[Hashable], sources: Sequence[Any]) -> None:
+        """Learn the source of each prompt; ids may repeat.
+
+        Raises: ConfigError for what is no text or integer, and for a prompt of two sources. Nothing has changed then.
+        """
+        new: dict[Hashable, Hashable] = {}
+        for name, source in zip(ids, sources, strict=True):
+            if not isinstance(source, str) and not is_whole(source, -(2**63)):
+                raise ConfigError(
+                    f"{self.setting}: got {source!r:.80} for prompt {name!r}, expected a text or integer in every row "
+                    "of the dataset"
+                )
+            known = self._of.get(name, new.setdefault(name, source))
+            if source != known:
+                raise ConfigError(
+                    f"{self.setting}: got {source!r} for prompt {name!r}, which was of {known!r} before, expected one "
+                    "source per prompt because beliefs are kept by source; give the prompt another id"
+                )
+        self._of |= new
+
+    def state_dict(self) -> list[tuple[Hashable, list[Hashable]]]:
+        """Every source with its prompts, for :meth:`load_state_dict`."""
+        prompts: dict[Hashable, list[Hashable]] = {}
+        for name, source in self._of.items():
+            prompts.setdefault(source, []).append(name)
+        return list(prompts.items())
+
+    def load_state_dict(self, state: Any) -> None:
+        """Become the saved table. Raises: ConfigError for one that note() would refuse."""
+        table = Sources(self.setting)
+        with reading("sources", state):
+            for source, names in state:
+                expect("sources", "prompts", isinstance(names, list), names, "a list")
+                for name in names:
+                    check_id("sources", name)
+                table.note(names, [source] * len(names))
+        self._of = table._of
 
 
 def _of(features: Tensor | None, rows: list[int]) -> Tensor | None:

@@ -69,6 +69,9 @@ class Subject:
     of an installed package, or your own as MODULE:FUNCTION."""
     prompt_features: bool = False
     """Tell the belief each prompt's mean hidden state, so that it guesses prompts it has not seen."""
+    source_column: Text | None = None
+    """Column of the rows that names where a prompt comes from, e.g. data_source: the belief learns noise, drift, prior
+    and scale for each source by itself. Unset: one for all."""
 
 
 @dataclass(frozen=True)
@@ -311,6 +314,11 @@ def _check_train(config: TrainConfig) -> None:
         raise ConfigError(
             f"allocation: got {config.allocation!r} with advantage={config.advantage!r}, expected fixed because only a "
             "belief knows how to divide completions; set advantage = 'tracked'"
+        )
+    if config.source_column is not None and config.advantage != "tracked":
+        raise ConfigError(
+            f"source_column: got {show(config.source_column)} with advantage={config.advantage!r}, expected it unset "
+            "because only a belief learns by source; set advantage = 'tracked'"
         )
     if config.aim == "mixed_groups" and config.reward_noise:
         raise ConfigError(

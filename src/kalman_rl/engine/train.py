@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from kalman_rl.beliefs.advantage import JamesStein
+from kalman_rl.beliefs.by_source import Sources
 from kalman_rl.engine.callbacks import (
     Evaluate,
     NoSignal,
@@ -52,6 +53,7 @@ from kalman_rl.engine.tasks import (
 )
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
+from kalman_rl.hosts.trl.prompts import note_sources
 from kalman_rl.kernels.memory import keep_freed_memory
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.advantage.group import batch_leave_one_out, leave_one_out
@@ -155,7 +157,7 @@ def _train(
         method = dataclasses.replace(method, advantage=BASELINES[config.advantage])
     max_tokens = config.max_completion_tokens or task.max_completion_tokens
     task = fit_prompts(task, loaded.tokenizer, loaded.model, config.max_prompt_tokens, max_tokens, say)
-    _check_enough(task, config)
+    _check_rows(task, config)
     if config.lora_rank:
         check_lora_targets(loaded.model, LORA_TARGETS, say)
     _warn_short(method, max_tokens, say)
@@ -269,6 +271,7 @@ def build_trainer(
         num_generations=config.completions_per_prompt,
         belief=config.belief if config.advantage == "tracked" else None,
         prompt_features=config.prompt_features,
+        source_column=config.source_column,
         max_completion_length=max_tokens,
         temperature=config.temperature,
         max_steps=config.steps,
@@ -306,7 +309,7 @@ def build_trainer(
         model=loaded.model,
         reward_funcs=with_noise(by_row(guard_reward(task.reward), task.train), config.reward_noise),
         args=args,
-        train_dataset=Dataset.from_list(trainer_rows(task.train)),
+        train_dataset=Dataset.from_list(trainer_rows(task.train, *filter(None, [config.source_column]))),
         processing_class=loaded.tokenizer,
         peft_config=peft_config,
         method=method,
@@ -327,16 +330,18 @@ def chosen_task(config: TrainConfig) -> Task:
         task = load_task(config.task, train_size=config.train_size, test_size=config.test_size)
         if reward is not None:
             task = dataclasses.replace(task, reward=reward)
-    _check_enough(task, config)
+    _check_rows(task, config)
     return task
 
 
-def _check_enough(task: Task, config: TrainConfig) -> None:
+def _check_rows(task: Task, config: TrainConfig) -> None:
     if len(task.train) < config.prompts_per_generation:
         raise ConfigError(
             f"prompts_per_generation: got {config.prompts_per_generation}, expected at most the "
             f"{len(task.train)} training rows of task {task.name!r}; lower it or add rows"
         )
+    if config.source_column is not None:
+        note_sources(Sources("source_column"), config.source_column, task.train)
 
 
 def _warn_short(method: Method, max_tokens: int, say: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_rl.beliefs.by_source import Sources
 from kalman_rl.beliefs.groups import check_id
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import expect, is_whole, reading, saved
@@ -32,12 +33,14 @@ class Tracking:
     Args:
         belief: read and updated.
         budget: how completions are divided.
+        sources: the table that ``belief`` looks prompts up in, where it learns by source; saved with it.
         observers: receive a :func:`~kalman_rl.sampling.records.belief_record` after every batch.
         written: prompts whose text the observers have seen.
     """
 
     belief: Belief
     budget: Budget
+    sources: Sources | None = None
     last_step: int = -1
     coverage: Coverage = field(init=False)
     skipped: set[Hashable] = field(default_factory=set)
@@ -102,6 +105,7 @@ class Tracking:
         names = list(self.features)
         return {
             "belief": self.belief.state_dict(),
+            "sources": [] if self.sources is None else self.sources.state_dict(),
             "coverage": self.coverage.state_dict(),
             "last_step": self.last_step,
             "skipped": sorted(self.skipped, key=repr),
@@ -121,8 +125,8 @@ class Tracking:
 
     def _load(self, state: dict[str, Any]) -> None:
         what = "checkpoint's beliefs"
-        names = ("belief", "coverage", "last_step", "skipped", "feature_ids", "features")
-        belief, coverage, last_step, skipped, ids, features = saved("checkpoint's beliefs", state, *names)
+        names = ("belief", "coverage", "last_step", "skipped", "feature_ids", "features", "sources")
+        belief, coverage, last_step, skipped, ids, features, sources = saved(what, state, *names)
         expect(what, "last_step", is_whole(last_step, -1), last_step, "a step")
         expect(what, "skipped", isinstance(skipped, list), skipped, "a list of names")
         legal = isinstance(features, Tensor) and features.dim() == 2 and bool(features.isfinite().all())
@@ -132,8 +136,12 @@ class Tracking:
             check_id(what, name)
         books = Coverage(self.coverage.every)
         books.load_state_dict(coverage)
+        table = Sources()
+        table.load_state_dict(sources)
         self.belief.load_state_dict(belief)
         self.coverage.load_state_dict(coverage)
+        if self.sources is not None:
+            self.sources.load_state_dict(sources)
         self.last_step, self.skipped = last_step, set(skipped)
         self.features = dict(zip(ids, features))
 

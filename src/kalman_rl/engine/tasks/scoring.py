@@ -14,13 +14,17 @@ from typing import Any
 from kalman_rl.engine.tasks.task import Prompt, Row
 
 
-def trainer_rows(rows: Sequence[Row]) -> list[Row]:
-    """What a trainer's dataset holds of each row: the prompt, and the id by which :func:`by_row` finds the rest.
+def trainer_rows(rows: Sequence[Row], *columns: str) -> list[Row]:
+    """What a trainer's dataset holds of each row: the prompt, the id by which :func:`by_row` finds the rest, and the
+    ``columns`` that the trainer reads itself, as texts.
 
     >>> trainer_rows([{"prompt": "2 * 3 =", "prompt_id": 7, "answer": {"value": 6}}])
     [{'prompt': '2 * 3 =', 'prompt_id': '7'}]
     """
-    return [{"prompt": plain_prompt(row["prompt"]), "prompt_id": str(row["prompt_id"])} for row in rows]
+    texts = ("prompt_id", *columns)
+    return [
+        {"prompt": plain_prompt(row["prompt"])} | {name: str(row[name]) for name in texts} for row in rows
+    ]
 
 
 def plain_prompt(prompt: Prompt) -> Prompt:
@@ -36,8 +40,9 @@ def by_row(reward: Callable[..., Any], rows: Sequence[Row]) -> Callable[..., Any
 
     @wraps(reward, assigned=("__name__", "__doc__"), updated=())
     def scored(completions: list[Any], prompt_id: list[str], **trainer: Any) -> Any:
-        trainer.pop("prompts", None)
-        return call_reward(reward, [found[name] for name in prompt_id], completions, **trainer)
+        asked = [found[name] for name in prompt_id]
+        rest = {name: value for name, value in trainer.items() if name not in ("prompts", *asked[0])}
+        return call_reward(reward, asked, completions, **rest)
 
     return scored
 

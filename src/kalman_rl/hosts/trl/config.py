@@ -120,6 +120,13 @@ class KalmanGRPOConfig(GRPOConfig):
             "help": "Give the belief the mean hidden state of each prompt (one forward pass per prompt)."
         },
     )
+    source_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the dataset that names where a prompt comes from, like data_source: the belief learns "
+            "noise, drift, prior and scale for each source by itself. None: one for all."
+        },
+    )
     allocation: str = _budget_field(
         "allocation",
         "Completions per prompt: fixed (num_generations), predictive (from the belief, before sampling) or rounds "
@@ -221,6 +228,11 @@ def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -
         raise ConfigError(
             f"allocation: got {allocation!r} for method {method.name!r}, expected fixed because only a belief "
             "knows how to divide completions; set belief='auto'"
+        )
+    if getattr(args, "source_column", None) is not None and not isinstance(method.advantage, Tracked):
+        raise ConfigError(
+            f"source_column: got {args.source_column!r} for method {method.name!r}, expected None because only a "
+            "belief learns by source; set belief='auto'"
         )
     if args.use_vllm:  # it does not pass on the sampler's distributions
         advice = "take the binary form (dppo_tv, dppo_kl), or train without vLLM"

@@ -14,15 +14,24 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from kalman_rl.beliefs.advantage import Tracked
+from kalman_rl.beliefs.by_source import Sources
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import rows as batches
 from kalman_rl.hosts.trl.packed import pack, unpack
-from kalman_rl.hosts.trl.prompts import prompts_by_id
+from kalman_rl.hosts.trl.prompts import note_sources, prompts_by_id
+from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.records import belief_record
 from kalman_rl.sampling.rounds import Sampled
 from kalman_rl.sampling.tracking import Tracking, fixed_groups, outcome_metrics
 
 Generate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+def make_tracking(part: Tracked, args: Any) -> Tracking:
+    """An empty belief with its books, by source where ``args.source_column`` names a column."""
+    sources = Sources("source_column") if getattr(args, "source_column", None) is not None else None
+    return Tracking(part.make(sources), Budget.of(args), sources)
 
 
 def tracked_generation(
@@ -44,6 +53,8 @@ def tracked_generation(
     everyone = gather_object(inputs) if accelerator.num_processes > 1 else inputs
     by_id = prompts_by_id(everyone)
     ids = list(by_id)
+    if tracking.sources is not None:
+        note_sources(tracking.sources, trainer.args.source_column, by_id.values())
     step = tracking.tick(trainer.state.global_step)
     note_features(trainer, tracking, by_id)
     predicted = tracking.before(ids, step)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kalman_rl.beliefs.by_source import Sources
 from kalman_rl.errors import ConfigError
 
 Row = dict[str, Any]
@@ -52,6 +53,16 @@ def check_names(dataset: Any) -> None:
     for shared in places.values():
         if len(shared) > 1:
             prompts_by_id(dataset[place] for place in shared)
+
+
+def note_sources(sources: Sources, column: str, rows: Iterable[Row]) -> None:
+    """Learn where prompts come from. Raises: ConfigError for rows without the column, and what ``sources`` refuses."""
+    rows = list(rows)
+    if missing := [row for row in rows if column not in row]:
+        raise ConfigError(
+            f"source_column: got {column!r}, expected a column of the dataset, which has {', '.join(missing[0])}"
+        )
+    sources.note([row["prompt_id"] for row in rows], [row[column] for row in rows])
 
 
 def same(one: Any, other: Any) -> bool:

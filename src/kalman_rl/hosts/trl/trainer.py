@@ -30,7 +30,7 @@ from kalman_rl.hosts.trl.entropy import entropy_bonus
 from kalman_rl.hosts.trl.factors import scaled_advantage
 from kalman_rl.hosts.trl.finite import FiniteTrainer
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
-from kalman_rl.hosts.trl.generation import tracked_generation
+from kalman_rl.hosts.trl.generation import make_tracking, tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards, check_finite
 from kalman_rl.hosts.trl.prompts import check_names
 from kalman_rl.hosts.trl.tally import Tally, sums_behind
@@ -42,7 +42,6 @@ from kalman_rl.objectives.loss import Loss, Method, policy_loss
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.objectives.rollouts import Current, Rollouts, score_norm_squared
 from kalman_rl.objectives.trust.curvature import last_layer_step
-from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.tracking import Tracking
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         self.observers = list(observers)
         self.tracking: Tracking | None = None
         if isinstance(self.method.advantage, Tracked):
-            self.tracking = Tracking(self.method.advantage.make(), Budget.of(args))
+            self.tracking = make_tracking(self.method.advantage, args)
         self.prompt_features = getattr(args, "prompt_features", False)
         self.learning = LearnedState(self.method, self._sum_over_ranks)
         self._step_method = self.method

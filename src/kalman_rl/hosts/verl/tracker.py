@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.advantage import Tracked
+from kalman_rl.beliefs.base import TableBelief
+from kalman_rl.beliefs.by_source import Sources
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError, unknown_name
 from kalman_rl.hosts.verl.estimators import TRACKED
@@ -33,6 +35,9 @@ class TrackerSettings(Budget):
             estimator ``kalman_rl/tracked``, while ``kalman_rl/k_grpo`` and ``kalman_rl/spo`` name their own.
         prompt_key: columns of the dataset that name a prompt for good. verl's ``index`` is
             ``extra_info.index``, often counted anew in every file, hence ``data_source`` beside it.
+        source_key: column that says where a prompt comes from: the belief learns noise, drift, prior and scale for each
+            source by itself. With a single source nothing changes. None = one belief for all, and so is the default
+            with a belief of your own that is no :class:`~kalman_rl.beliefs.TableBelief`.
 
     verl samples ``rollout.n`` completions per prompt on average, all at once: ``budget`` and rounds stay as they are.
     """
@@ -41,6 +46,7 @@ class TrackerSettings(Budget):
     belief: str = "auto"
     belief_options: Mapping[str, Any] = field(default_factory=dict)
     prompt_key: Sequence[str] = ("data_source", "index")
+    source_key: str | None = "data_source"
 
     def __post_init__(self) -> None:
         if self.allocation not in ("fixed", "predictive"):
@@ -62,6 +68,10 @@ class TrackerSettings(Budget):
         if isinstance(self.prompt_key, str) or not self.prompt_key:
             raise ConfigError(
                 f"algorithm.kalman_rl.prompt_key: got {self.prompt_key!r}, expected a list of columns, like [index]"
+            )
+        if self.source_key is not None and (not isinstance(self.source_key, str) or not self.source_key):
+            raise ConfigError(
+                f"algorithm.kalman_rl.source_key: got {self.source_key!r}, expected a column, or null for one belief"
             )
         if not isinstance(self.belief_options, Mapping):
             raise ConfigError(
@@ -96,7 +106,11 @@ def make_tracking(estimator: str, settings: TrackerSettings) -> Tracking:
                 f"{own.belief!r}; take adv_estimator=kalman_rl/{TRACKED} to choose the belief"
             )
         part = Tracked(own.belief, tuple({**dict(own.options), **settings.belief_options}.items()))
-    return Tracking(part.make(), settings)
+    default = settings.source_key == TrackerSettings.source_key
+    if settings.source_key is None or (default and not isinstance(part.make(), TableBelief)):
+        return Tracking(part.make(), settings)
+    sources = Sources("algorithm.kalman_rl.source_key")
+    return Tracking(part.make(sources), settings, sources)
 
 
 class PromptNames:

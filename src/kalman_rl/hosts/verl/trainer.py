@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class KalmanPPOTrainer(PPOTrainerSync):
 
     def _next_train_batch(self, num_prompts: int | None = None) -> Any:
         batch = super()._next_train_batch(num_prompts)
-        names = self.prompt_names.of(self._columns(batch))
+        names = self._names(batch)
         self.prompt_names.check(names, plain(batch["raw_prompt"]))
         if self.tracking.budget.allocation == "predictive":
             step = max(self.global_steps, self.tracking.last_step + 1)
@@ -80,10 +81,8 @@ class KalmanPPOTrainer(PPOTrainerSync):
         return batch
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        data = tq.kv_batch_get(
-            keys=batch.keys, partition_id=batch.partition_id, select_fields=list(self.prompt_names.key)
-        )
-        rows = rows_of(batch.keys, batch.tags, self.prompt_names.of(self._columns(data)))
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=self._wanted())
+        rows = rows_of(batch.keys, batch.tags, self._names(data))
         token = TRACKER.set(functools.partial(self._tracked, rows, metrics))
         try:
             return super()._compute_advantage(batch, metrics)
@@ -108,15 +107,27 @@ class KalmanPPOTrainer(PPOTrainerSync):
         metrics.update(numbers)
         return found
 
-    def _columns(self, data: Any) -> dict[str, list[Any]]:
-        key = self.prompt_names.key
-        missing = [name for name in key if name not in data.keys()]  # noqa: SIM118
+    def _names(self, data: Any) -> list[Hashable]:
+        """The name of each row's prompt, whose source is noted."""
+        missing = [name for name in self._wanted() if name not in data.keys()]  # noqa: SIM118
         if missing:
             raise ConfigError(
-                f"algorithm.kalman_rl.prompt_key: got {list(key)}, expected columns of the dataset, which has no "
+                f"algorithm.kalman_rl: got prompt_key {list(self.prompt_names.key)} and source_key "
+                f"{self.tracker_settings.source_key!r}, expected columns of the dataset, which has no "
                 f"{', '.join(missing)}"
             )
-        return {name: plain(data[name]) for name in key}
+        columns = {name: plain(data[name]) for name in self._wanted()}
+        names = self.prompt_names.of(columns)
+        source = self.tracker_settings.source_key
+        if self.tracking.sources is not None and source is not None:
+            self.tracking.sources.note(names, columns[source])
+        return names
+
+    def _wanted(self) -> list[str]:
+        """Columns of the dataset that are read here, once each."""
+        source = self.tracker_settings.source_key
+        more = [] if self.tracking.sources is None or source is None else [source]
+        return list(dict.fromkeys([*self.prompt_names.key, *more]))
 
     def _save_checkpoint(self) -> None:
         # First the belief: verl names a checkpoint the latest when all else is written, so a crash in between leaves
