@@ -38,7 +38,15 @@ TRAIN_FLAGS = {
     *("--eval-samples",),
     *("--save-every", "--traces-per-step", "--train-size", "--test-size", "--report-to", "--threads"),
     *("--log-every", "--quiet", "--no-quiet"),
-    *("--advantage", "--belief", "--prompt-features", "--no-prompt-features", "--allocation", "--aim"),
+    *(
+        "--advantage",
+        "--belief",
+        "--prompt-features",
+        "--source-column",
+        "--no-prompt-features",
+        "--allocation",
+        "--aim",
+    ),
     *(
         "--budget",
         "--rounds",

@@ -249,10 +249,12 @@ def test_a_total_is_used_exactly_and_caps_hold(
 def test_caps_hold_at_any_price(seed: int, budget: float, n_min: int, aim: str) -> None:
     generator, price, belief = torch.Generator().manual_seed(seed), Price(budget), BetaBelief()
     for step in range(3):
+        low, high = price.window(torch.full((8,), n_min), torch.full((8,), 11))
         plan = RoundPlan(belief, range(8), step=step, price=price, n_min=n_min, n_max=11, aim=aim)
         result, _ = drive(plan, generator)
         assert n_min <= result.tau.min() and result.tau.max() <= 11
-        assert set(result.stop_reason) <= {"gain", "mixed", "n_max", "skipped"}
+        assert set(result.stop_reason) <= {"gain", "mixed", "n_max", "skipped", "budget"}
+        assert low <= result.tau.sum() <= high
 
 
 def test_price_meets_the_budget_and_spends_where_it_pays() -> None:

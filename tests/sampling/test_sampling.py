@@ -344,9 +344,23 @@ def test_hard_caps_hold_whatever_the_price(budget: float, seed: int, n_min: int,
         assert exact.sum() == total and n_min <= exact.min() and exact.max() <= n_max
 
 
+@pytest.mark.parametrize("wrong", [0.01, 100.0])
+def test_a_price_is_found_though_every_step_takes_the_budget(wrong: float) -> None:
+    """A window cut each step to the budget, and the price stayed where it was."""
+    gains = gradient_gains(torch.linspace(0.01, 0.25, 64, dtype=torch.float64), 32)
+    least, most = torch.zeros(64, dtype=torch.long), torch.full((64,), 32)
+    right = divide(gains, 4 * 64, least, most).price
+    price = Price(4.0, value=right * wrong)
+    for _ in range(150):
+        price.update(price.divide(gains, least, most).counts.double().mean().item(), 64)
+    alone = divide_at_price(gains, price.value, least, most).counts.double().mean().item()
+    assert alone == pytest.approx(4.0, rel=0.1)
+
+
 def test_price_state_and_bad_input() -> None:
     price = Price(8.0, value=0.01)
-    assert price.update(16.0) == pytest.approx(0.01 * 2) and price.update(8.0) == pytest.approx(0.02)
+    assert price.update(16.0) == pytest.approx(0.01 * 2), "8 too many"
+    assert price.update(8.0) == pytest.approx(0.02 * 2), "8 and the 8 that are owed"
     copy = Price(8.0)
     copy.load_state_dict(price.state_dict())
     assert copy == price and price.steps == 2

@@ -21,9 +21,9 @@ MIN_SLACK = 0.05
 class Price:
     """The price of one completion that makes the mean number per prompt meet a budget: a log-dual update.
 
-    After a step that took ``mean`` completions per prompt: ``log price += rate * log(mean / budget)``, with
-    the logarithm held within +-1. The gradient gain falls like 1/n^2, so rate 2 would correct an error in one
-    step and rate 1 halves it.
+    After a step that took ``mean`` completions per prompt: ``log price += rate * log((mean - balance / N) / budget)``,
+    with the logarithm held within +-1; ``balance`` (below) is the one before the step. The gradient gain falls like
+    1/n^2, so rate 2 would correct an error in one step and rate 1 halves it.
 
     A price alone cannot divide prompts that are alike: all of them are worth it, or none. So what a step took too
     much or too little is kept as a ``balance``, and a step N prompts wide takes ``budget N + balance`` completions
@@ -41,8 +41,10 @@ class Price:
     Raises: ConfigError for a number out of range.
 
     >>> price = Price(budget=8.0, value=0.01)
-    >>> round(price.update(16.0), 4), round(price.update(4.0), 4)  # dearer after too many, cheaper after too few
-    (0.02, 0.01)
+    >>> price.update(16.0)  # dearer after too many
+    0.02
+    >>> price.balance, round(price.update(4.0), 4)  # 8 too many are still owed: these 4 count as 12
+    (-8.0, 0.03)
     """
 
     budget: float
@@ -109,11 +111,13 @@ class Price:
             raise NumericError(f"mean: got {mean!r}, expected completions per prompt >= 0")
         if self.value is None:
             raise ConfigError("price: got an update before the first allocation, expected start() first")
+        # A step that a wrong price fills to the edge of its window takes the budget; the debt says it is wrong.
+        counted = mean - self.balance / prompts
         # Bounds of single prompts may keep a step from the budget; what it owes then is not run up for ever.
         most = self.budget * prompts * self._slack
         self.balance = min(max(self.balance + (self.budget - mean) * prompts, -most), most)
         self.steps += 1
-        error = math.log(mean / self.budget) if mean > 0 else -1.0
+        error = math.log(counted / self.budget) if counted > 0 else -1.0
         self.value = min(max(self.value * math.exp(self.rate * min(max(error, -1.0), 1.0)), 1e-12), 1e12)
         return self.value
 

@@ -55,7 +55,8 @@ class Sampled(NamedTuple):
     over known completions of ``weight * advantage * grad log pi``), ``round``.
     Per prompt (u,): ``prompts`` as the plan was given them, ``tau`` completions sampled, ``stop_reason``:
     "gain" (worth less than the price), "mixed" (mixed groups, nothing left to gain), "n_max", "budget"
-    (the total was used up elsewhere), "planned" (counts fixed before sampling) or "skipped" (none at all).
+    (the total, or what a price's window allows, was used up elsewhere), "planned" (counts fixed before
+    sampling) or "skipped" (none at all).
     ``price``: gain a completion had to be worth; None with a total.
     """
 
