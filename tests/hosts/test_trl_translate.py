@@ -21,7 +21,7 @@ from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer
 from kalman_rl.hosts.trl.config import check_combination, resolve_method
 from kalman_rl.hosts.trl.translate import AGGREGATE, DEFAULTS
 from kalman_rl.objectives import advantage, aggregate, ratio, trust
-from tests.hosts.test_trl import assert_same_training, digit_sum, model_path, run, settings
+from tests.hosts.test_trl import assert_same_training, digit_sum, model_path, run, settings, two_ranks
 from tests.hosts.tiny_llama import tokenizer
 
 __all__ = ["model_path"]  # a fixture
@@ -78,6 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
         "reward_weights": [1.0, 0.5],
         "multi_objective_aggregation": "normalize_then_sum",
     },
+    "missing rewards": {"reward": length},
     "gspo": {"loss_type": "grpo", "epsilon": 0.02, **SEQUENCE},
     "gspo, high-entropy tokens": {"loss_type": "grpo", "top_entropy_quantile": 0.5, **SEQUENCE},
     "gspo, kl": {"loss_type": "grpo", "beta": 0.1, **SEQUENCE},
@@ -123,6 +124,32 @@ def test_plain_settings_of_trl(model_path: str, tmp_path: Path) -> None:
     _, mine = run(KalmanGRPOTrainer, GRPOConfig(**settings(tmp_path / "a", **changes)), model_path)
     _, theirs = run(GRPOTrainer, GRPOConfig(**settings(tmp_path / "b", **changes)), model_path)
     assert_same_training(mine, theirs)
+
+
+def test_a_run_without_rewards_goes_on_as_trls(model_path: str, tmp_path: Path) -> None:
+    def none(completions: list[str], **columns: Any) -> list[None]:
+        return [None for _ in completions]
+
+    config = KalmanGRPOConfig(**settings(tmp_path, max_steps=10))
+    trainer, history = run(KalmanGRPOTrainer, config, model_path, reward=none)
+    assert trainer.state.global_step == 10 and all(log["loss"] == 0 for log in history.logs)
+
+
+@pytest.mark.timeout(300)
+def test_two_processes(model_path: str, tmp_path: Path) -> None:
+    """Groups and micro-batches that straddle two gloo ranks."""
+    body = """
+    kwargs = dict(per_device_train_batch_size=4, num_generations=16, max_steps=2, loss_type="bnpo", beta=0.1)
+    for name, cls, config in (
+        ("ours", t.KalmanGRPOTrainer, t.KalmanGRPOConfig(**t.settings(out / "a", scale_rewards="batch", **kwargs))),
+        ("trl", GRPOTrainer, GRPOConfig(**t.settings(out / "b", scale_rewards="batch", **kwargs))),
+    ):
+        trainer, history = t.run(cls, config, model_path)
+        results[name] = [(h["loss"], h["grad_norm"], h.get("reward", 0.0)) for h in history.logs]
+    """
+    for rank in two_ranks(body, model_path, tmp_path):
+        for mine, theirs in zip(rank["ours"], rank["trl"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=2e-6)
 
 
 def test_entropy_bonus_beside_a_method(model_path: str, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
             return self._counted(output)
         output = super()._generate_and_score_completions(inputs)
         rewards: Any = self._last_rewards  # of all ranks, groups contiguous
-        if self.model.training:
+        if self.model.training and not self.as_trl:  # TRL warns and goes on
             self.missing.see(rewards, self.reward_func_names, self.state.global_step + 1)
         size = self.num_generations if self.model.training else self.num_generations_eval
         group = torch.arange(len(rewards), device=rewards.device) // size
