@@ -310,7 +310,7 @@ def test_rows_join_fill_and_take() -> None:
         ({"allocation": "rounds", "rounds": [0]}, r"rounds: got \(0,\), expected"),
         ({"allocation": "predictive", "aim": "lite"}, "aim: got 'lite'"),
         ({"allocation": "rounds", "rounds": 3}, "rounds: got 3, expected a list"),
-        ({"belief_options": None}, "belief_options: got None, expected options by name"),
+        ({"belief_options": ["rho"]}, "belief_options: got .*, expected options by name"),
         (
             {"belief": None, "source_column": "data_source"},
             "source_column: got 'data_source' for method 'grpo', expected None because only a belief",
