@@ -1,7 +1,6 @@
 """Does the collapse warning help: false alarms on runs that hold, lead time on runs that fail, against simple rules.
 
-    python -m benchmarks.collapse.runs && python -m benchmarks.collapse   # writes
-    results/collapse/alarm.{json,md,png}
+    python -m benchmarks.collapse.runs && python -m benchmarks.collapse   # the last writes alarm.json, .md, .png
 
 Decided before looking at any alarm of the reported runs:
 

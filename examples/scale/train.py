@@ -35,7 +35,8 @@ VLLM: dict[str, dict[str, Any]] = {
         "vllm_server_timeout": 600.0,
     },
 }
-"""Settings of the sampler. TRL's own correction of the difference between sampler and trainer is off: ours is on."""
+"""Settings of the inference engine. TRL's own correction of the difference between behaviour policy and trainer is off:
+ours is on."""
 
 
 def arguments(output: str, vllm: str = "none", **changes: Any) -> dict[str, Any]:

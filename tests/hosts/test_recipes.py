@@ -42,7 +42,7 @@ B, T = 6, 9
 class Batch:
     logp: Tensor
     old: Tensor
-    sampler: Tensor
+    behaviour: Tensor
     mask: Tensor
     advantage: Tensor
 
@@ -55,16 +55,16 @@ def batch(seed: int = 0) -> Batch:
     mask = torch.arange(T) < lengths[:, None]
     mask[0, 3:5] = False
     logp = old + 0.4 * torch.randn(B, T, generator=generator)
-    sampler = old + 0.05 * torch.randn(B, T, generator=generator)
+    behaviour = old + 0.05 * torch.randn(B, T, generator=generator)
     advantage = torch.randn(B, 1, generator=generator).expand(B, T).clone()
-    return Batch(logp.requires_grad_(), old, sampler, mask, advantage)
+    return Batch(logp.requires_grad_(), old, behaviour, mask, advantage)
 
 
 def expected(name: str, data: Batch, aggregate: Any, old: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Loss and gradient of one call on the whole batch."""
     logp = data.logp.detach().clone().requires_grad_()
     rollouts = Rollouts(
-        data.old if old is None else old, data.mask, logp_behaviour=data.sampler, allow_empty=True
+        data.old if old is None else old, data.mask, logp_behaviour=data.behaviour, allow_empty=True
     )
     method = dataclasses.replace(make_method(name), aggregate=aggregate)
     value = policy_loss(method, rollouts, logp, advantage=data.advantage).value
@@ -112,7 +112,7 @@ def test_skyrl(name: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> No
             scaled[part],
             config=config,
             loss_mask=data.mask[part].float(),
-            rollout_logprobs=data.sampler[part],
+            rollout_logprobs=data.behaviour[part],
         )
         assert all(isinstance(number, float) for number in metrics.values()) and "clip_ratio" in metrics
         total = total + value
@@ -160,7 +160,7 @@ def prime_step(data: Batch, name: str, weights: Tensor | None = None, **options:
     for i in range(B):
         inputs = LossInputs(
             data.logp[i],
-            data.sampler[i],
+            data.behaviour[i],
             None,
             data.advantage[i],
             data.mask[i],
@@ -177,7 +177,7 @@ def test_prime_rl(name: str, prime_host: None) -> None:
     data = batch(1)
     total = prime_step(data, name)
     total.backward()
-    same(total, data.logp.grad, expected(name, data, token_mean, old=data.sampler))
+    same(total, data.logp.grad, expected(name, data, token_mean, old=data.behaviour))
 
 
 def test_prime_rl_weights_and_options(prime_host: None) -> None:
@@ -186,7 +186,7 @@ def test_prime_rl_weights_and_options(prime_host: None) -> None:
     total = prime_step(data, "grpo", weights, low=0.05, high=0.1)
     total.backward()
     weighted = dataclasses.replace(data, advantage=data.advantage * weights)
-    rollouts = Rollouts(data.sampler, data.mask, allow_empty=True)
+    rollouts = Rollouts(data.behaviour, data.mask, allow_empty=True)
     logp = data.logp.detach().clone().requires_grad_()
     method = dataclasses.replace(make_method("grpo", low=0.05, high=0.1), aggregate=token_mean)
     policy_loss(method, rollouts, logp, advantage=weighted.advantage).value.backward()
@@ -247,7 +247,7 @@ def slime_case(**changes: Any) -> tuple[Any, dict[str, Any], Tensor, Any, Batch]
         logits, args=None, unconcat_tokens=tokens, total_lengths=totals, response_lengths=lengths
     )[1]["log_probs"]
     old = [row.detach() + 0.3 * torch.randn(len(row), generator=generator) for row in now]
-    sampler = [row + 0.05 * torch.randn(len(row), generator=generator) for row in old]
+    behaviour = [row + 0.05 * torch.randn(len(row), generator=generator) for row in old]
     advantages = [torch.full((n,), float(a)) for n, a in zip(lengths, (1.5, -0.7, 0.4))]
     given = {
         "unconcat_tokens": tokens,
@@ -256,7 +256,7 @@ def slime_case(**changes: Any) -> tuple[Any, dict[str, Any], Tensor, Any, Batch]
         "loss_masks": masks,
         "advantages": advantages,
         "log_probs": old,
-        "rollout_log_probs": sampler,
+        "rollout_log_probs": behaviour,
     }
     args = types.SimpleNamespace(use_rollout_logprobs=False, context_parallel_size=1, entropy_coef=0.0)
     vars(args).update(changes)
@@ -267,7 +267,7 @@ def slime_case(**changes: Any) -> tuple[Any, dict[str, Any], Tensor, Any, Batch]
     def rows(parts: list[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
-    data = Batch(rows(now), rows(old), rows(sampler), rows(masks) > 0, rows(advantages))
+    data = Batch(rows(now), rows(old), rows(behaviour), rows(masks) > 0, rows(advantages))
     return args, given, logits, sum_of_sample_mean, data
 
 
@@ -280,7 +280,7 @@ def test_slime(name: str, rollout_logprobs: bool, slime_host: None) -> None:
     )
     value, log = slime.loss(args, given, logits, reducer)
     (value / 3).backward()
-    old = data.sampler if rollout_logprobs else data.old
+    old = data.behaviour if rollout_logprobs else data.old
     oracle, gradient = expected(name, data, sequence_mean, old)
     torch.testing.assert_close(value.detach() / 3, oracle, rtol=1e-5, atol=1e-7)
     (through,) = torch.autograd.grad(data.logp, logits, gradient)

@@ -252,7 +252,7 @@ def test_capo_reads_adams_moments_and_drops_more_at_a_higher_rate(model_path: st
 
 
 def test_correction_by_name_reaches_the_method(model_path: str, tmp_path: Path) -> None:
-    """Without an engine of its own the sampler is the old policy: every factor is 1 and nothing changes."""
+    """Without an engine of its own the behaviour policy is the old policy: every factor is 1 and nothing changes."""
     settled = {"correction": "truncated", "correction_options": {"cap": 1.5, "level": "sequence"}}
     trainer, corrected = ours(tmp_path / "a", model_path, "grpo", **settled)
     assert trainer.method.correction.cap == 1.5
@@ -311,7 +311,7 @@ def test_learned_state_survives_a_resume(name: str, model_path: str, tmp_path: P
     assert whole.learning.state is not None and resumed.learning.state is not None
     assert torch.equal(whole.learning.state, resumed.learning.state)
     assert whole.learning.now == resumed.learning.now
-    # kpo_noise has nothing to learn where trainer and sampler are one; kpo_robust waits for more tokens than these.
+    # kpo_noise has nothing to learn where trainer and behaviour policy are one; kpo_robust waits for more tokens.
     assert bool(whole.learning.state.abs().sum() > 0) == (name != "kpo_noise")
     assert (whole.learning.now != whole.method) == (name == "kpo_auto")
     for (key, left), right in zip(

@@ -41,8 +41,8 @@ from tests.oracles.batches import Batch, make_batch
 
 LENGTH = 17
 REFUSED = ("dppo_topk_tv", "dppo_topk_kl", "capo")
-SAMPLER = ("dppo_tv", "dppo_kl")
-"""Methods whose ratio is to the sampler."""
+BEHAVIOUR = ("dppo_tv", "dppo_kl")
+"""Methods whose ratio is to the behaviour policy."""
 GIVEN = {"process_noise": 1e-3, "observation_noise": 0.5}
 RUNNABLE = [name for name in METHODS if name not in REFUSED]
 AGGREGATE: dict[str, Any] = {
@@ -62,7 +62,7 @@ def options_of(name: str) -> dict[str, float]:
 
 
 def settings(name: str, **fields: Any) -> KalmanPolicyLossConfig:
-    given = {"options": options_of(name), "old_is_sampler": name in SAMPLER} | fields
+    given = {"options": options_of(name), "old_is_behaviour": name in BEHAVIOUR} | fields
     return KalmanPolicyLossConfig(loss_mode=f"kalman_rl/{name}", **given)
 
 
@@ -423,8 +423,8 @@ def test_options_from_the_command_line() -> None:
         (f"+{P}.aggregation=mean", "expected one of verl, method"),
         (f"{P}.loss_mode=kalman_rl/kpo_difuse", "did you mean 'kpo_diffuse'"),
         (f"{P}.loss_mode=kalman_rl/capo", "train it with TRL"),
-        (f"{P}.loss_mode=kalman_rl/dppo_topk_kl", "log-probabilities of the sampler's top tokens.*dppo_tv"),
-        (f"{P}.loss_mode=kalman_rl/dppo_tv", "policy_loss.old_is_sampler=true"),
+        (f"{P}.loss_mode=kalman_rl/dppo_topk_kl", "log-probabilities of the behaviour policy's top tokens.*dppo_tv"),
+        (f"{P}.loss_mode=kalman_rl/dppo_tv", "policy_loss.old_is_behaviour=true"),
         (f"{P}.loss_mode=kalman_rl/kpo_auto", "without past_steps.*give process_noise and observation_noise"),
         (f"{P}.loss_mode=vanilla", "expected kalman_rl/NAME"),
     ],
@@ -456,8 +456,8 @@ def test_documented_commands(overrides: list[str]) -> None:
     assert config.algorithm.adv_estimator in core_algos.ADV_ESTIMATOR_REGISTRY
 
 
-def test_bypass_mode_makes_the_old_policy_the_sampler() -> None:
-    switch = f"+{P}.old_is_sampler=${{algorithm.rollout_correction.bypass_mode}}"
+def test_bypass_mode_makes_the_old_policy_the_behaviour_policy() -> None:
+    switch = f"+{P}.old_is_behaviour=${{algorithm.rollout_correction.bypass_mode}}"
     mode = "algorithm.rollout_correction.bypass_mode"
     for on in (True, False):
         with composed(
@@ -465,9 +465,9 @@ def test_bypass_mode_makes_the_old_policy_the_sampler() -> None:
         ) as config:
             if on:
                 made = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-                assert made.policy_loss.choice().old_is_sampler
+                assert made.policy_loss.choice().old_is_behaviour
             else:
-                with pytest.raises(InstantiationException, match="old_is_sampler=true"):
+                with pytest.raises(InstantiationException, match="old_is_behaviour=true"):
                     omega_conf_to_dataclass(config.actor_rollout_ref.actor)
 
 
@@ -485,7 +485,7 @@ def test_the_forks_names() -> None:
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"old_is_sampler": "no"}, "policy_loss.old_is_sampler: got 'no', expected true or false"),
+        ({"old_is_behaviour": "no"}, "policy_loss.old_is_behaviour: got 'no', expected true or false"),
         ({"is_clip": "no"}, "policy_loss.is_clip: got 'no'"),
         ({"options": None}, "policy_loss.options: got None, expected options by name"),
         ({"options": ["low"]}, "policy_loss.options: got"),
@@ -519,7 +519,7 @@ def test_noise_that_is_given_stays() -> None:
     with pytest.raises(
         ConfigError, match=r"without past_steps \(.*; give floor and scale \(it stays as it is\)"
     ):
-        choose("kpo_noise", {"behaviour": True}, old_is_sampler=True)
+        choose("kpo_noise", {"behaviour": True}, old_is_behaviour=True)
 
 
 # ---- estimators

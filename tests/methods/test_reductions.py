@@ -149,7 +149,7 @@ REDUCTIONS: dict[str, Reduction] = {
     "KPO noise, q = inf: GRPO": Reduction(
         make_method("kpo_noise", process_noise=INF, low=0.2, high=0.2), TABLE["grpo"]
     ),
-    "KPO noise, sampler is the old policy: either ratio": Reduction(
+    "KPO noise, behaviour policy is the old policy: either ratio": Reduction(
         make_method("kpo_noise", behaviour=True, process_noise=0.02),
         make_method("kpo_noise", process_noise=0.02),
         batch=sampled_by_old,
@@ -266,17 +266,17 @@ REDUCTIONS: dict[str, Reduction] = {
     "Dr.GRPO's divisor at the common length: GRPO's": Reduction(
         of("grpo", aggregate=aggregate.SequenceSum(9.0)), TABLE["grpo"], holes=False
     ),
-    "correction telescopes: old times sampler is the sampler's ratio": Reduction(
+    "correction telescopes: old times behaviour policy is the behaviour policy's ratio": Reduction(
         of(OPEN, correction=correction.Truncated(INF)), of(OPEN, ratio=ratio.BehaviourToken())
     ),
-    "DPPO, sampler is the old policy, no threshold: CISPO": Reduction(
+    "DPPO, behaviour policy is the old policy, no threshold: CISPO": Reduction(
         make_method("dppo_tv", low=INF, high=INF, cap=5.0, length=7.0),
         of("cispo", advantage=advantage.group_centred, aggregate=aggregate.SequenceSum(7.0)),
         batch=sampled_by_old,
     ),
 }
 for kind in ("dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_kl"):
-    REDUCTIONS[f"{kind} without threshold and cap: uncapped ratio to the sampler"] = Reduction(
+    REDUCTIONS[f"{kind} without threshold and cap: uncapped ratio to the behaviour policy"] = Reduction(
         make_method(kind, low=INF, high=INF, cap=INF), RAW
     )
 for level in ("token", "sequence", "geometric"):
@@ -285,7 +285,7 @@ for level in ("token", "sequence", "geometric"):
         correction.Truncated(1.0, level),
         correction.Masked(1.0, 1.0, level),
     ):
-        REDUCTIONS[f"{part}, sampler is the old policy: none"] = Reduction(
+        REDUCTIONS[f"{part}, behaviour policy is the old policy: none"] = Reduction(
             of("grpo", correction=part), TABLE["grpo"], batch=sampled_by_old
         )
 

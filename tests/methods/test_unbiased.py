@@ -297,19 +297,19 @@ OLD = torch.log_softmax(torch.tensor([-0.2, -0.4, 0.3, 0.6, 0.1], dtype=torch.fl
 REFERENCE = torch.log_softmax(torch.tensor([0.1, -0.6, 0.5, 0.2, 0.0], dtype=torch.float64), 0)
 
 
-def expected_penalty(penalty: KL, sampler: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Value and gradient of ``policy_loss`` with zero advantage, over tokens drawn from the sampler."""
+def expected_penalty(penalty: KL, behaviour: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Value and gradient of ``policy_loss`` with zero advantage, over tokens drawn from the behaviour policy."""
     theta = THETA.clone().requires_grad_()
     logp = torch.log_softmax(theta, 0)
-    sampler = logp.detach() if sampler is None else sampler
+    behaviour = logp.detach() if behaviour is None else behaviour
     method = Method("kl", advantage.group_centred, one, unclipped, SequenceSum(), penalty)
     value = torch.zeros((), dtype=torch.float64)
     for y in range(len(THETA)):
         rollouts = Rollouts(
-            sampler[None, y : y + 1], torch.ones(1, 1), logp_reference=REFERENCE[None, y : y + 1]
+            behaviour[None, y : y + 1], torch.ones(1, 1), logp_reference=REFERENCE[None, y : y + 1]
         )
         loss = policy_loss(method, rollouts, logp[None, y : y + 1], advantage=torch.zeros(1))
-        value = value + sampler[y].exp() * loss.value
+        value = value + behaviour[y].exp() * loss.value
     return value.detach(), torch.autograd.grad(value, theta)[0]
 
 
@@ -330,11 +330,12 @@ def test_penalties_through_the_loss_on_policy() -> None:
 
 
 @pytest.mark.parametrize("estimator", [k1, k3])
-@pytest.mark.parametrize("sampler", [None, OLD])
+@pytest.mark.parametrize("behaviour", [None, OLD])
 def test_weighted_penalties_have_value_and_gradient_of_the_kl(
-    estimator: object, sampler: Tensor | None
+    estimator: object, behaviour: Tensor | None
 ) -> None:
-    value, gradient = expected_penalty(KL(1.0, estimator, importance_weighted=True), sampler)  # type: ignore[arg-type]
+    penalty = KL(1.0, estimator, importance_weighted=True)  # type: ignore[arg-type]
+    value, gradient = expected_penalty(penalty, behaviour)
     torch.testing.assert_close(value, exact_kl()[0], **TIGHT)
     torch.testing.assert_close(gradient, exact_kl()[1], **TIGHT)
 

@@ -152,7 +152,7 @@ def make_batch(
 
 
 def on_policy(batch: Batch) -> Batch:
-    """The same batch with one policy for sampler, old and current, and optimizer steps without effect."""
+    """The same batch with one policy for behaviour policy, old and current, and optimizer steps without effect."""
     old = batch.logp_old
     return dataclasses.replace(batch, logp=old.clone(), behaviour=old.clone(), push=torch.zeros_like(old))
 
@@ -273,8 +273,8 @@ def naive_log_ratio(method: Method, batch: Batch) -> np.ndarray:
 def naive_base(method: Method, batch: Batch) -> Tensor:
     """(B, T) log-probabilities of the policy that the ratio is taken to."""
     part = method.ratio
-    to_sampler = isinstance(part, ratio.BehaviourToken) or getattr(part, "behaviour", False)
-    return batch.behaviour if to_sampler else batch.logp_old
+    to_behaviour = isinstance(part, ratio.BehaviourToken) or getattr(part, "behaviour", False)
+    return batch.behaviour if to_behaviour else batch.logp_old
 
 
 def naive_coefficient(

@@ -1,4 +1,4 @@
-"""ReplayResult: any method on the stored tokens of a run, without model or GPU.
+"""Replay: any method on the stored tokens of a run, without model or GPU.
 
 Traces hold a few completions per step, not whole groups: the stored advantages are used as they are, and
 bounds that a method chooses on its batch are chosen on the traced rows. Steps are read one at a time; what
@@ -195,7 +195,7 @@ def _notes(ours: Method, other: Method | None, borrowed: bool) -> list[str]:
         if why := chosen_in_training(method):
             notes.append(f"{method.name}: {why}")
     if borrowed and any("logp_behaviour" in method.inputs for method in used):
-        notes.append("no log-probabilities of a sampler are stored: the old policy's stand in for them")
+        notes.append("no log-probabilities of a behaviour policy are stored: the old policy's stand in for them")
     return notes
 
 
@@ -262,8 +262,8 @@ def batch_of(columns: dict[str, list[Any]]) -> TraceBatch:
 
     mask = torch.zeros(shape, dtype=torch.bool).index_put((rows, steps), torch.tensor(True))
     missing = any(value is None for value in columns["logp_behaviour"])
-    sampler = spread("logp_old" if missing else "logp_behaviour")
-    rollouts = Rollouts(spread("logp_old"), mask, logp_behaviour=sampler)
+    logp_behaviour = spread("logp_old" if missing else "logp_behaviour")
+    rollouts = Rollouts(spread("logp_old"), mask, logp_behaviour=logp_behaviour)
     kept = torch.tensor(columns["kept"], dtype=torch.bool)
     stored = Field(flat("filtered_log_ratio"), flat("coefficient"), kept)
     if not all(torch.isfinite(values).all() for values in stored[:2]):

@@ -116,8 +116,8 @@ def kpo_noise(
     """KPO from a diffuse start with token noise ``R_t = floor + scale (1 - p_t)^2``. Ours.
 
     ``scale = 0`` is :func:`kpo_diffuse` with R = floor. Only ``floor : scale : Q`` matters to the weights.
-    With ``behaviour`` the ratio is to the sampler, and floor and scale are learned from how trainer and
-    sampler disagree on the same policy (``memory``); without, they are what you say, for example what
+    With ``behaviour`` the ratio is to the behaviour policy, and floor and scale are learned from how trainer and
+    behaviour policy disagree on the same policy (``memory``); without, they are what you say, for example what
     :func:`kalman_rl.objectives.ratio.calibrate` found. The clip is kpo_diffuse's, for Q is as small.
     """
     return Method(

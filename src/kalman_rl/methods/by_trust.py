@@ -93,7 +93,7 @@ def _dppo(
 
 
 def dppo_tv(*, low: float = 0.15, high: float = 0.15, cap: float = 1e4, length: float = 1024.0) -> Method:
-    """DPPO, binary total variation: drop a token that moved too much probability away from the sampler.
+    """DPPO, binary total variation: drop a token that moved too much probability away from the behaviour policy.
 
     Source: arXiv 2602.04879. Dr.GRPO's advantage and constant ``length`` (tokens), as its authors recommend.
     """
@@ -101,14 +101,14 @@ def dppo_tv(*, low: float = 0.15, high: float = 0.15, cap: float = 1e4, length: 
 
 
 def dppo_kl(*, low: float = 0.05, high: float = 0.05, cap: float = 1e4, length: float = 1024.0) -> Method:
-    """DPPO, binary KL(sampler || policy) in nats. Source: arXiv 2602.04879. See :func:`dppo_tv`."""
+    """DPPO, binary KL(behaviour policy || current policy) in nats. Source: arXiv 2602.04879. See :func:`dppo_tv`."""
     return _dppo("dppo_kl", trust.binary_kl, low, high, cap, length)
 
 
 def dppo_topk_tv(
     *, low: float = 0.15, high: float = 0.15, cap: float = 1e4, length: float = 1024.0
 ) -> Method:
-    """DPPO, total variation on the sampler's top tokens and the rest. Source: arXiv 2602.04879.
+    """DPPO, total variation on the behaviour policy's top tokens and the rest. Source: arXiv 2602.04879.
 
     The number of tokens is the trainer's (``top_k``); the published value is not known to us.
     """
@@ -118,7 +118,7 @@ def dppo_topk_tv(
 def dppo_topk_kl(
     *, low: float = 0.05, high: float = 0.05, cap: float = 1e4, length: float = 1024.0
 ) -> Method:
-    """DPPO, KL on the sampler's top tokens and the rest, nats. arXiv 2602.04879. See :func:`dppo_topk_tv`."""
+    """DPPO, KL on the behaviour policy's top tokens and the rest, nats. arXiv 2602.04879. See :func:`dppo_topk_tv`."""
     return _dppo("dppo_topk_kl", trust.top_k_kl, low, high, cap, length)
 
 

@@ -1,4 +1,4 @@
-"""Importance corrections for a sampler that is not the old policy: a detached factor per token.
+"""Importance corrections for a behaviour policy that is not the old policy: a detached factor per token.
 
     d_t = logp_old_t - logp_behaviour_t        level token:     D = d_t
                                                level sequence:  D = sum_u d_u      of the token's sequence
@@ -6,7 +6,7 @@
 
 :class:`Truncated` weights by ``min(exp D, cap)``, :class:`Masked` by ``exp D`` in a band and 0 outside.
 The factor multiplies coefficient and surrogate of every objective; denominators keep their counts, and
-penalties are left alone. A method whose ratio is already taken to the sampler refuses a correction.
+penalties are left alone. A method whose ratio is already taken to the behaviour policy refuses a correction.
 
 Source: truncated importance sampling and its masked variants as in TRL 1.16 and verl 0.9.1.
 """
@@ -32,7 +32,7 @@ def mismatch(rollouts: Rollouts, level: Level) -> Tensor:
     """D (B, T) of the module's formula, nats, detached; 0 outside the mask.
 
     Args: rollouts: with ``logp_behaviour``. level: "token", "sequence" or "geometric".
-    Raises: ConfigError for another level, or rollouts without the sampler's log-probabilities.
+    Raises: ConfigError for another level, or rollouts without the behaviour policy's log-probabilities.
     """
     _check_level(level)
     behaviour = required("logp_behaviour", rollouts.logp_behaviour, "an importance correction")
@@ -52,7 +52,7 @@ def _check_level(level: str) -> None:
 
 @dataclass(frozen=True)
 class Truncated:
-    """``min(exp D, cap)``: tokens the sampler found too unlikely count at most ``cap`` times.
+    """``min(exp D, cap)``: tokens the behaviour policy found too unlikely count at most ``cap`` times.
 
     Args:
         cap: > 0; 2 in verl.

@@ -29,9 +29,9 @@ PARTS = ("advantage", "ratio", "trust", "aggregate", "penalty", "correction")
 """The parts of a method."""
 
 INPUTS: dict[str, str] = {
-    "logp_behaviour": "(B, T) log-probabilities of the sampler; pass Rollouts(logp_behaviour=...), or "
-    "logp_old if the sampler is the old policy. KalmanGRPOTrainer passes vLLM's, else the old policy's",
-    "top_behaviour": "(B, T, k) log-probabilities of the sampler's top tokens; pass them in Rollouts("
+    "logp_behaviour": "(B, T) log-probabilities of the behaviour policy; pass Rollouts(logp_behaviour=...), or "
+    "logp_old if the behaviour policy is the old policy. KalmanGRPOTrainer passes vLLM's, else the old policy's",
+    "top_behaviour": "(B, T, k) log-probabilities of the behaviour policy's top tokens; pass them in Rollouts("
     "top_behaviour=...), made with divergence.top_k_with_sampled. KalmanGRPOTrainer does so without vLLM",
     "top_logp": "(B, T, k) current log-probabilities of the tokens behind top_behaviour; pass "
     "Current(logp, top_logp=...) for logp. KalmanGRPOTrainer does so",

@@ -9,7 +9,7 @@ A method is four choices, an optional penalty and an optional correction:
     trust       (ratio, A, current, rollouts) -> keep, weight   which tokens may still move
     aggregate   (rollouts, totals) -> weights     how tokens become one number
     penalty     (logp, rollouts) -> per token     what else is paid for (KL to the reference)
-    correction  (rollouts) -> factor              what a sampler other than the old policy costs
+    correction  (rollouts) -> factor              what a behaviour policy other than the old policy costs
 """
 
 from __future__ import annotations

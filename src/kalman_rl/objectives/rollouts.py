@@ -27,10 +27,10 @@ class Rollouts:
         reward: (B,) one number per completion; NaN = missing (not zero).
         group: (B,) integers; completions of the same prompt share a number.
         prompt_id: B stable prompt names, for beliefs that live longer than the batch.
-        logp_behaviour: (B, T) log-probabilities under the sampler (an inference engine may differ
-            from the trainer), or None if the sampler is the old policy.
+        logp_behaviour: (B, T) log-probabilities under the behaviour policy (an inference engine may differ
+            from the trainer), or None if the behaviour policy is the old policy.
         logp_reference: (B, T) log-probabilities under the reference policy, for penalties.
-        top_behaviour: (B, T, k) log-probabilities under the sampler of k different tokens, the sampled one
+        top_behaviour: (B, T, k) log-probabilities under the behaviour policy of k different tokens, the sampled one
             among them (:func:`kalman_rl.objectives.trust.top_k_with_sampled`), for top-k trust regions.
         sum_pi_squared: (B, T) ``sum_v pi_old(v)^2`` at each position, for the optimal token baseline.
         segment: (B, T) integers for packed rows: a change of value along T starts a new sequence.

@@ -1,4 +1,4 @@
-"""MinPRO, the ratio to the sampler, GMPO and SAPO against loops and plainly written losses."""
+"""MinPRO, the ratio to the behaviour policy, GMPO and SAPO against loops and plainly written losses."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_weights_are_detached() -> None:
         assert not out.log_weight.requires_grad and not out.log_ratio.requires_grad
 
 
-# ---- ratio to the sampler
+# ---- ratio to the behaviour policy
 
 
 @quick
@@ -123,15 +123,15 @@ def test_weights_are_detached() -> None:
 def test_behaviour_ratio_does_not_look_at_the_old_policy(seed: int) -> None:
     batch = make_batch(seed)
     g = torch.Generator().manual_seed(seed)
-    sampler = batch.logp_old + torch.randn(6, 9, generator=g, dtype=torch.float64)
-    out = BehaviourToken()(batch.logp, batch.rollouts(logp_behaviour=sampler))
-    expected = torch.where(batch.mask, batch.logp - sampler, 0.0)
+    behaviour = batch.logp_old + torch.randn(6, 9, generator=g, dtype=torch.float64)
+    out = BehaviourToken()(batch.logp, batch.rollouts(logp_behaviour=behaviour))
+    expected = torch.where(batch.mask, batch.logp - behaviour, 0.0)
     assert torch.equal(out.log_weight, expected) and torch.equal(out.log_ratio, expected)
-    moved = batch.rollouts(logp_behaviour=sampler, logp_old=torch.zeros(6, 9, dtype=torch.float64))
+    moved = batch.rollouts(logp_behaviour=behaviour, logp_old=torch.zeros(6, 9, dtype=torch.float64))
     assert torch.equal(BehaviourToken()(batch.logp, moved).log_weight, expected)
 
 
-def test_behaviour_ratio_needs_the_sampler() -> None:
+def test_behaviour_ratio_needs_the_behaviour_policy() -> None:
     batch = make_batch(0)
     with pytest.raises(ConfigError, match=r"^logp_behaviour: got None .*KalmanGRPOTrainer"):
         BehaviourToken()(batch.logp, batch.rollouts(logp_behaviour=None))

@@ -28,10 +28,10 @@ ALL = [dv.binary_tv, dv.binary_kl, *TOP_K]
 
 
 def one_token(mu: float, pi: float, dtype: torch.dtype = torch.float64) -> tuple[Current, Rollouts]:
-    """A single position whose token has these log-probabilities under the sampler and under the policy."""
-    sampler = torch.tensor([[mu]], dtype=dtype)
+    """A single position whose token has these log-probabilities under the behaviour policy and under the policy."""
+    behaviour = torch.tensor([[mu]], dtype=dtype)
     return Current(torch.tensor([[pi]], dtype=dtype)), Rollouts(
-        sampler, torch.ones(1, 1), logp_behaviour=sampler
+        behaviour, torch.ones(1, 1), logp_behaviour=behaviour
     )
 
 
@@ -148,7 +148,7 @@ def test_certain_tokens(dtype: torch.dtype) -> None:
 
 
 def test_impossible_tokens_among_the_k() -> None:
-    """-inf is probability 0: nothing where the sampler has it, infinite where only the policy has it."""
+    """-inf is probability 0: nothing where the behaviour policy has it, infinite where only the policy has it."""
     half, gone = math.log(0.5), -math.inf
     mask, logp = torch.ones(1, 2), torch.full((1, 2), half)
     top = torch.tensor([[[half, half, gone], [half, half, gone]]])

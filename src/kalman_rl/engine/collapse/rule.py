@@ -1,9 +1,9 @@
 """The reward has fallen: its filtered level lies below half of its best, by more than its margin of error.
 
 A local-level filter of the reward, ``Q = q R`` with R the discounted mean of squared innovations over their variance;
-level m with standard deviation s. An alarm when ``m + MARGIN s < best / 2``, where best is the largest ``m - MARGIN
-s`` so far; the next one only after ``m`` has been above ``best / 2`` again. Rewards whose best is not positive never
-alarm.
+level m with standard deviation s. An alarm when ``m + MARGIN s < best / 2``, where best is the largest
+``m - MARGIN s`` so far; the next one only after ``m`` has been above ``best / 2`` again. Rewards whose best is not
+positive never alarm.
 
 Alarms are kept in ``alarms.jsonl`` in the run's folder, one whole line each.
 """

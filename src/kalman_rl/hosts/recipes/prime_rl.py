@@ -6,7 +6,7 @@
     kwargs = { method = "kpo_diffuse", process_noise = 1e-4 }
 
 It is called for one sequence at a time with 1-D tensors and returns a sum over tokens; the host divides by the count
-of the whole step. The sampler is the only older policy there is, so the ratio is trainer / inference.
+of the whole step. The behaviour policy is the only older policy there is, so the ratio is trainer / inference.
 """
 
 from __future__ import annotations

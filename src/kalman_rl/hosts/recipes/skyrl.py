@@ -42,8 +42,8 @@ def loss_for(method: str | Method, **options: Any) -> PolicyLoss:
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
-        sampler = old_log_probs if rollout_logprobs is None else rollout_logprobs
-        rollouts = Rollouts(old_log_probs, mask > 0, logp_behaviour=sampler, allow_empty=True)
+        logp_behaviour = old_log_probs if rollout_logprobs is None else rollout_logprobs
+        rollouts = Rollouts(old_log_probs, mask > 0, logp_behaviour=logp_behaviour, allow_empty=True)
         loss = policy_loss(chosen, rollouts, log_probs, advantage=advantages, totals=SUM)
         numbers = {name: float(value) for name, value in loss.metrics.items()}
         return loss.value, numbers | {"clip_ratio": 1 - numbers["trust/kept"]}

@@ -49,8 +49,8 @@ def loss(args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Any) -> tupl
     lengths = {name: batch[name] for name in ("unconcat_tokens", "total_lengths", "response_lengths")}
     extra = host.get_rollout_top_p_logprob_kwargs(args, batch)
     now = host.get_log_probs_and_entropy(logits, args=args, **lengths, **extra)[1]["log_probs"]
-    sampler = batch.get("rollout_log_probs")
-    old = sampler if args.use_rollout_logprobs else batch.get("log_probs")
+    logp_behaviour = batch.get("rollout_log_probs")
+    old = logp_behaviour if args.use_rollout_logprobs else batch.get("log_probs")
     old = old or [row.detach() for row in now]
 
     flat = torch.zeros(sum(len(row) for row in now), device=logits.device, requires_grad=True)
@@ -58,7 +58,7 @@ def loss(args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Any) -> tupl
         (share,) = torch.autograd.grad(sum_of_sample_mean(flat), flat)
     weights = _rows(share.split([len(row) for row in now]))
     mask = _rows(batch["loss_masks"]) > 0
-    rollouts = Rollouts(_rows(old), mask, logp_behaviour=_rows(sampler or old), allow_empty=True)
+    rollouts = Rollouts(_rows(old), mask, logp_behaviour=_rows(logp_behaviour or old), allow_empty=True)
     whole = summed(method, lambda rollouts, totals: weights)
     found = policy_loss(whole, rollouts, _rows(now), advantage=_rows(batch["advantages"]), totals=SUM)
     dropped = (weights * (mask & ~found.tokens.kept)).sum()

@@ -96,7 +96,7 @@ class KalmanGRPOConfig(GRPOConfig):
     correction: str | None = field(
         default=None,
         metadata={
-            "help": "Importance correction for a sampler that is not the old policy: truncated or masked. "
+            "help": "Importance correction for a behaviour policy that is not the old policy: truncated or masked. "
             "With vLLM, TRL's own correction must then be off (vllm_importance_sampling_correction=False)."
         },
     )
@@ -200,7 +200,7 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
         if args.use_vllm and args.vllm_importance_sampling_correction:
             raise ConfigError(
                 f"correction: got {correction!r} beside vllm_importance_sampling_correction=True, expected "
-                "one of the two because the sampler's mismatch would count twice; set TRL's to False"
+                "one of the two because the behaviour policy's mismatch would count twice; set TRL's to False"
             )
         factor = make("correction", CORRECTIONS, correction, _options(args, "correction_options"))
         resolved = dataclasses.replace(resolved, correction=factor)
@@ -234,7 +234,7 @@ def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -
             f"source_column: got {args.source_column!r} for method {method.name!r}, expected None because only a "
             "belief learns by source; set belief='auto'"
         )
-    if args.use_vllm:  # it does not pass on the sampler's distributions
+    if args.use_vllm:  # it does not pass on the behaviour policy's distributions
         advice = "take the binary form (dppo_tv, dppo_kl), or train without vLLM"
         check_provided(method, PROVIDED - {"top_behaviour"}, "KalmanGRPOTrainer with vLLM", advice)
     check_provided(method, PROVIDED, "KalmanGRPOTrainer", f"known inputs are {', '.join(sorted(PROVIDED))}")

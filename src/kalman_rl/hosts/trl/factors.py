@@ -1,4 +1,5 @@
-"""TRL's detached factors on the loss of a token: high-entropy tokens, the sampler's mismatch, stale sequences."""
+"""TRL's detached factors on the loss of a token: high-entropy tokens, the behaviour policy's mismatch, stale
+sequences."""
 
 from __future__ import annotations
 

@@ -250,21 +250,21 @@ class KalmanGRPOTrainer(FiniteTrainer):
     def _rollouts(self, inputs: dict[str, Any], logp: Tensor) -> Rollouts:
         # TRL leaves the old log-probabilities out when the update is exactly on-policy.
         old = inputs.get("old_per_token_logps", logp.detach())
-        sampler = inputs.get("sampling_per_token_logps")
-        if sampler is None and "logp_behaviour" in self.method.inputs:
-            sampler = old  # transformers samples from the very model that is trained
+        logp_behaviour = inputs.get("sampling_per_token_logps")
+        if logp_behaviour is None and "logp_behaviour" in self.method.inputs:
+            logp_behaviour = old  # transformers samples from the very model that is trained
         return Rollouts(
             logp_old=old,
             mask=self._loss_mask(inputs),
             reward=inputs["rewards"],
-            logp_behaviour=sampler,
+            logp_behaviour=logp_behaviour,
             logp_reference=inputs.get("ref_per_token_logps"),
             top_behaviour=inputs.get("top_behaviour"),
             allow_empty=True,
         )
 
     def _method_inputs(self, output: dict[str, Any]) -> dict[str, Tensor]:
-        """What the advantage asks for, of all ranks; notes the sampler's distributions for the loss."""
+        """What the advantage asks for, of all ranks; notes the behaviour policy's distributions for the loss."""
         asked, mask = self.method.inputs, self._loss_mask(output)
         found: dict[str, Tensor] = {"mask": mask, "length": mask.sum(dim=1)}
         if {"top_behaviour", "score_norm_squared"} & set(asked):

@@ -18,8 +18,8 @@ from kalman_rl.objectives.loss import Method
 AGGREGATIONS = ("verl", "method")
 
 ADVICE = {
-    "logp_behaviour": "verl hands the loss only the old policy's log-probabilities; where they are the sampler's "
-    "(algorithm.rollout_correction.bypass_mode=true) say so with policy_loss.old_is_sampler=true",
+    "logp_behaviour": "verl gives the loss only the log-probabilities of the old policy; where those of the behaviour "
+    "policy are the same (algorithm.rollout_correction.bypass_mode=true), set policy_loss.old_is_behaviour=true",
     "top_behaviour": "take kalman_rl/dppo_tv or kalman_rl/dppo_kl, which look at the sampled token only",
     "past_steps": "verl's loss does not see where an optimizer step ends, so nothing is learned there",
 }
@@ -32,11 +32,11 @@ class SelectedMethod(NamedTuple):
 
     method: Method
     aggregation: str = "verl"
-    old_is_sampler: bool = False
+    old_is_behaviour: bool = False
 
 
 def choose(
-    name: str, options: Mapping[str, Any], *, aggregation: str = "verl", old_is_sampler: bool = False
+    name: str, options: Mapping[str, Any], *, aggregation: str = "verl", old_is_behaviour: bool = False
 ) -> SelectedMethod:
     """The method to run as a policy loss of verl.
 
@@ -44,7 +44,7 @@ def choose(
         name: a key of METHODS or ``module:function``, without the prefix.
         options: its options, hosts' names for them included.
         aggregation: "verl", by ``loss_agg_mode``, or "method", as the method was published.
-        old_is_sampler: the old log-probabilities are the sampler's.
+        old_is_behaviour: the old log-probabilities are the behaviour policy's.
 
     Raises: ConfigError for an unknown name or option, an input that verl does not provide, a noise that
     would have to be learned, and an option without effect in the loss.
@@ -56,15 +56,15 @@ def choose(
         raise ConfigError(f"aggregation: got {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}")
     known: dict[str, Any] = translated(name, options)
     method = make_method(name, **known)
-    _check_provided(method, known, old_is_sampler)
+    _check_provided(method, known, old_is_behaviour)
     _check_effect(name, known, aggregation)
-    return SelectedMethod(method, aggregation, old_is_sampler)
+    return SelectedMethod(method, aggregation, old_is_behaviour)
 
 
-def _check_provided(method: Method, options: Mapping[str, Any], old_is_sampler: bool) -> None:
+def _check_provided(method: Method, options: Mapping[str, Any], old_is_behaviour: bool) -> None:
     """Refuse a method whose loss looks at more than verl hands over. Noises that are given need no past steps, and
     bounds are chosen on the micro-batch, as ``trust/bound_share`` reports."""
-    provided = {"advantage", "aggregate", "whole_step"} | ({"logp_behaviour"} if old_is_sampler else set())
+    provided = {"advantage", "aggregate", "whole_step"} | ({"logp_behaviour"} if old_is_behaviour else set())
     ratio = method.learns.get("ratio")
     unset = [] if ratio is None else [option for option in ratio.learned if option not in options]
     if not unset:

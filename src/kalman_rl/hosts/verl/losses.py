@@ -62,7 +62,7 @@ def make_loss(name: str) -> PolicyLossFn:
         rollouts = Rollouts(
             old_log_prob,
             response_mask.bool(),
-            logp_behaviour=old_log_prob if choice.old_is_sampler else None,
+            logp_behaviour=old_log_prob if choice.old_is_behaviour else None,
             allow_empty=True,
         )
         bounds: dict[str, Any] = {}

@@ -1,5 +1,5 @@
-"""What has to be imported or run, in a process of its own: ``python -m kalman_rl.instruments.doctor.trial FILE
-PLAN``.
+"""What has to be imported or run, in a separate process:
+``python -m kalman_rl.instruments.doctor.trial FILE PLAN``.
 
 Writes to FILE a line of JSON before each check, its name and the length of stderr so far, and one for each finding;
 after the last check, "end". stderr has to be a file.

@@ -136,7 +136,7 @@ def lookup(table: dict[Any, Any], part: object) -> Any:
 
 
 def log_weights(method: Method, batch: Example, logp: Tensor) -> Tensor | None:
-    """(B, T) by definition, 0 outside the mask, of a batch whose sampler is the old policy."""
+    """(B, T) by definition, 0 outside the mask, of a batch whose behaviour policy is the old policy."""
     loop = lookup(LOOPS, method.ratio)
     if loop is None:
         return None

@@ -76,7 +76,7 @@ def one_minus_p_squared(logp: Tensor) -> Tensor:
 def calibrate(log_ratio: Tensor, logp_old: Tensor, mask: Tensor) -> NoiseModel:
     """The most likely noise model where the true log-ratio is 0: ``l_t ~ N(0, floor + scale (1 - p_t)^2)``.
 
-    Fit it on tokens that two computations of the *same* policy disagree on: sampler against trainer, or one
+    Fit it on tokens that two computations of the *same* policy disagree on: behaviour policy against trainer, or one
     precision against another.
 
     Args:
@@ -146,8 +146,8 @@ class NoiseFiltered:
     its logit moves its log-probability by ``1 - p`` of that. Trusting it pulls the ratio of its neighbours
     towards 1; the floor limits how much. At the defaults one token counts at most 11 times another.
 
-    With ``behaviour`` the ratio is to the sampler, ``l_t = logp_t - logp_behaviour_t`` and p the sampler's,
-    so the filter has engine noise to remove; and every batch shows that noise alone in
+    With ``behaviour`` the ratio is to the behaviour policy, ``l_t = logp_t - logp_behaviour_t`` and p the behaviour
+    policy's, so the filter has engine noise to remove; and every batch shows that noise alone in
     ``logp_old - logp_behaviour``, two computations of one policy. From it ``statistics`` and ``fitted``
     learn floor and scale, and Q keeps its ratio to ``floor + scale``. Without ``behaviour`` there is nothing
     to learn from: an on-policy log-ratio to the old policy is 0 to the last bit, and any later one has moved.
@@ -211,14 +211,14 @@ class NoiseFiltered:
         return torch.zeros(1 + 2 * len(LOG_GRID), dtype=torch.float64)
 
     def statistics(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
-        """Sums over the sampler's noise in this part of a step, float64 (77,), additive over parts; zeros
-        without ``behaviour`` and where sampler and old policy agree on a whole sequence."""
+        """Sums over the behaviour policy's noise in this part of a step, float64 (77,), additive over parts; zeros
+        without ``behaviour`` and where behaviour policy and old policy agree on a whole sequence."""
         if not self.behaviour:
             return self.initial().to(rollouts.logp_old.device)
-        sampler = behaviour(rollouts)
-        noise = torch.where(rollouts.mask, rollouts.logp_old - sampler, 0.0)
+        before = behaviour(rollouts)
+        noise = torch.where(rollouts.mask, rollouts.logp_old - before, 0.0)
         differs = rollouts.per_sequence_sum(noise.abs()) > 0
-        return noise_sums(noise, sampler, rollouts.mask & differs)
+        return noise_sums(noise, before, rollouts.mask & differs)
 
     def fitted(self, state: Tensor) -> NoiseFiltered:
         """The filter with the most likely noise model; itself where the state does not say."""

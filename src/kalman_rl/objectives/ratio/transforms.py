@@ -40,13 +40,13 @@ def token(logp: Tensor, rollouts: Rollouts) -> Ratio:
 
 
 def behaviour(rollouts: Rollouts) -> Tensor:
-    """Log-probabilities (B, T) under the sampler; ConfigError if the rollouts have none."""
+    """Log-probabilities (B, T) under the behaviour policy; ConfigError if the rollouts have none."""
     return required("logp_behaviour", rollouts.logp_behaviour, "a ratio to the behaviour policy")
 
 
 @dataclass(frozen=True)
 class BehaviourToken:
-    """Token ratio to the sampler instead of the old policy: ``s_t = logp_t - logp_behaviour_t``.
+    """Token ratio to the behaviour policy instead of the old policy: ``s_t = logp_t - logp_behaviour_t``.
 
     It covers policy drift and the mismatch of an inference engine at once, so no importance correction goes
     with it. Needs: ``logp_behaviour``. Source: DPPO (arXiv 2602.04879).

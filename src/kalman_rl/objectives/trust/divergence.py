@@ -1,9 +1,9 @@
 """Trust regions by divergence: keep a token unless it moved too much probability mass the wrong way.
 
-    w_t = exp(logp - logp_behaviour);    drop if sign(A) pushes away from the sampler and D_t > delta
+    w_t = exp(logp - logp_behaviour);    drop if sign(A) pushes away from the behaviour policy and D_t > delta
     loss_t = -A sg(min(w_t, cap) keep_t) logp_t
 
-D is a divergence between the sampler ``mu`` and the current policy ``pi`` at one position, on a partition of
+D is a divergence between the behaviour policy ``mu`` and the current policy ``pi`` at one position, on a partition of
 the vocabulary: {sampled token, rest} (binary) or {k tokens, rest} (top-k). A finer partition never gives a
 smaller divergence: binary <= top-k <= whole vocabulary.
 
@@ -96,7 +96,7 @@ def top_k_kl(current: Current, rollouts: Rollouts) -> Tensor:
 
 @dataclass(frozen=True)
 class DivergenceMask:
-    """Keep a token unless it moves away from the sampler and its divergence exceeds a threshold.
+    """Keep a token unless it moves away from the behaviour policy and its divergence exceeds a threshold.
 
         drop = (A > 0 and pi(y) > mu(y) and D > high) or (A <= 0 and pi(y) < mu(y) and D > low)
 
