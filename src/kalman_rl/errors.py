@@ -1,4 +1,4 @@
-"""Errors of this package: each says what came, what was expected, where, and what to do.
+"""Errors of this package: each contains what was given, what was expected, where, and what to do.
 
 Every error is a :class:`KalmanRLError` and also the standard exception it refines, so that both
 ``except KalmanRLError`` and ``except ValueError`` work.

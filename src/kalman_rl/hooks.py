@@ -100,7 +100,7 @@ def _parameters(owner: Any, name: str, static: Any) -> dict[str, inspect.Paramet
 
 
 def _assigned(owner: Any, name: str) -> bool:
-    """Whether a method of the class assigns ``self.name``, as its source says."""
+    """Whether a method of the class assigns ``self.name``, in its source."""
     pattern = re.compile(rf"self\.{name}\b(?=\s*[:=,])")
     return any(pattern.search(text) for text in _sources(getattr(owner, "__mro__", ())))
 

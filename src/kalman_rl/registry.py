@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, Callable[..., T]], Generic[T]):
-    """Builders by name: a table of our own, then the entry points of installed packages.
+    """Builders by name: the table of this package, then the entry points of installed packages.
 
     Iteration gives the names and imports no package; ``registry[name]`` imports the one it needs, and takes
     ``module:function`` too, looked for from the current directory on.

@@ -423,7 +423,10 @@ def test_options_from_the_command_line() -> None:
         (f"+{P}.aggregation=mean", "expected one of verl, method"),
         (f"{P}.loss_mode=kalman_rl/kpo_difuse", "did you mean 'kpo_diffuse'"),
         (f"{P}.loss_mode=kalman_rl/capo", "train it with TRL"),
-        (f"{P}.loss_mode=kalman_rl/dppo_topk_kl", "log-probabilities of the behaviour policy's top tokens.*dppo_tv"),
+        (
+            f"{P}.loss_mode=kalman_rl/dppo_topk_kl",
+            "log-probabilities of the behaviour policy's top tokens.*dppo_tv",
+        ),
         (f"{P}.loss_mode=kalman_rl/dppo_tv", "policy_loss.old_is_behaviour=true"),
         (f"{P}.loss_mode=kalman_rl/kpo_auto", "without past_steps.*give process_noise and observation_noise"),
         (f"{P}.loss_mode=vanilla", "expected kalman_rl/NAME"),

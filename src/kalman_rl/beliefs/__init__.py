@@ -33,7 +33,7 @@ def make_belief(
     """A belief by name.
 
     Args:
-        name: a key of BELIEFS, or ``module:function`` of your own.
+        name: a key of BELIEFS, or your own ``module:function``.
         source: prompt id -> source, for beliefs that learn apart (see :class:`BySource`, and :class:`Sources` for a
             table that is filled as prompts come); None = one for all.
         options: of the belief's class, or function.

@@ -33,7 +33,7 @@ class Prior(NamedTuple):
 
 
 class TableBelief(ABC):
-    """A belief with one row per prompt; subclasses say what a row means.
+    """A belief with one row per prompt; subclasses define what a row means.
 
     A subclass provides :meth:`_prior` (read only) and :meth:`_absorb` (writes rows), and names its options in
     ``_options``, which a saved state must match.
@@ -183,7 +183,7 @@ class TableBelief(ABC):
 
     @abstractmethod
     def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
-        """Write what the rewards say; every group has at least one. A negative gap is a late batch."""
+        """Write what follows from the rewards; every group has at least one. A negative gap is a late batch."""
 
     def _resolution(self, baseline: Tensor) -> Tensor | float:
         """How far a (n,) baseline may be off because of how rows are stored."""

@@ -1,4 +1,4 @@
-"""One belief per source of prompts: the noise of a maths set says nothing about a code set."""
+"""One belief per source of prompts: the noise of a maths set contains no information about a code set."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 FAR = 8.0
 """A batch whose variance is this many times larger or smaller than the learned one is off."""
 MIN_JUDGED = 16
-"""Numbers in a batch below which it says too little about a variance."""
+"""With fewer numbers a batch is too little evidence about a variance."""
 MAX_WAIT = 8
 _TRIMMED = 0.05
 

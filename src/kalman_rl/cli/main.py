@@ -225,7 +225,7 @@ class Doctor:
     task: str | None = None
     """Built-in task whose reward to try on three rows."""
     data: Path | None = None
-    """JSONL or Parquet file of your own rows; replaces the task."""
+    """JSONL or Parquet file with your rows; replaces the task."""
     reward: str | None = None
     """Your reward function as MODULE:FUNCTION, tried on three rows. Naming it runs its code."""
     config: Path | None = None

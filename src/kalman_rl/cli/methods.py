@@ -16,7 +16,7 @@ def show_methods(name: str, *, cite: bool, verify: bool, device: str, as_json: b
     Raises: ConfigError for a name or a device.
     """
     if name:
-        make_method(name)  # an error in the name is said before anything is printed
+        make_method(name)  # an error in the name is raised before anything is printed
     names = [name] if name else list(METHODS)
     if verify:
         return show_checks([name] if name else list(METHODS.table), device, as_json)

@@ -93,7 +93,7 @@ def plan(config: StressConfig) -> list[TrainConfig]:
 
 
 def run_one(config: TrainConfig) -> int:
-    """One run of the study, in a process of its own."""
+    """One run of the study, in a separate process."""
     from kalman_rl.engine.runs.run import Run
     from kalman_rl.engine.train import train
 

@@ -94,7 +94,7 @@ class SealCheckpoints(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the generation batch at hand, save, stop. A second one stops at once.
+    """Ctrl-C or SIGTERM: finish the current generation batch, save, stop. A second one stops at once.
 
     The stop waits for the end of the generation batch because TRL's checkpoints do not hold the rollouts:
     resumed inside a batch, a run would generate for the same prompts again. Outside of training nothing is lost, so
@@ -162,7 +162,7 @@ class Progress:
         self.live = sys.stderr.isatty() and not prefix  # several processes would overwrite each other
 
     def say(self, text: str) -> None:
-        """A line of its own, which a live line gives way to."""
+        """A separate line, before which a live line is cleared."""
         if not self.quiet:
             wipe = "\r\x1b[2K" if self.live else ""
             print(f"{wipe}{self.prefix}{text}", file=sys.stderr, flush=True)

@@ -48,9 +48,9 @@ class Subject:
     task: Text = "products"
     """Built-in task to train on."""
     data: Place | None = None
-    """JSONL or Parquet file of your own rows; replaces the task."""
+    """JSONL or Parquet file with your rows; replaces the task."""
     reward: Text | None = None
-    """Reward function of your own as MODULE:FUNCTION, in TRL's signature. Naming it runs its code."""
+    """Your reward function as MODULE:FUNCTION, in TRL's signature. Naming it runs its code."""
     run: Place | None = None
     """Directory to create for the run. Unset: runs/TASK-METHOD-TIME, in UTC."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0

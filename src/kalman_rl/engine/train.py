@@ -345,7 +345,7 @@ def _check_rows(task: Task, config: TrainConfig) -> None:
 
 
 def _warn_short(method: Method, max_tokens: int, say: Any) -> None:
-    """Say aloud when a zero-start filter cannot leave ratio 1 within the completions."""
+    """Warn when a zero-start filter cannot leave ratio 1 within the completions."""
     ratio = method.ratio
     if isinstance(ratio, KalmanFiltered) and ratio.initial_variance == 0:
         constants = ratio.time_constants(max_tokens)

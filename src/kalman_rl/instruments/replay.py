@@ -195,7 +195,9 @@ def _notes(ours: Method, other: Method | None, borrowed: bool) -> list[str]:
         if why := chosen_in_training(method):
             notes.append(f"{method.name}: {why}")
     if borrowed and any("logp_behaviour" in method.inputs for method in used):
-        notes.append("no log-probabilities of a behaviour policy are stored: the old policy's stand in for them")
+        notes.append(
+            "no log-probabilities of a behaviour policy are stored: the old policy's stand in for them"
+        )
     return notes
 
 

@@ -31,7 +31,7 @@ def make_method(name: str, **options: float | bool | None) -> Method:
     """Build a method of the table by name, with its options; hosts' names for them are in :mod:`.knobs`.
 
     Args:
-        name: a key of METHODS, or ``module:function`` of your own.
+        name: a key of METHODS, or your own ``module:function``.
         options: of the method's own function, units and ranges there.
 
     Returns: the :class:`~kalman_rl.objectives.Method`, for :func:`~kalman_rl.objectives.policy_loss` and the trainers.

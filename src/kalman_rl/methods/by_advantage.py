@@ -177,7 +177,7 @@ def batch_mean() -> Method:
 
 
 def james_stein() -> Method:
-    """Group means drawn towards each other as far as their noise says, without memory. Source: arXiv 2511.03710."""
+    """Group means drawn towards each other as far as their noise allows, without memory. Source: arXiv 2511.03710."""
     return Method("james_stein", JamesStein(), ratio.one, trust.unclipped, aggregate.sequence_mean)
 
 
@@ -199,6 +199,6 @@ def k_grpo(*, low: float = 0.2, high: float = 0.2) -> Method:
     """K-GRPO: a Kalman belief about every prompt's value as baseline, GRPO's ratio and clip. Ours.
 
     The advantage is leave-one-out and exactly unbiased; noise, drift and prior are learned from the rewards. The
-    published code of that name has no policy update; what it says of stopping is in ``kalman_rl.sampling``.
+    published code of that name has no policy update; its rule for stopping is in ``kalman_rl.sampling``.
     """
     return Method("k_grpo", Tracked("auto"), ratio.token, trust.Clip(low, high), aggregate.sequence_mean)

@@ -117,7 +117,7 @@ def kpo_noise(
 
     ``scale = 0`` is :func:`kpo_diffuse` with R = floor. Only ``floor : scale : Q`` matters to the weights.
     With ``behaviour`` the ratio is to the behaviour policy, and floor and scale are learned from how trainer and
-    behaviour policy disagree on the same policy (``memory``); without, they are what you say, for example what
+    behaviour policy disagree on the same policy (``memory``); without, they are the given values, for example what
     :func:`kalman_rl.objectives.ratio.calibrate` found. The clip is kpo_diffuse's, for Q is as small.
     """
     return Method(

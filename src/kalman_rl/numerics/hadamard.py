@@ -26,7 +26,7 @@ _DENSE_FAST, _DENSE, _DENSE_COUNT = 32, 256, 16
 
 
 def hadamard_transform(x: Tensor, *, orthonormal: bool = True) -> Tensor:
-    """``H x`` along the last dimension, divided by ``sqrt(D)`` unless told otherwise.
+    """``H x`` along the last dimension, divided by ``sqrt(D)`` by default.
 
     Args:
         x: (..., D) floating, D a power of two.
@@ -72,7 +72,7 @@ class SRHT:
     Args:
         dimension_in: width of the features, >= 1.
         dimension_out: d, from 1 to D.
-        seed: of its own generator; the global random state is neither read nor moved.
+        seed: of a separate generator; the global random state is neither read nor changed.
 
     Raises: ConfigError for sizes outside their range.
     Source: Ailon and Chazelle (2009); Tropp (2011, arXiv 1011.1595).

@@ -50,7 +50,7 @@ def profile(state: Tensor) -> Tensor:
 
 
 def peak(state: Tensor, log_grid: Sequence[float], least: float) -> Peak | None:
-    """The most likely shape and scale, or None where the sums do not say.
+    """The most likely shape and scale, or None where the sums do not determine them.
 
     Args:
         state: as in :func:`profile`.

@@ -91,7 +91,7 @@ def switches(log_ratio: Tensor, mask: Tensor, sequence: Tensor | None = None) ->
     """Sums over neighbouring trained tokens of whether their log-ratio changes sign; in packed rows, neighbours of
     the same ``sequence`` (B, T) number.
 
-    White noise gives a mean of 0.5; smoothing lowers it whether or not anything is learned, so it says how much was
+    White noise gives a mean of 0.5; smoothing lowers it whether or not anything is learned, so it shows how much was
     smoothed, not how healthy a run is.
     """
     pairs = mask[:, 1:] & mask[:, :-1]

@@ -1,6 +1,6 @@
 """Allocation before sampling: how many completions each prompt gets, from what is believed now.
 
-The counts depend on the past only, so a group's size says nothing about its rewards, and the mean over each
+The counts depend on the past only, so a group's size is independent of its rewards, and the mean over each
 group is an exactly unbiased gradient. Sampling in rounds (``rounds``) saves more and needs a weight.
 """
 

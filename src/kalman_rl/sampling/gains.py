@@ -25,7 +25,7 @@ Number = Tensor | float
 SMALLEST_EVIDENCE = 0.3
 """Least a + b of a matched Beta: as vague as a pool of mostly hopeless and mostly solved prompts."""
 SMALLEST_MEAN = 1e-3
-"""A matched Beta has its mean in [1e-3, 1 - 1e-3]: nothing is impossible because a Gaussian says so."""
+"""A matched Beta has its mean in [1e-3, 1 - 1e-3]: a Gaussian never makes an outcome impossible."""
 
 
 NINETY = NormalDist().inv_cdf(0.95)

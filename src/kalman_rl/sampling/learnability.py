@@ -1,4 +1,4 @@
-"""What a belief says about how much a prompt can teach, as the sampling rules need it."""
+"""How much a prompt can teach according to a belief, as the sampling rules need it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class CollapseAlarm(TrainerCallback, ExportableState):
     It tells of a collapse and does not foresee one. An alarm names the tokens with the largest |log-ratio| in the
     updates since the reward before.
 
-    Every rank sees the same logged numbers and decides alike; the main one writes and speaks. Its state is part of
+    Every rank sees the same logged numbers and decides alike; the main one writes and warns. Its state is part of
     ``trainer_state.json``, so a resumed run goes on where the saved one was. A fault in here is logged once and
     switches the alarm off; it never stops training.
 

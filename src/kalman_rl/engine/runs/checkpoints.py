@@ -57,7 +57,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _checkpoint_content(folder: Path, *, flush: bool = False) -> bytes:
-    """What ``complete.json`` has to say, byte for byte, about the files that are there now."""
+    """What ``complete.json`` must contain, byte for byte, about the files that are there now."""
     match = CHECKPOINT.fullmatch(folder.name)
     if not match:
         raise RunError(f"{folder}: got the name {folder.name!r}, expected checkpoint-N")

@@ -56,7 +56,7 @@ class Run:
         Args:
             path: its last part has 1 to 100 of A-Z a-z 0-9 . _ - and does not start with a dot.
             config_toml: the resolved configuration, kept as ``config.toml``.
-            labels: what the report groups by, e.g. method, seed; the seed also becomes an entry of its own.
+            labels: what the report groups by, e.g. method, seed; the seed also becomes a separate entry.
             overwrite: replace a run that is there; a directory that is no run is never replaced.
 
         Raises: RunError if it exists, cannot be written, or another process writes it.
@@ -219,7 +219,7 @@ class Run:
         return [folder for folder in self._folders() if (folder / SEAL).is_file()]
 
     def latest_checkpoint(self) -> Path:
-        """The newest checkpoint whose contents verify; says which newer ones were skipped, and why.
+        """The newest checkpoint whose contents verify; reports which newer ones were skipped, and why.
 
         Raises: RunError if there is none.
         """
@@ -237,7 +237,7 @@ class Run:
     def truncate_metrics(self, step: int) -> int:
         """Drop the rows after ``step``, which a run resumed there writes again; returns how many.
 
-        Also drops lines that are no rows, such as one cut short by a kill, and says so.
+        Also drops lines that are no rows, such as one cut short by a kill, and reports it.
         """
         rows, bad = metrics_rows(self.path)
         kept = [row for row in rows if row["step"] <= step]

@@ -170,7 +170,7 @@ def _check_columns(columns: list[str], file: Path, *, needs_answer: bool) -> Non
     if needs_answer and "answer" not in columns:
         raise ConfigError(
             f"answer: got only the columns {', '.join(columns)}, expected one named 'answer'; {file}; add "
-            "it, or give a reward of your own with --reward module:function"
+            "it, or give your own reward with --reward module:function"
         )
     taken = RESERVED.intersection(columns)
     if taken:
@@ -193,7 +193,7 @@ def _clean(name: str, where: str, row: Row, columns: list[str], needs_answer: bo
         if "\n" in row["answer"].strip() or not row["answer"].strip():
             raise ConfigError(
                 f"answer: got {answer!r}, expected one line of text, as only the first line of a reply is "
-                f"compared; {where}; shorten it, or give a reward of your own with --reward module:function"
+                f"compared; {where}; shorten it, or give your own reward with --reward module:function"
             )
     content = {key: value for key, value in row.items() if key not in ("split", "prompt_id")}
     given = row.get("prompt_id")

@@ -79,7 +79,7 @@ def score_replies(
 def call_reward(
     reward: Callable[..., Any], rows: Sequence[Row], completions: Sequence[Any], **trainer: Any
 ) -> Any:
-    """The reward of completions of rows. Each gets a row of its own: what a reward changes in it, it alone sees."""
+    """The reward of completions of rows. Each gets its own copy of the row, so a reward changes only what it sees."""
     fresh = [copy.deepcopy(row) for row in rows]
     columns = {name: [row[name] for row in fresh] for name in fresh[0] if name != "prompt"}
     prompts = [row["prompt"] for row in fresh]

@@ -1,7 +1,7 @@
 """SkyRL: our objectives in its registry of policy losses (read at skyrl 0.3.0, August 2026).
 
 SkyRL calls ``loss(log_probs, old_log_probs, advantages, config=, loss_mask=, rollout_logprobs=)`` and sums over
-micro-batches: its advantages are already divided as ``loss_reduction`` says. So the loss here is a plain sum.
+micro-batches: its advantages are already divided as ``loss_reduction`` requires. So the loss here is a plain sum.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PolicyLoss = Callable[..., tuple[Tensor, dict[str, float]]]
 
 
 def loss_for(method: str | Method, **options: Any) -> PolicyLoss:
-    """A SkyRL policy loss of a method (a name with options, or a Method of your own).
+    """A SkyRL policy loss of a method (a name with options, or your own Method).
 
     Raises: ConfigError for methods that need more than SkyRL passes, or with a penalty of their own, whose weight
         would not follow ``loss_reduction``: use ``use_kl_loss``.

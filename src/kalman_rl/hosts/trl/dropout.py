@@ -34,7 +34,7 @@ def switch_off_dropout(model: nn.Module) -> dict[str, float]:
 
 
 def warn_of_dropout(model: nn.Module) -> None:
-    """Say which parts drop something, if any do."""
+    """Name the parts that drop something, if any do."""
     if found := dropout_of(model):
         name, rate = max(found.items(), key=lambda pair: pair[1])
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""

@@ -1,4 +1,4 @@
-"""Generation with beliefs: TRL samples and scores, the belief says how often and what was to be expected.
+"""Generation with beliefs: TRL samples and scores, the belief decides how often and what is expected.
 
 A round is one call of TRL's own ``_generate_and_score_completions`` on as many rows as the round asks for. The
 rows of all rounds are joined, shared out evenly over ranks, and filled up to the number TRL counts on.

@@ -1,8 +1,8 @@
-"""Several processes: when one of them dies or hangs, the others stop with a sentence that says what to do.
+"""Several processes: when one of them dies or hangs, the others stop with a sentence that contains what to do.
 
 torchrun and ``accelerate launch`` stop all ranks of a node within seconds of the first death and name it. Without
 their agent, and across nodes, the survivors find out in a collective: at once where the connection breaks (gloo),
-else after ``ddp_timeout``. What torch then raises speaks of sockets; here it becomes a RunError.
+else after ``ddp_timeout``. torch then raises an error about sockets; here it becomes a RunError.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kalman_rl.hosts.state import broken_tensor, load_state
 
 
 class RanksTrainer(GRPOTrainer):
-    """GRPOTrainer whose ``train`` says which step lost another process, and where to go on from."""
+    """GRPOTrainer whose ``train`` reports which step lost another process, and from which checkpoint to continue."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's. Raises: RunError when another process of the group is gone or does not answer."""
@@ -56,7 +56,7 @@ def named_loss(trainer: Any) -> Iterator[None]:
         raise RunError(
             f"rank {rank}: got no answer from another process of {trainer.accelerator.num_processes} at step "
             f"{trainer.state.global_step}, expected all to be alive; it was killed, crashed or hangs (limit "
-            f"ddp_timeout = {trainer.args.ddp_timeout} s; its own log says why: {str(error)[:200]}); start all "
+            f"ddp_timeout = {trainer.args.ddp_timeout} s; its own log has the reason: {str(error)[:200]}); start all "
             f"again, {go_on}"
         ) from error
 

@@ -2,7 +2,7 @@
 
 Where no method is named, :func:`translated` composes what TRL computes for the same settings, and
 :func:`step_totals` counts as TRL does, so that swapping the class changes nothing. Where one is named,
-:func:`check_settings` refuses a setting that says something else.
+:func:`check_settings` refuses a setting that contradicts the method.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def spreads(method: Method) -> bool:
 
 
 def check_settings(method: Method, args: GRPOConfig, given: Collection[str]) -> None:
-    """Refuse settings that say something else than the method.
+    """Refuse settings that contradict the method.
 
     Args: given: the settings that the user wrote, names of :data:`DEFAULTS`.
     Raises: ConfigError that names the option to use instead.

@@ -1,4 +1,4 @@
-"""From a name and options to a method that verl's loss can run, or a sentence that says why it cannot.
+"""From a name and options to a method that verl's loss can run, or a sentence with the reason why it cannot.
 
 verl hands a policy loss the log-probabilities under the old and the current policy, advantages and a mask, one
 micro-batch at a time. What a method needs beyond that, it does not get here, and nothing stands in for it.

@@ -32,7 +32,7 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
 
     Args:
         loss_mode: ``kalman_rl/NAME``, NAME a key of :data:`kalman_rl.METHODS` or ``module:function`` where
-            :func:`~kalman_rl.hosts.verl.plugin.register` was told of it.
+            :func:`~kalman_rl.hosts.verl.plugin.register` registered it.
         options: options of the method; verl's names (``clip_ratio_low``) are understood with verl's meaning.
         low, high, dual: clip distances, as far as the method has them; None = its default.
         process_noise, observation_noise, initial_variance: Q, R, P0 of the filter, nats^2.
@@ -89,7 +89,7 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
 
 
 def _with_clip(name: str, options: dict[str, Any], is_clip: bool | None) -> tuple[str, dict[str, Any]]:
-    """The fork's switch: KPO without its clip is a method of its own here, with the fork's Q where none is given."""
+    """The fork's switch: KPO without its clip is a separate method here, with the fork's Q where none is given."""
     if is_clip is None or (is_clip and name == "kpo"):
         return name, options
     if name != "kpo":

@@ -92,7 +92,7 @@ def make_loss(name: str) -> PolicyLossFn:
 
 
 def choice_for(name: str, config: Any) -> SelectedMethod:
-    """What the actor's configuration says about a method; its defaults where it says nothing."""
+    """The settings of a method in the actor's configuration; the method's defaults where there are none."""
     check_actor(name, config)
     settings = getattr(config, "policy_loss", None)
     if isinstance(settings, KalmanPolicyLossConfig) and settings.loss_mode == PREFIX + name:
@@ -190,7 +190,7 @@ def _say_mode(name: str, mode: str, own: str) -> None:
 def _with_bounds(
     method: Method, rollouts: Rollouts, log_prob: Tensor, advantages: Tensor
 ) -> tuple[Method, dict[str, Any]]:
-    """Bounds that a trust region learns, found on the micro-batch at hand: verl shows the loss no other.
+    """Bounds that a trust region learns, found on the current micro-batch: verl shows the loss no other.
     ``trust/bound_share`` is the micro-batch's share of the step's tokens; at 1 the bounds are those of the whole
     step."""
     found = with_bounds(method, step_statistics(method, rollouts, log_prob, advantage=advantages))

@@ -1,7 +1,7 @@
 """The entry point ``verl.plugins``: importing it tells verl about our losses and estimators.
 
 verl imports it in every process, workers included, and hides whatever goes wrong at DEBUG level; so this module
-says what went wrong as a warning, and ``registered()`` says what is there. The trainer is not registered here: it
+reports what went wrong as a warning, and ``registered()`` lists what is there. The trainer is not registered here: it
 would pull verl's whole trainer into every worker.
 """
 
@@ -29,7 +29,7 @@ def register(*more: str) -> None:
     Methods of installed packages are among them, and imported when verl first calls them.
 
     Args:
-        more: methods of your own as ``module:function``, imported here.
+        more: your own methods as ``module:function``, imported here.
 
     Raises: ConfigError for one that cannot be imported; AdapterError for an untested verl, or if somebody else holds
         one of the names.

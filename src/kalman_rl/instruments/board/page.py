@@ -105,7 +105,7 @@ def shell(name: str, version: str) -> str:
 
 
 def notice(text: str) -> str:
-    """A page that says one thing."""
+    """A page with one sentence."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Board</title>'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'"></head>'

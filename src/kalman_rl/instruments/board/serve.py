@@ -1,4 +1,4 @@
-"""Serve the board on this machine, in a process of its own that only reads the run's folder."""
+"""Serve the board on this machine, in a separate process that only reads the run's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check has to say: one line about what is there, and one about what to do."""
+"""What a check reports: one line about what is there, and one about what to do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass
 class PlannedRun:
-    """What the user is about to do, as far as the checks were told.
+    """What the user is about to do, as far as it was given to the checks.
 
     Args:
         task: name of a built-in task.

@@ -128,7 +128,9 @@ def compare_loss(record: Record, place: Place = CPU) -> Comparison:
         return place.put(torch.tensor(record[key], dtype=torch.float64))
 
     old = tensor("old_log_prob")
-    rollouts = Rollouts(old, tensor("mask"), logp_behaviour=old)  # recorded with behaviour policy = old policy
+    rollouts = Rollouts(
+        old, tensor("mask"), logp_behaviour=old
+    )  # recorded with behaviour policy = old policy
     logp = tensor("log_prob").requires_grad_()
     loss = policy_loss(composition(record), rollouts, logp, advantage=tensor("advantages"))
     loss.value.backward()

@@ -263,7 +263,7 @@ def means_in_general(
     tiles: Array,
     out: Array,
 ) -> bool:
-    """As :func:`means_by_table`, with a variance of its own for every segment.
+    """As :func:`means_by_table`, with a separate variance for every segment.
 
     Q of (row, token) is ``q[row strides[0] + token strides[1]]``, R likewise with the other two strides.
     ``places`` (24 int64) and ``tiles`` (three) are scratch.

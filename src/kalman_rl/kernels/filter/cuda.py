@@ -34,7 +34,7 @@ START, FIRST = 1, 2  # flags of a token: first of its segment, first observed on
 
 
 def means(z: Tensor, mask: Tensor, segment: Tensor | None, *model: Any) -> Tensor | None:
-    """Posterior means (B, T) in the type of z. None, for the caller to compute in torch or to say what is
+    """Posterior means (B, T) in the type of z. None, for the caller to compute in torch or to report what is
     wrong: noises that differ from token to token, values out of range, observed numbers that are not finite.
 
     ``model``: process noise, observation noise, mean and variance of the prior. Numbers are computed in the

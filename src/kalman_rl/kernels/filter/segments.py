@@ -1,7 +1,7 @@
 """Where the sequences of a batch begin, end and have holes, for the kernels that take them one by one.
 
 A row of a batch holds one segment, a packed row several. Each is five numbers, ``(begin, end, first, last, hole)``:
-positions in the flat array. Tokens outside ``[first, last)`` are padding; ``hole`` says whether a token inside is
+positions in the flat array. Tokens outside ``[first, last)`` are padding; ``hole`` is whether a token inside is
 masked. Importing this module imports numba.
 """
 

@@ -51,7 +51,7 @@ def run(
     totals: tuple[float, float] | None,
 ) -> Fused | None:
     """One fused pass, or None where there is no compiler for these tensors or a number is not finite (the
-    composed objective then says which).
+    composed objective then reports which).
 
     Args:
         logp: (B, T) float32 or float64, contiguous or not, on one device with all others; no gradient.

@@ -96,7 +96,7 @@ class AutoFiltered:
         return innovation_sums(series, LOG_GRID)
 
     def fitted(self, state: Tensor) -> KalmanFiltered:
-        """The filter with the most likely Q and R, or with the start values where the state does not say."""
+        """The filter with the most likely Q and R, or with the start values where the state does not determine them."""
         found = peak(state, LOG_GRID, self.least)
         if found is None:
             return self.start

@@ -109,7 +109,7 @@ class RobustFiltered:
         return torch.bincount(place, minlength=BINS).double()
 
     def fitted(self, state: Tensor) -> RobustFiltered:
-        """The filter with all variances moved to the learned R; itself where the state does not say."""
+        """The filter with all variances moved to the learned R; itself where the state does not determine R."""
         counts = state.detach().double().cpu()
         total = counts.sum().item()
         if not self.least <= total < math.inf or self.process_noise == math.inf:  # NaN fails as well

@@ -221,7 +221,7 @@ class NoiseFiltered:
         return noise_sums(noise, before, rollouts.mask & differs)
 
     def fitted(self, state: Tensor) -> NoiseFiltered:
-        """The filter with the most likely noise model; itself where the state does not say."""
+        """The filter with the most likely noise model; itself where the state does not determine one."""
         model = _model(state, self.least) if self.behaviour else None
         if model is None:
             return self

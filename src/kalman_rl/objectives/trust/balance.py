@@ -139,6 +139,6 @@ class Balance:
         return Clip(1 - lows[j], highs[i] - 1, self.dual)
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
-        """The batch at hand taken for the whole optimizer step."""
+        """The current batch taken for the whole optimizer step."""
         found = self.fitted(self.statistics(ratio, advantage, current, rollouts))
         return found(ratio, advantage, current, rollouts)

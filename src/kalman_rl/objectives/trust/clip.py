@@ -3,7 +3,7 @@
 A trust region is a callable ``(ratio, advantage, current, rollouts) -> Trust``, everything (B, T) and
 detached. It turns the log-weight into the coefficient ``c_t = keep_t * weight_t`` and reports the surrogate
 loss that TRL and verl would print, so that curves can be compared. Those that look at more than the ratio
-have files of their own: ``divergence`` (DPPO), ``balance`` (BAPO), ``curvature`` (CAPO).
+have separate files: ``divergence`` (DPPO), ``balance`` (BAPO), ``curvature`` (CAPO).
 """
 
 from __future__ import annotations

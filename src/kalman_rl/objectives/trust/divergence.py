@@ -9,7 +9,7 @@ smaller divergence: binary <= top-k <= whole vocabulary.
 
 Source: DPPO (arXiv 2602.04879). Deviations: ``log(1 - p)`` is taken without cancellation and without an added
 constant; the k tokens contain the sampled one exactly once; the rest's mass is not taken below its rounding
-error; thresholds have names of their own.
+error; thresholds have separate names.
 """
 
 from __future__ import annotations

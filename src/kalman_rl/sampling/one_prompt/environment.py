@@ -45,7 +45,7 @@ class SimulatedPreferenceEnv:
     Args:
         success: probability in [0, 1], the true value of the prompt.
         dim: F, number of features >= 1: a random direction of length 1 drawn from the seed, or
-        features: (F,) features of your own; then ``dim`` is theirs.
+        features: (F,) your own features; then ``dim`` is their number.
         noise: standard deviation >= 0 of the scorer; 0 = rewards 0 and 1.
         missing: probability in [0, 1) that a reward is NaN.
         seed: of the own generator.

@@ -47,7 +47,7 @@ def run_adaptive_sampling(
 
     V is the posterior variance of the prompt's value given the rewards of this call, starting from what the
     tracker believes at the prompt's features. V_ref is the variance of one reward: 1/4 for 0/1 rewards, the
-    tracker's R for others. So the threshold says how much narrower than one reward the belief has to be: at
+    tracker's R for others. So the threshold is how much narrower than one reward the belief must be: at
     0/1 rewards the default 1.5 asks for a standard deviation of ``exp(-1.5) / 2 = 0.11``, and each further
     0.69 halves it. Useful values are 0.8 to 2: below 0.7 a new prompt stops at 2 completions, and at 2 an
     even one needs 53.
@@ -135,7 +135,7 @@ def _posterior(start: _Start, rewards: Tensor) -> tuple[Gaussian, float]:
     known = rewards[~rewards.isnan()]
     n = len(known)
     if bool(((known == 0) | (known == 1)).all()):
-        # A tracker that knows nothing is a Gaussian wider than [0, 1]: it speaks beside Jeffreys' prior.
+        # A tracker that knows nothing is a Gaussian wider than [0, 1]: it is used beside Jeffreys' prior.
         prior, _ = update(_UNKNOWN, start.value.mean, start.value.variance)
         a, b = beta_from_moments(prior)
         a, b = a + known.sum(), b + n - known.sum()

@@ -14,7 +14,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Axis:
-    """A mapping of data to pixels with ticks. On a log axis, values <= 0 lie on a row of their own, "0"."""
+    """A mapping of data to pixels with ticks. On a log axis, values <= 0 lie on a separate row, "0"."""
 
     low: float
     high: float

@@ -1,4 +1,4 @@
-"""What the collapse alarm said while the runs went on."""
+"""What the collapse alarm reported during the runs."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ MAX_VISITS = 3_000
 
 @dataclass(frozen=True)
 class Saving:
-    """``equality`` says what is held equal; ``fixed`` completions per prompt reach it; ``used`` were used per
+    """``equality`` is what is held equal; ``fixed`` completions per prompt reach it; ``used`` were used per
     prompt on average. ``fixed`` is infinite if no number up to 4096 reaches it."""
 
     equality: str
