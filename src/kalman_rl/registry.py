@@ -101,7 +101,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
             result = builder(**options)
         except KalmanRLError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"{self.kind}: got {type(error).__name__} ({error}) from {whose}, expected a {wanted}"
             ) from error
@@ -113,7 +113,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         whose = f"entry point {entry.name} = {entry.value} of package {_package(entry)!r}"
         try:
             builder = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"{self.kind}: got {type(error).__name__} ({error}) while importing the {whose}; expected one that "
                 "imports; repair or uninstall the package"
@@ -204,7 +204,7 @@ def imported(kind: str, name: str) -> Callable[..., Any]:
         raise ConfigError(
             f"{kind}: got {name!r}, found no module {error.name!r}; expected it {where}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{kind}: got {type(error).__name__} ({error}) while importing {module_name!r}; expected a "
             "module that imports without error"

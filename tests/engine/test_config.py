@@ -185,7 +185,7 @@ def test_method_as_a_table(tmp_path: Path) -> None:
         (f"learning_rate = 1{'0' * 400}", "expected a number"),
         ("run = 5", "a.toml: run: got 5, expected a path"),
         ('run = "a\\u0000b"', "expected text in UTF-8 without NUL"),
-        ("task = ['a']", "a.toml: task: got ('a',), expected text"),
+        ("task = ['a']", "a.toml: task: got ['a'], expected text"),
         ("dtype = 'float23'", "a.toml: dtype: got 'float23', expected one of auto, bfloat16, float32; did"),
         ("schedule = 1", "a.toml: schedule: got 1, expected one of"),
         ("method_options = 3", "a.toml: method_options: got 3, expected a table of numbers"),
@@ -311,6 +311,7 @@ def test_models_that_are_allowed(model: str) -> None:
         ({"updates_per_generation": 1}, "every update is on-policy"),
         ({"steps": 21}, "steps = 21 is no multiple of 2"),
         ({"steps": 4}, "warmup_steps = 4 is not below steps = 4"),
+        ({"belief": "beta"}, "belief = 'beta' is not read: advantage is 'method'"),
     ],
 )
 def test_notes(changes: dict[str, Any], note: str) -> None:
@@ -382,11 +383,11 @@ def test_any_text_is_toml_or_a_config_error(tmp_path_factory: pytest.TempPathFac
         ({"budget": 0.0}, "budget: got 0.0, expected a mean number of completions > 0"),
         (
             {"advantage": "tracked", "allocation": "rounds", "rounds": ()},
-            r"rounds: got \(\), expected a list of one or more integers >= 1",
+            r"rounds: got \[\], expected a list of one or more integers >= 1",
         ),
         (
             {"advantage": "tracked", "allocation": "rounds", "rounds": (2, 0)},
-            r"rounds: got \(2, 0\), expected",
+            r"rounds: got \[2, 0\], expected",
         ),
         (
             {"advantage": "tracked", "allocation": "predictive", "completions_min": 9, "completions_max": 8},

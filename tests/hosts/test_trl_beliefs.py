@@ -307,7 +307,7 @@ def test_rows_join_fill_and_take() -> None:
         ({"budget": 0.0, "allocation": "rounds"}, "budget: got 0.0, expected a mean number"),
         ({"budget": math.nan, "allocation": "rounds"}, "budget: got nan, expected a mean number"),
         ({"budget": 1.0, "allocation": "rounds", "completions_min": 2}, "budget: got 1.0, expected 2 to 32"),
-        ({"allocation": "rounds", "rounds": [0]}, r"rounds: got \(0,\), expected"),
+        ({"allocation": "rounds", "rounds": [0]}, r"rounds: got \[0\], expected"),
         ({"allocation": "predictive", "aim": "lite"}, "aim: got 'lite'"),
         ({"allocation": "rounds", "rounds": 3}, "rounds: got 3, expected a list"),
         ({"belief_options": ["rho"]}, "belief_options: got .*, expected options by name"),

@@ -20,6 +20,7 @@ pytest.importorskip("tyro")
 
 from kalman_rl.beliefs import BELIEFS, make_belief
 from kalman_rl.cli.main import main
+from kalman_rl.engine.config import TrainConfig, validate
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import ConfigError
@@ -397,6 +398,37 @@ def test_a_package_that_takes_one_of_our_names(installed: Callable[..., None]) -
     installed("tiny-thief", grpo="tiny_foreign:tempered")
     assert "claimed by package 'tiny-thief' and by kalman_rl itself" in said(lambda: make_method("grpo"))
     assert list(METHODS) == list(METHODS.table) and make_method("kpo").name == "kpo"
+
+
+def test_other_names_go_on_working(installed: Callable[..., None], capsys: Any) -> None:
+    installed("tiny-thief", grpo="tiny_foreign:tempered")
+    installed("tiny-robber", group="kalman_rl.beliefs", auto="tiny_foreign:Counts")
+    assert main(["methods"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "claimed by package 'tiny-thief'" in shown and "claimed by package 'tiny-robber'" in shown
+    assert "grpo" in {row["name"] for row in cards.table() if "error" in row}
+    assert main(["methods", "kpo"]) == 0 and main(["methods", "dapo", "--cite"]) == 0
+    validate(TrainConfig(model="tiny"))
+    assert "claimed by package 'tiny-robber'" in said(
+        lambda: validate(TrainConfig(model="tiny", advantage="tracked"))
+    )
+
+
+def test_checks_run_whatever_a_package_claims(installed: Callable[..., None], capsys: Any) -> None:
+    installed("tiny-thief", grpo="tiny_foreign:tempered")
+    assert main(["methods", "kpo", "--verify"]) == 0
+    assert "Q = inf is GRPO with the same clip" in capsys.readouterr().out
+    assert main(["methods", "grpo", "--verify"]) == 2
+    assert "claimed by package 'tiny-thief'" in capsys.readouterr().err
+
+
+def test_a_module_that_exits_is_a_sentence(installed: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text("import sys\n\nsys.exit('no licence')\n")
+    installed("tiny-bad", mine="leaves:anything")
+    assert "got SystemExit (no licence) while importing the entry point mine" in said(
+        lambda: make_method("mine")
+    )
+    assert "got SystemExit (no licence) while importing 'leaves'" in said(lambda: make_belief("leaves:any"))
 
 
 def test_a_close_name_is_suggested(installed: Callable[..., None]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kalman_rl.beliefs import make_belief
 from kalman_rl.beliefs.protocol import Belief
+from kalman_rl.beliefs.regression import RegressionBelief
 from kalman_rl.errors import ConfigError
 
 
@@ -59,7 +60,7 @@ class JamesStein:
     """
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
-        return _first_batch(make_belief("auto", scale=False), reward, group)
+        return _first_batch(RegressionBelief(scale=False), reward, group)
 
 
 def _first_batch(belief: Belief, reward: Tensor, group: Tensor) -> Tensor:

@@ -290,6 +290,9 @@ def notes(config: TrainConfig) -> list[str]:
         ),
         f"warmup_steps = {config.warmup_steps} is not below steps = {config.steps}: the peak learning rate "
         "is not reached": config.warmup_steps >= config.steps,
+        f"belief = {config.belief!r} is not read: advantage is {config.advantage!r}, not 'tracked'": (
+            config.belief != TrainConfig.belief and config.advantage != "tracked"
+        ),
     }
     return [text for text, applies in remarks.items() if applies]
 
@@ -298,7 +301,8 @@ def _check_train(config: TrainConfig) -> None:
     from kalman_rl.engine.tasks.table import TASKS
 
     _check_method(config.method, config.method_options)
-    _check_belief(config.belief)
+    if config.advantage == "tracked" or config.belief != TrainConfig.belief:
+        _check_belief(config.belief)
     _check_model(config.model)
     if config.report_to not in REPORTERS:
         raise unknown_name("report_to", config.report_to, REPORTERS)

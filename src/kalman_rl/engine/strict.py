@@ -79,8 +79,8 @@ def _sentence(kind: Any, error: ErrorDetails) -> ConfigError:
 
 
 def show(value: Any) -> str:
-    """A value as it would be written, on one line of at most 80 characters."""
+    """A value as it would be written, on one line of at most 80 characters; a tuple is written as a list."""
     try:
-        return one_line(repr(value), 80)
+        return one_line(repr(list(value) if isinstance(value, tuple) else value), 80)
     except ValueError:  # a whole number of thousands of digits
         return f"a {type(value).__name__}"

@@ -28,7 +28,7 @@ METHODS: Registry[Method] = Registry("method", _TABLE, "kalman_rl.methods", Meth
 
 
 def make_method(name: str, **options: float | bool | None) -> Method:
-    """Build a method of the table by name, with its options; hosts' names for them are in :mod:`.knobs`.
+    """Build a method of the table by name, with its options; hosts' names for them are in :mod:`.aliases`.
 
     Args:
         name: a key of METHODS, or your own ``module:function``.

@@ -75,8 +75,7 @@ def opo(*, low: float = 0.2, high: float = 0.2) -> Method:
 
 
 def otb(*, low: float = 0.2, high: float = 0.2) -> Method:
-    """Optimal token baseline: one baseline per position, weighted by the squared norm of the score. Source: verl
-    0.9.1.
+    """Optimal token baseline: one per position, weighted by the score's squared norm. Source: verl 0.9.1.
 
     Needs ``sum_pi_squared`` of every old next-token distribution.
     """

@@ -98,7 +98,7 @@ def changes(name: str) -> str:
     """The module that holds the method: which factor it changes. FOREIGN for one that is not ours."""
     if name not in METHODS.table:
         return FOREIGN
-    return str(getattr(METHODS[name], "__module__", "")).rpartition(".")[2]
+    return METHODS.table[name].__module__.rpartition(".")[2]
 
 
 def options(name: str) -> dict[str, Any]:

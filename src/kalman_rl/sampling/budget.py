@@ -122,4 +122,5 @@ def check_aim(aim: str, reward_range: str) -> None:
 def check_rounds(rounds: Sequence[int]) -> None:
     """Refuse what is no list of completions per round. Raises: ConfigError."""
     if not isinstance(rounds, Sequence) or not rounds or not all(is_whole(k, 1) for k in rounds):
-        raise ConfigError(f"rounds: got {rounds!r}, expected a list of one or more integers >= 1")
+        shown = list(rounds) if isinstance(rounds, tuple) else rounds
+        raise ConfigError(f"rounds: got {shown!r}, expected a list of one or more integers >= 1")
