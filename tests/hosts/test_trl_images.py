@@ -33,6 +33,7 @@ class Trainer:
         self.state = SimpleNamespace(global_step=0)
         self.prompt_features = False
         self._metrics: Any = {"train": defaultdict(list)}
+        self._logs: Any = {"advantages": []}
         self._last_rewards = torch.zeros(0)
         self.missing, self.reward_func_names = MissingRewards(), ["made"]
         self.calls, self.num_generations = 0, 4

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("trl")
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer
-from tests.hosts.test_trl import model_path, run, settings, two_ranks
+from tests.hosts.test_trl import few_digits, model_path, run, settings, two_ranks
 
 __all__ = ["model_path"]
 
@@ -126,3 +126,17 @@ def test_a_step_without_tokens_says_nothing(model_path: str, tmp_path: Path) -> 
     for name in ("entropy", "trust/kept", "ratio/effective_sample_size", "ratio/noop", "clip_ratio/low_mean"):
         assert name not in log
     assert log["objective/surrogate"] == 0
+
+
+@pytest.mark.parametrize("options", [{"method": "dr_grpo"}, {"belief": "auto", "method": "grpo"}])
+def test_logged_completions_show_the_advantages_trained_on(
+    options: dict[str, Any], model_path: str, tmp_path: Path
+) -> None:
+    config = KalmanGRPOConfig(**settings(tmp_path, **options, max_steps=2))
+    batches: list[Any] = []
+    trainer, _ = run(KalmanGRPOTrainer, config, model_path, observers=[batches.append], reward=few_digits)
+    shown = sorted(trainer._logs["advantages"])
+    assert shown == pytest.approx(
+        sorted(a for b in batches for a in b.inputs["advantages"].tolist()), rel=1e-6
+    )
+    assert len(shown) == 16 and len(set(shown)) > 2

@@ -7,6 +7,7 @@ rows of all rounds are joined, shared out evenly over ranks, and filled up to th
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -98,6 +99,9 @@ def tracked_generation(
         for observe in tracking.observers:
             observe(record)
     _log(trainer, metrics, sampled.reward)
+    values = (sampled.advantage * sampled.weight).split([len(names) for names in told])
+    spare = [-len(names) % accelerator.num_processes for names in told]  # sampled to fill ranks, not trained
+    note_advantages(trainer, [x for v, n in zip(values, spare) for x in (*v.tolist(), *[math.nan] * n)])
     rank, size = accelerator.process_index, len(inputs)
     if not parts:
         mine = batches.join([local], padding)
@@ -110,6 +114,14 @@ def tracked_generation(
         mine = pack(batches.take(batches.fill(whole, len(everyone)), index))
     trained = (mine["completion_mask"] * mine.get("tool_mask", 1)).sum()
     return mine | {"num_items_in_batch": accelerator.gather(trained).sum()}
+
+
+def note_advantages(trainer: Any, values: list[float]) -> None:
+    """Put the advantages that are trained on where TRL noted its own, for ``log_completions``; the last of the list
+    belong to the completions that came last. Of an advantage per token it is the mean; NaN is not trained on."""
+    logged = trainer._logs["advantages"]
+    for i in range(1, min(len(values), len(logged)) + 1):
+        logged[-i] = values[-i]
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ TRL = Host(
             "_entropy_bonus_enabled": None,
             "_entropy_window_stats": None,
             "_last_world_entropy": None,
+            "_logs": None,
             "_metrics": None,
             "_name": None,
             "_paper": None,

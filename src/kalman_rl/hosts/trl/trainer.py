@@ -30,7 +30,7 @@ from kalman_rl.hosts.trl.entropy import entropy_bonus
 from kalman_rl.hosts.trl.factors import scaled_advantage
 from kalman_rl.hosts.trl.finite import FiniteTrainer
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
-from kalman_rl.hosts.trl.generation import make_tracking, tracked_generation
+from kalman_rl.hosts.trl.generation import make_tracking, note_advantages, tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards, check_finite
 from kalman_rl.hosts.trl.prompts import check_names
 from kalman_rl.hosts.trl.tally import Tally, sums_behind
@@ -162,6 +162,10 @@ class KalmanGRPOTrainer(FiniteTrainer):
         )
         extra = self._method_inputs(output)
         output["advantages"] = self.method.advantage(rewards, group, **extra)[local]
+        mask, advantage = self._loss_mask(output), output["advantages"]
+        if advantage.dim() == 2:
+            advantage = torch.where(mask, advantage, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+        note_advantages(self, self.accelerator.gather(advantage).tolist())
         output["rewards"] = rewards[local]
         output["prompt"] = [row.get("prompt") for row in inputs]  # an environment may bring it later
         output["prompt_id"] = [row.get("prompt_id") for row in inputs]
