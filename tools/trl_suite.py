@@ -30,6 +30,11 @@ TEST_FILE = "tests/test_grpo_trainer.py"
 TRAIN, TEST = 17, 2
 """Rows of the data sets."""
 
+WORDS = 151_643
+MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""Words and marks of a chat, at the places that Qwen's tokenizer has them, because tests write out numbers of tokens; a
+random model hardly ever ends a completion."""
+
 SMALL = {
     "hidden_size": 8,
     "intermediate_size": 32,
@@ -116,19 +121,21 @@ def make_hub(folder: Path) -> None:
 
 
 def tokenizer() -> Any:
-    """Bytes as tokens, and the marks of a chat."""
+    """Bytes as tokens, the marks of a chat, and tokens that no text has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {f"word{i}": i for i in range(len(vocabulary), WORDS)}
+    vocabulary |= {mark: WORDS + i for i, mark in enumerate(MARKS)}
     inner = Tokenizer(models.BPE(vocabulary, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
+        pad_token=MARKS[0],
+        eos_token=MARKS[2],
+        additional_special_tokens=[MARKS[1]],
         padding_side="left",
     )
     made.chat_template = TEMPLATE

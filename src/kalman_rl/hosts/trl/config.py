@@ -212,7 +212,7 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
 
 
 def _options(args: GRPOConfig, name: str) -> Mapping[str, Any]:
-    options = getattr(args, name, None) or {}
+    options = getattr(args, name, {})
     if not isinstance(options, Mapping):
         raise ConfigError(f"{name}: got {options!r}, expected options by name, {{}} for none")
     return options
