@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,12 +20,15 @@ from kalman_rl.objectives.advantage.filtered import GroupFilter
 from kalman_rl.objectives.advantage.group import (
     ConstantBaseline,
     GroupZScore,
+    LengthWeighted,
+    OptimalTokenBaseline,
     Rescaled,
     batch_leave_one_out,
     group_centred,
     group_statistics,
     leave_one_out,
 )
+from kalman_rl.objectives.advantage.scaled import BatchScaled, NormalizeThenSum
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
 
@@ -172,6 +176,39 @@ def test_equal_rewards_give_exactly_zero(name: str, value: float, dtype: torch.d
     for size in (1, 2, 3, 7, 8, 64):
         reward = torch.full((size,), value, dtype=dtype)
         assert (ESTIMATORS[name](reward, torch.zeros(size, dtype=torch.long)) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["z-score", "centred", "leave-one-out", "batch-scaled", "length-weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@quick
+@given(
+    parts=st.lists(st.integers(-40, 40), min_size=1, max_size=40),
+    unit=st.sampled_from([20, 10, 3, 7]),
+    copies=st.integers(1, 3),
+)
+def test_a_reward_is_at_its_mean_exactly_where_it_is_in_exact_arithmetic(
+    name: str, dtype: torch.dtype, parts: list[int], unit: int, copies: int
+) -> None:
+    """Rewards such as 1.05 have no exact binary form; the residue of their mean is no advantage."""
+    whole = [len(parts) * part for part in parts] + [sum(parts)] * copies  # the last are the mean of all
+    group = torch.zeros(len(whole), dtype=torch.long)
+    estimators = ESTIMATORS | {
+        "batch-scaled": BatchScaled(),
+        "length-weighted": partial(LengthWeighted(), length=torch.ones_like(group)),
+    }
+    advantage = estimators[name](torch.tensor([part / unit for part in whole], dtype=dtype), group)
+    assert advantage.dtype == dtype
+    assert advantage.sign().tolist() == [float(np.sign(part - sum(parts))) for part in whole]
+
+
+def test_residues_at_a_constant_at_token_baselines_and_of_several_functions() -> None:
+    tenths, group = torch.tensor([0.1, 0.2, 0.3]), torch.zeros(3, dtype=torch.long)
+    assert ConstantBaseline(0.2)(tenths, group).sign().tolist() == [-1, 0, 1]
+    ones = torch.ones(3, 2)
+    tokens = OptimalTokenBaseline()(tenths, group, score_norm_squared=ones, mask=ones.bool())
+    assert tokens.sign().tolist() == [[-1, -1], [0, 0], [1, 1]]
+    both = NormalizeThenSum()(tenths, group, rewards=torch.stack([tenths, tenths], dim=1))
+    assert both.sign().tolist() == [-1, 0, 1]
 
 
 @pytest.mark.parametrize("known", range(1, 9))

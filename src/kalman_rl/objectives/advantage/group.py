@@ -4,7 +4,7 @@ A few look at more: they name it in ``inputs`` and take it as keyword arguments,
 gives one number per token (B, T). Those that run a filter over the rewards are in ``filtered``.
 
 A NaN reward is missing: it is left out of every baseline and its advantage is 0. Arithmetic is float64
-inside, so that equal rewards give exactly 0.
+inside, and a reward that differs from its baseline by rounding alone has an advantage of exactly 0.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from kalman_rl.errors import NumericError, ShapeError
 
 
 class GroupStatistics(NamedTuple):
-    """Per completion (B,): its group's ``size`` (known rewards), ``mean``, unbiased ``std``, ``spread``."""
+    """Per completion (B,): its group's ``size`` (known rewards), ``mean``, unbiased ``std``, ``spread`` and largest
+    absolute reward ``peak``; its own ``deviation`` from the mean, as of :func:`above_rounding`."""
 
     size: Tensor
     mean: Tensor
     std: Tensor
     spread: Tensor
+    peak: Tensor
+    deviation: Tensor
 
 
 def group_statistics(reward: Tensor, group: Tensor) -> GroupStatistics:
@@ -40,17 +43,43 @@ def group_statistics(reward: Tensor, group: Tensor) -> GroupStatistics:
     >>> group_statistics(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([7, 7, 3])).mean
     tensor([0.5000, 0.5000, 5.0000], dtype=torch.float64)
     """
-    reward, known = known_rewards(reward, group)
+    filled, known = known_rewards(reward, group)
     index = torch.unique(group, return_inverse=True)[1]
-    zeros = reward.new_zeros(int(index.max()) + 1 if len(index) else 0)
+    zeros = filled.new_zeros(int(index.max()) + 1 if len(index) else 0)
     count = zeros.index_add(0, index, known.double())
-    mean = zeros.index_add(0, index, reward) / count.clamp(min=1)
-    deviation = torch.where(known, reward - mean[index], 0.0)
+    mean = zeros.index_add(0, index, filled) / count.clamp(min=1)
+    deviation = torch.where(known, filled - mean[index], 0.0)
     std = (zeros.index_add(0, index, deviation.square()) / (count - 1).clamp(min=1)).sqrt()
-    high = zeros.scatter_reduce(0, index, torch.where(known, reward, -math.inf), "amax", include_self=False)
-    low = zeros.scatter_reduce(0, index, torch.where(known, reward, math.inf), "amin", include_self=False)
+    high = zeros.scatter_reduce(0, index, torch.where(known, filled, -math.inf), "amax", include_self=False)
+    low = zeros.scatter_reduce(0, index, torch.where(known, filled, math.inf), "amin", include_self=False)
     spread = torch.where(count > 0, high - low, 0.0)
-    return GroupStatistics(count[index], mean[index], std[index], spread[index])
+    size, peak = count[index], torch.where(count > 0, torch.maximum(high, -low), 0.0)[index]
+    deviation = above_rounding(reward, mean[index], peak, size)
+    return GroupStatistics(size, mean[index], std[index], spread[index], peak, deviation)
+
+
+def above_rounding(reward: Tensor, baseline: Tensor, peak: Tensor, size: Tensor) -> Tensor:
+    """``r - b`` in float64, exactly 0 where rounding alone can make the two differ.
+
+        |r - b| <= (u + n u64) peak        u: relative spacing of the rewards' type, u64: of float64
+
+    0.2 is the mean of 0.1, 0.2 and 0.3, but not of the float32 numbers next to them; the residue would have a sign,
+    and with it a side of the clip. Types narrower than float32 hold scores such as 0 and 1 exactly: u is float32's.
+
+    Args:
+        reward: (B,), NaN = missing, gives 0.
+        baseline: (B,) or (B, 1) or (B, T) float64, with ``reward`` unsqueezed alike: an average of the rewards.
+        peak: the largest absolute reward in that average. size: how many there are.
+
+    >>> tenth = torch.tensor([0.1, 0.2, 0.3])
+    >>> above_rounding(tenth, tenth.double().mean(), torch.tensor(0.3), torch.tensor(3))[1].item()
+    0.0
+    """
+    exact = torch.finfo(torch.float64).eps
+    wide = reward.dtype == torch.float64 or not reward.dtype.is_floating_point
+    spacing = exact if wide else torch.finfo(torch.float32).eps
+    difference = reward.detach().double() - baseline
+    return torch.where(difference.abs() > (spacing + size * exact) * peak, difference, 0.0)
 
 
 @dataclass(frozen=True)
@@ -75,16 +104,21 @@ class GroupZScore:
             )
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
+        return only_known(self.score(reward, group), reward)
+
+    def score(self, reward: Tensor, group: Tensor) -> Tensor:
+        """The advantages (B,) in float64, whatever type the rewards have; a missing reward has 0."""
         s = group_statistics(reward, group)
         informative = s.spread > self.tolerance * s.mean.abs().clamp(min=1.0)
-        score = (reward.double() - s.mean) / torch.where(informative, s.std + self.epsilon, 1.0)
-        return _finish(score, reward, informative)
+        return torch.where(
+            informative, s.deviation / torch.where(informative, s.std + self.epsilon, 1.0), 0.0
+        )
 
 
 def group_centred(reward: Tensor, group: Tensor) -> Tensor:
     """``A = r - mean`` within the group; 0 for a group of one. Source: Dr.GRPO (arXiv 2503.20783)."""
     s = group_statistics(reward, group)
-    return _finish(reward.double() - s.mean, reward, s.spread > 0)
+    return _finish(s.deviation, reward, s.spread > 0)
 
 
 def leave_one_out(reward: Tensor, group: Tensor) -> Tensor:
@@ -94,7 +128,7 @@ def leave_one_out(reward: Tensor, group: Tensor) -> Tensor:
     """
     s = group_statistics(reward, group)
     scale = s.size / (s.size - 1).clamp(min=1)
-    return _finish(scale * (reward.double() - s.mean), reward, s.spread > 0)
+    return _finish(scale * s.deviation, reward, s.spread > 0)
 
 
 def batch_leave_one_out(reward: Tensor, group: Tensor) -> Tensor:
@@ -117,7 +151,8 @@ class ConstantBaseline:
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         known_rewards(reward, group)
-        return only_known(reward.double() - self.value, reward)
+        value = torch.full_like(reward, self.value, dtype=torch.float64)
+        return only_known(above_rounding(reward, value, value.abs(), torch.ones_like(value)), reward)
 
 
 @dataclass(frozen=True)
@@ -150,7 +185,7 @@ class Rescaled:
         known = ~torch.isnan(reward)
         teaching = known & ((reward != 0) if self.by_zeros else (s.spread > 0))
         alpha = known.sum().double() / teaching.sum().clamp(min=1)
-        return _finish(alpha * (reward.double() - s.mean) / self.norm, reward, s.spread > 0)
+        return _finish(alpha * s.deviation / self.norm, reward, s.spread > 0)
 
 
 @dataclass(frozen=True)
@@ -174,7 +209,7 @@ class LengthWeighted:
         zeros = filled.new_zeros(int(index.max()) + 1 if len(index) else 0)
         total = zeros.index_add(0, index, weight)
         baseline = zeros.index_add(0, index, weight * filled) / torch.where(total > 0, total, 1.0)
-        return _finish(filled - baseline[index], reward, s.spread > 0)
+        return _finish(above_rounding(reward, baseline[index], s.peak, s.size), reward, s.spread > 0)
 
 
 @dataclass(frozen=True)
@@ -220,7 +255,8 @@ class OptimalTokenBaseline:
         baseline = per_position(gathered * filled[:, None]) / torch.where(total > 0, total, 1.0)
         lonely = per_position(alive.double()) <= 1
         alone = torch.zeros_like(filled) if self.silent_tail else filled
-        advantage = torch.where(lonely, alone[:, None], filled[:, None] - baseline)
+        centred = above_rounding(reward[:, None], baseline, s.peak[:, None], s.size[:, None])
+        advantage = torch.where(lonely, alone[:, None], centred)
         return _finish(torch.where(alive, advantage, 0.0), reward[:, None], (s.spread > 0)[:, None])
 
 

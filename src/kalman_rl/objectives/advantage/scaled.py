@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.objectives.advantage.group import GroupZScore, group_centred, group_statistics, only_known
+from kalman_rl.objectives.advantage.group import GroupZScore, group_statistics, only_known
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class BatchScaled:
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         std = group_statistics(reward, torch.zeros_like(group)).std + self.epsilon
-        centred = group_centred(reward.double(), group)
+        s = group_statistics(reward, group)
+        centred = torch.where(s.spread > 0, s.deviation, 0.0)
         return only_known(torch.where(centred != 0, centred / std, 0.0), reward)
 
 
@@ -42,7 +43,7 @@ class BatchScaled:
 class NormalizeThenSum:
     """Several reward functions, each normalized within the group before the weighted sum is normalized over the batch.
 
-        S = sum_k weight_k (r_k - mean_k) / (std_k + epsilon),        A = (S - mean S) / (std S + epsilon)
+        S = sum_k weight_k (r_k - mean_k) / (std_k + epsilon),        A = S / (std S + epsilon),  mean S = 0
 
     Args:
         weights: one per reward function; () weighs all alike.
@@ -69,10 +70,15 @@ class NormalizeThenSum:
             )
         within = GroupZScore(self.epsilon)
         total = sum(
-            weight * within(column, group) for weight, column in zip(weights, rewards.double().unbind(1))
+            weight * within.score(column, group) for weight, column in zip(weights, rewards.unbind(1))
         )
-        known = torch.where(torch.isnan(rewards).all(1), torch.nan, torch.as_tensor(total).to(rewards.device))
-        return only_known(GroupZScore(self.epsilon)(known, torch.zeros_like(group)), reward)
+        total = torch.as_tensor(total, dtype=torch.float64, device=rewards.device)
+        known = torch.where(torch.isnan(rewards).all(1), torch.nan, total)
+        s = group_statistics(known, torch.zeros_like(group))
+        # Each function's scores sum to 0 in every group, so the sum's own mean is rounding alone.
+        return only_known(
+            torch.where(s.spread > within.tolerance, known / (s.std + self.epsilon), 0.0), reward
+        )
 
 
 def _check(epsilon: float) -> None:
