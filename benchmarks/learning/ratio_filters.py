@@ -6,7 +6,7 @@ this is the world that the filters assume; it says nothing about training. Two r
 without spikes. Filters that learn have seen ten other batches of the same kind. The start P0 = R of
 kpo_robust was chosen on seeds 0 to 23; the numbers are from seeds 100 to 123.
 
-    python benchmarks/learning/ratio_filters.py          # about 20 seconds on one core
+    python -m benchmarks.learning.ratio_filters          # about 20 seconds on one core
 
 Writes benchmarks/results/learning/ratio_filters.json.
 """
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.methods import make_method
-from kalman_rl.objectives.learning import Learns
+from kalman_rl.objectives.protocol import Learns
 from kalman_rl.objectives.ratio.learned import AutoFiltered
 from kalman_rl.objectives.ratio.robust import RobustFiltered
 from kalman_rl.objectives.ratio.token_noise import NoiseFiltered, NoiseModel

@@ -13,6 +13,7 @@ prompts unequally. Run ``python -m benchmarks.learning.unbiased``.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -261,6 +262,7 @@ def table(findings: list[Finding]) -> str:
 
 def main() -> None:
     """Print the table and write ``results/unbiased.json``."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     kinds = {"advantage": ADVANTAGES, "aggregation": AGGREGATIONS, "method": methods()}
     findings = survey(WORLDS, kinds)
     print(table(findings))

@@ -208,6 +208,7 @@ def test_base_import_is_light() -> None:
     [
         ("from kalman_rl.hosts.trl import KalmanGRPOTrainer", "kalman_rl.hosts.trl", "trl"),
         ("from kalman_rl.hosts.verl import KalmanPPOTrainer", "kalman_rl.hosts.verl", "verl"),
+        ("from kalman_rl.instruments.board import serve", "kalman-rl board", "board"),
     ],
 )
 def test_a_missing_extra_is_named(call: str, user: str, name: str) -> None:
