@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kalman_rl import KalmanPreferenceTracker
 from kalman_rl.beliefs import Sources, make_belief
-from kalman_rl.errors import KalmanRLError, ShapeError
+from kalman_rl.errors import ConfigError, KalmanRLError, ShapeError
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
@@ -152,6 +152,20 @@ def test_every_damaged_entry_is_refused_and_changes_nothing(kind: str) -> None:
     assert not accepted
 
 
+@pytest.mark.parametrize("path, wrong", [
+    (("scale", "count"), -1.0), (("scale", "squares"), -1.0), (("noise", "freedom"), -1.0),
+    (("noise", "second"), 1e300), (("noise", "rate"), 2.0), (("noise", "rate"), 2**70),
+    (("noise", "surprise"), -math.inf), (("reward", 0), 1e300), (("reward", 1), -1.0), (("reward", 1), 1e300),
+])  # fmt: skip
+def test_sums_that_no_batch_leaves_behind_are_refused(path: tuple[Any, ...], wrong: float) -> None:
+    """Finite ones: they would fail later, as a root of a negative number or a Cholesky factor that does not exist."""
+    made = taught("auto")
+    before = repr(made.state_dict())
+    with pytest.raises(ConfigError, match="^belief state: got"):
+        made.load_state_dict(replaced(made.state_dict(), path, wrong))
+    assert repr(made.state_dict()) == before
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_whole_state_survives_both_ways_of_saving(kind: str, tmp_path: Any) -> None:
     made = MAKERS[kind]()
@@ -176,6 +190,15 @@ class Number(enum.IntEnum):
 def test_names_that_a_checkpoint_would_change_are_refused(name: Any) -> None:
     belief = make_belief("auto")
     with pytest.raises(ShapeError, match="^ids: got .* as a name, expected int, str or a tuple"):
+        belief.update([name, "b"], torch.tensor([1.0, 0.0]), step=0)
+    assert len(belief) == 0
+
+
+@pytest.mark.parametrize("name", [math.nan, ("a", math.nan)])
+def test_nan_is_no_name(name: Any) -> None:
+    """A belief would take it for a new prompt every time, and its own saved state would be refused."""
+    belief = make_belief("auto")
+    with pytest.raises(ShapeError, match="^ids: got NaN as a name"):
         belief.update([name, "b"], torch.tensor([1.0, 0.0]), step=0)
     assert len(belief) == 0
 

@@ -77,7 +77,7 @@ def places_of(ids: Sequence[Hashable], what: str = "ids") -> tuple[dict[Hashable
         ) from error
     if Tensor in map(type, place):
         raise ShapeError(f"{what}: got tensors as names, expected int, str or tuple; use tolist()")
-    if not set(map(type, place)) <= _PLAIN:
+    if not set(map(type, place)) <= _PLAIN - {float}:
         for name in place:
             check_id(what, name)
     return place, index
@@ -86,13 +86,16 @@ def places_of(ids: Sequence[Hashable], what: str = "ids") -> tuple[dict[Hashable
 def check_id(what: str, name: object) -> None:
     """Refuse a name that a saved state could not give back as it was: only plain Python survives a checkpoint.
 
-    Raises: ShapeError for anything but int, str, bool, float, None and tuples of these.
+    Raises: ShapeError for anything but int, str, bool, float, None and tuples of these, and for NaN, which equals no
+        name, not even itself.
 
     >>> check_id("ids", ("gsm8k", 17))
     """
     if type(name) is tuple:
         for part in name:
             check_id(what, part)
+    elif name != name:
+        raise ShapeError(f"{what}: got NaN as a name, expected one that equals itself; give the prompt an id")
     elif type(name) not in _PLAIN:
         raise ShapeError(
             f"{what}: got {type(name).__name__} {name!r:.60} as a name, expected int, str or a tuple of them, which a "

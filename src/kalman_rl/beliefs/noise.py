@@ -30,6 +30,8 @@ ROBUST_INFLATION = 1.7
 """Clipped rewards look more certain than they are; reported variances are multiplied by this."""
 _MIN_NOISE = 0.1  # of a squared innovation, when the belief's variance seems to explain all of it
 _TINY = 1e-12
+MAX_SUM = 1e200
+"""Of squares in a saved state: those of float32 rewards, to the fourth power, stay far below."""
 
 
 def binary_noise(mean: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class RewardNoise:
         """Of the pooled within-group residuals; 0 for a normal distribution or when nothing is known."""
         if self.second <= _TINY * max(self.samples, 1.0):
             return 0.0
-        return self.fourth * self.samples / self.second**2 - 3.0
+        return self.fourth * self.samples / (self.second * self.second) - 3.0
 
     @property
     def robust(self) -> bool:
@@ -201,5 +203,11 @@ def restored(kind: type[Any], state: Any) -> Any:
         elif isinstance(wanted, int):
             expect("belief state", name, is_whole(value, -MAX_WAIT), value, "a count")
         else:
-            expect("belief state", name, is_real(value) and abs(value) < math.inf, value, "a finite number")
+            low = -math.inf if name == "surprise" else 0
+            legal = (
+                is_real(value) and low <= value <= (1 if name == "rate" else MAX_SUM) and value > -math.inf
+            )
+            expect(
+                "belief state", name, legal, value, f"a number from {low} to {MAX_SUM:g}, a rate at most 1"
+            )
     return kind(**state)

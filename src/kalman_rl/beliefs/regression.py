@@ -13,6 +13,7 @@ from kalman_rl.beliefs.base import ROUNDING, Prior, TableBelief, prompt_features
 from kalman_rl.beliefs.change import MAX_WAIT, Change, core_variance
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.beliefs.mixture import Evidence, LocalLevels, is_finite
+from kalman_rl.beliefs.noise import MAX_SUM
 from kalman_rl.beliefs.ridge import LEVEL_PRECISION, Features, Ridge
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.beliefs.table import PromptTable
@@ -154,7 +155,7 @@ class RegressionBelief(TableBelief):
             "belief state", state, *names
         )
         evidence, features = self._evidence.checked(evidence), self._features.checked(features)
-        numbers = is_real(offset, unit) and abs(offset) < math.inf and 0 <= unit < math.inf
+        numbers = is_real(offset, unit) and abs(offset) < MAX_SUM and 0 <= unit < MAX_SUM
         counts = is_whole(age) and is_whole(off, -MAX_WAIT)
         expect("belief state", "reward", numbers and counts, state["reward"], "offset, unit, age and off")
         legal = is_finite(first, 2) and is_finite(spread, 2)
@@ -162,7 +163,7 @@ class RegressionBelief(TableBelief):
         first, spread = first.clone(), spread.clone()
         ridge = self._ridge.checked(ridge)
         self._evidence, self._features, self._ridge = evidence, features, ridge
-        self._offset, self._unit, self._change = offset, unit, Change(age, off)
+        self._offset, self._unit, self._change = float(offset), float(unit), Change(age, off)
         self._first, self._spread = first, spread
 
     def _inputs(self, names: list[Hashable], index: Tensor, features: Tensor | None) -> Tensor | None:
