@@ -21,6 +21,7 @@ TRL = Host(
             "_compute_loss": HookedMethod(("model", "inputs")),
             "_calculate_rewards": HookedMethod(("inputs", "prompts", "completions", "completion_ids_list")),
             "_generate_and_score_completions": HookedMethod(("inputs",)),
+            "_prepare_inputs": HookedMethod(("generation_batch",)),
             "log": HookedMethod(("logs", "start_time")),
             "_save_checkpoint": HookedMethod(("model", "trial")),
             "_load_optimizer_and_scheduler": HookedMethod(("checkpoint",)),

@@ -26,6 +26,7 @@ from kalman_rl.hosts.trl.config import (
     names_a_method,
     resolve_method,
 )
+from kalman_rl.hosts.trl.dealing import spread_fillers
 from kalman_rl.hosts.trl.entropy import entropy_bonus
 from kalman_rl.hosts.trl.factors import scaled_advantage
 from kalman_rl.hosts.trl.finite import FiniteTrainer
@@ -144,6 +145,14 @@ class KalmanGRPOTrainer(FiniteTrainer):
         columns: Any = self._signature_columns  # type: ignore[has-type]
         if self.tracking is not None and "prompt_id" not in columns:
             self._signature_columns = [*columns, "prompt_id"]
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self.tracking is None or self._buffered_inputs is before:
+            return inputs
+        spread_fillers(self)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.tracking is not None and self.model.training:
