@@ -89,6 +89,17 @@ def test_only_the_reply_is_learned(sort12: Task) -> None:
             assert tokenizer.decode(tokens, skip_special_tokens=True) == row["prompt"] + task.target(row)
 
 
+def test_rows_too_long_for_the_model_are_not_learned(sort12: Task) -> None:
+    """The run refuses or leaves out such rows later; one of 6000 characters would take 16 GB here."""
+    rows = [dict(row, answer="1") for row in sort12.train[:4]]
+    long = dict(rows[0], prompt="1" * 6000)
+    task = dataclasses.replace(sort12, fresh=None, train=[long, *rows])
+    drawn = [row for batch in tiny._batches(task, 3, 0) for row in batch]
+    assert len(drawn) == 3 * tiny.BATCH and long not in drawn and all(row in drawn for row in rows)
+    with pytest.raises(ConfigError, match="got no row of task 'sort12' with at most 511 characters"):
+        list(tiny._batches(dataclasses.replace(task, train=[long]), 1, 0))
+
+
 @pytest.mark.slow
 def test_warm_start_leaves_room_for_learning(sort12: Task, tmp_path: Path) -> None:
     lines: list[str] = []

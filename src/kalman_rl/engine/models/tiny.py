@@ -147,7 +147,17 @@ def _one_thread() -> Iterator[None]:
 def _batches(task: Task, steps: int, seed: int) -> Iterator[list[Row]]:
     rng = random.Random(f"warm start {seed}")
     count = steps * BATCH
-    rows = task.fresh(count, rng.getrandbits(32)) if task.fresh else rng.choices(task.train, k=count)
+    if task.fresh:
+        rows = task.fresh(count, rng.getrandbits(32))
+    else:  # a token per character; one row too long for the model would need memory of its length squared
+        most = SHAPE["max_position_embeddings"] - 1
+        fitting = [row for row in task.train if len(row["prompt"] + task.target(row)) <= most]
+        if not fitting:
+            raise ConfigError(
+                f"model: got no row of task {task.name!r} with at most {most} characters, expected one for 'tiny' to "
+                "learn from; choose another model, e.g. smollm2"
+            )
+        rows = rng.choices(fitting, k=count)
     for start in range(0, count, BATCH):
         yield rows[start : start + BATCH]
 
