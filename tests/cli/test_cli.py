@@ -29,6 +29,7 @@ TRAIN_FLAGS = {
     *(
         "--max-completion-tokens",
         "--max-prompt-tokens",
+        "--nonfinite",
         "--kl",
         "--lora-rank",
         "--dtype",

@@ -127,7 +127,7 @@ def theirs(pair: Pair, batch: Batch, advantages: Tensor, mode: str, weights: Ten
     value, _ = loss(batch.logp_old, logp, advantages, batch.mask.double(), mode, config, weights)
     value.backward()
     assert logp.grad is not None
-    return Loss(value.detach(), {}, logp.grad)  # type: ignore[arg-type]
+    return Loss(value.detach(), {}, logp.grad, {})  # type: ignore[arg-type]
 
 
 def ours(

@@ -36,6 +36,8 @@ GOOD_TRAINER = "\n".join(
     for name, hook in NAMES.items()
 )
 
+GOOD_UTILS = "\n".join(f"def {name}(batch): ..." for name in trl_hooks.TRL.hooks["trl.trainer.utils"])
+
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
@@ -45,7 +47,13 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str]
 
     def write(name: str, code: str = "") -> None:
         version = metadata.version(name) if name in versions.LIBRARIES else "0"
-        (folder / f"{name}.py").write_text(f"__version__ = {version!r}\n{code}\n")
+        if name == "trl":  # a package, whose other hooks are as tested too
+            code += "\nclass GRPOConfig:\n    _VALID_DICT_FIELDS = ()\n"
+            (folder / "trl" / "trainer").mkdir(parents=True, exist_ok=True)
+            (folder / "trl" / "trainer" / "__init__.py").write_text("")
+            (folder / "trl" / "trainer" / "utils.py").write_text(GOOD_UTILS)
+        file = folder / "trl" / "__init__.py" if name == "trl" else folder / f"{name}.py"
+        file.write_text(f"__version__ = {version!r}\n{code}\n")
 
     for name in versions.LIBRARIES:
         write(name)

@@ -60,4 +60,4 @@ def test_the_command_runs(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     assert cpu.main(["--quick", "--only", "filters", "trackers", "--out", str(tmp_path)]) == 0
     assert "published KPO filter" in capsys.readouterr().out
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"speed_cpu.json", "speed_cpu.md", "speed_cpu.png"}
+    assert written == {"cpu.json", "cpu.md", "cpu.png"}

@@ -22,7 +22,9 @@ FORMAT = 1
 SAME_FEATURES = 0.02
 """Rows of one prompt may differ by this share of their length: bfloat16 states depend on the padding."""
 ROUNDING = 1e-7
-"""An advantage below this share of the reward is rounding: rewards may have been float32."""
+"""An advantage below this share of the reward is rounding: rows are stored as float32."""
+FIRST_ROUNDING = 1e-14
+"""The same before anything is stored: all is float64."""
 
 
 class Prior(NamedTuple):
@@ -258,7 +260,9 @@ class TableBelief(ABC):
         Divided by a scale learned from such residue, residue would count as much as any advantage.
         """
         raw = groups.reward - baseline
-        least = ROUNDING * torch.maximum(groups.reward.abs(), baseline.abs()) + self._resolution(baseline)
+        largest = torch.maximum(groups.reward.abs(), baseline.abs())
+        stored = len(self._table) > 0
+        least = ROUNDING * largest + self._resolution(baseline) if stored else FIRST_ROUNDING * largest
         return torch.where(groups.known & (raw.abs() > least), raw, 0.0)
 
 
