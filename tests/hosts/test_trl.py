@@ -226,7 +226,9 @@ def test_a_mixture_of_experts_equals_trl(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_logs(name: str, model_path: str, tmp_path: Path) -> None:
     seen: list[TokenBatch] = []
-    config = KalmanGRPOConfig(**settings(tmp_path, method=name, max_steps=3))
+    # At this rate CAPO's own bounds drop every token that has an advantage: what was left to train on was rounding.
+    options = {"objective": 10.0, "policy": 10.0} if name == "capo" else {}
+    config = KalmanGRPOConfig(**settings(tmp_path, method=name, method_options=options, max_steps=3))
     reward = few_digits if name == "spo" else digit_sum  # success counts need rewards in [0, 1]
     _, history = run(KalmanGRPOTrainer, config, model_path, observers=[seen.append], reward=reward)
     last = history.logs[-1]
@@ -245,8 +247,7 @@ def test_every_method_trains_and_logs(name: str, model_path: str, tmp_path: Path
         "entropy",
     ):
         assert metric in last and last[metric] == last[metric], metric
-    off = [log.get("ratio/raw_log_variance", 0.0) for log in history.logs[1:]]
-    assert max(off) > 0, "second step of a generation batch is off-policy"
+    assert history.logs[1]["ratio/raw_log_variance"] > 0, "second step of a generation batch is off-policy"
     assert [batch.step for batch in seen] == [0, 1, 2]
     assert any(log["grad_norm"] > 0 for log in history.logs), "nothing was trained"
 
