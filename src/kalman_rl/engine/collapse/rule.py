@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kalman_rl.engine.runs.files import explained, read_regular, write_all, write_file
+from kalman_rl.engine.runs.files import append_row, explained, read_regular, write_file
 from kalman_rl.errors import RunError
 from kalman_rl.numerics.kalman import Gaussian, predict, update
 
@@ -138,15 +137,9 @@ def append_alarm(folder: Path, alarm: Alarm, action: str) -> None:
     Raises: RunError if the file cannot be written.
     """
     path = Path(folder) / FILE
-    line = json.dumps({**asdict(alarm), "action": action}) + "\n"
     with explained(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o644)
-        try:
-            write_all(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        append_row(path, {**asdict(alarm), "action": action})
 
 
 def read_alarms(folder: Path) -> list[Alarm]:

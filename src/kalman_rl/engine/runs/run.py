@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.runs.checkpoints import CHECKPOINT, SEAL, seal_checkpoint, verify_checkpoint
-from kalman_rl.engine.runs.files import explained, replacing, write_all, write_file
+from kalman_rl.engine.runs.files import append_row, explained, replacing, write_all, write_file
 from kalman_rl.engine.runs.manifest import new_manifest, redacted, redacted_toml
 from kalman_rl.engine.runs.reading import metrics_rows, read_manifest, read_metrics
 from kalman_rl.engine.runs.traces import trace_table
@@ -160,13 +160,8 @@ class Run:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append a row to the JSON lines file ``name``; if that fails, one warning, and the run goes on."""
         path = self.path / name
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            handle = os.open(path, flags, 0o644)
-            try:
-                write_all(handle, (json.dumps(row) + "\n").encode())
-            finally:
-                os.close(handle)
+            append_row(path, row)
         except OSError as error:
             self._warn_once(path, error)
 
