@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import kalman_rl.engine
 from kalman_rl.cli.main import default_run, main
 from kalman_rl.engine.config import DemoConfig, StressConfig, TrainConfig, build, load_toml
 from kalman_rl.engine.runs.reading import read_manifest
@@ -304,6 +305,8 @@ def test_resume_without_a_status_or_an_intact_checkpoint(
     with Run.open(Path("x")) as run:
         run.seal_checkpoint(state.parent)
     state.write_text('{"global_step": 3}')
+    # Importing the module again replaces it in its package too; without this line it would stay replaced.
+    monkeypatch.setattr(kalman_rl.engine, "train", None, raising=False)
     monkeypatch.delitem(sys.modules, "kalman_rl.engine.train")
     train = pytest.importorskip("kalman_rl.engine.train")
     monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("loads a model in vain"))
