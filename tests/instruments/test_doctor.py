@@ -181,7 +181,7 @@ def test_two_copies_and_wrong_versions(stub: Any, monkeypatch: pytest.MonkeyPatc
     assert "but what imports is 0.1 from" in by_check(list(examine(PlannedRun())))["verl"].found
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: {"numba": "0.60.0"}.get(name) or real(name))
-    old = versions.library("numba")
+    (old,) = versions.declared("numba", PlannedRun())
     assert old.status == "problem" and old.found.startswith("0.60.0, expected >=0.61")
     assert old.advice == "pip install 'numba>=0.61'"
 
@@ -197,7 +197,7 @@ def test_absent_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(metadata, "version", absent)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found = {name: versions.library(name) for name in versions.LIBRARIES}
+    found = {name: next(versions.declared(name, PlannedRun())) for name in versions.LIBRARIES}
     assert found["torch"].status == "problem" and found["trl"].status == "warning"
     assert found["trl"].advice == "pip install 'kalman-rl[trl]'"
     assert found["numba"].status == found["verl"].status == "ok" and "kalman-rl[fast]" in found["numba"].found
@@ -360,11 +360,11 @@ def test_build_against_devices(platform: str | None, available: bool, present: b
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    blocked = machine.disk(PlannedRun(run=tmp_path / "file" / "run"))
+    (blocked,) = machine.disk(PlannedRun(run=tmp_path / "file" / "run"))
     assert blocked.status == "problem" and "cannot be written to" in blocked.found
     for free, status in ((1e8, "problem"), (1e9, "warning"), (1e10, "ok")):
         monkeypatch.setattr(
             machine.shutil, "disk_usage", lambda folder, free=free: types.SimpleNamespace(free=free)
         )
-        finding = machine.disk(PlannedRun(run=tmp_path / "new" / "run"))
+        (finding,) = machine.disk(PlannedRun(run=tmp_path / "new" / "run"))
         assert finding.status == status

@@ -1,15 +1,14 @@
-"""What a check reports: one line about what is there, and one about what to do."""
+"""What is planned, and what a check reports about it: what is there, and what to do."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kalman_rl.errors import one_line
 
-MAX_CHARACTERS = 600
-"""Of one line of a finding."""
+MAX_CHARACTERS = 600  # of one line of a finding
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -30,9 +29,6 @@ class Finding:
     found: str
     advice: str = ""
 
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self)
-
     def text(self) -> str:
         """The finding for a terminal; what came from outside cannot move the cursor.
 
@@ -40,10 +36,8 @@ class Finding:
         warning  disk          1 GB free
                                do: make room
         """
-        lines = [f"{self.status:<8} {self.check:<13} {one_line(self.found, MAX_CHARACTERS)}"]
-        return "\n".join(
-            lines + [f"{'':<22} do: {one_line(self.advice, MAX_CHARACTERS)}"] * bool(self.advice)
-        )
+        found = f"{self.status:<8} {self.check:<13} {one_line(self.found, MAX_CHARACTERS)}"
+        return found + (f"\n{'':<22} do: {one_line(self.advice, MAX_CHARACTERS)}" if self.advice else "")
 
 
 @dataclass
@@ -64,16 +58,6 @@ class PlannedRun:
     run: Path = Path("runs")
     config: Path | None = None
 
-    def texts(self) -> dict[str, str | None]:
-        """The plan as JSON can hold it."""
-        return {name: None if value is None else str(value) for name, value in vars(self).items()}
-
-    @classmethod
-    def from_texts(cls, texts: dict[str, Any]) -> PlannedRun:
-        """The plan that :meth:`texts` wrote."""
-        paths = {name: Path(texts[name]) for name in ("data", "run", "config") if texts[name] is not None}
-        return cls(**(texts | paths))
-
 
 def explain(error: BaseException) -> str:
     """Type and text of an exception, on one line.
@@ -81,5 +65,6 @@ def explain(error: BaseException) -> str:
     >>> explain(ValueError("no"))
     'ValueError: no'
     """
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return one_line(text, MAX_CHARACTERS)
+    return one_line(
+        f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, MAX_CHARACTERS
+    )

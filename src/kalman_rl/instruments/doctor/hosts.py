@@ -20,27 +20,25 @@ HOOKS = {
     "trl": (trl.TRL,),
     "verl": (verl.VERL, verl.TRAINER),
 }
-GROUP = "verl.plugins"
 SWITCH = "VERL_USE_EXTERNAL_PLUGINS"
 
 
 def hooks(name: str, plan: PlannedRun) -> Iterator[Finding]:
     """Every private name of a library that this package relies on, against what was tested."""
+    check = f"{name} hooks"
     if importlib.util.find_spec(name) is None:
-        yield Finding(f"{name} hooks", "ok", f"{name} is not installed, so there is nothing to compare")
+        yield Finding(check, "ok", f"{name} is not installed, so there is nothing to compare")
         return
-    fine = True
-    for host in HOOKS[name]:
-        for text in moved(host):
-            fine = False
-            advice = f"pip install '{name}{host.tested}'"
-            if host.otherwise:
-                yield Finding(f"{name} hooks", "warning", f"{text}; {host.otherwise}", advice)
-            else:
-                yield Finding(f"{name} hooks", "problem", text, advice)
-    if fine:
+    changed = [(text, host) for host in HOOKS[name] for text in moved(host)]
+    for text, host in changed:
+        advice = f"pip install '{name}{host.tested}'"
+        if host.otherwise:
+            yield Finding(check, "warning", f"{text}; {host.otherwise}", advice)
+        else:
+            yield Finding(check, "problem", text, advice)
+    if not changed:
         count = sum(len(names) for host in HOOKS[name] for names in host.hooks.values())
-        yield Finding(f"{name} hooks", "ok", f"{count} names are as tested")
+        yield Finding(check, "ok", f"{count} names are as tested")
 
 
 def plugin(plan: PlannedRun) -> Iterator[Finding]:
@@ -48,9 +46,9 @@ def plugin(plan: PlannedRun) -> Iterator[Finding]:
     if importlib.util.find_spec("verl") is None:
         yield Finding("verl plugin", "ok", "verl is not installed, so there is nothing to load")
         return
-    declared = [e for e in metadata.entry_points(group=GROUP) if e.value.startswith("kalman_rl")]
+    declared = [e for e in metadata.entry_points(group="verl.plugins") if e.value.startswith("kalman_rl")]
     if not declared:
-        found = f"plugin not installed: no entry point of {GROUP} names kalman_rl, so verl knows none of our losses"
+        found = "plugin not installed: no entry point of verl.plugins names kalman_rl"
         advice = "reinstall kalman-rl, or set VERL_USE_EXTERNAL_MODULES=kalman_rl.hosts.verl"
         yield Finding("verl plugin", "warning", found, advice)
         return
@@ -67,8 +65,8 @@ def plugin(plan: PlannedRun) -> Iterator[Finding]:
         yield Finding("verl plugin", "problem", f"{declared[0].value} does not import: {explain(error)}")
         return
     if losses:
-        counts = f"{len(losses)} losses and {len(estimators)} advantage estimators"
-        yield Finding("verl plugin", "ok", f"{counts}, such as {losses[0]}")
+        found = f"{len(losses)} losses and {len(estimators)} advantage estimators, such as {losses[0]}"
+        yield Finding("verl plugin", "ok", found)
     else:
         found = "loaded, but verl does not know any loss of it"
         yield Finding("verl plugin", "problem", found, "another plugin may have replaced verl's registry")

@@ -13,52 +13,43 @@ from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
 ROWS = 3
 SLOW = 1.0  # seconds per reward
-EXPLANATION = "a missing reward is left out of its group, it is not 0"
 
 
 def settings(plan: PlannedRun) -> Iterator[Finding]:
-    """The TOML file of the planned run: does it read, and is every value allowed?"""
+    """The TOML file of the planned run: does it read, and is every value allowed? The plan takes over its values."""
     if plan.config is None:
         return
     try:
         from kalman_rl.engine.config import TrainConfig, build, load_toml, notes, validate
     except ImportError as error:
-        yield Finding(
-            "settings", "warning", f"not looked at: {explain(error)}", "pip install 'kalman-rl[app]'"
-        )
+        found = f"not looked at: {explain(error)}"
+        yield Finding("settings", "warning", found, "pip install 'kalman-rl[app]'")
         return
+    given = {name: value for name in ("task", "data", "reward") if (value := getattr(plan, name)) is not None}
     try:
-        config = build(TrainConfig, load_toml(plan.config))
-        given: dict[str, Any] = {"task": plan.task, "data": plan.data, "reward": plan.reward}
-        config = dataclasses.replace(
-            config, **{key: value for key, value in given.items() if value is not None}
-        )
+        config = build(TrainConfig, load_toml(plan.config), given)
         validate(config)
     except ConfigError as error:
         yield Finding("settings", "problem", str(error), f"correct {plan.config}")
         return
-    plan.reward = plan.reward or config.reward
-    plan.data = plan.data or config.data
+    plan.reward, plan.data, plan.run = config.reward, config.data, config.run or plan.run
     plan.task = plan.task or (None if plan.data else config.task)
-    plan.run = config.run or plan.run
     yield Finding("settings", "ok", f"{plan.config}: every value is allowed")
-    yield from (
-        Finding("settings", "warning", text, "change it if it is not meant") for text in notes(config)
-    )
+    for text in notes(config):
+        yield Finding("settings", "warning", text, "change it if it is not meant")
 
 
 def dry_run(plan: PlannedRun) -> Iterator[Finding]:
-    """Reward of three rows: the row's own answer as a reply, and an empty reply."""
+    """Reward of three rows, called as in training: the row's own answer as a reply, and an empty reply."""
     if plan.task is None and plan.data is None:
-        asked = "not asked for; --data rows.jsonl --reward module:function tries it on three rows"
         if plan.reward is None:
-            yield Finding("reward", "ok", asked)
+            found = "not asked for; --data rows.jsonl --reward module:function tries it on three rows"
+            yield Finding("reward", "ok", found)
         else:
-            yield Finding(
-                "reward", "warning", f"{plan.reward} needs rows to be tried on", "add --data or --task"
-            )
+            found = f"{plan.reward} needs rows to be tried on"
+            yield Finding("reward", "warning", found, "add --data or --task")
         return
-    from kalman_rl.engine.tasks import guard_reward, prompt_text
+    from kalman_rl.engine.tasks import guard_reward, prompt_text, score_replies
 
     try:
         task = _task(plan)
@@ -71,41 +62,37 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
     replies = [task.target(row) if known else "42" for row in rows]
     start = time.perf_counter()
     try:
-        right = _scores(guarded, rows, replies)
-        empty = _scores(guarded, rows, [""] * len(rows))
-    except RewardError as error:
-        place = _place(error.__cause__)
-        yield Finding(
-            "reward", "problem", f"{error}{place}", "correct the reward; training stops at such an error"
+        right, empty = (
+            score_replies(guarded, rows, texts, [[] for _ in rows]) for texts in (replies, [""] * len(rows))
         )
+    except RewardError as error:
+        frames = traceback.extract_tb(error.__cause__.__traceback__) if error.__cause__ else []
+        place = f"; at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        advice = "correct the reward; training stops at such an error"
+        yield Finding("reward", "problem", f"{error}{place}", advice)
         return
     seconds = (time.perf_counter() - start) / (2 * len(rows))
     for row, reply, score, nothing in zip(rows, replies, right, empty):
-        found = (
-            f"{_show(prompt_text(row['prompt']))} reply {_show(reply)} -> {score}; empty reply -> {nothing}"
-        )
-        missing = None in (score, nothing)
-        yield Finding("reward", "warning" if missing else "ok", found, EXPLANATION if missing else "")
-    yield from _judge(right, empty, known)
-    yield _speed(seconds)
-
-
-def _judge(right: list[float | None], empty: list[float | None], known: bool) -> Iterator[Finding]:
-    scores = {score for score in (*right, *empty) if score is not None}
+        prompt, text = (repr(one_line(text, 40)) for text in (prompt_text(row["prompt"]), reply))
+        found = f"{prompt} reply {text} -> {score}; empty reply -> {nothing}"
+        if None in (score, nothing):
+            advice = "a missing reward is left out of its group, it is not 0"
+            yield Finding("reward", "warning", found, advice)
+        else:
+            yield Finding("reward", "ok", found)
+    scores = {*right, *empty} - {None}
     if known and len(scores) == 1:
-        yield Finding(
-            "reward",
-            "warning",
-            f"{scores.pop()} for every right answer and every empty reply alike: nothing can be learned from it",
-            "look at the form the reward expects of a reply; the answer alone was tried, as the row gives it",
+        found = f"{scores.pop()} for every right answer and every empty reply alike: nothing can be learned from it"
+        advice = (
+            "look at the form the reward expects of a reply; the answer alone was tried, as the row gives it"
         )
-
-
-def _speed(seconds: float) -> Finding:
-    found = f"{seconds:.2g} s per reward, measured on {2 * ROWS} or fewer"
+        yield Finding("reward", "warning", found, advice)
+    found = f"{seconds:.2g} s per reward, measured on {2 * len(rows)}"
     if seconds < SLOW:
-        return Finding("reward", "ok", found)
-    return Finding("reward", "warning", found, "training waits for it; score several completions at a time")
+        yield Finding("reward", "ok", found)
+    else:
+        advice = "training waits for it; score several completions at a time"
+        yield Finding("reward", "warning", found, advice)
 
 
 def _task(plan: PlannedRun) -> Any:
@@ -114,23 +101,5 @@ def _task(plan: PlannedRun) -> Any:
     reward = load_reward(plan.reward) if plan.reward else None
     if plan.data is not None:
         return rows(plan.data, reward=reward)
-    assert plan.task is not None
-    task = load_task(plan.task)
+    task = load_task(plan.task or "")
     return task if reward is None else dataclasses.replace(task, reward=reward)
-
-
-def _scores(reward: Any, rows: list[dict[str, Any]], replies: list[str]) -> list[float | None]:
-    """Called as in training."""
-    from kalman_rl.engine.tasks import score_replies
-
-    scores: list[float | None] = score_replies(reward, rows, replies, [[] for _ in rows])
-    return scores
-
-
-def _place(error: BaseException | None) -> str:
-    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
-    return f"; at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-
-
-def _show(text: str) -> str:
-    return repr(one_line(text, 40))

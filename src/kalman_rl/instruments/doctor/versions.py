@@ -8,60 +8,57 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
 PACKAGE = "kalman-rl"
 LIBRARIES = ("torch", "numba", "triton", "accelerate", "transformers", "trl", "verl")
-_OUR_TESTS = {"test", "dev"}  # their ranges say what is tested here, not what works
+EXTRAS = ("", "trl", "verl", "fast", "test")  # what a library may be needed for; "": always
 
 
 class Need(NamedTuple):
-    """Range of a library as declared ("" if none), and the extras that ask for it, smallest first (none: always)."""
+    """Range of a library as declared ("" if none), and the extra that asks for it ("": always needed)."""
 
     range: str
-    extras: tuple[str, ...]
+    extra: str
 
 
-def python() -> Iterator[Finding]:
+def python(plan: PlannedRun) -> Iterator[Finding]:
     """This Python against Requires-Python."""
     version = platform.python_version()
     try:
-        declared = next(iter(metadata.metadata(PACKAGE).get_all("Requires-Python") or ()), "")
-    except metadata.PackageNotFoundError:
-        yield Finding(
-            "python",
-            "warning",
-            f"{version}; {PACKAGE} is not installed, only on the path, so no ranges are known",
-            "pip install it (an editable install will do)",
-        )
+        declared = metadata.metadata(PACKAGE)["Requires-Python"] or ""
+    except Exception as error:  # not installed, or damaged in one of many ways
+        found = f"{version}; no ranges are known: {explain(error)}"
+        yield Finding("python", "warning", found, f"pip install {PACKAGE} (an editable install will do)")
         return
-    except Exception as error:  # metadata can be damaged in many ways
-        yield Finding(
-            "python", "problem", f"{version}; metadata of {PACKAGE}: {explain(error)}", "reinstall it"
-        )
-        return
-    fits = inside(version, declared)
     found = f"{version} ({sys.executable}), expected {declared or 'any'}"
-    yield Finding(
-        "python", "ok" if fits is not False else "problem", found, "" if fits else f"take {declared}"
-    )
+    if inside(version, declared) is False:
+        yield Finding("python", "problem", found, f"take {declared}")
+    else:
+        yield Finding("python", "ok", found)
 
 
-def library(name: str) -> Finding:
+def declared(name: str, plan: PlannedRun) -> Iterator[Finding]:
     """One library by its metadata: is it there, and in the declared range?"""
-    need = declared_need(name)
-    installed = _installed(name)
+    need, installed = declared_need(name), _installed(name)
     if installed is None and importlib.util.find_spec(name) is None:
-        return _absent(name, need)
-    found = f"{installed or 'of unknown version'}" + (f", expected {need.range}" if need.range else "")
+        extra = f"pip install '{PACKAGE}[{need.extra}]'"
+        if not need.extra:
+            yield Finding(name, "problem", "not installed", f"pip install '{name}{need.range}'")
+        elif need.extra == "trl":
+            yield Finding(name, "warning", "not installed; training through TRL needs it", extra)
+        else:
+            yield Finding(name, "ok", f"not installed; optional ({extra})")
+        return
+    found = (installed or "of unknown version") + (f", expected {need.range}" if need.range else "")
     if installed and inside(installed, need.range) is False:
-        tests_only = need.extras and not set(need.extras) - _OUR_TESTS
-        return Finding(
-            name, "warning" if tests_only else "problem", found, f"pip install '{name}{need.range}'"
-        )
-    return Finding(name, "ok", found)
+        tests_only = need.extra == "test"  # its ranges are what is tested here, not what works
+        advice = f"pip install '{name}{need.range}'"
+        yield Finding(name, "warning" if tests_only else "problem", found, advice)
+    else:
+        yield Finding(name, "ok", found)
 
 
 def imported(name: str, plan: PlannedRun) -> Iterator[Finding]:
@@ -80,9 +77,8 @@ def imported(name: str, plan: PlannedRun) -> Iterator[Finding]:
     if installed and version and version != installed:
         where = getattr(module, "__file__", "nowhere")
         found = f"{installed} is installed, but what imports is {version} from {where}"
-        yield Finding(
-            name, "warning", found, "two copies are mixed up: remove the one that should not be found first"
-        )
+        advice = "two copies are mixed up: remove the one that should not be found first"
+        yield Finding(name, "warning", found, advice)
 
 
 def declared_need(name: str) -> Need:
@@ -90,20 +86,15 @@ def declared_need(name: str) -> Need:
     try:
         from packaging.requirements import Requirement
 
-        about = metadata.metadata(PACKAGE)
-        needs = list(map(Requirement, about.get_all("Requires-Dist") or []))
-        extras = about.get_all("Provides-Extra") or []
-    except Exception:  # the check of Python says so once
-        return Need("", ("unknown",))
-    wanted = [item for item in needs if item.name == name]
-    if any(item.marker is None for item in wanted):
-        return Need(str(wanted[0].specifier), ())
-    brings = {
-        e: [n.name for n in needs if n.marker is not None and n.marker.evaluate({"extra": e})] for e in extras
-    }
-    asking = sorted((e for e in extras if name in brings[e]), key=lambda e: len(brings[e]))
-    ranges = list(dict.fromkeys(str(item.specifier) for item in wanted))
-    return Need(",".join(ranges), tuple(asking))
+        lines = metadata.metadata(PACKAGE).get_all("Requires-Dist") or []
+        needs = [need for need in map(Requirement, lines) if need.name == name]
+    except Exception:  # no packaging or no metadata: the check of Python says so once
+        return Need("", "unknown")
+    for extra in EXTRAS:
+        for need in needs:
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
+                return Need(str(need.specifier), extra)
+    return Need("", "unknown")
 
 
 def inside(version: str, declared: str) -> bool | None:
@@ -123,17 +114,6 @@ def inside(version: str, declared: str) -> bool | None:
 
 def _installed(name: str) -> str | None:
     try:
-        version: Any = metadata.version(name)
+        return str(metadata.version(name) or "") or None
     except Exception:  # not installed, or its metadata is damaged: the import will tell
         return None
-    return str(version) if version else None
-
-
-def _absent(name: str, need: Need) -> Finding:
-    if not need.extras:
-        return Finding(name, "problem", "not installed", f"pip install '{name}{need.range}'")
-    extra = next((e for e in need.extras if e not in _OUR_TESTS), need.extras[0])
-    advice = f"pip install '{PACKAGE}[{extra}]'"
-    if "trl" in need.extras:
-        return Finding(name, "warning", "not installed; training through TRL needs it", advice)
-    return Finding(name, "ok", f"not installed; optional ({advice})")
