@@ -31,6 +31,7 @@ TRL = Host(
             ),
             "_tokenize_prompts": HookedMethod(("prompts",)),
             "_get_output_dir": HookedMethod(("trial",)),
+            "_get_train_sampler": HookedMethod((), ("dataset",)),
             "_set_signature_columns_if_needed": HookedMethod(()),
             "get_high_entropy_mask": HookedMethod(("entropies", "mask", "threshold")),
             "get_off_policy_mask": HookedMethod(
@@ -58,6 +59,7 @@ TRL = Host(
             "_tokenizer": None,
         },
         "trl.trainer.utils": {
+            "RepeatSampler": None,
             "split_pixel_values_by_grid": HookedMethod(("batch",)),
             "unsplit_pixel_values_by_grid": HookedMethod(("batch",)),
         },

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from trl import GRPOTrainer
 
 from kalman_rl.errors import KalmanRLError, RunError
 from kalman_rl.hosts.state import broken_tensor, load_state
+from kalman_rl.hosts.trl.order import OrderedTrainer
 
 
-class RanksTrainer(GRPOTrainer):
+class RanksTrainer(OrderedTrainer):
     """GRPOTrainer whose ``train`` reports which step lost another process, and from which checkpoint to continue."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
