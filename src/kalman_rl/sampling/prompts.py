@@ -13,6 +13,7 @@ uniform    at random
 
 :class:`PromptSelector` does this for a pool. For rows that are sampled already, :func:`score` says by the logit of
 success what each still teaches, and :func:`select` keeps the best of every pool of difficulty (:func:`quantile_pools`).
+Training draws with :class:`~kalman_rl.sampling.stream.PromptStream`, at random with known probabilities.
 """
 
 from __future__ import annotations
