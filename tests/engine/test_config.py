@@ -322,12 +322,30 @@ def test_notes(changes: dict[str, Any], note: str) -> None:
     assert notes(TrainConfig(method="reinforce")) == []
 
 
-def test_group_of_one_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("method", "advantage"),
+    [
+        ("grpo", "tracked"),
+        ("grpo", "batch_mean"),
+        ("kpo", "james_stein"),
+        ("reinforce", "method"),
+        ("spo", "method"),
+    ],
+)
+def test_single_completions(method: str, advantage: Any) -> None:
+    validate(TrainConfig(method=method, advantage=advantage, completions_per_prompt=1))
+
+
+@pytest.mark.parametrize(
+    ("method", "advantage"), [("grpo", "method"), ("reinforce", "leave_one_out"), ("otb", "method")]
+)
+def test_single_completions_need_a_baseline_from_elsewhere(method: str, advantage: Any) -> None:
     with pytest.raises(
-        ConfigError,
-        match=r"^completions_per_prompt: got 1, expected at least 2",
+        ConfigError, match=rf"^completions_per_prompt: got 1 for method '{method}', .*advantage = 'tracked'"
     ):
-        validate(TrainConfig(method="reinforce", completions_per_prompt=1))
+        validate(TrainConfig(method=method, advantage=advantage, completions_per_prompt=1))
+    with pytest.raises(ConfigError, match="^completions_per_prompt: got 0, expected at least 1"):
+        validate(TrainConfig(completions_per_prompt=0))
 
 
 # Anything at all

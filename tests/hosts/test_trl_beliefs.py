@@ -204,6 +204,7 @@ def test_two_ranks_hold_one_belief(model_path: str, tmp_path: Path) -> None:
         ("fixed", dict(prompt_features=True, num_generations=16)),
         ("predictive", dict(allocation="predictive", budget=3.3)),
         ("rounds", dict(allocation="rounds", **saving)),
+        ("single", dict(num_generations=1)),
     ):
         sizes = dict(per_device_train_batch_size=4, num_generations=8, max_steps=4)
         trainer, seen, history = b.trained(out / name, model_path, **(sizes | options))
@@ -221,7 +222,12 @@ def test_two_ranks_hold_one_belief(model_path: str, tmp_path: Path) -> None:
         }
     """
     ranks = two_ranks(body, model_path, tmp_path)
-    for allocation, used in (("fixed", [16, 16]), ("predictive", [7, 7]), ("rounds", [7, 7])):
+    for allocation, used in (
+        ("fixed", [16, 16]),
+        ("predictive", [7, 7]),
+        ("rounds", [7, 7]),
+        ("single", [16, 16]),
+    ):
         first, second = ranks[0][allocation], ranks[1][allocation]
         assert first["state"] == second["state"] and len(first["state"]) > 50, allocation
         assert first["weights"] == second["weights"], allocation
@@ -229,7 +235,10 @@ def test_two_ranks_hold_one_belief(model_path: str, tmp_path: Path) -> None:
         rows = [[(row[0], row[1]) for row in rank["rows"] if row[3]] for rank in (first, second)]
         assert len(rows[0]) + len(rows[1]) == sum(used), allocation
         assert len(first["rows"]) == len(second["rows"]) == 16, allocation
-        assert set(rows[0]) & set(rows[1]), f"{allocation}: the case needs groups that straddle ranks"
+        straddle = bool(set(rows[0]) & set(rows[1]))
+        assert straddle == (allocation != "single"), (
+            f"{allocation}: the case needs groups that straddle ranks"
+        )
         assert abs(len(rows[0]) - len(rows[1])) <= len(used), f"{allocation}: ranks share alike"
 
 
@@ -260,6 +269,73 @@ def test_sources_are_columns(model_path: str, tmp_path: Path) -> None:
     message = "^source_column: got 'maths' for prompt 'p.*', which was of 'code' before"
     with pytest.raises(ConfigError, match=message):
         trained(tmp_path, model_path, resume=str(tmp_path / "checkpoint-8"), **options)
+
+
+# ---- one completion per prompt
+
+SINGLE = {"num_generations": 1, "per_device_train_batch_size": 4, "max_steps": 4}
+OUTSIDE = {
+    "tracked": {"belief": "auto", "method": "grpo"},
+    "tracked, predictive": {"belief": "auto", "method": "grpo", "allocation": "predictive"},
+    "tracked, rounds": {"belief": "auto", "method": "grpo", "allocation": "rounds", "rounds": [1]},
+    "batch mean": {"belief": None, "method": "batch_mean"},
+    "constant": {"belief": None, "method": "reinforce"},
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_single_completions(case: str, model_path: str, tmp_path: Path) -> None:
+    """They train, a resumed run equals the whole one, and no number about groups is made up."""
+    options = SINGLE | OUTSIDE[case]
+    whole, seen, history = trained(tmp_path / "a", model_path, **options)
+    assert whole.num_generations == 1 and type(whole.args.num_generations) is int
+    names = [name for batch in seen[:2] for name in batch.inputs["prompt_id"]]
+    assert len(names) == 8
+    if "," not in case:
+        assert len(set(names)) == 8, "every prompt once"
+    reward, found = (
+        torch.cat([batch.inputs[key] for batch in seen[:2]]) for key in ("rewards", "advantages")
+    )
+    if case == "batch mean":
+        torch.testing.assert_close(found, reward - (reward.sum() - reward) / 7)
+    elif case == "tracked":
+        first = make_belief("auto").advantages(names, reward.double(), step=0).advantage
+        torch.testing.assert_close(found, first.float())
+    assert all(log["grad_norm"] > 0 for log in history.logs)
+    for log in history.logs:
+        assert all(value is not None and math.isfinite(value) for value in log.values()), log
+        assert ("groups/informative" in log) == ("frac_reward_zero_std" in log)
+        if "," not in case:
+            assert "frac_reward_zero_std" not in log
+    generated = [log for log in history.logs if "reward_std" in log]
+    of_sample = int(whole.tracking is None)  # TRL's own is the sample's
+    assert generated[0]["reward_std"] == pytest.approx(reward.std(correction=of_sample).item())
+
+    trained(tmp_path / "b", model_path, save_strategy="steps", save_steps=2, **options)
+    point = str(tmp_path / "b" / "checkpoint-2")
+    resumed, seen, _ = trained(tmp_path / "b", model_path, resume=point, **options)
+    assert [batch.step for batch in seen] == [2, 3]
+    if whole.tracking is not None:
+        assert flat(whole.tracking.state_dict()) == flat(resumed.tracking.state_dict())
+    for left, right in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "opo"])
+def test_single_completions_need_a_baseline_from_elsewhere(
+    method: str, model_path: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^num_generations: got 1 for method '{method}', .*tracked.*belief='auto'"
+    ):
+        trained(tmp_path, model_path, belief=None, **(SINGLE | {"method": method}))
+
+
+def test_trl_still_checks_all_else_of_single_completions(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="can not be both configured"):
+        KalmanGRPOConfig(**settings(tmp_path, num_generations=1, generation_batch_size=16))
+    alone = KalmanGRPOConfig(**settings(tmp_path, num_generations=1, per_device_train_batch_size=1))
+    assert alone.num_generations == 1 and alone.generation_batch_size == 2
 
 
 # ---- joining and filling

@@ -99,6 +99,31 @@ def test_counts_keep_their_sum() -> None:
     assert planned_counts(tracking(allocation="predictive", completions_min=4), names, step=0, n=2) == [2] * 4
 
 
+def test_single_completions() -> None:
+    """rollout.n = 1: no reward moves its own baseline, the second visit remembers the first."""
+    rows = rows_of(["u_0_0", "v_0_0", "w_0_0"], [{}] * 3, ["p", "q", "r"])
+    books, belief = tracking(), make_belief("auto")
+    for step, reward in enumerate(torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])):
+        expected = belief.advantages(["p", "q", "r"], reward.double(), step=step).advantage
+        belief.update(["p", "q", "r"], reward.double(), step=step)
+        found, metrics = tracked_advantages(books, rows, reward, global_step=step, n=1)
+        assert found.tolist() == expected.tolist() and found.all()
+        assert (metrics["budget/used"], metrics["budget/largest"]) == (3.0, 1.0)
+        assert "groups/informative" not in metrics, "a group of one has no reward to differ from"
+    books = tracking(allocation="predictive")
+    assert planned_counts(books, ["p", "q", "r"], step=0, n=1) == [1, 1, 1]
+
+
+def test_single_completions_need_a_baseline_from_elsewhere() -> None:
+    scores, mask = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.ones(2, 2)
+    with pytest.raises(
+        ConfigError, match=r"rollout\.n: got 1 for method 'grpo', .*adv_estimator=kalman_rl/tracked"
+    ):
+        make_estimator("grpo")(scores, mask, index=["u", "v"])
+    found, _ = make_estimator("batch_mean")(scores, mask, index=["u", "v"])
+    assert found.tolist() == [[1.0, 1.0], [-1.0, -1.0]]
+
+
 def test_only_the_last_output_of_a_session_counts() -> None:
     """Agent loops may return several outputs; all of them are trained on the session's advantage."""
     keys = ["u_0_0", "u_0_1", "u_1_0", "v_0_0", "pad_0_0"]

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,12 @@ from benchmarks.learning.unbiased import (
 )
 from torch import Tensor
 
-from kalman_rl.methods import METHODS
+from kalman_rl.beliefs import make_belief
+from kalman_rl.beliefs.advantage import JamesStein, Tracked
+from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import advantage
 from kalman_rl.objectives.aggregate import SequenceSum
+from kalman_rl.objectives.inputs import inputs_of, needs_groups
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.penalty import KL, k1, k2, k3
 from kalman_rl.objectives.ratio.transforms import one
@@ -130,15 +134,72 @@ def test_exact_for_any_reward(name: str, shape: dict[str, int], seed: int) -> No
     assert found.error < 1e-12 and found.verdict == "exact"
 
 
-@pytest.mark.parametrize(
-    "name", ["batch_leave_one_out", "James-Stein", *(n for n in VERDICTS if "tracked" in n)]
-)
+SINGLES = {"vocabulary": 2, "length": 2, "prompts": 3, "group": 1}
+OUTSIDE = [
+    "batch_leave_one_out",
+    "constant 0 (REINFORCE)",
+    "constant 0.5",
+    "James-Stein",
+    *(n for n in VERDICTS if "tracked" in n),
+]
+"""Baselines from outside the group."""
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_exact_with_groups_of_one(name: str) -> None:
     """Where leave-one-out teaches nothing, what other prompts or the past say is still an unbiased baseline."""
-    world = arbitrary(1, inside=name in COUNTS, vocabulary=2, length=2, prompts=3, group=1)
+    world = arbitrary(1, inside=name in COUNTS, **SINGLES)
     found = judge(world, ADVANTAGES[name])
     assert found.error < 1e-12 and found.verdict == "exact"
     assert moments(world, ADVANTAGES["leave_one_out (RLOO)"])[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("visits", [1, 3])
+@pytest.mark.parametrize("name", ["auto", "gaussian", "beta", "spo"])
+def test_exact_with_groups_of_one_that_come_again(name: str, visits: int) -> None:
+    """A belief that has seen each prompt before, once at a time: the past is fixed, so the baseline is too. The scale
+    of the whole batch is fixed as well and changes the length of the step alone."""
+    world = arbitrary(2, inside=True, **SINGLES)
+    belief = make_belief(name)
+    for step in range(visits):
+        reward = torch.tensor([0.9, 0.2, 0.4], dtype=torch.float64) - 0.1 * step
+        belief.update([0, 1, 2], reward, step=step)
+
+    def remembered(reward: Tensor, group: Tensor) -> Tensor:
+        return belief.advantages(group.tolist(), reward, step=visits).advantage
+
+    found = judge(world, plain_sum(remembered))
+    assert found.residual < 1e-12 and found.scale > 0
+    assert found.variance < judge(world, ADVANTAGES["constant 0 (REINFORCE)"]).variance
+
+
+PARTS = {name: make_method(name).advantage for name in METHODS} | {
+    "silent tail off": advantage.OptimalTokenBaseline(silent_tail=False),
+    "batch scaled": advantage.BatchScaled(),
+    "normalize, then sum": advantage.NormalizeThenSum(),
+    "James-Stein": JamesStein(),
+    "tracked": Tracked(),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_an_advantage_that_needs_groups_is_0_without_them(name: str) -> None:
+    """By its values, not by its name: what says ``needs_groups`` teaches nothing from single completions, and
+    everything else does."""
+    part: Any = PARTS[name]
+    g = torch.Generator().manual_seed(3)
+    reward = torch.rand(6, generator=g, dtype=torch.float64)
+    mask = torch.ones(6, 4, dtype=torch.bool)
+    inputs = {
+        "mask": mask,
+        "length": torch.tensor([1, 2, 3, 4, 4, 2]),
+        "score_norm_squared": torch.rand(6, 4, generator=g, dtype=torch.float64),
+        "rewards": reward[:, None],
+    }
+    found = part(reward, torch.arange(6), **{key: inputs[key] for key in inputs_of(part)})
+    assert needs_groups(part) == (not found.any())
+    if not needs_groups(part):
+        assert found.all()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -59,8 +59,9 @@ class Subject:
     """Optimizer steps in all."""
     prompts_per_generation: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Prompts in one generation batch."""
-    completions_per_prompt: Annotated[int, Field(ge=2, le=4_096)] = 8
-    """Completions sampled for each prompt: one group, at least 2 because TRL's trainer samples groups."""
+    completions_per_prompt: Annotated[int, Field(ge=1, le=4_096)] = 8
+    """Completions sampled for each prompt: one group. 1 needs an advantage that compares with more than the group:
+    tracked, batch_mean, james_stein, or a method whose own does."""
     advantage: Literal["method", "tracked", "leave_one_out", "batch_mean", "james_stein"] = "method"
     """The method's own advantage, one from a belief about each prompt's value that is kept from step to step
     (tracked), or a baseline without memory to compare with."""
@@ -303,6 +304,7 @@ def _check_train(config: TrainConfig) -> None:
     _check_method(config.method, config.method_options)
     if config.advantage == "tracked" or config.belief != TrainConfig.belief:
         _check_belief(config.belief)
+    _check_group_size(config)
     _check_model(config.model)
     if config.report_to not in REPORTERS:
         raise unknown_name("report_to", config.report_to, REPORTERS)
@@ -370,6 +372,14 @@ def _check_belief(name: str) -> None:
     from kalman_rl.beliefs import make_belief  # here, because it brings in torch
 
     make_belief(name)
+
+
+def _check_group_size(config: TrainConfig) -> None:
+    from kalman_rl.engine.method import chosen_method  # here, because it brings in torch
+    from kalman_rl.objectives.inputs import check_group_size
+
+    size = config.completions_per_prompt
+    check_group_size(chosen_method(config), size, "completions_per_prompt", "advantage = 'tracked'")
 
 
 def _check_model(model: str) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import transformers
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from kalman_rl.beliefs.advantage import JamesStein
 from kalman_rl.beliefs.by_source import Sources
 from kalman_rl.engine.callbacks import (
     Evaluate,
@@ -38,6 +37,7 @@ from kalman_rl.engine.collapse.callback import CollapseAlarm
 from kalman_rl.engine.config import TrainConfig
 from kalman_rl.engine.early import check_lora_targets, check_same_data, fit_prompts
 from kalman_rl.engine.evaluation import evaluate
+from kalman_rl.engine.method import chosen_method
 from kalman_rl.engine.models.load import LoadedModel, load_model
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
@@ -55,18 +55,9 @@ from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
 from kalman_rl.hosts.trl.prompts import note_sources
 from kalman_rl.kernels.memory import keep_freed_memory
-from kalman_rl.methods import make_method
-from kalman_rl.objectives.advantage.group import batch_leave_one_out, leave_one_out
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.ratio.transforms import KalmanFiltered
 from kalman_rl.sampling.budget import Budget
-
-BASELINES: dict[str, Callable[..., torch.Tensor]] = {
-    "leave_one_out": leave_one_out,
-    "batch_mean": batch_leave_one_out,
-    "james_stein": JamesStein(),
-}
-"""Advantages that a configuration may put in the place of the method's own."""
 
 LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
@@ -152,9 +143,7 @@ def _train(
     loaded = load_model(config.model, cache=cache, dtype=config.dtype, task=task, seed=0, progress=say)
     for note in loaded.notes:
         say(note)
-    method = make_method(config.method, **config.method_options)
-    if config.advantage in BASELINES:
-        method = dataclasses.replace(method, advantage=BASELINES[config.advantage])
+    method = chosen_method(config)
     max_tokens = config.max_completion_tokens or task.max_completion_tokens
     task = fit_prompts(task, loaded.tokenizer, loaded.model, config.max_prompt_tokens, max_tokens, say)
     _check_rows(task, config)

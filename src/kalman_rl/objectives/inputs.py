@@ -22,6 +22,9 @@ class Asks(Protocol):
     def name(self) -> str: ...
 
     @property
+    def advantage(self) -> Any: ...
+
+    @property
     def learns(self) -> dict[str, Any]: ...
 
 
@@ -98,6 +101,29 @@ def check_provided(method: Asks, provided: Collection[str], host: str, advice: s
         raise ConfigError(
             f"method: got {method.name!r} for {host}, expected one that does without {names}, which {host} does not "
             f"provide; {advice}"
+        )
+
+
+def needs_groups(advantage: object) -> bool:
+    """Whether an advantage is 0 for every completion that is alone in its group, as the part itself says.
+
+    >>> from kalman_rl.objectives import advantage
+    >>> needs_groups(advantage.leave_one_out), needs_groups(advantage.batch_leave_one_out)
+    (True, False)
+    """
+    return bool(getattr(advantage, "needs_groups", False))
+
+
+def check_group_size(method: Asks, size: int, setting: str, tracked: str) -> None:
+    """Refuse single completions for a method whose advantage would then be 0 everywhere.
+
+    Args: size: completions per prompt. setting: its name. tracked: how the host asks for tracked advantages.
+    Raises: ConfigError.
+    """
+    if size == 1 and needs_groups(method.advantage):
+        raise ConfigError(
+            f"{setting}: got 1 for method {method.name!r}, expected at least 2 because its advantage compares "
+            f"completions of one prompt; take the tracked advantage for single completions ({tracked})"
         )
 
 

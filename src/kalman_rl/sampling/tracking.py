@@ -188,9 +188,10 @@ def outcome_metrics(
     """Numbers about one generation batch.
 
     ``budget/used`` and ``budget/saved`` completions, ``budget/prompts`` that got any, ``budget/largest`` group;
-    ``groups/informative`` share of sampled groups with different rewards; ``belief/coverage_90`` share of first
-    rounds whose mean lay in the predicted 90 % interval; ``belief/retired`` prompts passed over that were sampled
-    when they last came up, ``belief/returned`` the reverse. Call before :meth:`Tracking.note`.
+    ``groups/informative`` share of sampled groups with different rewards, absent where every group is of one;
+    ``belief/coverage_90`` share of first rounds whose mean lay in the predicted 90 % interval; ``belief/retired``
+    prompts passed over that were sampled when they last came up, ``belief/returned`` the reverse. Call before
+    :meth:`Tracking.note`.
 
     Args:
         first: ids and rewards of the first round.
@@ -212,13 +213,14 @@ def outcome_metrics(
             noise = float(new.variance[i] - value.variance[i])
             spread = math.sqrt(float(value.variance[i]) + noise / len(known))
             inside.append(abs(sum(known) / len(known) - float(value.mean[i])) <= NINETY * spread)
+    informative = sum(len(v) > 1 for v in rewards.values()) / max(len(rewards), 1)
     passed = {name for name, n in zip(sampled.prompts, tau) if not n}
     return {
         "budget/used": float(sum(tau)),
         "budget/saved": float(rows - sum(tau)),
         "budget/prompts": float(sum(n > 0 for n in tau)),
         "budget/largest": float(max(tau)),
-        "groups/informative": sum(len(v) > 1 for v in rewards.values()) / max(len(rewards), 1),
+        **({"groups/informative": informative} if max(tau) > 1 else {}),
         "belief/coverage_90": sum(inside) / max(len(inside), 1),
         "belief/retired": float(len(passed - tracking.skipped)),
         "belief/returned": float(len((set(sampled.prompts) - passed) & tracking.skipped)),

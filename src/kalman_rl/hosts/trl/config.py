@@ -16,7 +16,7 @@ from kalman_rl.hosts.trl.hooks import TORCH, TRANSFORMERS, TRL
 from kalman_rl.hosts.trl.translate import DEFAULTS, check_settings, translated
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.correction import CORRECTIONS
-from kalman_rl.objectives.inputs import INPUTS, check_provided
+from kalman_rl.objectives.inputs import INPUTS, check_group_size, check_provided
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.registry import make
@@ -32,6 +32,13 @@ def check_host() -> None:
 
 
 check_host()
+
+
+class _One(int):
+    """The number 1 in TRL's checks of its settings, except that it is not refused for being below 2."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
 
 
 def _budget_field(name: str, text: str) -> Any:
@@ -163,7 +170,11 @@ class KalmanGRPOConfig(GRPOConfig):
                 setattr(self, name, DEFAULTS[name])
         elif getattr(self, "steps_per_generation", None) is None and self.generation_batch_size is None:
             self.steps_per_generation = 4 * self.gradient_accumulation_steps
+        size: int = self.num_generations  # type: ignore[has-type]
+        # Whether 1 can work is for the method to say, see check_combination.
+        self.num_generations = _One(1) if size == 1 else size
         super().__post_init__()
+        self.num_generations = size
 
 
 def names_a_method(method: Method | str | None, args: GRPOConfig) -> bool:
@@ -223,6 +234,7 @@ def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -
     if named:
         changed = [name for name, default in DEFAULTS.items() if getattr(args, name) != default]
         check_settings(method, args, getattr(args, "given", changed))
+    check_group_size(method, args.num_generations, "num_generations", "belief='auto'")
     allocation = Budget.of(args).allocation
     if allocation != "fixed" and not isinstance(method.advantage, Tracked):
         raise ConfigError(

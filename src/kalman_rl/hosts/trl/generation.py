@@ -26,6 +26,9 @@ from kalman_rl.sampling.records import belief_record
 from kalman_rl.sampling.rounds import Sampled
 from kalman_rl.sampling.tracking import Tracking, fixed_groups, outcome_metrics
 
+OF_REWARDS = ("reward", "reward_std", "frac_reward_zero_std")
+"""TRL's numbers about the rewards of one call of its generation."""
+
 Generate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -127,15 +130,17 @@ def note_advantages(trainer: Any, values: list[float]) -> None:
 @contextlib.contextmanager
 def one_completion_per_row(trainer: Any) -> Iterator[None]:
     """While it lasts, TRL takes every row for a prompt of its own and forms no groups."""
-    size = trainer.num_generations
+    size, metrics = trainer.num_generations, trainer._metrics["train"]
+    before = {name: list(metrics.get(name, [])) for name in OF_REWARDS}
     trainer.num_generations = 1
-    marks = {name: len(values) for name, values in trainer._metrics["train"].items()}
     try:
         yield
     finally:
         trainer.num_generations = size
-        for name in ("reward", "reward_std", "frac_reward_zero_std"):  # of single rounds: drop them
-            del trainer._metrics["train"][name][marks.get(name, 0) :]
+        for name, values in before.items():  # those of single rounds are dropped
+            metrics.pop(name, None)
+            if values:
+                metrics[name] = values
 
 
 def _note_outcome(
@@ -153,7 +158,8 @@ def _log(trainer: Any, metrics: dict[str, float], reward: Tensor) -> None:
     known = reward[~reward.isnan()]
     if len(known):
         metrics = metrics | {"reward": known.mean().item(), "reward_std": known.std(correction=0).item()}
-    metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
+    if "groups/informative" in metrics:
+        metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
     for name, value in metrics.items():
         trainer._metrics["train"][name].append(value)
 

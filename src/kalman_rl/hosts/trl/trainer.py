@@ -165,6 +165,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
         if self.model.training and not self.as_trl:  # TRL warns and goes on
             self.missing.see(rewards, self.reward_func_names, self.state.global_step + 1)
         size = self.num_generations if self.model.training else self.num_generations_eval
+        if size == 1:
+            self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
         group = torch.arange(len(rewards), device=rewards.device) // size
         local = slice(
             self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs)

@@ -20,12 +20,13 @@ from kalman_rl.hosts.verl.choice import parts_moved
 from kalman_rl.hosts.verl.settings import check_algorithm
 from kalman_rl.methods import make_method
 from kalman_rl.methods.aliases import translated
-from kalman_rl.objectives.inputs import inputs_of
+from kalman_rl.objectives.inputs import check_group_size, inputs_of
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.rollouts import score_norm_squared
 
 TRACKED = "tracked"
 """Name of the estimator whose belief is chosen by ``algorithm.kalman_rl.belief``."""
+TRACKED_IN_VERL = f"algorithm.adv_estimator=kalman_rl/{TRACKED} with trainer.v1.trainer_mode=kalman_rl"
 TRACKER: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("TRACKER", default=None)
 """Rewards (B,) of verl's rows, NaN = missing -> advantages (B,), set by our trainer around verl's own computation."""
 
@@ -57,7 +58,12 @@ def make_estimator(name: str) -> Estimator:
             found = _tracker(name)(reward)
         else:
             method = method_for(name, options_in(config))
-            found = method.advantage(reward, _groups(index, name), **_extra(method, mask, others))
+            group = _groups(index, name)
+            if len(group) and len(group.unique()) == len(
+                group
+            ):  # verl does not tell an estimator its rollout.n
+                check_group_size(method, 1, "actor_rollout_ref.rollout.n", TRACKED_IN_VERL)
+            found = method.advantage(reward, group, **_extra(method, mask, others))
         found = found if found.dim() == 2 else found[:, None].expand(mask.shape)
         advantages = torch.where(mask, found.to(token_level_rewards), 0.0)
         return advantages, advantages

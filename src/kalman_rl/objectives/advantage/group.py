@@ -1,7 +1,8 @@
 """Advantages from outcome rewards: callables ``(reward, group) -> advantage``, each (B,), detached.
 
 A few look at more: they name it in ``inputs`` and take it as keyword arguments, and the optimal token baseline
-gives one number per token (B, T). Those that run a filter over the rewards are in ``filtered``.
+gives one number per token (B, T). Those that run a filter over the rewards are in ``filtered``. One that says
+``needs_groups`` is 0 for every completion that is alone in its group.
 
 A NaN reward is missing: it is left out of every baseline and its advantage is 0. Arithmetic is float64
 inside, and a reward that differs from its baseline by rounding alone has an advantage of exactly 0.
@@ -96,6 +97,7 @@ class GroupZScore:
 
     epsilon: float = 1e-4
     tolerance: float = 1e-6
+    needs_groups: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (0 <= self.epsilon < math.inf and 0 <= self.tolerance < math.inf):
@@ -129,6 +131,10 @@ def leave_one_out(reward: Tensor, group: Tensor) -> Tensor:
     s = group_statistics(reward, group)
     scale = s.size / (s.size - 1).clamp(min=1)
     return _finish(scale * s.deviation, reward, s.spread > 0)
+
+
+for _part in (group_centred, leave_one_out):
+    _part.needs_groups = True  # type: ignore[attr-defined]
 
 
 def batch_leave_one_out(reward: Tensor, group: Tensor) -> Tensor:
@@ -175,6 +181,7 @@ class Rescaled:
 
     norm: float = 1.0
     by_zeros: bool = False
+    needs_groups: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.norm < math.inf:
@@ -198,6 +205,7 @@ class LengthWeighted:
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("length",)
+    needs_groups: ClassVar[bool] = True
 
     def __call__(self, reward: Tensor, group: Tensor, *, length: Tensor) -> Tensor:
         s = group_statistics(reward, group)
@@ -231,6 +239,7 @@ class OptimalTokenBaseline:
 
     silent_tail: bool = True
     inputs: ClassVar[tuple[str, ...]] = ("score_norm_squared", "mask")
+    needs_groups: ClassVar[bool] = True
 
     def __call__(self, reward: Tensor, group: Tensor, *, score_norm_squared: Tensor, mask: Tensor) -> Tensor:
         s = group_statistics(reward, group)

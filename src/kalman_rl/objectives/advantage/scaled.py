@@ -28,6 +28,7 @@ class BatchScaled:
     """
 
     epsilon: float = 1e-4
+    needs_groups: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.epsilon)
@@ -57,6 +58,7 @@ class NormalizeThenSum:
     weights: tuple[float, ...] = ()
     epsilon: float = 1e-4
     inputs: ClassVar[tuple[str, ...]] = ("rewards",)
+    needs_groups: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.epsilon)

@@ -167,7 +167,8 @@ def _allocation(beliefs: Beliefs) -> Figure | str:
 
 
 def _informative(beliefs: Beliefs) -> Figure | str:
-    if not beliefs.unit:
+    sampled_again = any(visit.n > 1 for batch in beliefs.batches for visit in batch.visits.values())
+    if not beliefs.unit or not sampled_again:
         return ""
     observed: list[Point] = []
     expected: list[Point] = []
