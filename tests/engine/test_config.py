@@ -90,6 +90,8 @@ def train_configs(draw: st.DrawFn) -> TrainConfig:
     if draw(st.booleans()):
         values |= {"advantage": "tracked", "allocation": "rounds", "rounds": (1, 3)}
         values["budget"] = draw(st.none() | st.floats(max(bounds[0], 0.01), bounds[1]))
+    else:  # these methods compare completions of one prompt
+        values["completions_per_prompt"] = max(values["completions_per_prompt"], 2)
     updates, micro = values["updates_per_generation"], values["gradient_accumulation"]
     values |= {"updates_per_generation": updates % 4 + 1, "gradient_accumulation": micro % 4 + 1}
     values["prompts_per_generation"] = values["updates_per_generation"] * values["gradient_accumulation"]

@@ -168,6 +168,17 @@ def test_real_rewards_have_no_bands(tmp_path: Path) -> None:
     assert "so prompts are not called learned or hopeless" in html and "Against a fixed number" not in html
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_groups_of_one_have_no_share_that_is_mixed(n: int, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {}, updates=4)
+    write_beliefs(run, batches=6)
+    rows = [json.loads(line) for line in (run / "beliefs.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"n": [n] * len(row["n"]), "rows": n * row["prompts"], "used": n * row["prompts"]}
+    (run / "beliefs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert ("Informative groups" in page([run])) == (n > 1)
+
+
 def test_savings_against_brute_force(tmp_path: Path) -> None:
     special = pytest.importorskip("scipy.special")
     integrate = pytest.importorskip("scipy.integrate")
