@@ -91,7 +91,7 @@ def train_configs(draw: st.DrawFn) -> TrainConfig:
         values |= {"advantage": "tracked", "allocation": "rounds", "rounds": (1, 3)}
         values["budget"] = draw(st.none() | st.floats(max(bounds[0], 0.01), bounds[1]))
     else:  # these methods compare completions of one prompt
-        values["completions_per_prompt"] = max(values["completions_per_prompt"], 2)
+        values["completions_per_prompt"] = max(values["completions_per_prompt"] or 8, 2)
     updates, micro = values["updates_per_generation"], values["gradient_accumulation"]
     values |= {"updates_per_generation": updates % 4 + 1, "gradient_accumulation": micro % 4 + 1}
     values["prompts_per_generation"] = values["updates_per_generation"] * values["gradient_accumulation"]
@@ -105,7 +105,8 @@ def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, co
         replace(config, task="products")
     )  # any text is written and read, only tasks that exist are valid
     path = toml(tmp_path_factory.getbasetemp(), to_toml(config))
-    assert build(TrainConfig, load_toml(path)) == config
+    written_out = {"prompts_per_generation": config.prompts, "completions_per_prompt": config.group_size}
+    assert build(TrainConfig, load_toml(path)) == replace(config, **written_out)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +337,24 @@ def test_notes(changes: dict[str, Any], note: str) -> None:
 )
 def test_single_completions(method: str, advantage: Any) -> None:
     validate(TrainConfig(method=method, advantage=advantage, completions_per_prompt=1))
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts", "size"),
+    [
+        ({}, 8, 8),
+        ({"advantage": "batch_mean"}, 8, 8),
+        ({"advantage": "batch_mean", "completions_per_prompt": 1}, 64, 1),
+        ({"advantage": "tracked"}, 64, 1),
+        ({"advantage": "tracked", "prompts_per_generation": 16}, 16, 1),
+        ({"advantage": "tracked", "completions_per_prompt": 8}, 8, 8),
+    ],
+)
+def test_a_tracked_run_samples_single_completions(given: dict[str, Any], prompts: int, size: int) -> None:
+    """Unless it is told otherwise; with as many completions as a run in groups."""
+    config = build(TrainConfig, given)
+    assert (config.prompts, config.group_size) == (prompts, size)
+    assert f"prompts_per_generation = {prompts}\ncompletions_per_prompt = {size}\n" in to_toml(config)
 
 
 @pytest.mark.parametrize(

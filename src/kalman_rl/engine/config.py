@@ -57,11 +57,11 @@ class Subject:
     """Seed of the prompts' order, of sampling and of new weights."""
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 20
     """Optimizer steps in all."""
-    prompts_per_generation: Annotated[int, Field(ge=1, le=65_536)] = 8
-    """Prompts in one generation batch."""
-    completions_per_prompt: Annotated[int, Field(ge=1, le=4_096)] = 8
+    prompts_per_generation: Annotated[int | None, Field(ge=1, le=65_536)] = None
+    """Prompts in one generation batch. Unset: 8 in groups, 64 with one completion each."""
+    completions_per_prompt: Annotated[int | None, Field(ge=1, le=4_096)] = None
     """Completions sampled for each prompt: one group. 1 needs an advantage that compares with more than the group:
-    tracked, batch_mean, james_stein, or a method whose own does."""
+    tracked, batch_mean, james_stein, or a method whose own does. Unset: 1 where the advantage is tracked, else 8."""
     advantage: Literal["method", "tracked", "leave_one_out", "batch_mean", "james_stein"] = "method"
     """The method's own advantage, one from a belief about each prompt's value that is kept from step to step
     (tracked), or a baseline without memory to compare with."""
@@ -138,6 +138,18 @@ class TrainConfig(Budget, Subject):
     """Optimizer steps between rows of metrics.jsonl."""
     quiet: bool = False
     """Print errors only."""
+
+    @property
+    def group_size(self) -> int:
+        """Completions per prompt, also where the setting is unset."""
+        default = 1 if self.advantage == "tracked" else 8
+        return default if self.completions_per_prompt is None else self.completions_per_prompt
+
+    @property
+    def prompts(self) -> int:
+        """Prompts in one generation batch, also where the setting is unset."""
+        default = 64 if self.group_size == 1 else 8
+        return default if self.prompts_per_generation is None else self.prompts_per_generation
 
     def __post_init__(self) -> None:
         """Nothing yet: one layer of settings may need another; :func:`validate` looks at all of them."""
@@ -249,8 +261,11 @@ def load_toml(path: Path, kind: type = TrainConfig) -> dict[str, Any]:
 
 
 def to_toml(config: Any) -> str:
-    """The configuration as TOML; what is unset (None) is left out. :func:`load_toml` reads it back."""
+    """The configuration as TOML; what is unset (None) is left out, except the size of the batch, which depends on other
+    settings and is written out. :func:`load_toml` reads it back."""
     table = {spec.name: getattr(config, spec.name) for spec in fields(config)}
+    if isinstance(config, TrainConfig):
+        table |= {"prompts_per_generation": config.prompts, "completions_per_prompt": config.group_size}
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}
     return tomli_w.dumps({key: value for key, value in plain.items() if value is not None})
 
@@ -332,7 +347,7 @@ def _check_train(config: TrainConfig) -> None:
             "mixed from the second completion on"
         )
     Budget.of(config)
-    prompts, group = config.prompts_per_generation, config.completions_per_prompt
+    prompts, group = config.prompts, config.group_size
     updates, micro = config.updates_per_generation, config.gradient_accumulation
     batch = f"{prompts} prompts * {group} completions = {prompts * group}"
     if prompts * group % updates:
@@ -378,8 +393,8 @@ def _check_group_size(config: TrainConfig) -> None:
     from kalman_rl.engine.method import chosen_method  # here, because it brings in torch
     from kalman_rl.objectives.inputs import check_group_size
 
-    size = config.completions_per_prompt
-    check_group_size(chosen_method(config), size, "completions_per_prompt", "advantage = 'tracked'")
+    setting = "completions_per_prompt"
+    check_group_size(chosen_method(config), config.group_size, setting, "advantage = 'tracked'")
 
 
 def _check_model(model: str) -> None:

@@ -239,7 +239,7 @@ def build_trainer(
 ) -> KalmanGRPOTrainer:
     """The TRL trainer for a configuration: our words to TRL's, nothing else."""
     micro_batches = config.updates_per_generation * config.gradient_accumulation
-    rollouts = config.prompts_per_generation * config.completions_per_prompt
+    rollouts = config.prompts * config.group_size
     cycle = config.updates_per_generation * config.iterations
     save_every = -(-config.save_every // cycle) * cycle  # only between generation batches
     bf16 = loaded.dtype == torch.bfloat16
@@ -257,7 +257,7 @@ def build_trainer(
         gradient_accumulation_steps=config.gradient_accumulation,
         steps_per_generation=micro_batches,
         num_iterations=config.iterations,
-        num_generations=config.completions_per_prompt,
+        num_generations=config.group_size,
         belief=config.belief if config.advantage == "tracked" else None,
         prompt_features=config.prompt_features,
         source_column=config.source_column,
@@ -324,9 +324,9 @@ def chosen_task(config: TrainConfig) -> Task:
 
 
 def _check_rows(task: Task, config: TrainConfig) -> None:
-    if len(task.train) < config.prompts_per_generation:
+    if len(task.train) < config.prompts:
         raise ConfigError(
-            f"prompts_per_generation: got {config.prompts_per_generation}, expected at most the "
+            f"prompts_per_generation: got {config.prompts}, expected at most the "
             f"{len(task.train)} training rows of task {task.name!r}; lower it or add rows"
         )
     if config.source_column is not None:
