@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -231,7 +232,9 @@ def test_train_creates_the_run(calls: Calls) -> None:
     ((name, (config, run), keywords),) = calls
     assert name == "train" and keywords == {"task": None}
     assert config.method == "kpo" and config.run == Path("runs/x") and run.path == Path("runs/x")
-    assert build(TrainConfig, load_toml(Path("runs/x/config.toml"))) == config
+    written = build(TrainConfig, load_toml(Path("runs/x/config.toml")))
+    size = {"prompts_per_generation": 8, "completions_per_prompt": 8}  # unset ones are written out
+    assert written == dataclasses.replace(config, **size)
     labels = {"method": "kpo", "model": "smollm2", "task": "products", "seed": 5}
     assert read_manifest(Path("runs/x"))["labels"] == labels
     Run.open(Path("runs/x")).close()  # the lock is free again
