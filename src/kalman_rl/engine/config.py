@@ -393,8 +393,8 @@ def _check_group_size(config: TrainConfig) -> None:
     from kalman_rl.engine.method import chosen_method  # here, because it brings in torch
     from kalman_rl.objectives.inputs import check_group_size
 
-    setting = "completions_per_prompt"
-    check_group_size(chosen_method(config), config.group_size, setting, "advantage = 'tracked'")
+    method = chosen_method(config.method, config.method_options, config.advantage, config.belief)
+    check_group_size(method, config.group_size, "completions_per_prompt", "advantage = 'tracked'")
 
 
 def _check_model(model: str) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -12,9 +11,6 @@ from kalman_rl.beliefs.advantage import JamesStein, Tracked
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.advantage.group import batch_leave_one_out, leave_one_out
 from kalman_rl.objectives.loss import Method
-
-if TYPE_CHECKING:
-    from kalman_rl.engine.config import TrainConfig
 
 BASELINES: dict[str, Callable[..., Tensor]] = {
     "leave_one_out": leave_one_out,
@@ -24,10 +20,13 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
 """Advantages without memory that a configuration may put in the place of the method's own."""
 
 
-def chosen_method(config: TrainConfig) -> Method:
-    """The method of a configuration. Raises: ConfigError, NumericError for a name or an option that is none."""
-    method = make_method(config.method, **config.method_options)
-    if config.advantage == "method":
+def chosen_method(name: str, options: Mapping[str, float], advantage: str, belief: str) -> Method:
+    """The method ``name`` with ``advantage``: "method" for its own, "tracked" for that of ``belief``, or a baseline.
+
+    Raises: ConfigError, NumericError for a name or an option that is none.
+    """
+    method = make_method(name, **options)
+    if advantage == "method":
         return method
-    advantage = Tracked(config.belief) if config.advantage == "tracked" else BASELINES[config.advantage]
-    return dataclasses.replace(method, advantage=advantage)
+    part = Tracked(belief) if advantage == "tracked" else BASELINES[advantage]
+    return dataclasses.replace(method, advantage=part)

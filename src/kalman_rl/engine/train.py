@@ -143,7 +143,7 @@ def _train(
     loaded = load_model(config.model, cache=cache, dtype=config.dtype, task=task, seed=0, progress=say)
     for note in loaded.notes:
         say(note)
-    method = chosen_method(config)
+    method = chosen_method(config.method, config.method_options, config.advantage, config.belief)
     max_tokens = config.max_completion_tokens or task.max_completion_tokens
     task = fit_prompts(task, loaded.tokenizer, loaded.model, config.max_prompt_tokens, max_tokens, say)
     _check_rows(task, config)
