@@ -356,6 +356,37 @@ def test_four_batches_without_a_correct_answer_are_forgotten() -> None:
     assert odd[4, 1] / odd[4, 0] > 3
 
 
+@pytest.mark.parametrize("form", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("spread", [0.3, 1.5])
+@pytest.mark.parametrize("batches", [1, 4, 6])
+def test_after_batches_without_a_correct_answer_it_is_as_new(
+    form: float, spread: float, batches: int
+) -> None:
+    """Every prediction equals that of a belief which never saw them: nothing of them is carried into the new unit."""
+    rng, odd, new = np.random.default_rng(7), RegressionBelief(), RegressionBelief()
+    p, formatted = 1 / (1 + np.exp(-spread * rng.normal(size=128))), rng.uniform(0.3, 1, size=128)
+    for step in range(batches + 8):
+        ids = rng.permutation(128)[:32].repeat(8)
+        correct = (rng.random(256) < p[ids]) * (step >= batches)
+        reward = torch.from_numpy(form * (rng.random(256) < formatted[ids]) + correct)
+        odd.update(ids.tolist(), reward, step=step)
+        if step >= batches:
+            new.update(ids.tolist(), reward, step=step)
+            found, expected = (b.predictive(range(130), step=step) for b in (odd, new))
+            torch.testing.assert_close(found.mean, expected.mean, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(found.variance, expected.variance, rtol=1e-6, atol=1e-9)
+
+
+def test_batches_that_differ_by_chance_do_not_begin_anew_for_ever() -> None:
+    """Every second batch has nine times the variance of the others: each change takes one batch more in a row."""
+    belief, rng, units = RegressionBelief(), np.random.default_rng(0), []
+    for step in range(40):
+        reward = (1 if step % 2 else 3) * rng.normal(size=64)
+        belief.update(np.arange(16).repeat(4).tolist(), torch.from_numpy(reward), step=step)
+        units.append(belief._unit)
+    assert len(set(units[20:])) == 1
+
+
 @pytest.mark.parametrize("singles", [False, True])
 def test_one_wild_reward_at_the_start_does_not_fix_a_scale(singles: bool) -> None:
     """Noise and scale of advantages after -1000 in the first batch, against those without it."""

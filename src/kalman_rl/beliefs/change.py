@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAR = 8.0
+FAR = 4.0
 """A batch whose variance is this many times larger or smaller than the learned one is off."""
 MIN_JUDGED = 16
 """With fewer numbers a batch is too little evidence about a variance."""
@@ -20,10 +20,12 @@ class Change:
     """Whether batches contradict a learned variance for good.
 
     As many batches in a row must be off, on the same side, as agreed before, and at most MAX_WAIT: one odd batch
-    among many changes nothing, and one odd batch at the start lasts for one batch. A batch that is larger even
-    without its most extreme twentieths is believed at once: outliers do not explain it.
+    among many changes nothing, and one odd batch at the start lasts for one batch. Every change takes one batch
+    more than the one before it, so that batches which differ by chance do not change a scale for ever. A batch that is
+    larger even without its most extreme twentieths is believed at once: outliers do not explain it.
 
-    Attributes: ``age`` batches since the last change; ``off`` how many of the latest were larger (> 0) or smaller.
+    Attributes: ``age`` batches that agreed, with those that led to the last change and one more; ``off`` how many of
+    the latest were larger (> 0) or smaller.
     """
 
     age: int = 0
@@ -39,7 +41,7 @@ class Change:
         side = (variance > FAR * known) - (known > FAR * variance)
         self.off = self.off + side if self.off * side > 0 else side
         if side and (core > FAR * known or abs(self.off) >= min(self.age, MAX_WAIT)):
-            self.age, self.off = 1, 0
+            self.age, self.off = abs(self.off) + 1, 0
             return True
         self.age += 1
         return False

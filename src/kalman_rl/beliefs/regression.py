@@ -14,7 +14,7 @@ from kalman_rl.beliefs.change import MAX_WAIT, Change, core_variance
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.beliefs.mixture import Evidence, LocalLevels, is_finite
 from kalman_rl.beliefs.noise import MAX_SUM
-from kalman_rl.beliefs.ridge import LEVEL_PRECISION, Features, Ridge
+from kalman_rl.beliefs.ridge import Features, Ridge
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import expect, is_real, is_whole, saved
@@ -28,6 +28,7 @@ PRIOR_VARIANCE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 1.0)
 
 From scores that are almost all noise to scores that hardly have any; more of them cost no memory."""
 _MIN_TAU2 = 1e-4
+_FORGOTTEN = -1.0  # in place of a variance: of a prompt that was visited in another unit
 ROW_ROUNDING = 2e-5
 """Of a level as stored: float32 rounds to 6e-8 of it, and an update with a small gain loses more than one of
 these."""
@@ -211,7 +212,7 @@ class RegressionBelief(TableBelief):
         self._evidence.learn(self._log_likelihood(levels, y, noise[:, None] + late), step)
         mean, variance = self._mixture(levels)
         if not first_ever:
-            new = rows < 0
+            new = self._unseen(rows)
             self._learn_first(groups, rows, y - mean, x, noise)
             fit, doubt = self._ridge.predict(x, step)
             spread = torch.where(new, (variance - doubt).clamp(min=_MIN_TAU2 * self._unit2), variance)
@@ -251,11 +252,13 @@ class RegressionBelief(TableBelief):
         self._ridge = Ridge(self._ridge.forgetting)
         self._ridge.unit, self._ridge.spread = self._unit2, 0.1 * self._unit2
         self._first, self._spread = torch.zeros_like(self._first), torch.zeros_like(self._spread)
-        columns = self._table.columns
-        columns["fit"].zero_()
-        columns["start"].fill_(self._ridge.unit / LEVEL_PRECISION)
-        new = LocalLevels.start(columns["fit"], columns["start"], len(self._q))
-        columns["levels"].copy_(torch.stack(new[:5], dim=1))
+        self._table.columns["start"].fill_(_FORGOTTEN)
+
+    def _unseen(self, rows: Tensor) -> Tensor:
+        """(u,) whether nothing is known of a prompt itself: never visited, or not since all began anew."""
+        if not len(self._table):
+            return rows < 0
+        return (rows < 0) | (self._table.columns["start"][rows.clamp(min=0)] == _FORGOTTEN)
 
     def _all_tau2(self) -> Tensor:
         """(1 + T,) tau^2 of each column of the evidence."""
@@ -291,7 +294,7 @@ class RegressionBelief(TableBelief):
         shift = fit - columns["fit"][place].double()
         old = old.shifted(shift)  # first, for the drift of 0/1 rewards depends on the mean
         old = old.diffused(self._drift(old) * gap[:, None])
-        unseen = rows < 0
+        unseen = self._unseen(rows)
         *fields, start = zip(new, old)
         return LocalLevels._make(
             [*(torch.where(unseen[:, None], n, o) for n, o in fields), torch.where(unseen, *start)]
@@ -315,7 +318,7 @@ class RegressionBelief(TableBelief):
 
     def _learn_first(self, groups: Groups, rows: Tensor, off: Tensor, x: Tensor, noise: Tensor) -> None:
         """tau^2 = E[(y - f)^2] - x' Sigma x - noise of y, over first visits with at least two rewards."""
-        use = (rows < 0) & (groups.size > 1)
+        use = self._unseen(rows) & (groups.size > 1)
         if not use.any():
             return
         doubt = self._ridge.predict(x[use], None)[1] if len(self._table) else torch.zeros_like(off[use])
