@@ -264,12 +264,12 @@ def test_a_loaded_stream_draws_the_same_prompts() -> None:
         (["a", "a"], 1, {}, ConfigError, "pool: got 2 ids, 1 different"),
         (["a", "b"], 3, {}, ConfigError, "count: got 3 prompts per batch, expected 1 to the pool's 2"),
         (["a", "b"], 0, {}, ConfigError, "count: got 0"),
-        (["a"], 1, {"floor": 0.0}, ConfigError, "floor: got 0.0"),
-        (["a"], 1, {"power": -1.0}, ConfigError, "power: got -1.0"),
+        (["a"], 1, {"floor": 0.0}, ConfigError, "select_floor: got 0.0"),
+        (["a"], 1, {"power": -1.0}, ConfigError, "select_power: got -1.0"),
         (["a"], 1, {"most": 0}, ConfigError, "most: got 0"),
         (["a"], 1, {"weights": "unbaised"}, ConfigError, "select_weights: got 'unbaised'"),
         (["a"], 1, {"score": "saga"}, ConfigError, "score: got 'saga'"),
-        (["a"], 1, {"score": "sage", "reward_range": "real"}, ConfigError, "score: got 'sage' with real"),
+        (["a"], 1, {"score": "sage", "reward_range": "real"}, ConfigError, "select: got 'sage' with real"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -1,4 +1,4 @@
-"""How completions are divided among the prompts of a generation batch: one set of settings for every host.
+"""Which prompts a generation batch has and how completions are divided among them: one set of settings for every host.
 
 Nothing here needs torch, so that a command line can show and check these settings at once.
 """
@@ -16,11 +16,13 @@ from kalman_rl.errors import ConfigError, unknown_name
 Allocation = Literal["fixed", "predictive", "rounds"]
 Aim = Literal["gradient", "mixed_groups"]
 RewardRange = Literal["unit", "real"]
+Select = Literal["passes", "stream", "sage"]
+SelectWeights = Literal["equal", "unbiased"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How completions are divided among the prompts of a generation batch.
+    """Which prompts a generation batch has, and how completions are divided among them.
 
     The hosts' own settings have the same names, so that :meth:`of` can read them. The text under each field is its
     documentation, on the command line too.
@@ -31,6 +33,15 @@ class Budget:
     32
     """
 
+    select: Select = "passes"
+    """Prompts of a batch: in passes over the dataset, or drawn from all of it by what the belief expects a prompt to teach:
+    stream (by the variance of its reward) or sage (SAGE's signal against curvature, reconstructed)."""
+    select_weights: SelectWeights = "equal"
+    """Weight of what was drawn: equal, or unbiased for the mean over the dataset, inverse to how often a prompt comes."""
+    select_floor: float = 0.1
+    """Share of draws that are uniform over the dataset, above 0 and at most 1, so that every prompt comes again."""
+    select_power: float = 1.0
+    """Power of the score that draws are in proportion to; 0 draws uniformly."""
     allocation: Allocation = "fixed"
     """Completions per prompt: the same for all, from the belief before sampling, or in rounds that see rewards."""
     aim: Aim = "gradient"
@@ -44,7 +55,7 @@ class Budget:
     completions_min: int = 0
     """Least completions of a prompt in a batch; with 0 an allocation may pass a prompt over."""
     completions_max: int = 32
-    """Most completions of a prompt in a batch."""
+    """Most completions of a prompt in a batch; a stream draws a prompt so often where few others teach."""
     coverage_steps: int = 256
     """Optimizer steps after which a prompt that was passed over is due again."""
     reward_range: RewardRange = "unit"
@@ -56,6 +67,13 @@ class Budget:
         if self.allocation not in get_args(Allocation):
             raise unknown_name("allocation", self.allocation, get_args(Allocation))
         check_aim(self.aim, self.reward_range)
+        check_select(self.select, self.select_weights, self.reward_range)
+        check_shares(self.select_floor, self.select_power)
+        if self.select != "passes" and self.allocation != "fixed":
+            raise ConfigError(
+                f"select: got {self.select!r} with allocation={self.allocation!r}, expected allocation fixed because "
+                "the draw has decided where completions go"
+            )
         check_rounds(self.rounds)
         low, high = self.completions_min, self.completions_max
         if not (is_whole(low) and is_whole(high, max(low, 1), 4_096)):
@@ -117,6 +135,30 @@ def check_aim(aim: str, reward_range: str) -> None:
             "aim: got 'mixed_groups' with real-valued rewards, expected 'gradient'; groups of real rewards "
             "are mixed from the second completion on"
         )
+
+
+def check_select(select: str, weights: str, reward_range: str) -> None:
+    """Refuse unknown names, and SAGE's margin of rewards that are no probabilities. Raises: ConfigError."""
+    for name, value, known in (
+        ("select", select, get_args(Select)),
+        ("select_weights", weights, get_args(SelectWeights)),
+    ):
+        if value not in known:
+            raise unknown_name(name, value, known)
+    if select == "sage" and reward_range == "real":
+        raise ConfigError(
+            "select: got 'sage' with real-valued rewards, expected 'stream'; a margin is the logit of a success rate"
+        )
+
+
+def check_shares(floor: float, power: float) -> None:
+    """Refuse a floor outside (0, 1] and a power that is negative or not finite. Raises: ConfigError."""
+    if not (is_real(floor) and 0 < floor <= 1):
+        raise ConfigError(
+            f"select_floor: got {floor!r}, expected a share in (0, 1]; at 0 a prompt might never return"
+        )
+    if not (is_real(power) and 0 <= power < math.inf):
+        raise ConfigError(f"select_power: got {power!r}, expected a finite number >= 0")
 
 
 def check_rounds(rounds: Sequence[int]) -> None:

@@ -8,20 +8,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.groups import places_of
 from kalman_rl.beliefs.protocol import Belief
-from kalman_rl.checks import expect, is_real, is_whole, reading, saved
+from kalman_rl.checks import expect, is_whole, reading, saved
 from kalman_rl.errors import ConfigError, NumericError, unknown_name
+from kalman_rl.sampling.budget import check_select, check_shares
 from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.prompts import score, success_margin
 
-Score = Literal["stream", "sage"]
-Weights = Literal["equal", "unbiased"]
+SCORES = ("stream", "sage")
 CANDIDATES = 16
 """In a larger pool the rule is applied to so many random candidates for each prompt of a batch."""
 CONFIDENT = 3.0
@@ -91,7 +91,10 @@ class PromptStream:
         reward_noise_variance: float = 0.0,
         seed: int = 0,
     ) -> None:
-        check_stream(score, weights, reward_range)
+        if score not in SCORES:
+            raise unknown_name("score", score, SCORES)
+        check_select(score, weights, reward_range)
+        check_shares(floor, power)
         if hasattr(pool, "__len__") and not len(pool):
             raise ConfigError("pool: got no prompts, expected at least one to draw from")
         different = len(places_of(pool, "pool")[0])
@@ -102,12 +105,6 @@ class PromptStream:
                 f"count: got {count!r} prompts per batch, expected 1 to the pool's {len(pool)}; add prompts, or take "
                 "fewer of them per batch"
             )
-        if not (is_real(floor) and 0 < floor <= 1):
-            raise ConfigError(
-                f"floor: got {floor!r}, expected a share in (0, 1], or prompts would not return"
-            )
-        if not (is_real(power) and 0 <= power < math.inf):
-            raise ConfigError(f"power: got {power!r}, expected a finite number >= 0")
         if not is_whole(most, 1):
             raise ConfigError(f"most: got {most!r} draws of one prompt, expected a whole number >= 1")
         self.belief, self.pool, self.count = belief, list(pool), int(count)
@@ -197,20 +194,6 @@ class PromptStream:
         for name in self.pool:
             found.update(f"{name!r}\n".encode())
         return found.hexdigest()
-
-
-def check_stream(score: str, weights: str, reward_range: str = "unit") -> None:
-    """Refuse unknown names, and SAGE's margin of rewards that are no probabilities. Raises: ConfigError."""
-    for name, value, known in (
-        ("score", score, get_args(Score)),
-        ("select_weights", weights, get_args(Weights)),
-    ):
-        if value not in known:
-            raise unknown_name(name, value, known)
-    if score == "sage" and reward_range == "real":
-        raise ConfigError(
-            "score: got 'sage' with real-valued rewards, expected 'stream'; a margin is the logit of a success rate"
-        )
 
 
 def some_of(size: int, count: int, generator: torch.Generator) -> Tensor:

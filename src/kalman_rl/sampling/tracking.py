@@ -6,6 +6,7 @@ and nothing is broadcast.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.gains import NINETY
 from kalman_rl.sampling.rounds import RoundPlan, Sampled
+from kalman_rl.sampling.stream import PromptStream
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Tracking:
     Args:
         belief: read and updated.
         budget: how completions are divided.
+        stream: draws the prompts of every batch from the whole pool, where the budget says so.
         sources: the table that ``belief`` looks prompts up in, where it learns by source; saved with it.
         observers: receive a :func:`~kalman_rl.sampling.records.belief_record` after every batch.
         written: prompts whose text the observers have seen.
@@ -42,6 +45,7 @@ class Tracking:
     budget: Budget
     sources: Sources | None = None
     last_step: int = -1
+    stream: PromptStream | None = None
     coverage: Coverage = field(init=False)
     skipped: set[Hashable] = field(default_factory=set)
     features: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -89,6 +93,26 @@ class Tracking:
             coverage=self.coverage,
         )
 
+    def open_stream(self, pool: Sequence[Hashable], count: int, *, group: int = 1, seed: int = 0) -> None:
+        """Let batches of ``count`` prompts be drawn from ``pool``, with ``group`` completions for each draw.
+
+        Raises: ConfigError, ShapeError for what :class:`~kalman_rl.sampling.stream.PromptStream` refuses.
+        """
+        budget = self.budget
+        self.stream = PromptStream(
+            self.belief,
+            pool,
+            count,
+            score=budget.select,
+            floor=budget.select_floor,
+            power=budget.select_power,
+            most=max(budget.completions_max // group, 1),
+            weights=budget.select_weights,
+            reward_range=budget.reward_range,
+            reward_noise_variance=budget.reward_noise_variance,
+            seed=seed,
+        )
+
     def before(self, ids: Sequence[Hashable], step: int) -> tuple[Gaussian, Gaussian]:
         """What was predicted of each prompt: its value, and one new reward."""
         features = self.known_features(ids)
@@ -108,6 +132,7 @@ class Tracking:
             "sources": [] if self.sources is None else self.sources.state_dict(),
             "coverage": self.coverage.state_dict(),
             "last_step": self.last_step,
+            "stream": None if self.stream is None else self.stream.state_dict(),
             "skipped": sorted(self.skipped, key=repr),
             "feature_ids": names,
             "features": torch.stack([self.features[n] for n in names]) if names else torch.zeros(0, 0),
@@ -125,8 +150,8 @@ class Tracking:
 
     def _load(self, state: dict[str, Any]) -> None:
         what = "checkpoint's beliefs"
-        names = ("belief", "coverage", "last_step", "skipped", "feature_ids", "features", "sources")
-        belief, coverage, last_step, skipped, ids, features, sources = saved(what, state, *names)
+        names = ("belief", "coverage", "last_step", "skipped", "feature_ids", "features", "sources", "stream")
+        belief, coverage, last_step, skipped, ids, features, sources, stream = saved(what, state, *names)
         expect(what, "last_step", is_whole(last_step, -1), last_step, "a step")
         expect(what, "skipped", isinstance(skipped, list), skipped, "a list of names")
         legal = isinstance(features, Tensor) and features.dim() == 2 and bool(features.isfinite().all())
@@ -138,7 +163,16 @@ class Tracking:
         books.load_state_dict(coverage)
         table = Sources()
         table.load_state_dict(sources)
+        if (stream is None) != (self.stream is None):
+            raise ConfigError(
+                f"select: got a checkpoint {'without' if stream is None else 'of'} a stream of prompts, expected the "
+                "same selection as before; resume with the settings the run began with"
+            )
+        draws = copy.copy(self.stream)
+        if draws is not None:
+            draws.load_state_dict(stream)
         self.belief.load_state_dict(belief)
+        self.stream = draws
         self.coverage.load_state_dict(coverage)
         if self.sources is not None:
             self.sources.load_state_dict(sources)
