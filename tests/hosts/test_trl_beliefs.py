@@ -389,7 +389,7 @@ def test_rows_join_fill_and_take() -> None:
         ({"belief_options": ["rho"]}, "belief_options: got .*, expected options by name"),
         (
             {"belief": None, "source_column": "data_source"},
-            "source_column: got 'data_source' for method 'grpo', expected None because only a belief",
+            "source_column: got 'data_source' for method 'grpo', expected it unset because only a belief",
         ),
         ({"belief_options": {"source": str}, "source_column": "data_source"}, "options: got a source beside"),
         ({"method_options": ["low"]}, "method_options: got .*expected options by name"),

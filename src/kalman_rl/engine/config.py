@@ -20,7 +20,7 @@ from pydantic import Field
 from kalman_rl.engine.runs.run import name_problem
 from kalman_rl.engine.strict import Number, Place, Text, read, show
 from kalman_rl.errors import ConfigError, KalmanRLError, unknown_name
-from kalman_rl.sampling.budget import Budget
+from kalman_rl.sampling.budget import Budget, check_belief_only, check_select
 
 MODELS = ("smollm2", "tiny")
 """Models that need no download; anything else is a directory or a hub id OWNER/NAME."""
@@ -271,12 +271,13 @@ def to_toml(config: Any) -> str:
 
 
 def labels(config: TrainConfig) -> dict[str, Any]:
-    """What a run is grouped by in reports; a tracked advantage and an allocation are part of the method."""
+    """What a run is grouped by in reports; advantage, allocation and selection are part of the method."""
     method = config.method
     if config.advantage != "method":
         method += f"+{config.belief if config.advantage == 'tracked' else config.advantage}"
-    if config.allocation != "fixed":
-        method += f"+{config.allocation}"
+    for part, default in ((config.allocation, "fixed"), (config.select, "passes")):
+        if part != default:
+            method += f"+{part}"
     task = config.task if config.data is None else config.data.stem
     return {"method": method, "model": config.model, "task": task, "seed": config.seed}
 
@@ -331,16 +332,10 @@ def _check_train(config: TrainConfig) -> None:
         raise ConfigError(
             f"reward: got {show(config.reward)}, expected MODULE:FUNCTION, e.g. 'my_rewards:exact'"
         )
-    if config.allocation != "fixed" and config.advantage != "tracked":
-        raise ConfigError(
-            f"allocation: got {config.allocation!r} with advantage={config.advantage!r}, expected fixed because only a "
-            "belief knows how to divide completions; set advantage = 'tracked'"
-        )
-    if config.source_column is not None and config.advantage != "tracked":
-        raise ConfigError(
-            f"source_column: got {show(config.source_column)} with advantage={config.advantage!r}, expected it unset "
-            "because only a belief learns by source; set advantage = 'tracked'"
-        )
+    where = f"with advantage={config.advantage!r}"
+    check_belief_only(config, config.advantage == "tracked", where, "set advantage = 'tracked'")
+    if config.reward_noise:
+        check_select(config.select, config.select_weights, "real")
     if config.aim == "mixed_groups" and config.reward_noise:
         raise ConfigError(
             f"aim: got 'mixed_groups' with reward_noise = {config.reward_noise}, expected gradient; noisy groups are "

@@ -34,10 +34,10 @@ class Budget:
     """
 
     select: Select = "passes"
-    """Prompts of a batch: in passes over the dataset, or drawn from all of it by what the belief expects a prompt to teach:
+    """Prompts of a batch: in passes over the dataset, or drawn from all of it by what the belief says a prompt teaches:
     stream (by the variance of its reward) or sage (SAGE's signal against curvature, reconstructed)."""
     select_weights: SelectWeights = "equal"
-    """Weight of what was drawn: equal, or unbiased for the mean over the dataset, inverse to how often a prompt comes."""
+    """Weight of what was drawn: equal, or unbiased for the mean over the dataset (1 / how often a prompt comes)."""
     select_floor: float = 0.1
     """Share of draws that are uniform over the dataset, above 0 and at most 1, so that every prompt comes again."""
     select_power: float = 1.0
@@ -159,6 +159,29 @@ def check_shares(floor: float, power: float) -> None:
         )
     if not (is_real(power) and 0 <= power < math.inf):
         raise ConfigError(f"select_power: got {power!r}, expected a finite number >= 0")
+
+
+BELIEF_ONLY: dict[str, tuple[Any, str]] = {
+    "allocation": ("fixed", "knows how to divide completions"),
+    "select": ("passes", "knows what a prompt teaches"),
+    "source_column": (None, "learns by source"),
+}
+"""Settings that only a belief reads: their value without one, and what a belief does with them."""
+
+
+def check_belief_only(settings: Any, tracked: bool, where: str, advice: str) -> None:
+    """Refuse settings of a belief where advantages do not come from one.
+
+    Args: settings: of a host. tracked: whether there is a belief. where, advice: parts of the message.
+    Raises: ConfigError.
+    """
+    for name, (default, what) in BELIEF_ONLY.items():
+        value = getattr(settings, name, default)
+        if value != default and not tracked:
+            raise ConfigError(
+                f"{name}: got {value!r:.80} {where}, expected {default or 'it unset'} because only a belief {what}; "
+                f"{advice}"
+            )
 
 
 def check_rounds(rounds: Sequence[int]) -> None:

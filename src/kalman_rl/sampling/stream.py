@@ -6,7 +6,6 @@ No batch is drawn before the rewards of the one before it are known, and every p
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 

@@ -19,7 +19,7 @@ from kalman_rl.beliefs.by_source import Sources
 from kalman_rl.beliefs.groups import check_id
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import expect, is_whole, reading, saved
-from kalman_rl.errors import RunError
+from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage

@@ -20,7 +20,7 @@ from kalman_rl.objectives.inputs import INPUTS, check_group_size, check_provided
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.registry import make
-from kalman_rl.sampling.budget import Budget
+from kalman_rl.sampling.budget import Budget, check_belief_only
 
 PROVIDED = {*INPUTS, "past_steps", "whole_step"}
 """What the trainer makes for a method, as :func:`kalman_rl.objectives.inputs.missing` reads it."""
@@ -134,6 +134,20 @@ class KalmanGRPOConfig(GRPOConfig):
             "noise, drift, prior and scale for each source by itself. None: one for all."
         },
     )
+    select: str = _budget_field(
+        "select",
+        "Prompts of a generation batch: passes over the dataset, or drawn from all of it in proportion to what the "
+        "belief expects a prompt to teach: stream (variance of its reward) or sage (SAGE's score, reconstructed).",
+    )
+    select_weights: str = _budget_field(
+        "select_weights", "Weight of what was drawn: equal, or unbiased for the mean over the dataset."
+    )
+    select_floor: float = _budget_field(
+        "select_floor", "Share of draws that are uniform over the dataset, in (0, 1]."
+    )
+    select_power: float = _budget_field(
+        "select_power", "Power of the score that draws are in proportion to; 0: uniform."
+    )
     allocation: str = _budget_field(
         "allocation",
         "Completions per prompt: fixed (num_generations), predictive (from the belief, before sampling) or rounds "
@@ -235,17 +249,9 @@ def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -
         changed = [name for name, default in DEFAULTS.items() if getattr(args, name) != default]
         check_settings(method, args, getattr(args, "given", changed))
     check_group_size(method, args.num_generations, "num_generations", "belief='auto'")
-    allocation = Budget.of(args).allocation
-    if allocation != "fixed" and not isinstance(method.advantage, Tracked):
-        raise ConfigError(
-            f"allocation: got {allocation!r} for method {method.name!r}, expected fixed because only a belief "
-            "knows how to divide completions; set belief='auto'"
-        )
-    if getattr(args, "source_column", None) is not None and not isinstance(method.advantage, Tracked):
-        raise ConfigError(
-            f"source_column: got {args.source_column!r} for method {method.name!r}, expected None because only a "
-            "belief learns by source; set belief='auto'"
-        )
+    Budget.of(args)
+    where = f"for method {method.name!r}"
+    check_belief_only(args, isinstance(method.advantage, Tracked), where, "set belief='auto'")
     if args.use_vllm:  # it does not pass on the behaviour policy's distributions
         advice = "take the binary form (dppo_tv, dppo_kl), or train without vLLM"
         check_provided(method, PROVIDED - {"top_behaviour"}, "KalmanGRPOTrainer with vLLM", advice)

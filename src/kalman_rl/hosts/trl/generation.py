@@ -7,8 +7,9 @@ rows of all rounds are joined, shared out evenly over ranks, and filled up to th
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def tracked_generation(
     Args:
         trainer: the KalmanGRPOTrainer.
         tracking: belief and budget; updated.
-        inputs: this rank's rows of the dataset, a prompt as often as TRL would sample it.
+        inputs: this rank's rows of the dataset, a prompt as often as TRL would sample it; with a stream others are
+            drawn in their place.
         generate: TRL's generation of given rows, scored; the trainer notes rewards of all ranks.
 
     Returns:
@@ -54,12 +56,16 @@ def tracked_generation(
         ``prompt_id``. Rows without trained tokens fill up what the budget leaves.
     """
     accelerator, padding = trainer.accelerator, trainer._tokenizer.pad_token_id
+    step = tracking.tick(trainer.state.global_step)
+    drawn: Tensor | float = 1.0
+    if tracking.stream is not None:
+        features = functools.partial(candidate_features, trainer, tracking)
+        inputs, drawn = trainer.prompt_pool.draw(trainer, tracking.stream, inputs, step, features)
     everyone = gather_object(inputs) if accelerator.num_processes > 1 else inputs
     by_id = prompts_by_id(everyone)
     ids = list(by_id)
     if tracking.sources is not None:
         note_sources(tracking.sources, trainer.args.source_column, by_id.values())
-    step = tracking.tick(trainer.state.global_step)
     note_features(trainer, tracking, by_id)
     predicted = tracking.before(ids, step)
     told: list[list[Hashable]] = []
@@ -84,6 +90,7 @@ def tracked_generation(
             told.append([row["prompt_id"] for row in everyone])
             rewards.append(trainer._last_rewards.double().cpu())
             sampled = fixed_groups(tracking, told[0], rewards[0], step)
+            sampled = sampled._replace(weight=sampled.weight * drawn)
         else:
             plan = tracking.plan(ids, step=step, rows=len(everyone))
             while (request := plan.next_round()) is not None:
@@ -162,6 +169,14 @@ def _log(trainer: Any, metrics: dict[str, float], reward: Tensor) -> None:
         metrics = metrics | {"frac_reward_zero_std": 1 - metrics["groups/informative"]}
     for name, value in metrics.items():
         trainer._metrics["train"][name].append(value)
+
+
+def candidate_features(trainer: Any, tracking: Tracking, ids: Sequence[Hashable]) -> Tensor | None:
+    """(n, F) features of prompts that may be drawn, noted first where they are new; None where none are asked for."""
+    if trainer.prompt_features:
+        new = [name for name in ids if name not in tracking.features]
+        note_features(trainer, tracking, {name: trainer.prompt_pool.row(name) for name in new})
+    return tracking.known_features(ids)
 
 
 def note_features(trainer: Any, tracking: Tracking, by_id: dict[Hashable, dict[str, Any]]) -> None:

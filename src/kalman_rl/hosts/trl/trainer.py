@@ -34,6 +34,7 @@ from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import make_tracking, note_advantages, tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards, check_finite
 from kalman_rl.hosts.trl.prompts import check_names
+from kalman_rl.hosts.trl.stream import PromptPool
 from kalman_rl.hosts.trl.tally import Tally, sums_behind
 from kalman_rl.hosts.trl.translate import DEFAULTS, step_totals
 from kalman_rl.objectives.aggregate import Totals
@@ -117,6 +118,11 @@ class KalmanGRPOTrainer(FiniteTrainer):
         named = names_a_method(method, args)
         self.as_trl = not named and self.tracking is None
         check_combination(self.method, args, named=named)
+        self.prompt_pool: PromptPool | None = None
+        if self.tracking is not None and self.tracking.budget.select != "passes":
+            self.prompt_pool = PromptPool(
+                self.tracking, more[0] if more else kwargs.get("train_dataset"), args
+            )
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.tracking is not None:
             check_names(self.train_dataset)

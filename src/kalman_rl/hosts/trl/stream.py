@@ -1,0 +1,79 @@
+"""A stream of prompts in TRL: what is sampled is drawn when it is sampled, from what the belief knows by then.
+
+Not in a sampler of the data loader: accelerate fetches each batch while the one before it is trained on, and workers
+run further ahead, so that a sampler would always draw from a belief of one batch ago. The loader goes on as TRL built
+it and counts the steps and passes; its rows give way to the drawn ones. The draw needs no message between ranks: each
+has the same belief and the same generator, which is saved with the belief.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from torch import Tensor
+from trl import GRPOConfig
+
+from kalman_rl.errors import ConfigError
+from kalman_rl.hosts.trl.prompts import Row, check_names, note_sources
+from kalman_rl.sampling.stream import PromptStream
+from kalman_rl.sampling.tracking import Tracking
+
+Features = Callable[[Sequence[Hashable]], Tensor | None]
+
+
+class PromptPool:
+    """The rows of a dataset that a stream draws from, by ``prompt_id``.
+
+    Args: tracking: its stream is opened here. dataset: with a length and a column ``prompt_id``. args: of the trainer.
+    Raises: ConfigError for a dataset without rows, length, names or sources, or with fewer prompts than a batch has.
+    """
+
+    def __init__(self, tracking: Tracking, dataset: Any, args: GRPOConfig) -> None:
+        select = tracking.budget.select
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names"):
+            raise ConfigError(
+                f"select: got {select!r} for a {type(dataset).__name__}, expected a dataset with a length because "
+                "prompts are drawn from all of it; load it as a whole, or take select='passes'"
+            )
+        if len(dataset) and "prompt_id" not in dataset.column_names:
+            raise ConfigError(
+                f"prompt_id: got a dataset without this column, expected one with select={select!r} because beliefs "
+                "are kept by prompt; add one, e.g. dataset.map(lambda row, i: {'prompt_id': i}, with_indices=True)"
+            )
+        check_names(dataset)
+        names = list(dataset["prompt_id"]) if len(dataset) else []
+        self._dataset = dataset
+        self._place = {name: i for i, name in reversed(list(enumerate(names)))}
+        if tracking.sources is not None and len(dataset):
+            column = str(getattr(args, "source_column", None))
+            known = [name for name in ("prompt_id", column) if name in dataset.column_names]
+            note_sources(tracking.sources, column, dataset.select_columns(known))
+        group = int(args.num_generations or 1)
+        count = int(args.generation_batch_size or 1) // group
+        tracking.open_stream(list(dict.fromkeys(names)), count, group=group, seed=args.seed)
+
+    def row(self, name: Hashable) -> Row:
+        """The dataset's row of a prompt."""
+        found: Row = self._dataset[self._place[name]]
+        return found
+
+    def draw(
+        self, trainer: Any, stream: PromptStream, inputs: list[Row], step: int, features: Features
+    ) -> tuple[list[Row], Tensor]:
+        """This rank's rows of the next batch, and the weight of every row of all ranks.
+
+        Args:
+            trainer: how many ranks and completions per prompt there are.
+            stream: of the pool; a draw further afterwards.
+            inputs: the loader's rows, as many as this rank samples, with the columns that it samples with.
+            step, features: as :meth:`~kalman_rl.sampling.stream.PromptStream.draw` takes them.
+        """
+        group, size = trainer.num_generations, len(inputs)
+        ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        drawn = stream.draw(step=step, count=size * ranks // group, features=features)
+        names = [stream.pool[i] for i in drawn.place.tolist() for _ in range(group)]
+        mine = names[rank * size : (rank + 1) * size]
+        rows = {name: self.row(name) for name in dict.fromkeys(mine)}
+        chosen = [{column: rows[name].get(column) for column in inputs[0]} for name in mine]
+        return chosen, drawn.weight.repeat_interleave(group)

@@ -1,0 +1,184 @@
+"""A stream of prompts inside the TRL trainer: what is drawn, weights, resume, ranks, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+
+pytest.importorskip("trl")
+
+from kalman_rl.beliefs import make_belief
+from kalman_rl.errors import ConfigError
+from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
+from kalman_rl.sampling.stream import PromptStream
+from tests.hosts.test_trl import ROWS, model_path, settings, two_ranks
+from tests.hosts.test_trl_beliefs import flat, trained
+
+__all__ = ["model_path"]  # a fixture
+
+STREAM: dict[str, Any] = {
+    "select": "stream",
+    "num_generations": 1,
+    "per_device_train_batch_size": 4,
+    "steps_per_generation": 2,
+    "max_steps": 8,
+}
+"""Batches of 8 prompts out of 16, trained on in two steps each."""
+
+
+def batches(seen: list[TokenBatch]) -> dict[int, tuple[list[Hashable], list[float]]]:
+    """Prompts and rewards of every generation batch, by the step it was sampled at."""
+    found: dict[int, tuple[list[Hashable], list[float]]] = {}
+    for batch in seen:
+        names, rewards = found.setdefault(batch.step // 2 * 2, ([], []))
+        names += batch.inputs["prompt_id"]
+        rewards += batch.inputs["rewards"].tolist()
+    return found
+
+
+@pytest.mark.parametrize(("select", "group", "workers"), [("stream", 1, 0), ("stream", 2, 1), ("sage", 1, 0)])
+def test_each_batch_is_drawn_from_the_belief_after_the_last_one(
+    select: str, group: int, workers: int, model_path: str, tmp_path: Path
+) -> None:
+    """Replayed by hand: the rewards of a batch decide the next, though the loader fetches ahead."""
+    changes = STREAM | {"select": select, "num_generations": group, "dataloader_num_workers": workers}
+    if workers:
+        changes["dataloader_prefetch_factor"] = 4
+    trainer, seen, _ = trained(tmp_path, model_path, **changes)
+    belief = make_belief("auto")
+    stream = PromptStream(
+        belief, [row["prompt_id"] for row in ROWS], 8 // group, score=select, most=32, seed=7
+    )
+    found = batches(seen)
+    assert list(found) == [0, 2, 4, 6]
+    for step, (names, rewards) in found.items():
+        drawn = [stream.pool[i] for i in stream.draw(step=step).place.tolist()]
+        assert sorted(map(str, names)) == sorted(map(str, drawn * group))  # TRL shuffled the rows
+        belief.update(names, torch.tensor(rewards), step=step)
+    assert trainer.tracking is not None and trainer.tracking.stream is not None
+    assert flat(trainer.tracking.stream.state_dict()) == flat(stream.state_dict())
+
+
+def test_unbiased_weights_multiply_the_advantages(model_path: str, tmp_path: Path) -> None:
+    drawn: list[tuple[list[Hashable], Tensor]] = []
+    plain = PromptStream.draw
+
+    def noted(self: PromptStream, **options: Any) -> Any:
+        found = plain(self, **options)
+        drawn.append(([self.pool[i] for i in found.place.tolist()], found.weight))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptStream, "draw", noted)
+        changes = STREAM | {"select_weights": "unbiased", "completions_max": 1, "select_floor": 0.5}
+        _, seen, _ = trained(tmp_path, model_path, **changes)
+    belief, different = make_belief("auto"), 0
+    for (step, (names, rewards)), (told, weight) in zip(batches(seen).items(), drawn, strict=True):
+        reward = torch.tensor(rewards, dtype=torch.float64)
+        advantage = belief.advantages(names, reward, step=step).advantage
+        given = torch.cat([batch.inputs["advantages"] for batch in seen if batch.step // 2 * 2 == step])
+        of_prompt = dict(zip(told, weight.tolist(), strict=True))  # completions_max=1: each comes once
+        expected = advantage * torch.tensor([of_prompt[name] for name in names], dtype=torch.float64)
+        torch.testing.assert_close(given.double(), expected, rtol=1e-6, atol=1e-7)
+        different += len({round(w, 6) for w in of_prompt.values()})
+        belief.update(names, reward, step=step)
+    assert different > len(drawn)
+
+
+@pytest.mark.parametrize("case", ["single", "features and sources"])
+def test_resume_equals_the_uninterrupted_run(case: str, model_path: str, tmp_path: Path) -> None:
+    """Over the end of a pass as well: 16 prompts are two batches, saved in the middle of the second pass."""
+    options = STREAM | {"max_steps": 12}
+    if case != "single":
+        options |= {"prompt_features": True, "source_column": "data_source", "completions_max": 2}
+    whole, all_seen, _ = trained(tmp_path / "a", model_path, **options)
+    trained(tmp_path / "b", model_path, save_strategy="steps", save_steps=6, **options)
+    point = str(tmp_path / "b" / "checkpoint-6")
+    resumed, seen, _ = trained(tmp_path / "b", model_path, resume=point, **options)
+    assert [batch.inputs["prompt_id"] for batch in all_seen if batch.step >= 6] == [
+        batch.inputs["prompt_id"] for batch in seen
+    ]
+    assert whole.tracking is not None and resumed.tracking is not None
+    assert flat(whole.tracking.state_dict()) == flat(resumed.tracking.state_dict())
+    for (name, left), right in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(left, right), name
+    if case == "single":
+        with pytest.raises(
+            ConfigError, match=r"^pool: got 15 prompts that are not the 16 the run began with"
+        ):
+            trained(tmp_path / "b", model_path, resume=point, rows=ROWS[1:], **options)
+        with pytest.raises(ConfigError, match=r"^select: got a checkpoint of a stream"):
+            trained(tmp_path / "b", model_path, resume=point, **(options | {"select": "passes"}))
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_draw_one_batch(model_path: str, tmp_path: Path) -> None:
+    body = """
+    import tests.hosts.test_trl_beliefs as b
+    from tests.hosts.test_trl_stream import STREAM
+    for name, options in (
+        ("single", {}),
+        ("groups", dict(num_generations=4, prompt_features=True, source_column="data_source")),
+    ):
+        sizes = STREAM | dict(per_device_train_batch_size=2, max_steps=6) | options
+        trainer, seen, _ = b.trained(out / name, model_path, **sizes)
+        results[name] = {
+            "state": b.flat(trainer.tracking.state_dict()),
+            "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()),
+            "rows": [[batch.step // 2, name] for batch in seen for name in batch.inputs["prompt_id"]],
+        }
+    """
+    ranks = two_ranks(body, model_path, tmp_path)
+    for name, group in (("single", 1), ("groups", 4)):
+        first, second = ranks[0][name], ranks[1][name]
+        assert first["state"] == second["state"] and len(first["state"]) > 50
+        assert first["weights"] == second["weights"]
+        for batch in range(3):
+            rows = [prompt for rank in (first, second) for step, prompt in rank["rows"] if step == batch]
+            # 8 rows in all; a prompt has its completions on whichever rank, as often as it was drawn
+            assert len(rows) == 8 and all(rows.count(prompt) % group == 0 for prompt in rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([], {}, "pool: got no prompts, expected at least one to draw from"),
+        (ROWS[:7], {}, "count: got 8 prompts per batch, expected 1 to the pool's 7; add prompts"),
+        ([{"prompt": "1>"}] * 9, {}, "prompt_id: got a dataset without this column"),
+        (
+            ROWS,
+            {"belief": None},
+            "select: got 'stream' for method 'grpo', expected passes because only a belief",
+        ),
+        (
+            ROWS,
+            {"allocation": "rounds"},
+            "select: got 'stream' with allocation='rounds', expected allocation fixed",
+        ),
+        (ROWS, {"select": "steam"}, "select: got 'steam'"),
+        (ROWS, {"select_floor": 0.0}, "select_floor: got 0.0"),
+        (ROWS, {"select": "sage", "reward_range": "real"}, "select: got 'sage' with real-valued rewards"),
+        ("stream", {}, "select: got 'stream' for a IterableDataset, expected a dataset with a length"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    rows: Any, changes: dict[str, Any], message: str, model_path: str, tmp_path: Path
+) -> None:
+    changes = STREAM | {"belief": "auto", "num_generations": 1 if changes.get("belief", 1) else 4} | changes
+    data = IterableDataset.from_generator(lambda: iter(ROWS)) if rows == "stream" else Dataset.from_list(rows)
+    with pytest.raises(ConfigError) as caught:
+        KalmanGRPOTrainer(
+            model=model_path,
+            reward_funcs=len,
+            args=KalmanGRPOConfig(**settings(tmp_path, method="grpo", **changes)),
+            train_dataset=data,
+        )
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
