@@ -58,6 +58,7 @@ TRAIN_FLAGS = {
         "--completions-max",
         "--coverage-steps",
         *("--reward-noise", "--reward-noise-variance", "--reward-range", "--pool-prompts", "--collapse"),
+        *("--select", "--select-weights", "--select-floor", "--select-power"),
     ),
 }
 FLAGS = {

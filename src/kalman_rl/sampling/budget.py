@@ -33,15 +33,6 @@ class Budget:
     32
     """
 
-    select: Select = "passes"
-    """Prompts of a batch: in passes over the dataset, or drawn from all of it by what the belief says a prompt teaches:
-    stream (by the variance of its reward) or sage (SAGE's signal against curvature, reconstructed)."""
-    select_weights: SelectWeights = "equal"
-    """Weight of what was drawn: equal, or unbiased for the mean over the dataset (1 / how often a prompt comes)."""
-    select_floor: float = 0.1
-    """Share of draws that are uniform over the dataset, above 0 and at most 1, so that every prompt comes again."""
-    select_power: float = 1.0
-    """Power of the score that draws are in proportion to; 0 draws uniformly."""
     allocation: Allocation = "fixed"
     """Completions per prompt: the same for all, from the belief before sampling, or in rounds that see rewards."""
     aim: Aim = "gradient"
@@ -62,6 +53,15 @@ class Budget:
     """Where rewards lie, for an allocation: unit in [0, 1], real anywhere."""
     reward_noise_variance: float = 0.0
     """Variance of the scorer's noise, in squared reward units; read where reward_range is real."""
+    select: Select = "passes"
+    """Prompts of a batch: in passes over the dataset, or drawn from all of it by what the belief says a prompt teaches:
+    stream (by the variance of its reward) or sage (SAGE's signal against curvature, reconstructed)."""
+    select_weights: SelectWeights = "equal"
+    """Weight of what was drawn: equal, or unbiased for the mean over the dataset (1 / how often a prompt comes)."""
+    select_floor: float = 0.1
+    """Share of draws that are uniform over the dataset, above 0 and at most 1, so that every prompt comes again."""
+    select_power: float = 1.0
+    """Power of the score that draws are in proportion to; 0 draws uniformly."""
 
     def __post_init__(self) -> None:
         if self.allocation not in get_args(Allocation):

@@ -54,6 +54,8 @@ class TrackerSettings(Budget):
                 f"algorithm.kalman_rl.allocation: got {self.allocation!r}, expected fixed or predictive; rounds need a "
                 "rollout that waits for rewards, which verl's does not"
             )
+        if self.select != "passes":
+            raise ConfigError(f"algorithm.kalman_rl.select: got {self.select!r}, expected passes")
         for name in ("budget", "rounds", "max_rounds"):
             if (value := getattr(self, name)) != (default := getattr(Budget, name)):
                 raise ConfigError(
