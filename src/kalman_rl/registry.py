@@ -10,7 +10,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -156,10 +156,7 @@ def read_options(
     read: dict[str, Any] = {}
     for option, value in options.items():
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            choice = f"one of {', '.join(known)}" if known else "none, it has no options"
-            raise ConfigError(f"{kind} option: got {option!r} for {name}, expected {choice}{hint}")
+            raise unknown_option(kind, name, option, known)
         default = known[option].default
         if isinstance(default, bool):
             legal, expected = (
@@ -179,6 +176,14 @@ def read_options(
         if parameter.default is parameter.empty and option not in read:
             raise ConfigError(f"{kind} option {option}: got nothing for {name}, expected a number")
     return read
+
+
+def unknown_option(kind: str, name: str, option: str, known: Collection[str]) -> ConfigError:
+    """Error for an option that is none of the known ones, pointing at the nearest one."""
+    near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    choice = f"one of {', '.join(known)}" if known else "none, it has no options"
+    return ConfigError(f"{kind} option: got {option!r} for {name}, expected {choice}{hint}")
 
 
 def imported(kind: str, name: str) -> Callable[..., Any]:

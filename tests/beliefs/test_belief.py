@@ -362,7 +362,7 @@ def test_bad_features_change_nothing(features: Tensor, error: type[Exception], m
 def test_names_and_options() -> None:
     with pytest.raises(ConfigError, match="did you mean 'gaussian'"):
         make_belief("gausian")
-    with pytest.raises(ConfigError, match="options of belief 'beta'"):
+    with pytest.raises(ConfigError, match="belief option: got 'process_noise' for beta"):
         make_belief("beta", process_noise=1.0)
     for name, options in (
         ("gaussian", {"process_noise": -1.0}),

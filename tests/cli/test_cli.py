@@ -46,6 +46,7 @@ TRAIN_FLAGS = {
         "--belief",
         "--prompt-features",
         "--source-column",
+        "--belief-options",
         "--no-prompt-features",
         "--allocation",
         "--aim",
@@ -169,7 +170,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from kalman_rl.cli.main import main; main(['train', '--help']); main(['--version']); "
-        "heavy = {'torch', 'numpy', 'pyarrow', 'transformers', 'trl'}; "
+        "heavy = {'torch', 'pydantic', 'numpy', 'pyarrow', 'transformers', 'trl'}; "
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -218,6 +219,17 @@ def test_method_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert same.method_options == {"low": 0.05}
 
 
+def test_belief_options(capsys: pytest.CaptureFixture[str]) -> None:
+    tracked = ["--advantage", "tracked", "--belief", "beta", "--belief-options"]
+    config = dry_run(capsys, *tracked, "forgetting=[0.9, 0.99]", "scale=false")
+    assert config.belief_options == {"forgetting": [0.9, 0.99], "scale": False}
+    Path("a.toml").write_text("advantage = 'tracked'\n[belief]\nname = 'gaussian'\nmean = 0.25\n")
+    options = ["--belief-options", "observation_noise=auto"]
+    both = {"mean": 0.25, "observation_noise": "auto"}
+    assert dry_run(capsys, "--config", "a.toml", *options).belief_options == both
+    assert dry_run(capsys, "--config", "a.toml", "--belief", "spo").belief_options == {}
+
+
 def test_notes_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--dry-run", "--updates-per-generation", "1"]) == 0
     assert capsys.readouterr().err.startswith("note: updates_per_generation and iterations are 1")
@@ -255,14 +267,14 @@ def test_bad_rows_and_rewards_leave_no_run(
     Path("rows.jsonl").write_text('{"prompt": 3}\n')
     assert main(["train", "--run", "x", "--quiet", *flags]) in (1, 2)
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and text in error and not Path("x").exists()
+    assert error.startswith("kalman-rl: ") and text in error and not Path("x").exists()
 
 
 def test_train_refuses_an_existing_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--run", "x", "--quiet"]) == 0
     assert main(["train", "--run", "x", "--quiet"]) == 1
     assert capsys.readouterr().err == (
-        "error: x: exists; choose another --run, or continue it with `kalman-rl resume x`\n"
+        "kalman-rl: x: exists; choose another --run, or continue it with `kalman-rl resume x`\n"
     )
     assert len(calls) == 1
 
@@ -284,12 +296,14 @@ def test_resume_reports_a_damaged_config(calls: Calls, capsys: pytest.CaptureFix
     assert main(["train", "--run", "x"]) == 0
     Path("x/config.toml").write_text("steps = 5\nstpes = 6\n")
     assert main(["resume", "x"]) == 2
-    assert capsys.readouterr().err.startswith("error: x/config.toml: key: got 'stpes'")
+    assert capsys.readouterr().err.startswith("kalman-rl: x/config.toml: key: got 'stpes'")
     assert main(["resume", "nothing"]) == 1
-    assert capsys.readouterr().err == "error: nothing: no such run directory\n"
+    assert capsys.readouterr().err == "kalman-rl: nothing: no such run directory\n"
     Path("nothing").mkdir()
     assert main(["resume", "nothing"]) == 1
-    told = "error: nothing: got no manifest.json, expected a run; give the directory that training wrote\n"
+    told = (
+        "kalman-rl: nothing: got no manifest.json, expected a run; give the directory that training wrote\n"
+    )
     assert capsys.readouterr().err == told
 
 
@@ -315,7 +329,7 @@ def test_resume_without_a_status_or_an_intact_checkpoint(
     train = pytest.importorskip("kalman_rl.engine.train")
     monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("loads a model in vain"))
     assert main(["resume", "x"]) == 1
-    assert capsys.readouterr().err.startswith("error: x: got no intact checkpoint, expected at least one")
+    assert capsys.readouterr().err.startswith("kalman-rl: x: got no intact checkpoint, expected at least one")
 
 
 def test_stress_demo_and_report(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,7 +418,7 @@ def test_verify_on_a_device_that_is_not_there(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["methods", "grpo", "--verify", "--device", "cuda"]) != 0
     said = capsys.readouterr().err.strip()
-    assert said.startswith("error: device: got 'cuda', expected cpu") and "\n" not in said
+    assert said.startswith("kalman-rl: device: got 'cuda', expected cpu") and "\n" not in said
 
 
 # What is wrong
@@ -413,25 +427,56 @@ def test_verify_on_a_device_that_is_not_there(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--learnig-rate", "1"], "--learning-rate"),
-        (["train", "--steps", "many"], "--steps"),
-        (["train", "--steps"], "--steps"),
-        (["train", "--schedule", "linar"], "linear"),
-        (["train", "--method-options", "low"], "expected KEY=NUMBER"),
-        (["train", "--method-options", "low=x"], "expected KEY=NUMBER"),
-        (["train", "--config"], "--config"),
-        (["train", "extra"], "extra"),
-        (["trian"], "Available subcommands: train"),
-        (["resume"], "PATH"),
-        (["stress", "--conditions", "D"], "D"),
-        (["train", "--method", "kop"], "error: method: got 'kop'"),
+        (
+            ["train", "--learnig-rate", "1"],
+            "flag: got '--learnig-rate', expected one that `kalman-rl train --help` lists; did you mean "
+            "'--learning-rate'?",
+        ),
+        (["train", "--steps", "many"], "steps: got 'many', expected a whole number"),
+        (
+            ["train", "--steps"],
+            "--steps: got nothing, expected a whole number; see `kalman-rl train --help`",
+        ),
+        (["train", "--budget", "--quiet"], "--budget: got nothing, expected a number; see"),
+        (["train", "--schedule"], "--schedule: got nothing, expected one of constant_with_warmup, linear"),
+        (["train", "--schedule", "linar"], "schedule: got 'linar', expected one of constant_with_warmup"),
+        (["train", "--schedule", "linar"], "did you mean 'linear'?"),
+        (["train", "--learning-rate", "nan"], "learning_rate: got nan, expected a finite number"),
+        (["train", "--rounds", "2", "x"], "rounds: got 'x', expected a whole number"),
+        (
+            ["train", "--method-options", "low"],
+            "method_options: got ['low'], expected options by name, as KEY=VALUE",
+        ),
+        (["train", "--method-options", "low=x"], "method_options.low: got 'x', expected a number"),
+        (
+            ["train", "--belief-options", "rho=0.9"],
+            "belief_options: got {'rho': 0.9} with advantage='method'",
+        ),
+        (["train", "--config"], "--config: got nothing, expected a path; see `kalman-rl train --help`"),
+        (["train", "extra"], "argument: got 'extra', expected none; see `kalman-rl train --help`"),
+        (["train", "-q"], "argument: got '-q', expected none; see `kalman-rl train --help`"),
+        (["train", "--quiet=3"], "argument: got '3', expected none"),
+        (["trian"], "verb: got 'trian', expected one of board, demo, doctor"),
+        (["trian"], "did you mean 'train'?"),
+        (["resume"], "RUN: got nothing, expected a path; see `kalman-rl resume --help`"),
+        (["resume", "x", "--allow-change", "dta"], "allow_change: got 'dta', expected one of data"),
+        (["replay", "x"], "--method: got nothing, expected text; see `kalman-rl replay --help`"),
+        (["replay", "x", "--method", "kpo", "--top", "2.5"], "top: got '2.5', expected a whole number"),
+        (
+            ["replay", "x", "--method", "kpo", "--options", "low=nan"],
+            "options.low: got nan, expected a number",
+        ),
+        (["board", "x", "--every", "often"], "every: got 'often', expected a number"),
+        (["methods", "--device", "cudaa"], "device: got 'cudaa', expected one of cpu, cuda, mps; did you"),
+        (["stress", "--conditions", "D"], "conditions: got 'D', expected one of A, B, C"),
+        (["train", "--method", "kop"], "kalman-rl: method: got 'kop'"),
         (["train", "--method-options", "lo=1"], "did you mean 'low'?"),
-        (["train", "--steps", "0"], "error: steps: got 0, expected at least 1"),
-        (["train", "--run", "a b"], "error: run: got 'a b' as a run's name"),
-        (["train", "--config", "nothing.toml"], "error: config: cannot read 'nothing.toml'"),
-        (["train", "--config", "bad.toml", "--help"], "error: bad.toml: key: got 'learnig_rate'"),
-        (["stress", "--minibatch", "5"], "error: minibatch: got 5"),
-        (["report"], "error: RUNS: got none"),
+        (["train", "--steps", "0"], "kalman-rl: steps: got 0, expected at least 1"),
+        (["train", "--run", "a b"], "kalman-rl: run: got 'a b' as a run's name"),
+        (["train", "--config", "nothing.toml"], "kalman-rl: config: cannot read 'nothing.toml'"),
+        (["train", "--config", "bad.toml", "--help"], "kalman-rl: bad.toml: key: got 'learnig_rate'"),
+        (["stress", "--minibatch", "5"], "kalman-rl: minibatch: got 5"),
+        (["report"], "kalman-rl: RUNS: got none"),
     ],
 )
 def test_usage_errors_exit_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -439,15 +484,16 @@ def test_usage_errors_exit_2(arguments: list[str], message: str, capsys: pytest.
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.out == "" and "Traceback" not in printed.err
+    assert printed.err.startswith("kalman-rl: ") and printed.err.count("\n") == 1
     assert sorted(Path.cwd().iterdir()) == [Path.cwd() / "bad.toml"]
 
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (RewardError("reward: got\nNone \x1b[31m"), 1, "error: reward: got None [31m\n"),
+        (RewardError("reward: got\nNone \x1b[31m"), 1, "kalman-rl: reward: got None [31m\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (TypeError("x"), 1, "error: TypeError: x (KALMAN_RL_TRACEBACK=1 shows where)\n"),
+        (TypeError("x"), 1, "kalman-rl: TypeError: x (KALMAN_RL_TRACEBACK=1 shows where)\n"),
         (SystemExit(3), 3, ""),
     ],
 )
@@ -471,8 +517,8 @@ def test_failures_are_one_line(
 
 def test_exit_codes_of_the_process() -> None:
     for arguments, code, message in (
-        (["train", "--steps", "0"], 2, "error: steps: got 0, expected at least 1\n"),
-        (["resume", "nothing"], 1, "error: nothing: no such run directory\n"),
+        (["train", "--steps", "0"], 2, "kalman-rl: steps: got 0, expected at least 1\n"),
+        (["resume", "nothing"], 1, "kalman-rl: nothing: no such run directory\n"),
         (["--version"], 0, ""),
     ):
         done = command(*arguments)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+from annotated_types import Interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalman_rl.engine.config import (
     MAX_TOML_BYTES,
-    REPORTERS,
     DemoConfig,
     StressConfig,
     TrainConfig,
@@ -25,6 +25,7 @@ from kalman_rl.engine.config import (
     to_toml,
     validate,
 )
+from kalman_rl.engine.settings import REPORTERS
 from kalman_rl.errors import ConfigError
 from kalman_rl.sampling.budget import Budget
 
@@ -49,8 +50,8 @@ def test_defaults_are_valid_and_quiet(kind: type) -> None:
 def limits(kind: type, name: str) -> dict[str, float]:
     """The range that stands beside a field's type."""
     hint = get_type_hints(kind, include_extras=True)[name]
-    found = [rule for part in getattr(hint, "__metadata__", ()) for rule in getattr(part, "metadata", ())]
-    return {side: getattr(rule, side) for rule in found for side in ("ge", "le") if hasattr(rule, side)}
+    rules = [rule for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, Interval)]
+    return {side: getattr(rule, side) for rule in rules for side in ("ge", "le")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,12 +156,37 @@ KPO = {"method": "kpo", "method_options": {"low": 0.1}}
         ([KPO, {"method": "grpo", "method_options": {"high": 0.2}}], "grpo", {"high": 0.2}),
         ([KPO, {"method": "grpo"}, {"steps": 3}], "grpo", {}),
         ([{"method_options": {"low": 0.1}}, {"method": "kpo_diffuse"}], "kpo_diffuse", {"low": 0.1}),
+        (
+            [{"method_options": {"low": 0.1}}, {"method_options": {"high": 0.2}}],
+            "kpo_diffuse",
+            {"low": 0.1, "high": 0.2},
+        ),
     ],
 )
 def test_options_belong_to_their_method(layers: list[dict[str, Any]], method: str, options: dict) -> None:
     config = build(TrainConfig, *layers)
     assert (config.method, config.method_options) == (method, options)
     assert KPO == {"method": "kpo", "method_options": {"low": 0.1}}
+
+
+def test_options_belong_to_their_belief() -> None:
+    spo: dict[str, Any] = {"belief": "spo", "belief_options": {"rho": 0.9}}
+    assert build(TrainConfig, spo, {"belief_options": {"scale": False}}).belief_options == {
+        **{"rho": 0.9, "scale": False}
+    }
+    assert build(TrainConfig, spo, {"belief": "beta"}).belief_options == {}
+    assert build(TrainConfig, spo, {"method": "grpo"}).belief_options == {"rho": 0.9}
+
+
+def test_options_of_a_belief_read_back(tmp_path: Path) -> None:
+    options = {"forgetting": (0.9, 0.99), "scale": False}
+    config = TrainConfig(advantage="tracked", belief="beta", belief_options=options)
+    validate(config)
+    again = build(TrainConfig, load_toml(toml(tmp_path, to_toml(config))))
+    validate(again)
+    assert again.belief_options == {"forgetting": [0.9, 0.99], "scale": False}
+    short = load_toml(toml(tmp_path, "[belief]\nname = 'beta'\nforgetting = [0.9, 0.99]\nscale = false\n"))
+    assert short == {"belief": "beta", "belief_options": again.belief_options}
 
 
 def test_method_as_a_table(tmp_path: Path) -> None:
@@ -188,7 +214,7 @@ def test_method_as_a_table(tmp_path: Path) -> None:
         ("steps = {a = 1}", "a.toml: steps: got {'a': 1}, expected a whole number"),
         ("[steps]\na = 1", "a.toml: steps: got {'a': 1}, expected a whole number"),
         ("quiet = 1", "a.toml: quiet: got 1, expected true or false"),
-        ("learning_rate = nan", "a.toml: learning_rate: got nan, expected at most 1.0"),
+        ("learning_rate = nan", "a.toml: learning_rate: got nan, expected a finite number"),
         ("learning_rate = 1979-05-27", "learning_rate: got datetime.date(1979, 5, 27), expected a number"),
         (f"learning_rate = 1{'0' * 400}", "expected a number"),
         ("run = 5", "a.toml: run: got 5, expected a path"),
@@ -196,7 +222,12 @@ def test_method_as_a_table(tmp_path: Path) -> None:
         ("task = ['a']", "a.toml: task: got ['a'], expected text"),
         ("dtype = 'float23'", "a.toml: dtype: got 'float23', expected one of auto, bfloat16, float32; did"),
         ("schedule = 1", "a.toml: schedule: got 1, expected one of"),
-        ("method_options = 3", "a.toml: method_options: got 3, expected a table of numbers"),
+        ("belief_options = 3", "a.toml: belief_options: got 3, expected options by name, as KEY=VALUE"),
+        ("[belief_options]\nrho = {a = 1}", "belief_options.rho: got {'a': 1}, expected a number, true or"),
+        ("[belief_options]\nrho = [1, nan]", "belief_options.rho: got [1, nan], expected a number, true or"),
+        ("[belief]\nrho = 1\n[belief_options]\nrho = 1", "got both [belief] and belief_options"),
+        ("reward_noise = inf", "a.toml: reward_noise: got inf, expected a finite number"),
+        ("method_options = 3", "a.toml: method_options: got 3, expected options by name, as KEY=VALUE"),
         ("[method_options]\nlow = 'x'", "a.toml: method_options.low: got 'x', expected a number"),
         (
             "seed = 1\n[method]\nname = 'kpo'\nlow = 'x'",
@@ -256,7 +287,7 @@ def test_wrong_items_of_lists(tmp_path: Path) -> None:
         ({"seed": 2**32}, "seed: got 4294967296"),
         ({"steps": "20"}, "steps: got '20', expected a whole number"),
         ({"steps": None}, "steps: got None, expected a whole number"),
-        ({"learning_rate": math.nan}, "learning_rate: got nan, expected at most 1"),
+        ({"learning_rate": math.nan}, "learning_rate: got nan, expected a finite number"),
         ({"method": "kpoo"}, r"method: got 'kpoo', expected one of .*; did you mean 'kpo'\?"),
         ({"method_options": {"lo": 1.0}}, r"method option: got 'lo' .*did you mean 'low'\?"),
         ({"method_options": {"low": -1.0}}, "method_options of kpo_diffuse: low: got -1"),
@@ -328,6 +359,18 @@ def test_notes(changes: dict[str, Any], note: str) -> None:
     (text,) = notes(config)
     assert text.startswith(note) or note in text
     assert notes(TrainConfig(method="reinforce")) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_may_be_nan_or_infinite(kind: type, value: float) -> None:
+    for name in (spec.name for spec in fields(kind) if limits(kind, spec.name)):
+        real = float in (hint := get_type_hints(kind)[name], *get_args(hint))
+        expected = "a finite number" if real else "a whole number"
+        with pytest.raises(ConfigError, match=f"^{name}: got {value}, expected {expected}$"):
+            validate(replace(kind(), **{name: value}))
+    with pytest.raises(ConfigError, match="^(budget|reward_noise_variance): got .*expected a"):
+        Budget(**{"budget" if kind is TrainConfig else "reward_noise_variance": value})
 
 
 @pytest.mark.parametrize(
@@ -440,6 +483,18 @@ def test_any_text_is_toml_or_a_config_error(tmp_path_factory: pytest.TempPathFac
         (
             {"advantage": "tracked", "allocation": "predictive", "budget": 40.0},
             "budget: got 40.0, expected 0 to 32, the bounds of one prompt's completions",
+        ),
+        (
+            {"belief": "spo", "belief_options": {"rho": 0.9}},
+            "belief_options: got {'rho': 0.9} with advantage='method', expected none because no belief is read",
+        ),
+        (
+            {"advantage": "tracked", "belief": "spo", "belief_options": {"roh": 0.9}},
+            "belief option: got 'roh' for spo, expected one of rho, half, .*; did you mean 'rho'",
+        ),
+        (
+            {"advantage": "tracked", "belief": "spo", "belief_options": {"rho": 2}},
+            "rho, half, low, high: got 2, .* expected 0 < low",
         ),
         ({"source_column": "topic"}, "source_column: got 'topic' with advantage='method', expected it unset"),
         ({"aim": "mixed_groups", "reward_noise": 0.5}, "aim: got 'mixed_groups' with reward_noise = 0.5"),

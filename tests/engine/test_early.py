@@ -161,5 +161,5 @@ def test_torchrun_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for words in (["train", "--run", str(tmp_path / "run")], ["resume", str(tmp_path / "run")]):
         assert main(words) == 2
-        assert "error: torchrun: got WORLD_SIZE=2, expected one process" in capsys.readouterr().err
+        assert "kalman-rl: torchrun: got WORLD_SIZE=2, expected one process" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -250,7 +250,7 @@ def test_beliefs_by_the_name_of_the_estimator() -> None:
     assert type(tracking(belief="beta").belief) is type(make_belief("beta"))
     for settings, message in (
         ({"belief": "betta"}, "did you mean 'beta'"),
-        ({"belief_options": {"q": 1}}, "options of belief 'auto'"),
+        ({"belief_options": {"q": 1}}, "belief option: got 'q' for auto"),
         ({"completions_min": 0}, "expected at least 1"),
         ({"prompt_key": "index"}, "expected a list of columns"),
     ):

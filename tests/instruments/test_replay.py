@@ -245,7 +245,7 @@ def test_damaged_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         path.write_bytes(part)
         assert main(["replay", str(run), "--method", "grpo"]) == 1
         error = capsys.readouterr().err
-        assert error.startswith(f"error: {path}: damaged trace") and error.count("\n") == 1
+        assert error.startswith(f"kalman-rl: {path}: damaged trace") and error.count("\n") == 1
     path.unlink()
     path.symlink_to(run / "traces" / "step-000001.parquet")
     with pytest.raises(RunError, match="cannot read"):

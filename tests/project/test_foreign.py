@@ -306,7 +306,7 @@ def test_without_the_package_a_run_is_not_resumed(
         half.update_manifest(status="interrupted")
     assert main(["resume", str(cut)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: method: got 'tempered', expected one of") and error.count("\n") == 1
+    assert error.startswith("kalman-rl: method: got 'tempered', expected one of") and error.count("\n") == 1
 
 
 def test_a_module_named_by_a_run_is_not_imported(trained: Path, tmp_path: Path, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from inspect import signature
 from typing import Any
 
 from kalman_rl.beliefs.base import TableBelief
@@ -13,7 +14,7 @@ from kalman_rl.beliefs.protocol import Advantages, Belief, Observed
 from kalman_rl.beliefs.regression import RegressionBelief
 from kalman_rl.beliefs.spo import SPOBelief
 from kalman_rl.errors import ConfigError
-from kalman_rl.registry import Registry
+from kalman_rl.registry import Registry, unknown_option
 
 _TABLE: dict[str, Callable[..., Belief]] = {
     "auto": RegressionBelief,
@@ -45,6 +46,10 @@ def make_belief(
     """
 
     def make() -> Belief:
+        known = signature(BELIEFS[name]).parameters
+        for option in options:
+            if option not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+                raise unknown_option("belief", name, option, known)
         try:
             return BELIEFS.built(name, **options)
         except TypeError as error:

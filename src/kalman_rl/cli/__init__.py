@@ -13,6 +13,6 @@ def start() -> int:
         with extra("app", "kalman-rl"):
             from kalman_rl.cli.main import main
     except AdapterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     return main()

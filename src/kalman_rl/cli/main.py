@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from kalman_rl.cli.words import parse
 from kalman_rl.engine.config import (
     DemoConfig,
     StressConfig,
@@ -30,6 +31,7 @@ from kalman_rl.engine.config import (
     validate,
 )
 from kalman_rl.engine.runs.run import name_part
+from kalman_rl.engine.strict import Number, Text, read
 from kalman_rl.errors import ConfigError, KalmanRLError, one_line
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
@@ -177,7 +179,7 @@ class Replay:
     """Directory of the run."""
     method: str
     """Method to compute, by name or as MODULE:FUNCTION."""
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[Text, Number] = field(default_factory=dict)
     """Options of the method, such as low=0.05."""
     against: str = ""
     """Second method, with its defaults. Unset: what the run recorded."""
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debugging = os.environ.get("KALMAN_RL_TRACEBACK") == "1"
     try:
         return _main(arguments)
-    except SystemExit as stop:  # --help, and usage errors, which tyro has explained
+    except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -272,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = (
             str(error) if expected else f"{type(error).__name__}: {error} (KALMAN_RL_TRACEBACK=1 shows where)"
         )
-        print("error: " + one_line(text), file=sys.stderr)
+        print("kalman-rl: " + one_line(text), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 
@@ -300,7 +302,7 @@ def default_run(config: TrainConfig, now: datetime | None = None) -> Path:
 def _main(arguments: list[str]) -> int:
     if not arguments:
         with contextlib.suppress(SystemExit):
-            _parse(["--help"])
+            _parse(["--help"], TrainConfig())
         return 2
     if arguments == ["--version"]:
         from kalman_rl import __version__
@@ -308,64 +310,20 @@ def _main(arguments: list[str]) -> int:
         print(f"kalman-rl {__version__}")
         return 0
     layers = [load_toml(path) for path in _config_files(arguments)]
-    base = build(TrainConfig, *layers)
+    base = build(TrainConfig, *layers) if layers else TrainConfig()
     verb = _parse(arguments, base)
     if isinstance(verb, Train):
         flags = _changed(base, verb.settings)
         verb = dataclasses.replace(verb, settings=build(TrainConfig, *layers, flags))
-    code: int = verb()
+    code: int = read(type(verb), vars(verb))()
     return code
 
 
-def _parse(arguments: list[str], base: TrainConfig | None = None) -> Any:
-    """The verb that the arguments ask for; ``base`` holds the values of flags of ``train`` not given."""
-    defaults: dict[type, Any] = {verb: verb() for verb in (Stress, Demo, Methods, Doctor)}
-    defaults[Train] = Train(base or TrainConfig())
-    choices = []
-    for verb in VERBS:
-        given: dict[str, Any] = {"default": defaults[verb]} if verb in defaults else {}
-        choices.append(Annotated[verb, tyro.conf.subcommand(verb.__name__.lower(), **given)])
-    anyone: Any = Union[tuple(choices)]  # noqa: UP007
-    return tyro.cli(
-        anyone,
-        prog="kalman-rl",
-        description=DESCRIPTION + " `kalman-rl --version` prints the version.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=_registry(),
-    )
-
-
-def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Teach tyro one spelling: numbers by name, as ``process_noise=1e-4 low=0.05``."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def options(
-        kind: tyro.constructors.PrimitiveTypeInfo,
-    ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-        if kind.type_origin is not dict:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="[KEY=NUMBER ...]",
-            instance_from_str=_named_numbers,
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [f"{key}={number}" for key, number in value.items()],
-        )
-
-    return registry
-
-
-def _named_numbers(words: list[str]) -> dict[str, float]:
-    numbers: dict[str, float] = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        try:
-            numbers[key] = float(value)
-        except ValueError:
-            raise ValueError(f"got {word!r}, expected KEY=NUMBER, e.g. process_noise=1e-4") from None
-    return numbers
+def _parse(arguments: list[str], base: TrainConfig) -> Any:
+    defaults: dict[str, Any] = {verb.__name__.lower(): verb() for verb in (Stress, Demo, Methods, Doctor)}
+    defaults["train"] = Train(base)
+    about = DESCRIPTION + " `kalman-rl --version` prints the version."
+    return parse(arguments, {verb.__name__.lower(): verb for verb in VERBS}, defaults, about)
 
 
 def _config_files(arguments: list[str]) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +21,9 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
 """Advantages without memory that a configuration may put in the place of the method's own."""
 
 
-def chosen_method(name: str, options: Mapping[str, float], advantage: str, belief: str) -> Method:
+def chosen_method(
+    name: str, options: Mapping[str, float], advantage: str, belief: str, belief_options: Mapping[str, Any]
+) -> Method:
     """The method ``name`` with ``advantage``: "method" for its own, "tracked" for that of ``belief``, or a baseline.
 
     Raises: ConfigError, NumericError for a name or an option that is none.
@@ -28,5 +31,5 @@ def chosen_method(name: str, options: Mapping[str, float], advantage: str, belie
     method = make_method(name, **options)
     if advantage == "method":
         return method
-    part = Tracked(belief) if advantage == "tracked" else BASELINES[advantage]
+    part = Tracked(belief, tuple(belief_options.items())) if advantage == "tracked" else BASELINES[advantage]
     return dataclasses.replace(method, advantage=part)

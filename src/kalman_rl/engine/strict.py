@@ -1,18 +1,25 @@
-"""Settings read by pydantic without guessing ("3" is no number, 3.0 no whole number), its findings in our words."""
+"""Settings read by pydantic without guessing ("3" is no number, 3.0 no whole number), its findings in our words.
+
+pydantic is imported by the first value that is read, not by ``--help``.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, dataclasses
-from pydantic_core import ErrorDetails, PydanticCustomError
+from annotated_types import Predicate
 
+from kalman_rl.checks import is_real
 from kalman_rl.errors import ConfigError, one_line, unknown_name
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 C = TypeVar("C")
 
@@ -21,60 +28,81 @@ EXPECTED = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
-    "path_type": "a path",
+    "is_instance_of": "a path",
     "tuple_type": "a list",
-    "dict_type": "a table of numbers",
+    "dict_type": "options by name, as KEY=VALUE",
     "literal_error": "one of {expected}",
     "greater_than_equal": "at least {ge:,}",
     "less_than_equal": "at most {le:,}",
+    "_is_writable": "text in UTF-8 without NUL",
+    "_not_nan": "a number",
+    "_is_option": "a number, true or false, a text, or a list of numbers",
 }
-"""What pydantic's kinds of errors expect."""
+"""What pydantic's kinds of errors and our own predicates expect."""
 
 
-def _writable(value: Any) -> Any:
-    if re.search("[\0\ud800-\udfff]", str(value)):
-        raise PydanticCustomError("text", "text in UTF-8 without NUL")
-    return value
+def _is_writable(value: Any) -> bool:
+    return not re.search("[\0\ud800-\udfff]", str(value))
 
 
-def _not_nan(value: float) -> float:
-    if value != value:
-        raise PydanticCustomError("nan", "a number")
-    return value
+def _not_nan(value: float) -> bool:
+    return value == value
 
 
-Text = Annotated[str, AfterValidator(_writable)]
-Place = Annotated[Path, Field(strict=False), AfterValidator(_writable)]
-Number = Annotated[float, AfterValidator(_not_nan)]
+def _is_option(value: Any) -> bool:
+    items = value if isinstance(value, list | tuple) else [value]
+    return is_real(*items) or isinstance(value, bool) or (isinstance(value, str) and _is_writable(value))
+
+
+Text = Annotated[str, Predicate(_is_writable)]
+Place = Annotated[Path, Predicate(_is_writable)]
+Number = Annotated[float, Predicate(_not_nan)]
+Option = Annotated[Any, Predicate(_is_option)]
 
 
 def read(kind: type[C], values: Mapping[str, Any]) -> C:
-    """A dataclass of settings from values; a list is read as a tuple.
+    """A dataclass of settings from values; a list is read as a tuple, a text as a path where one is wanted.
 
     Raises: ConfigError ``name: got X, expected Y`` about the first value that is wrong by itself.
     """
-    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    from pydantic import ValidationError
+
     reader: Any = _reader
+    make, paths = reader(kind)
+    given = dict(values)
+    for name, value in values.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+        elif isinstance(value, str) and name in paths:
+            given[name] = Path(value)
     try:
-        return kind(**vars(reader(kind)(**tuples)))
+        return kind(**vars(make(**given)))
     except ValidationError as error:
         raise _sentence(kind, error.errors(include_url=False)[0]) from None
 
 
 @cache
-def _reader(kind: Any) -> Any:
-    """The same dataclass, whose values pydantic checks as it is made."""
-    return dataclasses.dataclass(kind, frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+def _reader(kind: Any) -> tuple[Any, set[str]]:
+    """The same dataclass, whose values pydantic checks as it is made; and which fields are paths."""
+    from pydantic import ConfigDict, dataclasses
+
+    config = ConfigDict(strict=True, extra="forbid")
+    paths = {name for name, hint in get_type_hints(kind).items() if Path in (hint, *get_args(hint))}
+    return dataclasses.dataclass(kind, frozen=True, config=config), paths
 
 
 def _sentence(kind: Any, error: ErrorDetails) -> ConfigError:
     name = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
-    value, context = error["input"], error.get("ctx", {})
-    if error["type"] == "unexpected_keyword_argument":
+    value, context, fault = error["input"], error.get("ctx", {}), error["type"]
+    if fault == "unexpected_keyword_argument":
         return unknown_name("key", name, [spec.name for spec in fields(kind)])
-    if error["type"] == "literal_error" and isinstance(value, str):
+    if fault == "literal_error" and isinstance(value, str):
         return unknown_name(name, value, re.findall(r"'(\w+)'", context["expected"]))
-    expected = EXPECTED.get(error["type"], error["msg"]).format(**context)
+    if fault == "predicate_failed":
+        fault = error["msg"].split("'")[1]
+    expected = EXPECTED.get(fault, error["msg"]).format(**context)
+    if isinstance(value, float) and not math.isfinite(value) and fault.endswith("than_equal"):
+        expected = "a finite number"
     return ConfigError(f"{name}: got {show(value)}, expected {expected}")
 
 

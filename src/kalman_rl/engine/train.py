@@ -143,7 +143,9 @@ def _train(
     loaded = load_model(config.model, cache=cache, dtype=config.dtype, task=task, seed=0, progress=say)
     for note in loaded.notes:
         say(note)
-    method = chosen_method(config.method, config.method_options, config.advantage, config.belief)
+    method = chosen_method(
+        config.method, config.method_options, config.advantage, config.belief, config.belief_options
+    )
     max_tokens = config.max_completion_tokens or task.max_completion_tokens
     task = fit_prompts(task, loaded.tokenizer, loaded.model, config.max_prompt_tokens, max_tokens, say)
     _check_rows(task, config)
@@ -259,6 +261,7 @@ def build_trainer(
         num_iterations=config.iterations,
         num_generations=config.group_size,
         belief=config.belief if config.advantage == "tracked" else None,
+        belief_options=config.belief_options,
         prompt_features=config.prompt_features,
         source_column=config.source_column,
         max_completion_length=max_tokens,
