@@ -19,7 +19,7 @@ from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, last_good_checkpoint, switch_off_dropout
 from kalman_rl.hosts.trl.dropout import dropout_of
 from kalman_rl.hosts.trl.finite import MAX_SKIPPED, gradient_norm
-from tests.hosts.test_trl import ROWS, digit_sum, settings
+from tests.hosts.test_trl import ROWS, digit_sum, settings, two_ranks
 from tests.hosts.tiny_llama import model, tokenizer
 
 
@@ -137,6 +137,49 @@ def test_last_good_checkpoint_passes_over_weights_that_are_not_finite(tmp_path: 
 
 def test_the_norm_of_no_gradient_is_zero() -> None:
     assert gradient_norm(model()).item() == 0
+
+
+NAN_RANK = """
+import traceback
+import tests.hosts.test_trl_finite as f
+from kalman_rl.errors import NumericError
+
+def run(nonfinite, **sizes):
+    trainer = f.trainer_of(out / nonfinite, nonfinite=nonfinite, per_device_train_batch_size=4, **sizes)
+    compute = trainer._compute_loss
+    def broken(model, inputs):
+        loss = compute(model, inputs)
+        here = trainer.accelerator.process_index == 1 and trainer.state.global_step == 1
+        return loss * float("nan") if here else loss
+    trainer._compute_loss = broken
+    return trainer
+"""
+
+
+@pytest.mark.timeout(300)
+def test_nan_of_one_rank_is_handled_by_both(tmp_path: Path) -> None:
+    """The loss of rank 1 is NaN in step 2: both ranks stop with the same sentence, or both skip the step."""
+    body = (
+        NAN_RANK
+        + """
+trainer = run("stop")
+try:
+    trainer.train()
+except NumericError as error:
+    results["stop"] = str(error)
+results["finite"] = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+trainer = run("skip")
+trainer.train()
+results["skipped"] = [row["step/skipped"] for row in trainer.state.log_history if "step/skipped" in row]
+results["weights"] = [p.double().sum().item() for p in trainer.model.parameters()]
+"""
+    )
+    first, second = two_ranks(body, "", tmp_path)
+    assert first["stop"] == second["stop"]
+    assert first["stop"].startswith("step 2: got a gradient with NaN or infinity of model.")
+    assert first["finite"] and second["finite"]
+    assert first["skipped"] == second["skipped"] == [0.0, 1.0, 0.0, 0.0]
+    assert first["weights"] == second["weights"] and all(map(math.isfinite, first["weights"]))
 
 
 # ---- dropout

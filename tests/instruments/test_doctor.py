@@ -23,9 +23,11 @@ from kalman_rl.instruments.doctor import (
     examine,
     hosts,
     machine,
+    model,
     reward,
     versions,
 )
+from tests.hosts import tiny_llama
 
 ROWS = [{"prompt": f"{a} + 1 =", "answer": str(a + 1)} for a in range(1, 9)]
 NAMES = trl_hooks.TRL.hooks["trl:GRPOTrainer"]
@@ -338,6 +340,54 @@ def test_settings_are_checked_and_used(data: Path, tmp_path: Path) -> None:
     (wrong,) = reward.settings(PlannedRun(config=config))
     assert wrong.status == "problem" and "did you mean 'kpo'" in wrong.found
     assert list(reward.settings(PlannedRun())) == []
+
+
+# ---- model
+
+
+def planned(tmp_path: Path, data: Path, **settings: Any) -> PlannedRun:
+    """A run with a small model of this test, whose attention drops a tenth."""
+    policy, path = tiny_llama.model(), tmp_path / "model"
+    policy.config.attention_dropout = 0.1
+    policy.save_pretrained(path)
+    tiny_llama.tokenizer().save_pretrained(path)
+    config = tmp_path / "run.toml"
+    lines = {"model": str(path), "data": str(data), "prompts_per_generation": 4} | settings
+    lines["max_completion_tokens"] = 4
+    config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in lines.items()))
+    plan = PlannedRun(config=config)
+    list(reward.settings(plan))
+    assert plan.settings is not None
+    return plan
+
+
+def test_dropout_and_template_are_shown(data: Path, tmp_path: Path) -> None:
+    template, dropout = model.model(planned(tmp_path, data))
+    assert template.status == "ok" and template.found.endswith("has no chat template: texts only")
+    assert dropout.status == "warning"
+    assert dropout.found.startswith("dropout model.layers.0.self_attn.attention_dropout = 0.1 and 1 more")
+    (none,) = model.dropout(tiny_llama.model())
+    assert (none.status, none.found) == ("ok", "no dropout")
+    assert list(model.model(PlannedRun())) == []
+
+
+def test_prompts_that_do_not_fit_are_shown(data: Path, tmp_path: Path) -> None:
+    long = {"prompt": "1" * 3000, "answer": "1"}
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, long]))
+    found = by_check(list(model.model(planned(tmp_path, data))))["model"]
+    assert found.status == "problem" and "(3000 tokens) with max_completion_tokens = 4" in found.found
+    plan = planned(tmp_path, data, max_prompt_tokens=50)
+    texts = [finding.found for finding in model.model(plan) if finding.status == "warning"]
+    assert texts[0].startswith("1 of 9 prompts are left out: they have more than 50 tokens")
+
+
+def test_chats_for_a_model_without_template_and_models_that_are_not_there(data: Path, tmp_path: Path) -> None:
+    chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in chats))
+    _, chat, _ = model.model(planned(tmp_path, data))
+    assert chat.status == "problem" and "has no chat template, expected one" in chat.found
+    (gone,) = model.model(planned(tmp_path, data, model="nobody/none"))
+    assert gone.status == "problem" and gone.found.startswith("cannot read")
 
 
 # ---- machine

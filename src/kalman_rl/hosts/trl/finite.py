@@ -80,7 +80,8 @@ class FiniteTrainer(RanksTrainer):
         total = own if self.accelerator.num_processes == 1 else self.accelerator.reduce(own, reduction="sum")
         if math.isfinite(total.item()):
             return None
-        names = [name for name, gradient in gradients(model) if not gradient.isfinite().all()]
+        broken = (name for name, gradient in gradients(model) if not gradient.isfinite().all())
+        names = [name.removeprefix("module.") for name in broken]  # DDP's, around the user's model
         if not names:
             return f"a gradient of norm {total.item()}"
         more = f" and of {len(names) - 1} more parameters" if len(names) > 1 else ""

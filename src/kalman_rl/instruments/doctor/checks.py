@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from kalman_rl.instruments.doctor import hosts, machine, reward, versions
+from kalman_rl.instruments.doctor import hosts, machine, model, reward, versions
 from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
 MARK = "\nkalman-rl doctor, check: "
@@ -31,6 +31,7 @@ CHECKS: list[tuple[str, Check]] = [
     ("gpu build", machine.device),
     *((f"{name} hooks", partial(hosts.hooks, name)) for name in hosts.HOOKS),
     ("verl plugin", hosts.plugin),
+    ("model", model.model),
     ("reward", reward.dry_run),
 ]
 """In the order they run. A new check is a function and a line here."""

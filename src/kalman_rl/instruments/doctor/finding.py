@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kalman_rl.errors import one_line
 
@@ -50,6 +50,7 @@ class PlannedRun:
         reward: the user's reward function, ``module:function``.
         run: folder that runs are written to.
         config: TOML file of the run that is planned.
+        settings: what that file says, once it was read: a :class:`~kalman_rl.engine.config.TrainConfig`.
     """
 
     task: str | None = None
@@ -57,6 +58,7 @@ class PlannedRun:
     reward: str | None = None
     run: Path = Path("runs")
     config: Path | None = None
+    settings: Any = None
 
 
 def explain(error: BaseException) -> str:

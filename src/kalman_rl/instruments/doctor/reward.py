@@ -32,6 +32,7 @@ def settings(plan: PlannedRun) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("settings", "problem", str(error), f"correct {plan.config}")
         return
+    plan.settings = config
     plan.reward, plan.data, plan.run = config.reward, config.data, config.run or plan.run
     plan.task = plan.task or (None if plan.data else config.task)
     yield Finding("settings", "ok", f"{plan.config}: every value is allowed")
