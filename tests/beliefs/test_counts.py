@@ -73,6 +73,19 @@ def test_beta_learns_its_prior_from_all_prompts() -> None:
     assert a / (a + b) == pytest.approx(0.3, abs=0.03) and a + b == pytest.approx(2.0, rel=0.15)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.5, 1.0])
+def test_constant_fractions_leave_what_the_prior_leaves(value: float) -> None:
+    """Beta counts fractions; its advantage falls as 1/n, SPO's with rho to the power of the visits."""
+    beta, spo = BetaBelief(forgetting=1.0, prior=(1.0, 1.0), scale=False), SPOBelief(rho=0.5, scale=False)
+    reward = torch.tensor([value], dtype=DOUBLE)
+    for n in range(60):
+        left = value - (1 + n * value) / (2 + n)
+        assert beta.advantages(["x"], reward, step=n).advantage.item() == pytest.approx(left, abs=1e-7)
+        assert abs(spo.advantages(["x"], reward, step=n).advantage.item()) <= 0.5**n
+        for belief in (beta, spo):
+            belief.update(["x"], reward, step=n)
+
+
 def test_spo_with_constant_rho_is_an_exponential_average() -> None:
     """Started at its fixed point a + b = 1/(1 - rho), the gain 1 - rho is constant."""
     rho, rng = 0.875, np.random.default_rng(0)

@@ -33,9 +33,10 @@ class BetaBelief(TableBelief):
     b0) is learned from the mean and spread of success rates over prompts. The baseline is ``b_j = (a + S -
     r_j) / (a + b + n - 1)`` for one rho.
 
-    Rewards must lie in [0, 1]; a fraction counts as a fractional success. A late batch is discounted to
-    the time
-    of the last visit: ``s <- s + rho^late S``.
+    Rewards must lie in [0, 1]; a fraction counts as a fractional success. A late batch is discounted to the time of the
+    last visit: ``s <- s + rho^late S``. The prior is never forgotten: of rewards that are all r, the baseline is still
+    ``(a0 - (a0 + b0) r) / (a0 + b0 + n)`` off after n of them, which is no rounding; with ``scale`` it is divided by a
+    scale that shrinks alike.
 
     Args:
         forgetting: one rho or several, each in (0, 1], per step.
