@@ -233,7 +233,7 @@ class TableBelief(ABC):
         return self._reported(prior), index
 
     def _reported(self, prior: Prior) -> Prior:
-        """What is told of a prior: clipped rewards look more certain than they are."""
+        """What is reported of a prior: clipped rewards look more certain than they are."""
         if not self._robust:
             return prior
         mean, variance = prior.value

@@ -214,8 +214,8 @@ class RegressionBelief(TableBelief):
         if not first_ever:
             new = self._unseen(rows)
             self._learn_first(groups, rows, y - mean, x, noise)
-            fit, doubt = self._ridge.predict(x, step)
-            spread = torch.where(new, (variance - doubt).clamp(min=_MIN_TAU2 * self._unit2), variance)
+            fit, unsure = self._ridge.predict(x, step)
+            spread = torch.where(new, (variance - unsure).clamp(min=_MIN_TAU2 * self._unit2), variance)
             self._ridge.learn(x, y - (mean - fit), 1 / (noise + spread), step)
             self._noise.learn(groups, *prior.value)
         self._learn_spread(levels.observed(y, noise[:, None] + late))
@@ -284,8 +284,8 @@ class RegressionBelief(TableBelief):
 
     def _levels(self, rows: Tensor, gap: Tensor, x: Tensor, step: int) -> LocalLevels:
         """The filters of each prompt now, relative to the offset."""
-        fit, doubt = self._ridge.predict(x, step)
-        new = LocalLevels.start(fit, doubt, len(self._q))
+        fit, unsure = self._ridge.predict(x, step)
+        new = LocalLevels.start(fit, unsure, len(self._q))
         if not len(self._table):
             return new
         columns, place = self._table.columns, rows.clamp(min=0)
@@ -321,13 +321,13 @@ class RegressionBelief(TableBelief):
         use = self._unseen(rows) & (groups.size > 1)
         if not use.any():
             return
-        doubt = self._ridge.predict(x[use], None)[1] if len(self._table) else torch.zeros_like(off[use])
+        unsure = self._ridge.predict(x[use], None)[1] if len(self._table) else torch.zeros_like(off[use])
         freedom = groups.size[use] - 1
         own_noise = groups.within[use] / (freedom * groups.size[use])
         squared = off[use].square()
         if not len(self._table):  # there is no f yet: around the mean of the batch
             squared = (off[use] - off[use].mean()).square() * (len(freedom) / max(len(freedom) - 1, 1))
-        self._first = self._first + torch.stack((use.double().sum(), (squared - doubt - own_noise).sum()))
+        self._first = self._first + torch.stack((use.double().sum(), (squared - unsure - own_noise).sum()))
 
     def _learn_spread(self, levels: LocalLevels) -> None:
         """Variance of values over prompts: of their means, plus what is not known about each."""

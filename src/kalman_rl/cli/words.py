@@ -1,6 +1,6 @@
 """From the words of a command line to a verb: tyro splits them, and a word that does not fit is one sentence.
 
-tyro explains a mistake in a box of its own. So a word of the wrong type goes on as text, and the check of the settings
+tyro explains a mistake in its own box. So a word of the wrong type goes on as text, and the check of the settings
 refuses it as it refuses the same value in a file; what is unknown or missing is found here.
 """
 

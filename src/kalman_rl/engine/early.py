@@ -80,7 +80,7 @@ def _lengths(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
 
 
 def check_lora_targets(model: Any, targets: Sequence[str], say: Say) -> None:
-    """Raises ConfigError when the model has none of the layers that get adapters; says which of them it lacks."""
+    """Raises ConfigError when the model has none of the layers that get adapters; names the ones that it lacks."""
     layers = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""The method that a configuration trains with: by name, with the advantage that it puts in the place of its own."""
+"""The method that a configuration trains with: by name, and the advantage that it puts in the place of the method's."""
 
 from __future__ import annotations
 

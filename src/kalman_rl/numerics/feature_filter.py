@@ -121,7 +121,7 @@ class KalmanPreferenceTracker:
         before = self._explained(x)
         innovation = torch.where(known, y - x @ self.mean, 0.0)
         out = (innovation.double(), self.noise * (before + self.R_val).double() / self.R_val)
-        self._settle(phi.shape[1])
+        self._fix_width(phi.shape[1])
         mean, root, surprise = self.mean, self.root, 0.0
         for rows in torch.split(known.nonzero().flatten(), _BLOCK):
             mean, root, gained = _absorbed(mean, root, x[rows], y[rows], self.R_val)
@@ -158,7 +158,7 @@ class KalmanPreferenceTracker:
         if done is None:
             return None
         innovation, variance, surprise, used = done
-        self._settle(width)
+        self._fix_width(width)
         self._absorber, self.mean, self.root = belief, belief.mean, belief.root
         self._surprise += surprise
         self._seen += used
@@ -285,7 +285,7 @@ class KalmanPreferenceTracker:
         """(n,) ``x' P x`` before scaling by the learned noise."""
         return (x @ self.root).square().sum(1)
 
-    def _settle(self, width: int) -> None:
+    def _fix_width(self, width: int) -> None:
         """Remember the width of the features and how they are projected."""
         if self._width is None:
             self._width, self.projection = width, self._projection_of(width)

@@ -66,10 +66,10 @@ class Alarm:
 
     def sentence(self) -> str:
         """One line for a terminal."""
-        told = f"step {self.step}: {self.happened()}"
+        text = f"step {self.step}: {self.happened()}"
         if self.tokens:
-            told += "; tokens " + ", ".join(f"{token.text!r} {token.log_ratio:+.2f}" for token in self.tokens)
-        return f"{told}; try {ADVICE}"
+            text += "; tokens " + ", ".join(f"{token.text!r} {token.log_ratio:+.2f}" for token in self.tokens)
+        return f"{text}; try {ADVICE}"
 
 
 class Fall:

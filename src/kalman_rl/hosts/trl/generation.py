@@ -136,7 +136,7 @@ def note_advantages(trainer: Any, values: list[float]) -> None:
 
 @contextlib.contextmanager
 def one_completion_per_row(trainer: Any) -> Iterator[None]:
-    """While it lasts, TRL takes every row for a prompt of its own and forms no groups."""
+    """While it lasts, TRL takes every row for a separate prompt and forms no groups."""
     size, metrics = trainer.num_generations, trainer._metrics["train"]
     before = {name: list(metrics.get(name, [])) for name in OF_REWARDS}
     trainer.num_generations = 1

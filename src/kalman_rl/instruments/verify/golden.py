@@ -1,6 +1,6 @@
 """Our compositions against the recorded outputs of published implementations.
 
-A record speaks for every method whose ratio and trust region are of its kind: the same functions, the same
+A record holds for every method whose ratio and trust region are of its kind: the same functions, the same
 components up to numbers. It is replayed with the numbers of the record, not with the method's defaults.
 """
 

@@ -26,7 +26,7 @@ TOLERANCE = 1e-10
 
 
 def checks(method: Method, place: Place = CPU) -> Iterator[Check]:
-    """Every oracle that speaks for a method, each the worst of a few random batches."""
+    """Every oracle that knows a method, each the worst of a few random batches."""
     yield _worst(method, place, "log-weights against a loop over tokens", _ratio_error)
     yield _worst(method, place, "gradient against autograd of the literal loss", _literal_error)
     yield _worst(method, place, "advantage against its definition", _advantage_error)

@@ -105,7 +105,7 @@ def rounded(value: Any, digits: int = 4) -> float | None:
 
 
 def _of_run(files: dict[int, Path], room: int, problems: list[str]) -> tuple[list[Table], int]:
-    """Chosen completions, each a table of its own, and how many there were in the files that were read."""
+    """Chosen completions, each a separate table, and how many there were in the files that were read."""
     chosen: list[Table] = []
     there = 0
     used: set[int] = set()

@@ -77,7 +77,7 @@ KL = Metric(
 )
 VARIANCE = Metric(
     "Variance of the log-ratio",
-    "Before and after the method's transform. Log scale; zero has a row of its own.",
+    "Before and after the method's transform. Log scale; zero has a separate row.",
     "nats²",
     [
         Panel("filtered", "ratio/filtered_log_variance"),
@@ -101,7 +101,7 @@ CLIPPED = Metric(
 )
 FILTERED = Metric(
     "Variance of the filtered log-ratio",
-    "After the method's transform. Log scale; zero has a row of its own.",
+    "After the method's transform. Log scale; zero has a separate row.",
     "nats²",
     VARIANCE.panels[:1],
     log=True,
