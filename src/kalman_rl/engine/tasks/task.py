@@ -35,6 +35,7 @@ class Task:
         fresh: ``fresh(count, seed)`` draws that many further training rows, for tasks with unlimited
             questions.
         notes: what a reader of the run should know about the data, e.g. merged duplicates.
+        warm_start: supervised steps that the tiny model starts with; None = as many as teach the form of the replies.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Task:
     lead: str = ""
     fresh: Callable[[int, int], list[Row]] | None = None
     notes: tuple[str, ...] = ()
+    warm_start: int | None = None
 
     @staticmethod
     def correct(reward: float | None) -> bool:

@@ -1,0 +1,322 @@
+"""One training run: sample, score, estimate advantages, update, and compute how often the policy is right.
+
+A short loop that only joins the package's parts: a method of the catalogue, a belief with its books (``Tracking``),
+``policy_loss``. AdamW (0.9, 0.95), gradient norm at most 1, no decay; the rate rises linearly for 20 updates and then
+stays.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kalman_rl.beliefs.advantage import Tracked
+from kalman_rl.beliefs.protocol import Belief
+from kalman_rl.instruments.reproduce.policy import Policy, Replies
+from kalman_rl.instruments.reproduce.pool import KINDS, MATHS, Mix, Pool, World, draw_pool
+from kalman_rl.methods import make_method
+from kalman_rl.objectives.correction import CORRECTIONS
+from kalman_rl.objectives.loss import Method, policy_loss
+from kalman_rl.objectives.rollouts import Rollouts
+from kalman_rl.sampling.budget import Budget
+from kalman_rl.sampling.learnability import read_signal
+from kalman_rl.sampling.tracking import Tracking, fixed_groups
+
+BETAS, NORM, WARM_UP = (0.9, 0.95), 1.0, 20
+POINTS = 16
+"""Equally spaced measurements of a run, beside the one at its start."""
+FLOOR = 0.1
+"""Share of uniform draws of the stream."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms of an experiment have in common.
+
+    Args:
+        mix: shares of hopeless, in between and solved questions. size: of the pool.
+        budget: completions of a run.
+        updates: optimizer steps per pass over a generation batch. passes: over each batch.
+        noise: standard deviation added to every reward. offset: of a constant per question.
+        lag: generation batches by which the sampler's weights are behind.
+        bits: of the sampler's weights; 0 = as they are.
+    """
+
+    mix: Mix = MATHS
+    size: int = 256
+    budget: int = 8192
+    updates: int = 4
+    passes: int = 1
+    noise: float = 0.0
+    offset: float = 0.0
+    lag: int = 0
+    bits: int = 0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm does its own way.
+
+    Args:
+        method: name of the catalogue: ratio, clip and aggregation. options: of the method.
+        advantage: the method whose advantage is taken; "" = its own; "true" = reward minus the exact success.
+        group: completions per question. batch: completions per generation batch.
+        rate: learning rate. end_rate: reached linearly; 0 = constant.
+        draw: "passes" over the pool, "stream" by the belief's E[p (1 - p)], "true" by the exact p (1 - p).
+        allocation: as in :class:`~kalman_rl.sampling.budget.Budget`. candidates: questions it chooses among.
+        old: what the ratio is taken to: the "trainer"'s own policy before the update, or the "sampler".
+        correction: name in ``CORRECTIONS`` or of this room, with its options; None = none.
+    """
+
+    method: str = "grpo"
+    options: tuple[tuple[str, float], ...] = ()
+    advantage: str = ""
+    group: int = 8
+    batch: int = 128
+    rate: float = 1e-4
+    end_rate: float = 0.0
+    draw: Literal["passes", "stream", "true"] = "passes"
+    allocation: Literal["fixed", "predictive", "rounds"] = "fixed"
+    candidates: int = 0
+    old: Literal["trainer", "sampler"] = "sampler"
+    correction: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trial: one arm in one setting. ``rates`` are tried on tuning seeds; the arm's own stands where none are."""
+
+    setting: Setting
+    arm: Arm
+    rates: tuple[float, ...] = field(default=(), repr=False)
+
+    def run(self, worlds: Callable[[], World], seed: int) -> dict[str, Any]:
+        """See :func:`train`."""
+        return train(worlds(), self.setting, self.arm, seed)
+
+    def variants(self) -> dict[str, Training]:
+        """One trial a rate."""
+        return {f"{rate:g}": replace(self, arm=replace(self.arm, rate=rate), rates=()) for rate in self.rates}
+
+
+def train(world: World, setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
+    """One run from the world's start; the policy is left as trained.
+
+    Returns: ``spent`` completions and ``accuracy`` on the pool at the start and ``POINTS`` times, ``mean`` and
+        ``final`` of it, ``held_out``, final accuracy by kind, every batch's ``reward`` (share right), ``seconds``,
+        and with a belief ``calibration``: squared errors of its predictions over the variance it predicted.
+    """
+    run = _Run(world, setting, arm, seed)
+    start = time.monotonic()
+    batches = setting.budget // arm.batch
+    measured = [round(batches * point / POINTS) for point in range(POINTS + 1)]
+    found: dict[str, Any] = {"spent": [], "accuracy": [], "reward": []}
+    for batch in range(batches + 1):
+        if batch in measured:
+            success = run.policy.success(run.pool.rows)
+            found["spent"].append(batch * arm.batch)
+            found["accuracy"].append(success.mean().item())
+        if batch < batches:
+            found["reward"].append(run.batch(batch, batches))
+    found["mean"] = sum(found["accuracy"][1:]) / len(found["accuracy"][1:])
+    found["final"] = found["accuracy"][-1]
+    found["held_out"] = run.policy.success(run.pool.held_out).mean().item()
+    for kind, name in enumerate(KINDS):
+        found[name] = success[run.pool.kind == kind].mean().item()
+    if run.surprise:
+        expected = sum(variance for _, variance in run.surprise)
+        found["calibration"] = sum(error for error, _ in run.surprise) / expected
+    return found | {"seconds": time.monotonic() - start}
+
+
+class _Run:
+    """The state of a run."""
+
+    def __init__(self, world: World, setting: Setting, arm: Arm, seed: int) -> None:
+        self.setting, self.arm = setting, arm
+        self.policy: Policy = world.policy
+        self.policy.load(world.start)
+        self.pool: Pool = draw_pool(world, setting.mix, setting.size, seed)
+        self.names: list[Hashable] = [row["prompt_id"] for row in self.pool.rows]
+        self.place = {name: i for i, name in enumerate(self.names)}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = _passes(len(self.names), random.Random(f"order {seed}"))
+        offsets = torch.randn(len(self.names), generator=torch.Generator().manual_seed(seed + 1))
+        self.offset = setting.offset * offsets
+        self.method = method_of(arm)
+        self.estimator = make_method(arm.advantage).advantage if arm.advantage not in ("", "true") else None
+        self.tracking: Tracking | None = None
+        advantage = self.estimator or self.method.advantage
+        if isinstance(advantage, Tracked) and arm.advantage != "true":
+            self.tracking = Tracking(advantage.make(), Budget(allocation=arm.allocation))
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), arm.rate, BETAS, weight_decay=0.0)
+        self.past: deque[dict[str, Tensor]] = deque([world.start], setting.lag + 1)
+        self.step = 0
+        self.surprise: list[tuple[float, float]] = []
+
+    def batch(self, number: int, batches: int) -> float:
+        """Sample a generation batch and update on it; returns the share of right replies."""
+        if self.arm.allocation != "fixed":
+            names, replies, advantage = self._allocated()
+        else:
+            names = self._drawn()
+            replies = self._sample(names)
+            advantage = self._advantage(names, replies)
+        old = replies.logp
+        if self.arm.old == "trainer" and (self.setting.lag or self.setting.bits):
+            with torch.no_grad():
+                old = self.policy.logp(replies)
+        rollouts = Rollouts(old, replies.mask, logp_behaviour=replies.logp)
+        total = batches * self.setting.updates * self.setting.passes
+        for _ in range(self.setting.passes):
+            order = torch.randperm(len(names), generator=self.generator)
+            for rows in order.chunk(self.setting.updates):
+                self._update(replies.rows(rows), _rows(rollouts, rows), advantage[rows], total)
+        if self.setting.lag:
+            self.past.append(self.policy.state())
+        return replies.right.mean().item()
+
+    def _update(self, replies: Replies, rollouts: Rollouts, advantage: Tensor, total: int) -> None:
+        rate, end = self.arm.rate, self.arm.end_rate or self.arm.rate
+        rate = (rate + (end - rate) * self.step / total) * min(1.0, (self.step + 1) / WARM_UP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = policy_loss(self.method, rollouts, self.policy.logp(replies), advantage=advantage)
+        self.optimizer.zero_grad()
+        loss.value.backward()
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), NORM)
+        self.optimizer.step()
+        self.step += 1
+
+    def _drawn(self) -> list[Hashable]:
+        """The question of every completion of a batch."""
+        prompts = self.arm.batch // self.arm.group
+        if self.arm.draw == "passes":
+            chosen = [next(self.order) for _ in range(prompts)]
+        else:
+            if self.arm.draw == "true":
+                p = self.policy.success(self.pool.rows)
+                variance = p * (1 - p)
+            else:
+                assert self.tracking is not None
+                variance = read_signal(self.tracking.belief, self.names, step=self.step).variance
+            chosen = draw(variance, prompts, self.generator)
+        return [self.names[i] for i in chosen for _ in range(self.arm.group)]
+
+    def _sample(self, names: list[Hashable]) -> Replies:
+        rows = [self.pool.rows[self.place[name]] for name in names]
+        if not (self.setting.lag or self.setting.bits):
+            return self.policy.sample(rows, self.generator)
+        now = self.policy.state()
+        sampler = self.past[0] if self.setting.lag else now
+        self.policy.load(rounded(sampler, self.setting.bits) if self.setting.bits else sampler)
+        replies = self.policy.sample(rows, self.generator)
+        self.policy.load(now)
+        return replies
+
+    def _reward(self, names: list[Hashable], replies: Replies) -> Tensor:
+        places = torch.tensor([self.place[name] for name in names])
+        noise = torch.randn(len(names), generator=self.generator)
+        return (replies.right + self.offset[places] + self.setting.noise * noise).double()
+
+    def _advantage(self, names: list[Hashable], replies: Replies) -> Tensor:
+        reward = self._reward(names, replies)
+        if self.arm.advantage == "true":
+            p = self.policy.success(self.pool.rows)
+            return (reward - p[[self.place[name] for name in names]]).float()
+        if self.tracking is not None:
+            self._note(self.tracking.belief, names, reward)
+            step = self.tracking.tick(self.step)
+            return fixed_groups(self.tracking, names, reward, step).advantage.float()
+        group = torch.tensor([self.place[name] for name in names])
+        return (self.estimator or self.method.advantage)(reward, group).float()
+
+    def _note(self, belief: Belief, names: list[Hashable], reward: Tensor) -> None:
+        """How far one reward of each question was from its prediction, and how far it was expected to be."""
+        first = [names.index(name) for name in dict.fromkeys(names)]
+        told = belief.predictive([names[i] for i in first], step=self.step)
+        if self.step:
+            self.surprise.append(
+                ((reward[first] - told.mean).square().sum().item(), told.variance.sum().item())
+            )
+
+    def _allocated(self) -> tuple[list[Hashable], Replies, Tensor]:
+        """A batch whose completions are divided among candidates by the belief."""
+        assert self.tracking is not None
+        candidates = [self.names[next(self.order)] for _ in range(self.arm.candidates)]
+        candidates = list(dict.fromkeys(candidates))
+        step = self.tracking.tick(self.step)
+        plan = self.tracking.plan(candidates, step=step, rows=self.arm.batch)
+        parts: list[Replies] = []
+        while (request := plan.next_round()) is not None:
+            names = [name for name, count in request for _ in range(count)]
+            parts.append(self._sample(names))
+            plan.tell(names, self._reward(names, parts[-1]))
+        sampled = plan.result()
+        return sampled.ids, joined(parts), (sampled.advantage * sampled.weight).float()
+
+
+def method_of(arm: Arm) -> Method:
+    """The arm's method, with its correction."""
+    method = make_method(arm.method, **dict(arm.options))
+    if not arm.correction:
+        return method
+    options = dict(arm.correction)
+    return replace(method, correction=CORRECTIONS[options.pop("name")](**options))
+
+
+def draw(variance: Tensor, count: int, generator: torch.Generator) -> list[int]:
+    """``count`` different places, drawn with probability ``(1 - FLOOR) v / sum v + FLOOR / N``."""
+    share = variance / variance.sum() if variance.sum() > 0 else torch.full_like(variance, 1 / len(variance))
+    weight = (1 - FLOOR) * share + FLOOR / len(variance)
+    chosen: list[int] = torch.multinomial(weight, count, generator=generator).tolist()
+    return chosen
+
+
+def rounded(state: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Matrices rounded to ``2^bits - 1`` levels, evenly spaced within each row's largest value."""
+    levels = 2 ** (bits - 1) - 1
+    found = {}
+    for name, weight in state.items():
+        if weight.dim() < 2:
+            found[name] = weight
+            continue
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / levels
+        found[name] = (weight / scale).round() * scale
+    return found
+
+
+def joined(parts: list[Replies]) -> Replies:
+    """Several batches as one: prompts padded on the left, replies on the right."""
+    width = max(part.mask.shape[1] for part in parts)
+    lead = max(part.ids.shape[1] - part.mask.shape[1] for part in parts)
+    ids, seen, mask, logp = [], [], [], []
+    for part in parts:
+        right = width - part.mask.shape[1]
+        left = lead - (part.ids.shape[1] - part.mask.shape[1])
+        ids.append(torch.nn.functional.pad(part.ids, (left, right)))
+        seen.append(torch.nn.functional.pad(part.seen, (left, right)))
+        mask.append(torch.nn.functional.pad(part.mask, (0, right)))
+        logp.append(torch.nn.functional.pad(part.logp, (0, right)))
+    return Replies(
+        torch.cat(ids), torch.cat(seen), torch.cat(mask), torch.cat(logp), torch.cat([p.right for p in parts])
+    )
+
+
+def _rows(rollouts: Rollouts, rows: Tensor) -> Rollouts:
+    behaviour = rollouts.logp_behaviour
+    assert behaviour is not None
+    return Rollouts(rollouts.logp_old[rows], rollouts.mask[rows], logp_behaviour=behaviour[rows])
+
+
+def _passes(size: int, rng: random.Random) -> Iterator[int]:
+    """Places of a pool, in a new order in every pass."""
+    while True:
+        yield from rng.sample(range(size), size)

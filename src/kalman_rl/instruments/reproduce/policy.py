@@ -1,0 +1,174 @@
+"""What an experiment trains: a policy that samples replies, scores them, and knows how often it is right.
+
+Success is not sampled but computed: a question has one right reply, so its probability is the product of that reply's
+token probabilities. Accuracies carry no noise of evaluation, and an allocator that knows every p is possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kalman_rl.engine.tasks.task import Row
+
+
+class Replies(NamedTuple):
+    """One sampled reply per question, in the order asked; N replies of at most T tokens after at most P of a prompt.
+
+    ``ids`` (N, P + T) tokens, prompts padded on the left; ``seen`` (N, P + T) bool, what attention may read; ``mask``
+    (N, T) bool, tokens of the reply with its end; ``logp`` (N, T) under the sampling policy, detached; ``right`` (N,)
+    float 1 or 0.
+    """
+
+    ids: Tensor
+    seen: Tensor
+    mask: Tensor
+    logp: Tensor
+    right: Tensor
+
+    def rows(self, places: Tensor) -> Replies:
+        """The replies at these places."""
+        return Replies(*(part[places] for part in self))
+
+
+class Policy(Protocol):
+    """A model with its task; every experiment goes through these methods, whatever the model."""
+
+    def sample(self, rows: Sequence[Row], generator: torch.Generator) -> Replies:
+        """One reply for each row, at temperature 1."""
+        ...
+
+    def logp(self, replies: Replies) -> Tensor:
+        """(N, T) log-probabilities of the replies' tokens now, float32, with gradient; anything outside the mask."""
+        ...
+
+    def success(self, rows: Sequence[Row]) -> Tensor:
+        """(N,) float64 exact probability of the right reply, by teacher forcing; detached."""
+        ...
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        """What is trained."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the trained weights."""
+        ...
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Become the policy with these weights."""
+        ...
+
+
+class CausalPolicy:
+    """A :class:`Policy` from a causal language model of transformers.
+
+    Args:
+        model: in evaluation mode, without dropout; all its parameters that require a gradient are trained.
+        tokenizer: with a pad token.
+        end: token that ends a reply.
+        longest: most tokens of a reply, its end included.
+
+    A row's reply is right when its tokens are those of ``row["answer"]``, then ``end``.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, end: int, longest: int) -> None:
+        self.model, self.tokenizer, self.end, self.longest = model, tokenizer, end, longest
+        self._codes: dict[str, list[int]] = {}
+
+    def sample(self, rows: Sequence[Row], generator: torch.Generator) -> Replies:
+        ids, seen = self._prompts(rows)
+        tokens, logps, mask = [], [], []
+        alive = torch.ones(len(rows), dtype=torch.bool)
+        cache, last, attention = None, ids, seen
+        with torch.no_grad():
+            for _ in range(self.longest):
+                out = self.model(
+                    input_ids=last,
+                    attention_mask=attention.long(),
+                    position_ids=_positions(attention)[:, -last.shape[1] :],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache = out.past_key_values
+                every = out.logits[:, -1].float().log_softmax(-1)
+                token = torch.multinomial(every.exp(), 1, generator=generator)
+                tokens.append(token[:, 0])
+                logps.append(every.gather(1, token)[:, 0])
+                mask.append(alive)
+                alive = alive & (token[:, 0] != self.end)
+                last, attention = token, torch.cat((attention, torch.ones_like(attention[:, :1])), 1)
+                if not alive.any():
+                    break
+        reply, mask_ = torch.stack(tokens, 1), torch.stack(mask, 1)
+        right = torch.tensor(
+            [float(text[kept].tolist() == self._reply(row)) for text, kept, row in zip(reply, mask_, rows)]
+        )
+        logp = torch.where(mask_, torch.stack(logps, 1), 0.0)
+        return Replies(torch.cat((ids, reply), 1), torch.cat((seen, mask_), 1), mask_, logp, right)
+
+    def logp(self, replies: Replies) -> Tensor:
+        return self._forced(replies.ids, replies.seen, replies.mask.shape[1])
+
+    def success(self, rows: Sequence[Row]) -> Tensor:
+        ids, seen = self._prompts(rows)
+        answers = [self._reply(row) for row in rows]
+        width = max(map(len, answers))
+        reply = torch.tensor([answer + [self.end] * (width - len(answer)) for answer in answers])
+        mask = torch.arange(width) < torch.tensor([len(answer) for answer in answers])[:, None]
+        with torch.no_grad():
+            logp = self._forced(torch.cat((ids, reply), 1), torch.cat((seen, mask), 1), width)
+        return torch.where(mask, logp.double(), 0.0).sum(1).exp()
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            name: weight.detach().clone()
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                if name in state:
+                    weight.copy_(state[name])
+
+    def _forced(self, ids: Tensor, seen: Tensor, width: int) -> Tensor:
+        out = self.model(
+            input_ids=ids,
+            attention_mask=seen.long(),
+            position_ids=_positions(seen),
+            logits_to_keep=width + 1,
+            use_cache=False,
+        )
+        every = out.logits[:, :-1].float().log_softmax(-1)
+        return every.gather(2, ids[:, -width:, None])[..., 0]
+
+    def _prompts(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Prompts padded on the left, and where they are."""
+        codes = [self._code(row["prompt"]) for row in rows]
+        width = max(map(len, codes))
+        ids = torch.full((len(codes), width), self.tokenizer.pad_token_id)
+        seen = torch.zeros(len(codes), width, dtype=torch.bool)
+        for row, code in enumerate(codes):
+            ids[row, width - len(code) :] = torch.tensor(code)
+            seen[row, width - len(code) :] = True
+        return ids, seen
+
+    def _reply(self, row: Row) -> list[int]:
+        return [*self._code(row["answer"]), self.end]
+
+    def _code(self, text: str) -> list[int]:
+        if text not in self._codes:
+            self._codes[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._codes[text]
+
+
+def _positions(seen: Tensor) -> Tensor:
+    return (seen.long().cumsum(1) - 1).clamp(min=0)
