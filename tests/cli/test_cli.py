@@ -156,7 +156,18 @@ def test_every_field_is_documented_with_its_default(capsys: pytest.CaptureFixtur
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     with_help = capsys.readouterr().out
-    verbs = ["train", "resume", "stress", "demo", "report", "board", "replay", "methods", "doctor"]
+    verbs = [
+        "train",
+        "resume",
+        "stress",
+        "reproduce",
+        "demo",
+        "report",
+        "board",
+        "replay",
+        "methods",
+        "doctor",
+    ]
     assert re.findall(r"• (\w+)", with_help) == verbs
     assert main([]) == 2
     assert capsys.readouterr().out == with_help

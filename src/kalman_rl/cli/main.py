@@ -246,7 +246,50 @@ class Doctor:
         return doctor(plan, as_json=self.json)
 
 
-VERBS: tuple[type, ...] = (Train, Resume, Stress, Demo, Report, Board, Replay, Methods, Doctor)
+@dataclass(frozen=True)
+class Reproduce:
+    """Run the experiments behind the claims and write verdicts, figures and a table; a second call goes on.
+
+    Each has its acceptance written before the run. Results go to OUTPUT, the table beside it to OUTPUT.md.
+    """
+
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names of experiments, as --list shows them. Unset: all."""
+    list: Switch = False
+    """Print every experiment with its claims and acceptance, and stop."""
+    quick: Switch = False
+    """Few seeds, and learning rates as chosen before: at most 15 minutes on two cores for all of them."""
+    model: str = "tiny"
+    """What is trained: tiny."""
+    output: Path = Path("runs/reproduce")
+    """Folder of the results."""
+    seeds: tuple[int, ...] = ()
+    """Test seeds, 1000 or more. Unset: each experiment's own."""
+    jobs: int = 0
+    """Runs at a time; 0 is one per core."""
+
+    def __call__(self) -> int:
+        from kalman_rl.instruments.reproduce import listing, reproduce
+
+        if self.list:
+            print(listing())
+            return 0
+        words = ["kalman-rl reproduce", *self.claims, *(["--quick"] if self.quick else [])]
+        words += ["--seeds", *map(str, self.seeds)] if self.seeds else []
+        page = reproduce(
+            self.claims,
+            output=self.output,
+            model=self.model,
+            quick=self.quick,
+            seeds=self.seeds,
+            jobs=self.jobs,
+            command=" ".join(words),
+        )
+        print(page)
+        return 0
+
+
+VERBS: tuple[type, ...] = (Train, Resume, Stress, Reproduce, Demo, Report, Board, Replay, Methods, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -320,7 +363,9 @@ def _main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str], base: TrainConfig) -> Any:
-    defaults: dict[str, Any] = {verb.__name__.lower(): verb() for verb in (Stress, Demo, Methods, Doctor)}
+    defaults: dict[str, Any] = {
+        verb.__name__.lower(): verb() for verb in (Stress, Reproduce, Demo, Methods, Doctor)
+    }
     defaults["train"] = Train(base)
     about = DESCRIPTION + " `kalman-rl --version` prints the version."
     return parse(arguments, {verb.__name__.lower(): verb for verb in VERBS}, defaults, about)

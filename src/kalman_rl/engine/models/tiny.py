@@ -42,7 +42,7 @@ def character_tokenizer() -> Any:
 
 
 def warm_start_steps(task: Task) -> int:
-    """Supervised steps: the task's, or long enough to teach the form and short enough to leave most of the skill to RL."""
+    """Supervised steps: the task's, or enough to teach the form while most of the skill is left to RL."""
     if task.warm_start is not None:
         return task.warm_start
     return min(max(100, 8 * task.max_completion_tokens), 200)

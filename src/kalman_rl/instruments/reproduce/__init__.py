@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kalman_rl.engine.runs.files import explained
 from kalman_rl.errors import unknown_name
+from kalman_rl.instruments.reproduce.collapses import COLLAPSE
 from kalman_rl.instruments.reproduce.experiment import (
     Experiment,
     Ledger,
@@ -16,11 +17,16 @@ from kalman_rl.instruments.reproduce.experiment import (
     progress,
     run_all,
 )
+from kalman_rl.instruments.reproduce.gradients import GRADIENTS
 from kalman_rl.instruments.reproduce.pool import World, tiny_world
 from kalman_rl.instruments.reproduce.pools import POOLS
+from kalman_rl.instruments.reproduce.ratios import RATIOS
 from kalman_rl.instruments.reproduce.report import outcome, summary, table, write
+from kalman_rl.instruments.reproduce.simulated import SIMULATED
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in POOLS}
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment for experiment in (*POOLS, *GRADIENTS, *RATIOS, *SIMULATED, COLLAPSE)
+}
 """Every experiment by name."""
 MODELS: dict[str, Callable[..., World]] = {"tiny": tiny_world}
 """Where a start policy and its questions come from: ``world(cache, progress)``."""

@@ -19,21 +19,21 @@ from torch import Tensor
 
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.beliefs.protocol import Belief
+from kalman_rl.errors import ConfigError
 from kalman_rl.instruments.reproduce.policy import Policy, Replies
 from kalman_rl.instruments.reproduce.pool import KINDS, MATHS, Mix, Pool, World, draw_pool
 from kalman_rl.methods import make_method
-from kalman_rl.objectives.correction import CORRECTIONS
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.sampling.budget import Budget
-from kalman_rl.sampling.learnability import read_signal
+from kalman_rl.sampling.stream import PromptStream, mean_draws, systematic
 from kalman_rl.sampling.tracking import Tracking, fixed_groups
 
 BETAS, NORM, WARM_UP = (0.9, 0.95), 1.0, 20
 POINTS = 16
 """Equally spaced measurements of a run, beside the one at its start."""
 FLOOR = 0.1
-"""Share of uniform draws of the stream."""
+"""Share of draws that are uniform, of the stream and with the exact p."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Arm:
         draw: "passes" over the pool, "stream" by the belief's E[p (1 - p)], "true" by the exact p (1 - p).
         allocation: as in :class:`~kalman_rl.sampling.budget.Budget`. candidates: questions it chooses among.
         old: what the ratio is taken to: the "trainer"'s own policy before the update, or the "sampler".
-        correction: name in ``CORRECTIONS`` or of this room, with its options; None = none.
+        correction: of the sampler's mismatch, for an ``old`` that is the trainer's; None = none.
     """
 
     method: str = "grpo"
@@ -86,7 +86,7 @@ class Arm:
     allocation: Literal["fixed", "predictive", "rounds"] = "fixed"
     candidates: int = 0
     old: Literal["trainer", "sampler"] = "sampler"
-    correction: tuple[tuple[str, Any], ...] = ()
+    correction: Callable[[Rollouts], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,11 @@ class Training:
 def train(world: World, setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
     """One run from the world's start; the policy is left as trained.
 
-    Returns: ``spent`` completions and ``accuracy`` on the pool at the start and ``POINTS`` times, ``mean`` and
-        ``final`` of it, ``held_out``, final accuracy by kind, every batch's ``reward`` (share right), ``seconds``,
-        and with a belief ``calibration``: squared errors of its predictions over the variance it predicted.
+    Returns: ``spent`` completions and ``accuracy`` on the pool at the start and ``POINTS`` times; ``mean`` and
+        ``final`` of it, and ``kept``, final over best; ``held_out``; final accuracy by kind; every batch's ``reward``,
+        its share of right replies; ``apart``, the mean distance of trainer and sampler in nats a token, where they
+        differ; with a belief ``calibration``, squared errors of its predictions over the variance it predicted;
+        ``seconds``.
     """
     run = _Run(world, setting, arm, seed)
     start = time.monotonic()
@@ -127,12 +129,15 @@ def train(world: World, setting: Setting, arm: Arm, seed: int) -> dict[str, Any]
             found["reward"].append(run.batch(batch, batches))
     found["mean"] = sum(found["accuracy"][1:]) / len(found["accuracy"][1:])
     found["final"] = found["accuracy"][-1]
+    found["kept"] = found["final"] / max(found["accuracy"])
     found["held_out"] = run.policy.success(run.pool.held_out).mean().item()
     for kind, name in enumerate(KINDS):
         found[name] = success[run.pool.kind == kind].mean().item()
     if run.surprise:
         expected = sum(variance for _, variance in run.surprise)
         found["calibration"] = sum(error for error, _ in run.surprise) / expected
+    if run.apart:
+        found["apart"] = sum(run.apart) / len(run.apart)
     return found | {"seconds": time.monotonic() - start}
 
 
@@ -156,10 +161,19 @@ class _Run:
         advantage = self.estimator or self.method.advantage
         if isinstance(advantage, Tracked) and arm.advantage != "true":
             self.tracking = Tracking(advantage.make(), Budget(allocation=arm.allocation))
+        self.stream: PromptStream | None = None
+        if arm.draw == "stream":
+            if self.tracking is None:
+                raise ConfigError(
+                    f"draw: got 'stream' with advantage {arm.advantage!r}, expected a tracked one"
+                )
+            count = arm.batch // arm.group
+            self.stream = PromptStream(self.tracking.belief, self.names, count, floor=FLOOR, seed=seed)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), arm.rate, BETAS, weight_decay=0.0)
         self.past: deque[dict[str, Tensor]] = deque([world.start], setting.lag + 1)
         self.step = 0
         self.surprise: list[tuple[float, float]] = []
+        self.apart: list[float] = []
 
     def batch(self, number: int, batches: int) -> float:
         """Sample a generation batch and update on it; returns the share of right replies."""
@@ -170,9 +184,11 @@ class _Run:
             replies = self._sample(names)
             advantage = self._advantage(names, replies)
         old = replies.logp
-        if self.arm.old == "trainer" and (self.setting.lag or self.setting.bits):
+        if self.setting.lag or self.setting.bits:
             with torch.no_grad():
-                old = self.policy.logp(replies)
+                now = self.policy.logp(replies)
+            self.apart.append((now - old)[replies.mask].abs().mean().item())
+            old = now if self.arm.old == "trainer" else old
         rollouts = Rollouts(old, replies.mask, logp_behaviour=replies.logp)
         total = batches * self.setting.updates * self.setting.passes
         for _ in range(self.setting.passes):
@@ -200,14 +216,12 @@ class _Run:
         prompts = self.arm.batch // self.arm.group
         if self.arm.draw == "passes":
             chosen = [next(self.order) for _ in range(prompts)]
+        elif self.arm.draw == "true":
+            p = self.policy.success(self.pool.rows)
+            chosen = drawn(p * (1 - p), prompts, self.generator)
         else:
-            if self.arm.draw == "true":
-                p = self.policy.success(self.pool.rows)
-                variance = p * (1 - p)
-            else:
-                assert self.tracking is not None
-                variance = read_signal(self.tracking.belief, self.names, step=self.step).variance
-            chosen = draw(variance, prompts, self.generator)
+            assert self.stream is not None
+            chosen = self.stream.draw(step=self.step).place.tolist()
         return [self.names[i] for i in chosen for _ in range(self.arm.group)]
 
     def _sample(self, names: list[Hashable]) -> Replies:
@@ -265,18 +279,14 @@ class _Run:
 
 def method_of(arm: Arm) -> Method:
     """The arm's method, with its correction."""
-    method = make_method(arm.method, **dict(arm.options))
-    if not arm.correction:
-        return method
-    options = dict(arm.correction)
-    return replace(method, correction=CORRECTIONS[options.pop("name")](**options))
+    return replace(make_method(arm.method, **dict(arm.options)), correction=arm.correction)
 
 
-def draw(variance: Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """``count`` different places, drawn with probability ``(1 - FLOOR) v / sum v + FLOOR / N``."""
+def drawn(variance: Tensor, count: int, generator: torch.Generator) -> list[int]:
+    """``count`` different places, drawn as :class:`PromptStream` does, by exact variances (N,) in place of a belief."""
     share = variance / variance.sum() if variance.sum() > 0 else torch.full_like(variance, 1 / len(variance))
-    weight = (1 - FLOOR) * share + FLOOR / len(variance)
-    chosen: list[int] = torch.multinomial(weight, count, generator=generator).tolist()
+    share = (1 - FLOOR) * share + FLOOR / len(variance)
+    chosen: list[int] = systematic(mean_draws(share, count, 1), generator).tolist()
     return chosen
 
 

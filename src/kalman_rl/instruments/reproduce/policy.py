@@ -41,6 +41,10 @@ class Policy(Protocol):
         """One reply for each row, at temperature 1."""
         ...
 
+    def answers(self, rows: Sequence[Row]) -> Replies:
+        """The right reply of each row, as if it had been sampled; ``logp`` is 0."""
+        ...
+
     def logp(self, replies: Replies) -> Tensor:
         """(N, T) log-probabilities of the replies' tokens now, float32, with gradient; anything outside the mask."""
         ...
@@ -105,23 +109,39 @@ class CausalPolicy:
                     break
         reply, mask_ = torch.stack(tokens, 1), torch.stack(mask, 1)
         right = torch.tensor(
-            [float(text[kept].tolist() == self._reply(row)) for text, kept, row in zip(reply, mask_, rows)]
+            [
+                float(text[:length] == self._reply(row))
+                for text, length, row in zip(reply.tolist(), mask_.sum(1).tolist(), rows)
+            ]
         )
         logp = torch.where(mask_, torch.stack(logps, 1), 0.0)
         return Replies(torch.cat((ids, reply), 1), torch.cat((seen, mask_), 1), mask_, logp, right)
 
     def logp(self, replies: Replies) -> Tensor:
-        return self._forced(replies.ids, replies.seen, replies.mask.shape[1])
+        width = replies.mask.shape[1]
+        out = self.model(
+            input_ids=replies.ids,
+            attention_mask=replies.seen.long(),
+            position_ids=_positions(replies.seen),
+            logits_to_keep=width + 1,
+            use_cache=False,
+        )
+        every = out.logits[:, :-1].float().log_softmax(-1)
+        return every.gather(2, replies.ids[:, -width:, None])[..., 0]
 
-    def success(self, rows: Sequence[Row]) -> Tensor:
+    def answers(self, rows: Sequence[Row]) -> Replies:
         ids, seen = self._prompts(rows)
         answers = [self._reply(row) for row in rows]
         width = max(map(len, answers))
         reply = torch.tensor([answer + [self.end] * (width - len(answer)) for answer in answers])
         mask = torch.arange(width) < torch.tensor([len(answer) for answer in answers])[:, None]
+        both, read = torch.cat((ids, reply), 1), torch.cat((seen, mask), 1)
+        return Replies(both, read, mask, torch.zeros(mask.shape), torch.ones(len(rows)))
+
+    def success(self, rows: Sequence[Row]) -> Tensor:
+        replies = self.answers(rows)
         with torch.no_grad():
-            logp = self._forced(torch.cat((ids, reply), 1), torch.cat((seen, mask), 1), width)
-        return torch.where(mask, logp.double(), 0.0).sum(1).exp()
+            return torch.where(replies.mask, self.logp(replies).double(), 0.0).sum(1).exp()
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -139,26 +159,12 @@ class CausalPolicy:
                 if name in state:
                     weight.copy_(state[name])
 
-    def _forced(self, ids: Tensor, seen: Tensor, width: int) -> Tensor:
-        out = self.model(
-            input_ids=ids,
-            attention_mask=seen.long(),
-            position_ids=_positions(seen),
-            logits_to_keep=width + 1,
-            use_cache=False,
-        )
-        every = out.logits[:, :-1].float().log_softmax(-1)
-        return every.gather(2, ids[:, -width:, None])[..., 0]
-
     def _prompts(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Prompts padded on the left, and where they are."""
         codes = [self._code(row["prompt"]) for row in rows]
         width = max(map(len, codes))
-        ids = torch.full((len(codes), width), self.tokenizer.pad_token_id)
-        seen = torch.zeros(len(codes), width, dtype=torch.bool)
-        for row, code in enumerate(codes):
-            ids[row, width - len(code) :] = torch.tensor(code)
-            seen[row, width - len(code) :] = True
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(code)) + code for code in codes])
+        seen = torch.arange(width) >= width - torch.tensor([len(code) for code in codes])[:, None]
         return ids, seen
 
     def _reply(self, row: Row) -> list[int]:
