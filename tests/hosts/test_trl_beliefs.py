@@ -77,9 +77,9 @@ def flat(state: Any) -> list[Any]:
 
 ALLOCATIONS = {
     "fixed": {},
-    "predictive": {"allocation": "predictive"},
-    "rounds": {"allocation": "rounds", "rounds": [1, 2], "max_rounds": 3},
-    "rounds by source": {"allocation": "rounds", "source_column": "data_source"},
+    "predictive": {"allocation": "predictive", "candidates": 4},
+    "rounds": {"allocation": "rounds", "rounds": [1, 2], "max_rounds": 3, "candidates": 4},
+    "rounds by source": {"allocation": "rounds", "source_column": "data_source", "candidates": 4},
     "mixed groups, rounds": {"allocation": "rounds", "rounds": [2, 4], "aim": "mixed_groups"},
 }
 
@@ -202,8 +202,8 @@ def test_two_ranks_hold_one_belief(model_path: str, tmp_path: Path) -> None:
     saving = dict(rounds=[1, 2], max_rounds=4, budget=3.3, prompt_features=True, source_column="data_source")
     for name, options in (
         ("fixed", dict(prompt_features=True, num_generations=16)),
-        ("predictive", dict(allocation="predictive", budget=3.3)),
-        ("rounds", dict(allocation="rounds", **saving)),
+        ("predictive", dict(allocation="predictive", budget=3.3, candidates=2)),
+        ("rounds", dict(allocation="rounds", candidates=2, **saving)),
         ("single", dict(num_generations=1)),
     ):
         sizes = dict(per_device_train_batch_size=4, num_generations=8, max_steps=4)

@@ -27,6 +27,8 @@ from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
 from kalman_rl.hosts.verl.estimators import TRACKED, TRACKER, make_estimator
 from kalman_rl.hosts.verl.tracker import (
     PromptNames,
+    candidates_of,
+    chosen_counts,
     make_tracking,
     planned_counts,
     read_settings,
@@ -34,6 +36,7 @@ from kalman_rl.hosts.verl.tracker import (
     tracked_advantages,
 )
 from kalman_rl.methods import METHODS
+from kalman_rl.sampling.budget import Budget
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -50,8 +53,8 @@ def tracking(**settings: Any) -> Any:
 @pytest.mark.parametrize("settings, message", [
     ({"alocation": "fixed"}, "got 'alocation', .*did you mean 'allocation'"),
     (None, "got None, expected settings by name"),
-    ({"completions_min": "1"}, "completions_min: got '1', expected at least 1"),
-    ({"completions_max": "32"}, "completions_min, completions_max: got 1, '32'"),
+    ({"completions_min": "1"}, "completions_min, completions_max: got '1', 32"),
+    ({"completions_max": "32"}, "completions_min, completions_max: got 0, '32'"),
     ({"aim": "x"}, "aim: got 'x'"),
     ({"reward_range": "x"}, "reward_range: got 'x'"),
     ({"aim": "mixed_groups", "reward_range": "real"}, "aim: got 'mixed_groups' with real-valued"),
@@ -97,6 +100,37 @@ def test_counts_keep_their_sum() -> None:
     assert planned_counts(tracking(), names, step=4, n=6) == [6, 6, 6, 6]
     assert planned_counts(books, ["hard"], step=5, n=6) == [6]  # a refill of one prompt
     assert planned_counts(tracking(allocation="predictive", completions_min=4), names, step=0, n=2) == [2] * 4
+
+
+def test_candidates_may_go_without() -> None:
+    books = tracking(allocation="predictive")
+    for step in range(4):
+        rewards = torch.tensor([1.0] * 4 + [0.0] * 4 + [0.0, 1.0] * 2, dtype=torch.float64)
+        books.belief.update(["easy"] * 4 + ["hard"] * 4 + ["mixed"] * 4, rewards, step=step)
+        books.coverage.visit(["easy", "hard", "mixed"], step=step)
+    names = ["easy", "mixed", "hard", "mixed", "easy"]
+    assert chosen_counts(books, names, step=4, total=3) == [0, 3, 0, 0, 0]
+    assert chosen_counts(books, names, step=70, total=3) == [1, 2, 0, 0, 0], (
+        "easy was not visited for 64 steps"
+    )
+    assert chosen_counts(books, names, step=71, total=3) == [0, 2, 1, 0, 0], "hard has waited longer now"
+
+
+@pytest.mark.parametrize(
+    ("candidates", "expected"),
+    [(None, 96), (96, 96), (32, 32), (31, "31, expected at least 32"), (120, "120, expected at most 100"),
+     (40, "40, expected a multiple of 32")],
+)  # fmt: skip
+def test_how_many_candidates(candidates: int | None, expected: Any) -> None:
+    sizes = {"prompts": 32, "n": 4, "fetch": 32, "pool": 100}
+    budget = Budget(allocation="predictive", candidates=candidates)
+    if isinstance(expected, int):
+        assert candidates_of(budget, **sizes) == expected
+    else:
+        with pytest.raises(ConfigError, match=rf"^algorithm\.kalman_rl\.candidates: got {expected}"):
+            candidates_of(budget, **sizes)
+    assert candidates_of(Budget(), **sizes) is None
+    assert candidates_of(Budget(allocation="predictive", completions_min=1), **sizes) is None
 
 
 def test_single_completions() -> None:
@@ -251,7 +285,6 @@ def test_beliefs_by_the_name_of_the_estimator() -> None:
     for settings, message in (
         ({"belief": "betta"}, "did you mean 'beta'"),
         ({"belief_options": {"q": 1}}, "belief option: got 'q' for auto"),
-        ({"completions_min": 0}, "expected at least 1"),
         ({"prompt_key": "index"}, "expected a list of columns"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -369,6 +402,20 @@ def test_counts_reach_verls_rollout_worker(driven: dict[str, Any]) -> None:
         )
     for step in part(driven, "fixed"):
         assert set(Counter(name for name, _ in step["sessions"]).values()) == {4}
+
+
+@pytest.mark.slow
+def test_a_batch_is_chosen_among_candidates(driven: dict[str, Any]) -> None:
+    """verl's loader brings three prompts, its worker samples two completions of one or two of them, and the replay
+    buffer waits for those alone. Who was passed over comes back."""
+    steps = part(driven, "candidates")
+    counts = [Counter(name for name, _ in step["sessions"]) for step in steps]
+    assert [sum(count.values()) for count in counts] == [2] * 8
+    assert set(counts[0]) | set(counts[1]) == {"easy", "hard", "mixed"}, "who was never visited comes first"
+    for step, count in zip(steps, counts, strict=True):
+        assert Counter(step["name"]) == count
+        used = {name: step["metrics"][f"budget/{name}"] for name in ("used", "saved", "prompts")}
+        assert used == {"used": 2, "saved": 0, "prompts": len(count)}
 
 
 @pytest.mark.slow

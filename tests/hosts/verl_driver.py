@@ -27,6 +27,14 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 import kalman_rl.hosts.verl.trainer  # registers it
 
 N, PROMPTS = 4, ("easy", "hard", "mixed")
+PREDICTIVE = ("+algorithm.kalman_rl.allocation=predictive", "+algorithm.kalman_rl.completions_min=1")
+CANDIDATES = (  # a batch of one prompt and two completions, chosen among three
+    "actor_rollout_ref.rollout.n=2",
+    "+algorithm.kalman_rl.allocation=predictive",
+    "data.train_batch_size=1",
+    f"data.gen_batch_size={len(PROMPTS)}",
+    f"+algorithm.kalman_rl.candidates={len(PROMPTS)}",
+)
 
 
 def composed(folder: Path, *overrides: str) -> Any:
@@ -128,6 +136,7 @@ def sample(batch: Any, config: Any) -> list[tuple[str, int]]:
 def make_trainer(config: Any, step: int = 1, index: tuple[int, ...] = (0, 1, 2)) -> Any:
     trainer = get_trainer_cls("kalman_rl")(config)
     trainer.global_steps = step
+    trainer.train_dataset = range(len(PROMPTS))
     trainer.train_dataloader, trainer.train_dataloader_it = Loader(list(index)), None
     trainer.actor_rollout_wg = Actor()
     trainer.replay_buffer.poll_interval = 0.05
@@ -143,7 +152,7 @@ def one_step(trainer: Any, multiple: int) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     trainer.prepare_step()
     batch, _ = trainer.replay_buffer.sample(
-        global_steps=trainer.global_steps, partition_id="train", batch_size=len(PROMPTS)
+        global_steps=trainer.global_steps, partition_id="train", batch_size=trainer.chosen or len(PROMPTS)
     )
     batch = upsample_batch_to_divisible_size(batch, multiple, eos_token_id=0)
     batch = trainer._compute_old_log_prob(batch, metrics)
@@ -192,7 +201,7 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     handler = logging.Handler()
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("kalman_rl.hosts.verl.trainer").addHandler(handler)
-    config = composed(folder, "+algorithm.kalman_rl.allocation=predictive")
+    config = composed(folder, *PREDICTIVE)
     first = make_trainer(config)
     for _ in range(2):
         one_step(first, 1)
@@ -307,7 +316,8 @@ def main(path: Path) -> None:
     if out["plugin"].get("ray"):  # the queue lives in it
         return
     tq.init(composed(folder).transfer_queue)
-    attempt("steps", lambda: steps(6, 8, "+algorithm.kalman_rl.allocation=predictive"))
+    attempt("steps", lambda: steps(6, 8, *PREDICTIVE))
+    attempt("candidates", lambda: steps(8, 1, *CANDIDATES))
     attempt("fixed", lambda: steps(2, 1, "algorithm.adv_estimator=kalman_rl/k_grpo"))
     attempt("checkpoints", lambda: checkpoints(folder / "run"))
     attempt("refusals", lambda: refusals(folder))

@@ -94,7 +94,7 @@ def sampled_batch(
 ) -> dict[str, object]:
     """One generation batch as the trainer makes it; returns its record."""
     predicted = tracking.before(names, step)
-    plan = tracking.plan(names, step=step, rows=8 * len(names))
+    plan = tracking.plan(names, step=step, total=8 * len(names))
     told = []
     while (request := plan.next_round()) is not None:
         ids = [name for name, count in request for _ in range(count)]
@@ -125,7 +125,7 @@ def test_a_record_holds_what_happened(tmp_path: Path) -> None:
     assert last["after_sd"] == pytest.approx(value.variance.sqrt().tolist(), rel=1e-3)
     assert all(0 < reward < 1 for reward, mixed in zip(last["reward"], last["mixed"]) if mixed == "1")
     assert all(reward in (0, 1, None) for reward, mixed in zip(last["reward"], last["mixed"]) if mixed == "0")
-    following = tracking.expected_counts(names, step=5, rows=8 * len(names))
+    following = tracking.expected_counts(names, step=5, total=8 * len(names))
     assert sum(following.values()) == 8 * len(names) and repr(tracking.state_dict()) == before
     assert [following[name] for name in last["id"]] == last["next"]
 

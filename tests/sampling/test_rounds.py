@@ -138,6 +138,25 @@ def test_equal_weighting_is_exactly_unbiased_and_own_tau_is_not(weighting: str, 
         assert (ratio - 1).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("kind, reward", [("beta", BINARY), ("gaussian", GRADED), ("auto", BINARY)])
+@pytest.mark.parametrize("due", [0, 1])
+@pytest.mark.parametrize("total", [1, 3])
+def test_the_gradient_of_the_candidates_that_were_chosen_is_exact(
+    kind: str, reward: Tensor, due: int, total: int
+) -> None:
+    """With counts fixed before sampling the estimate is the mean gradient of the prompts in the batch, and a candidate
+    that was passed over has no part in it, whether the belief or the floor has chosen."""
+    belief, coverage = warm(kind), Coverage(every=2, share=0.1)
+    coverage.visit([1 - due], step=3)
+    sizes = {"total": total, "n_min": 0, "n_max": total}
+    plan = RoundPlan(belief, [0, 1], step=3, coverage=coverage, weighting="equal", **sizes)
+    _, tau, weighted = expectations(plan, reward)
+    chosen = (tau > 0.5).double()
+    assert tau.sum() == pytest.approx(total) and tau[due] > 0.99 and (total > 1 or chosen.sum() == 1)
+    expected = chosen[:, None] * exact_gradients(reward) / chosen.sum()
+    torch.testing.assert_close(scale_of(belief) * weighted, expected, rtol=1e-12, atol=1e-13)
+
+
 def test_the_naive_mean_over_tau_with_the_group_mean_is_biased() -> None:
     """Stop at the first mixed group: the naive estimate has the weights that ``implied_weight`` says."""
     options = {"price": Price(3.0, value=1e-9), "rounds": (2,), "n_max": 6, "aim": "mixed_groups"}

@@ -312,6 +312,30 @@ def test_coverage_when_the_total_cannot_pay_for_all_and_its_state() -> None:
         Coverage(every=0)
 
 
+def test_a_share_of_the_total_goes_to_prompts_that_are_due() -> None:
+    """In a large pool all are due when they come up: without a share the belief would have no say."""
+    belief, ids, _ = taught()
+    free = allocate(belief, ids, step=6, total=8, n_min=0).counts
+    assert free.min() == 0 and free.max() > 1
+    for share, at_most in ((1.0, 8), (0.5, 4), (0.25, 2), (0.01, 1)):
+        coverage = Coverage(every=1, share=share)
+        counts = allocate(belief, ids, step=6, total=8, n_min=0, coverage=coverage).counts
+        assert counts.sum() == 8
+        forced = int(((counts > 0) & (free == 0)).sum())
+        assert forced <= at_most and (share == 0.01 or forced > 0)
+    assert (counts.sort().values - free.sort().values).abs().sum() <= 2, "a visit moves one completion"
+    small, waited = Coverage(every=1, share=0.01), set()
+    for step in range(6, 14):  # the longest wait comes first, so eight steps are enough for eight prompts
+        before = small.waiting(ids, step=step)
+        counts = allocate(belief, ids, step=step, total=8, n_min=0, coverage=small).counts
+        waited |= {name for name, n in zip(ids, counts.tolist()) if n}
+        assert counts[int(before.argmax())] >= 1
+    assert waited == set(ids)
+    for share in (0.0, 1.5, math.nan, "a"):
+        with pytest.raises(ConfigError, match="share: got"):
+            Coverage(every=1, share=share)  # type: ignore[arg-type]
+
+
 def test_price_meets_the_budget_on_average_and_caps_always_hold() -> None:
     belief, ids, success = taught(groups=1)
     price, generator, means = Price(budget=7.0), torch.Generator().manual_seed(1), []

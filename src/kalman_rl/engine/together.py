@@ -53,7 +53,7 @@ def check_train(config: TrainConfig) -> None:
             f"aim: got 'mixed_groups' with reward_noise = {config.reward_noise}, expected gradient; noisy groups are "
             "mixed from the second completion on"
         )
-    Budget.of(config)
+    Budget.of(config).chooses_among(config.prompts, config.prompts * config.group_size)
     prompts, group = config.prompts, config.group_size
     updates, micro = config.updates_per_generation, config.gradient_accumulation
     batch = f"{prompts} prompts * {group} completions = {prompts * group}"

@@ -332,6 +332,7 @@ def _check_rows(task: Task, config: TrainConfig) -> None:
             f"prompts_per_generation: got {config.prompts}, expected at most the "
             f"{len(task.train)} training rows of task {task.name!r}; lower it or add rows"
         )
+    Budget.of(config).chooses_among(config.prompts, config.prompts * config.group_size, len(task.train))
     if config.source_column is not None:
         note_sources(Sources("source_column"), config.source_column, task.train)
 

@@ -113,7 +113,10 @@ def least_counts(
     visit = min(max(n_min, 2 if aim == "mixed_groups" else 1), n_max)
     if coverage is None or visit == n_min:
         return least
-    limit = None if total is None else (total - n_min * len(ids)) // (visit - n_min)
+    limit = None
+    if total is not None:
+        free = total - n_min * len(ids)
+        limit = min(free, max(int(coverage.share * free), visit - n_min)) // (visit - n_min)
     return torch.where(coverage.due(ids, step=step, limit=limit), visit, least)
 
 

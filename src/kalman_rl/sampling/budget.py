@@ -43,12 +43,15 @@ class Budget:
     """Completions per prompt in each round of allocation=rounds; the last number repeats."""
     max_rounds: int = 2
     """Rounds per generation batch; the last one takes what is left of the budget. Each is a generation call."""
+    candidates: int | None = None
+    """Prompts an allocation chooses among; those it gives no completion wait for the next pass. Unset: as many as the
+    batch has completions, or the dataset prompts; with completions_min above 0 those of the batch."""
     completions_min: int = 0
     """Least completions of a prompt in a batch; with 0 an allocation may pass a prompt over."""
     completions_max: int = 32
     """Most completions of a prompt in a batch; a stream draws a prompt so often where few others teach."""
-    coverage_steps: int = 256
-    """Optimizer steps after which a prompt that was passed over is due again."""
+    coverage_steps: int = 64
+    """Optimizer steps after which a prompt that was passed over is due again; a tenth of the batch is for such."""
     reward_range: RewardRange = "unit"
     """Where rewards lie, for an allocation: unit in [0, 1], real anywhere."""
     reward_noise_variance: float = 0.0
@@ -89,6 +92,8 @@ class Budget:
             raise ConfigError(f"reward_noise_variance: got {noise!r}, expected a finite variance >= 0")
         if self.budget is not None:
             self._check_budget(self.budget)
+        if self.candidates is not None:
+            self._check_candidates(self.candidates)
 
     def _check_budget(self, budget: float) -> None:
         if not (is_real(budget) and 0 < budget < math.inf):
@@ -104,6 +109,20 @@ class Budget:
                 f"budget: got {budget}, expected {low} to {high}, the bounds of one prompt's completions"
             )
 
+    def _check_candidates(self, candidates: int) -> None:
+        if not is_whole(candidates, 1):
+            raise ConfigError(f"candidates: got {candidates!r}, expected a number of prompts >= 1")
+        if self.allocation == "fixed":
+            raise ConfigError(
+                f"candidates: got {candidates} with allocation='fixed', expected predictive or rounds; with fixed "
+                "every prompt of the batch is sampled"
+            )
+        if self.completions_min:
+            raise ConfigError(
+                f"completions_min: got {self.completions_min} with candidates={candidates}, expected 0 because a "
+                "candidate may go without a completion"
+            )
+
     @staticmethod
     def of(settings: Any) -> Budget:
         """The budget among a host's settings, read by name; what they lack keeps its default.
@@ -116,10 +135,32 @@ class Budget:
         }
         return Budget(**known)
 
-    def total(self, prompts: int, rows: int) -> int:
-        """Completions of a batch of ``prompts`` prompts for which there are ``rows`` rows."""
+    def chooses_among(self, prompts: int, rows: int, pool: int | None = None) -> int:
+        """Prompts among which a batch of ``prompts`` prompts with ``rows`` completions is chosen, from ``pool`` in all.
+
+        Raises: ConfigError for ``candidates`` below the prompts of the batch or above those of the pool.
+        """
+        if self.allocation == "fixed" or self.completions_min:
+            return prompts
+        if self.candidates is None:
+            return max(prompts, rows if pool is None else min(rows, pool))
+        if self.candidates < prompts:
+            raise ConfigError(
+                f"candidates: got {self.candidates}, expected at least {prompts}, the prompts of a batch; raise it, or "
+                "take fewer prompts"
+            )
+        if pool is not None and self.candidates > pool:
+            raise ConfigError(
+                f"candidates: got {self.candidates}, expected at most {pool}, the prompts of the dataset; lower it"
+            )
+        return self.candidates
+
+    def total(self, prompts: int, rows: int, candidates: int | None = None) -> int:
+        """Completions of a batch of ``prompts`` prompts, chosen among ``candidates``, for which there are ``rows``
+        rows."""
         wanted = rows if self.budget is None else min(rows, round(self.budget * prompts))
-        return max(min(wanted, prompts * self.completions_max), prompts * self.completions_min, 1)
+        among = prompts if candidates is None else candidates
+        return max(min(wanted, among * self.completions_max), among * self.completions_min, 1)
 
 
 def check_aim(aim: str, reward_range: str) -> None:

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.groups import check_id
-from kalman_rl.checks import expect, is_whole, reading, saved
+from kalman_rl.checks import expect, is_real, is_whole, reading, saved
 from kalman_rl.errors import ConfigError
 
 
 class Coverage:
     """When each prompt was last sampled, and which ones are due.
 
-    Args: every: a prompt is due ``every`` steps after its last visit, >= 1; never visited = due.
+    Args:
+        every: a prompt is due ``every`` steps after its last visit, >= 1; never visited = due.
+        share: most of a total that goes to prompts because they are due, in (0, 1]; those that wait longest come
+            first, and one of them always does.
 
-    Raises: ConfigError for ``every`` out of range.
+    Raises: ConfigError for an argument out of range.
 
     >>> floor = Coverage(every=2)
     >>> floor.visit(["a"], step=4)
@@ -30,10 +33,12 @@ class Coverage:
     (tensor([False,  True]), tensor([True, True]))
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, share: float = 1.0) -> None:
         if not is_whole(every, 1):
             raise ConfigError(f"every: got {every!r}, expected a number of steps >= 1 between visits")
-        self.every = every
+        if not (is_real(share) and 0 < share <= 1):
+            raise ConfigError(f"share: got {share!r}, expected a share of the completions in (0, 1]")
+        self.every, self.share = every, share
         self._last: dict[Hashable, int] = {}
 
     def waiting(self, ids: Sequence[Hashable], *, step: int) -> Tensor:

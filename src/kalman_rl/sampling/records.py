@@ -78,7 +78,7 @@ def belief_record(
         "after_sd": [_short(math.sqrt(v)) for v in after.variance.tolist()],
     }
     if tracking.budget.allocation != "fixed":
-        following = tracking.expected_counts(names, step=step + 1, rows=rows)
+        following = tracking.expected_counts(names, step=step + 1, total=sum(counts))
         record["next"] = [following[name] for name in followed]
     fresh = [name for name in followed if name not in tracking.written]
     tracking.written.update(fresh)

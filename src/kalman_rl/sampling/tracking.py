@@ -27,6 +27,9 @@ from kalman_rl.sampling.gains import NINETY
 from kalman_rl.sampling.rounds import RoundPlan, Sampled
 from kalman_rl.sampling.stream import PromptStream
 
+COVERAGE_SHARE = 0.1
+"""Most of a batch that is spent on prompts because they waited long: in a large pool all have when they come up."""
+
 
 @dataclass
 class Tracking:
@@ -53,7 +56,7 @@ class Tracking:
     written: set[Hashable] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.coverage = Coverage(self.budget.coverage_steps)
+        self.coverage = Coverage(self.budget.coverage_steps, COVERAGE_SHARE)
 
     def tick(self, global_step: int) -> int:
         """The step of the next generation batch: the trainer's, but never the same twice."""
@@ -64,18 +67,17 @@ class Tracking:
         """(n, F) features noted for these prompts; None if there are none."""
         return torch.stack([self.features[name] for name in ids]) if self.features else None
 
-    def plan(self, ids: Sequence[Hashable], *, step: int, rows: int) -> RoundPlan:
-        """Who is sampled how often in this batch."""
-        return self._plan(ids, step, rows, in_rounds=self.budget.allocation == "rounds")
+    def plan(self, ids: Sequence[Hashable], *, step: int, total: int) -> RoundPlan:
+        """Who of the candidates is sampled how often in this batch, of ``total`` completions."""
+        return self._plan(ids, step, total, in_rounds=self.budget.allocation == "rounds")
 
-    def expected_counts(self, ids: Sequence[Hashable], *, step: int, rows: int) -> dict[Hashable, int]:
+    def expected_counts(self, ids: Sequence[Hashable], *, step: int, total: int) -> dict[Hashable, int]:
         """Completions each prompt would get from what is believed now, all at once; changes nothing."""
-        request = self._plan(ids, step, rows, in_rounds=False).next_round()
+        request = self._plan(ids, step, total, in_rounds=False).next_round()
         return dict.fromkeys(ids, 0) | dict(request or [])
 
-    def _plan(self, ids: Sequence[Hashable], step: int, rows: int, *, in_rounds: bool) -> RoundPlan:
+    def _plan(self, ids: Sequence[Hashable], step: int, total: int, *, in_rounds: bool) -> RoundPlan:
         budget = self.budget
-        total = budget.total(len(ids), rows)
         return RoundPlan(
             self.belief,
             ids,
@@ -159,7 +161,7 @@ class Tracking:
         expect(what, "features", legal, features, "a finite row for each of feature_ids")
         for name in (*skipped, *ids):
             check_id(what, name)
-        books = Coverage(self.coverage.every)
+        books = Coverage(self.coverage.every, self.coverage.share)
         books.load_state_dict(coverage)
         table = Sources()
         table.load_state_dict(sources)

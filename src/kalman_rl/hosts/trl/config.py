@@ -164,6 +164,10 @@ class KalmanGRPOConfig(GRPOConfig):
     max_rounds: int = _budget_field(
         "max_rounds", "Rounds per generation batch; the last one takes what is left."
     )
+    candidates: int | None = _budget_field(
+        "candidates",
+        "Prompts an allocation chooses among, at least those of a batch; None: as many as the batch has completions.",
+    )
     completions_min: int = _budget_field("completions_min", "Least completions of a prompt; 0 may skip it.")
     completions_max: int = _budget_field("completions_max", "Most completions of a prompt in a batch.")
     coverage_steps: int = _budget_field(
@@ -249,7 +253,8 @@ def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -
         changed = [name for name, default in DEFAULTS.items() if getattr(args, name) != default]
         check_settings(method, args, getattr(args, "given", changed))
     check_group_size(method, args.num_generations, "num_generations", "belief='auto'")
-    Budget.of(args)
+    rows = args.generation_batch_size
+    Budget.of(args).chooses_among(rows // args.num_generations, rows)
     where = f"for method {method.name!r}"
     check_belief_only(args, isinstance(method.advantage, Tracked), where, "set belief='auto'")
     if args.use_vllm:  # it does not pass on the behaviour policy's distributions

@@ -47,12 +47,12 @@ def tracked_generation(
     Args:
         trainer: the KalmanGRPOTrainer.
         tracking: belief and budget; updated.
-        inputs: this rank's rows of the dataset, a prompt as often as TRL would sample it; with a stream others are
-            drawn in their place.
+        inputs: this rank's rows of the dataset, a prompt as often as TRL would sample it, or candidates; with a stream
+            others are drawn in their place.
         generate: TRL's generation of given rows, scored; the trainer notes rewards of all ranks.
 
     Returns:
-        TRL's batch with as many rows as ``inputs``, ``advantages``, ``rewards`` and the dataset's ``prompt`` and
+        TRL's batch with this rank's share of the rows, ``advantages``, ``rewards`` and the dataset's ``prompt`` and
         ``prompt_id``. Rows without trained tokens fill up what the budget leaves.
     """
     accelerator, padding = trainer.accelerator, trainer._tokenizer.pad_token_id
@@ -64,6 +64,8 @@ def tracked_generation(
     everyone = gather_object(inputs) if accelerator.num_processes > 1 else inputs
     by_id = prompts_by_id(everyone)
     ids = list(by_id)
+    rows: int = trainer.args.generation_batch_size
+    total = tracking.budget.total(rows // trainer.num_generations, rows, len(ids))
     if tracking.sources is not None:
         note_sources(tracking.sources, trainer.args.source_column, by_id.values())
     note_features(trainer, tracking, by_id)
@@ -92,19 +94,19 @@ def tracked_generation(
             sampled = fixed_groups(tracking, told[0], rewards[0], step)
             sampled = sampled._replace(weight=sampled.weight * drawn)
         else:
-            plan = tracking.plan(ids, step=step, rows=len(everyone))
+            plan = tracking.plan(ids, step=step, total=total)
             while (request := plan.next_round()) is not None:
                 names = [name for name, count in request for _ in range(count)]
                 plan.tell(names, sample(names))
             sampled = plan.result()
 
     trainer.missing.see(sampled.reward, trainer.reward_func_names, trainer.state.global_step + 1)
-    metrics = outcome_metrics(sampled, (told[0], rewards[0]), predicted, tracking, len(everyone))
+    metrics = outcome_metrics(sampled, (told[0], rewards[0]), predicted, tracking, rows)
     tracking.note(sampled)
     if tracking.observers and accelerator.is_main_process:
         texts = {name: str(row.get("prompt", "")) for name, row in by_id.items()}
         record = belief_record(
-            tracking, sampled, (told[0], rewards[0]), predicted, texts, step=step, rows=len(everyone)
+            tracking, sampled, (told[0], rewards[0]), predicted, texts, step=step, rows=rows
         )
         for observe in tracking.observers:
             observe(record)
@@ -112,7 +114,7 @@ def tracked_generation(
     values = (sampled.advantage * sampled.weight).split([len(names) for names in told])
     spare = [-len(names) % accelerator.num_processes for names in told]  # sampled to fill ranks, not trained
     note_advantages(trainer, [x for v, n in zip(values, spare) for x in (*v.tolist(), *[math.nan] * n)])
-    rank, size = accelerator.process_index, len(inputs)
+    rank, size = accelerator.process_index, rows // accelerator.num_processes
     if not parts:
         mine = batches.join([local], padding)
         _note_outcome(mine, sampled, by_id, slice(rank * size, (rank + 1) * size), accelerator.device)
@@ -121,7 +123,7 @@ def tracked_generation(
         _note_outcome(whole, sampled, by_id, slice(None), accelerator.device)
         # Every rank takes each n-th row, so that what a budget leaves empty is spread over ranks like the rest.
         index = torch.arange(size) * accelerator.num_processes + rank
-        mine = pack(batches.take(batches.fill(whole, len(everyone)), index))
+        mine = pack(batches.take(batches.fill(whole, rows), index))
     trained = (mine["completion_mask"] * mine.get("tool_mask", 1)).sum()
     return mine | {"num_items_in_batch": accelerator.gather(trained).sum()}
 

@@ -31,6 +31,7 @@ TRL = Host(
             ),
             "_tokenize_prompts": HookedMethod(("prompts",)),
             "_get_output_dir": HookedMethod(("trial",)),
+            "_get_dataloader": HookedMethod(("dataset", "description", "batch_size"), ("is_training",)),
             "_get_train_sampler": HookedMethod((), ("dataset",)),
             "_set_signature_columns_if_needed": HookedMethod(()),
             "get_high_entropy_mask": HookedMethod(("entropies", "mask", "threshold")),

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from kalman_rl.errors import KalmanRLError, RunError
 from kalman_rl.hosts.state import broken_tensor, load_state
-from kalman_rl.hosts.trl.order import OrderedTrainer
+from kalman_rl.hosts.trl.candidates import CandidatesTrainer
 
 
-class RanksTrainer(OrderedTrainer):
+class RanksTrainer(CandidatesTrainer):
     """GRPOTrainer whose ``train`` reports which step lost another process, and from which checkpoint to continue."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from trl import GRPOConfig
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import AdapterError
 from kalman_rl.hosts.state import load_state, save_state
+from kalman_rl.hosts.trl.candidates import candidates_of
 from kalman_rl.hosts.trl.config import (
     KalmanGRPOConfig,
     check_combination,
@@ -126,6 +127,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.tracking is not None:
             check_names(self.train_dataset)
+            self.candidates = candidates_of(self)
         self.tally = {mode: Tally(self.accelerator.gather) for mode in ("train", "eval")}
         for name in ("scale_rewards", "multi_objective_aggregation"):  # TRL's metrics read them
             setattr(self, name, getattr(self, name) or DEFAULTS[name])

@@ -40,6 +40,7 @@ TRAINER = Host(
         "verl.trainer.ppo.v1:PPOTrainerSync": {
             "__init__": HookedMethod(("config",)),
             "_next_train_batch": HookedMethod(("num_prompts",)),
+            "_step_once": HookedMethod(("metrics", "timing_raw", "sample_batch_size")),
             "_compute_advantage": HookedMethod(("batch", "metrics")),
             "_update_actor": HookedMethod(("batch", "metrics")),
             "_save_checkpoint": HookedMethod(),

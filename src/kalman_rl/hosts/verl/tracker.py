@@ -17,7 +17,6 @@ from torch import Tensor
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.beliefs.base import TableBelief
 from kalman_rl.beliefs.by_source import Sources
-from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError, unknown_name
 from kalman_rl.hosts.verl.estimators import TRACKED
 from kalman_rl.methods import make_method
@@ -42,7 +41,6 @@ class TrackerSettings(Budget):
     verl samples ``rollout.n`` completions per prompt on average, all at once: ``budget`` and rounds stay as they are.
     """
 
-    completions_min: int = 1
     belief: str = "auto"
     belief_options: Mapping[str, Any] = field(default_factory=dict)
     prompt_key: Sequence[str] = ("data_source", "index")
@@ -62,11 +60,6 @@ class TrackerSettings(Budget):
                     f"algorithm.kalman_rl.{name}: got {value!r}, expected {default!r} because verl samples rollout.n "
                     "completions per prompt on average, all at once"
                 )
-        if not is_whole(self.completions_min, 1):
-            raise ConfigError(
-                f"algorithm.kalman_rl.completions_min: got {self.completions_min!r}, expected at least 1 because verl "
-                "knows a prompt by its completions"
-            )
         if isinstance(self.prompt_key, str) or not self.prompt_key:
             raise ConfigError(
                 f"algorithm.kalman_rl.prompt_key: got {self.prompt_key!r}, expected a list of columns, like [index]"
@@ -150,8 +143,36 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
+def candidates_of(budget: Budget, *, prompts: int, n: int, fetch: int, pool: int) -> int | None:
+    """Candidates of a batch of ``prompts`` prompts, in multiples of ``fetch``, which verl's loader brings at once.
+
+    None where every prompt is sampled. Raises: ConfigError.
+    """
+    if budget.allocation == "fixed" or budget.completions_min:
+        return None
+    try:
+        among = budget.chooses_among(prompts, prompts * n, pool)
+    except ConfigError as error:
+        raise ConfigError(f"algorithm.kalman_rl.{error}") from None
+    if budget.candidates is not None and among % fetch:
+        raise ConfigError(
+            f"algorithm.kalman_rl.candidates: got {among}, expected a multiple of {fetch}, the prompts that verl's "
+            "loader brings at once (data.gen_batch_size, or else data.train_batch_size)"
+        )
+    return max(among // fetch * fetch, prompts)
+
+
+def chosen_counts(tracking: Tracking, names: list[Hashable], *, step: int, total: int) -> list[int]:
+    """Completions of each candidate, ``total`` in all, 0 for those that are passed over.
+
+    A name that comes again (the dataset's end and beginning in one batch) gets none the second time.
+    """
+    counts = dict(_divided(tracking, list(dict.fromkeys(names)), step, total, 0))
+    return [counts.pop(name, 0) for name in names]
+
+
 def planned_counts(tracking: Tracking, names: list[Hashable], *, step: int, n: int) -> list[int]:
-    """Completions of each row of a prompt batch, ``n`` times its length in all.
+    """Completions of each row of a prompt batch, ``n`` times its length in all, and at least one for each row.
 
     A name that comes twice (the dataset's end and beginning in one batch) is left at ``n`` each time.
     """
@@ -159,20 +180,27 @@ def planned_counts(tracking: Tracking, names: list[Hashable], *, step: int, n: i
     single = [name for name in names if often[name] == 1]
     if budget.allocation == "fixed" or not single:
         return [n] * len(names)
+    counts = dict(_divided(tracking, single, step, n * len(single), min(max(budget.completions_min, 1), n)))
+    return [counts.get(name, n) for name in names]
+
+
+def _divided(
+    tracking: Tracking, names: list[Hashable], step: int, total: int, least: int
+) -> Iterator[tuple[Hashable, int]]:
+    budget = tracking.budget
     found = allocate(
         tracking.belief,
-        single,
+        names,
         step=step,
-        total=n * len(single),
+        total=total,
         aim=budget.aim,
-        n_min=min(budget.completions_min, n),
-        n_max=max(budget.completions_max, n),
+        n_min=least,
+        n_max=max(budget.completions_max, -(-total // len(names))),
         reward_range=budget.reward_range,
         reward_noise_variance=budget.reward_noise_variance,
         coverage=tracking.coverage,
     )
-    counts = dict(zip(single, found.counts.tolist()))
-    return [counts.get(name, n) for name in names]
+    return zip(names, found.counts.tolist())
 
 
 class Rows(NamedTuple):
@@ -203,7 +231,7 @@ def rows_of(keys: Sequence[str], tags: Sequence[Mapping[str, Any]], names: list[
 
 
 def tracked_advantages(
-    tracking: Tracking, rows: Rows, reward: Tensor, *, global_step: int, n: int
+    tracking: Tracking, rows: Rows, reward: Tensor, *, global_step: int, n: int, prompts: int | None = None
 ) -> tuple[Tensor, dict[str, float]]:
     """Advantages (B,) float64 of verl's rows, and metrics; the belief absorbs the rewards.
 
@@ -215,6 +243,7 @@ def tracked_advantages(
         reward: (B,), NaN = missing.
         global_step: verl's.
         n: ``rollout.n``, for what a fixed allocation would have used.
+        prompts: of verl's batch, where those of ``rows`` were chosen among candidates.
     """
     counted = torch.tensor(rows.counted)
     names = [name for name, yes in zip(rows.name, rows.counted) if yes]
@@ -224,7 +253,7 @@ def tracked_advantages(
     predicted = tracking.before(list(dict.fromkeys(names)), step)
     known = reward.detach().double().cpu()[counted]
     sampled = fixed_groups(tracking, names, known, step, equal=tracking.budget.allocation == "predictive")
-    metrics = outcome_metrics(sampled, (names, known), predicted, tracking, rows.prompts * n)
+    metrics = outcome_metrics(sampled, (names, known), predicted, tracking, (prompts or rows.prompts) * n)
     tracking.note(sampled)
     sessions = [session for session, yes in zip(rows.session, rows.counted) if yes]
     found = dict(zip(sessions, (sampled.advantage * sampled.weight).tolist()))

@@ -30,6 +30,8 @@ from kalman_rl.hosts.verl.settings import PREFIX, check_actor, check_algorithm, 
 from kalman_rl.hosts.verl.tracker import (
     PromptNames,
     Rows,
+    candidates_of,
+    chosen_counts,
     make_tracking,
     planned_counts,
     read_settings,
@@ -48,7 +50,8 @@ class KalmanPPOTrainer(PPOTrainerSync):
 
     With ``algorithm.adv_estimator`` one of kalman_rl/tracked, kalman_rl/k_grpo, kalman_rl/spo. With
     ``algorithm.kalman_rl.allocation=predictive`` the belief also decides how many completions each prompt of a batch
-    gets, ``rollout.n`` on average. The belief is saved beside verl's checkpoints and loaded with them.
+    gets, ``rollout.n`` on average, and which of ``candidates`` are in the batch at all. The belief is saved beside
+    verl's checkpoints and loaded with them.
 
     Raises: ConfigError for settings that do not go together, before anything starts.
     """
@@ -58,6 +61,8 @@ class KalmanPPOTrainer(PPOTrainerSync):
         self.tracker_settings = read_settings(options_in(config.algorithm))
         self.tracking = make_tracking(estimator, self.tracker_settings)
         self.prompt_names = PromptNames(self.tracker_settings.prompt_key)
+        self.chosen: int | None = None
+        """Prompts of the batch that is being sampled, where that is for the belief to say."""
         super().__init__(config)
 
     @property
@@ -70,15 +75,40 @@ class KalmanPPOTrainer(PPOTrainerSync):
         """verl assigns the registered name; it stays in the configuration."""
 
     def _next_train_batch(self, num_prompts: int | None = None) -> Any:
-        batch = super()._next_train_batch(num_prompts)
+        among = (
+            self._candidates() if num_prompts is None else None
+        )  # with a number, prompts that failed are replaced
+        batch = super()._next_train_batch(among or num_prompts)
         names = self._names(batch)
         self.prompt_names.check(names, plain(batch["raw_prompt"]))
-        if self.tracking.budget.allocation == "predictive":
-            step = max(self.global_steps, self.tracking.last_step + 1)
-            n = int(self.config.actor_rollout_ref.rollout.n)
+        if self.tracking.budget.allocation == "fixed":
+            return batch
+        step = max(self.global_steps, self.tracking.last_step + 1)
+        n = int(self.config.actor_rollout_ref.rollout.n)
+        if among is None:
             counts = planned_counts(self.tracking, names, step=step, n=n)
-            tu.assign_non_tensor_stack(batch, "__rollout_n__", counts)
+        else:
+            total = n * int(self.config.data.train_batch_size)
+            counts = chosen_counts(self.tracking, names, step=step, total=total)
+            batch = tu.index_select_tensor_dict(batch, [i for i, count in enumerate(counts) if count])
+            counts = [count for count in counts if count]
+            self.chosen = len(counts)
+        tu.assign_non_tensor_stack(batch, "__rollout_n__", counts)
         return batch
+
+    def _candidates(self) -> int | None:
+        data = self.config.data
+        prompts = int(data.train_batch_size)
+        return candidates_of(
+            self.tracking.budget,
+            prompts=prompts,
+            n=int(self.config.actor_rollout_ref.rollout.n),
+            fetch=int(data.get("gen_batch_size", None) or prompts),
+            pool=len(self.train_dataset),
+        )
+
+    def _step_once(self, metrics: dict[str, Any], timing_raw: dict[str, Any], sample_batch_size: int) -> Any:
+        return super()._step_once(metrics, timing_raw, self.chosen or sample_batch_size)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=self._wanted())
@@ -103,6 +133,7 @@ class KalmanPPOTrainer(PPOTrainerSync):
             reward,
             global_step=self.global_steps,
             n=int(self.config.actor_rollout_ref.rollout.n),
+            prompts=None if self.chosen is None else int(self.config.data.train_batch_size),
         )
         metrics.update(numbers)
         return found
