@@ -76,6 +76,6 @@ def test_several_batches_in_a_row_end_the_run(model_path: str, tmp_path: Path) -
 
 def test_a_round_without_any_reward_is_a_part_of_its_batch(model_path: str, tmp_path: Path) -> None:
     reward = Absent(lambda call: call % 2 == 0)
-    rounds = {"advantage": "tracked", "allocation": "rounds", "completions_max": 8}
+    rounds = {"advantage": "tracked", "allocation": "rounds", "completions_max": 8, "candidates": 4}
     assert trained(model_path, tmp_path / "run", reward, **rounds) == 0
     assert reward.calls == [8] * 8, "two rounds in each of four batches, the second without a reward"

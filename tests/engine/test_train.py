@@ -280,7 +280,7 @@ def test_a_tracked_run_writes_its_beliefs_down(model_path: str, tmp_path: Path) 
     assert len(asked) == len({name for row in rows for name in row["id"]}) and all(
         len(text) > 5 for text in asked
     )
-    assert all(len(row["next"]) == len(row["id"]) == 4 and sum(row["next"]) == 16 for row in rows)
+    assert all(len(row["next"]) == len(row["id"]) == 16 and sum(row["next"]) == 16 for row in rows)
 
 
 def test_each_source_of_a_file_learns_its_own_noise(model_path: str, rewards_module: Path) -> None:

@@ -31,6 +31,8 @@ METRICS = {
     "belief/coverage_90",
     "belief/retired",
     "belief/returned",
+    "belief/noise_factor",
+    "belief/informative",
 }
 
 

@@ -421,7 +421,13 @@ def test_a_batch_is_chosen_among_candidates(driven: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_metrics_have_trls_names(driven: dict[str, Any]) -> None:
     names = {"budget/used", "budget/saved", "budget/prompts", "budget/largest", "groups/informative"}
-    names |= {"belief/coverage_90", "belief/retired", "belief/returned"}
+    names |= {
+        "belief/coverage_90",
+        "belief/retired",
+        "belief/returned",
+        "belief/noise_factor",
+        "belief/informative",
+    }
     assert set(part(driven, "steps")[0]["metrics"]) >= names
 
 

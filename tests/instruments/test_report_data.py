@@ -179,6 +179,35 @@ def test_groups_of_one_have_no_share_that_is_mixed(n: int, tmp_path: Path) -> No
     assert ("Informative groups" in page([run])) == (n > 1)
 
 
+@pytest.mark.parametrize(
+    ("factors", "binary", "said"),
+    [
+        (
+            [9.0, *[4.0, 5.2] * 4],
+            True,
+            ["F = 4.6: single completions pay here", "Informative completions: 30%"],
+        ),
+        ([1.2] * 9, True, ["F = 1.2: use a batch mean"]),
+        ([4.6] * 9, False, ["F = 4.6", "Rewards are not 0/1, so F = 1 + variance of the prompts"]),
+        ([], True, []),
+    ],
+)
+def test_advice_from_the_beliefs_own_numbers(
+    factors: list[float], binary: bool, said: list[str], tmp_path: Path
+) -> None:
+    """Of the last eight batches."""
+    run = write_run(tmp_path / "run", {}, updates=10)
+    write_beliefs(run, batches=6)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in lines if row["kind"] == "train"]
+    for row, factor in zip(train[-len(factors) :], factors):
+        row |= {"belief/noise_factor": factor} | ({"belief/informative": 0.3} if binary else {})
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = page([run])
+    assert all(words in text for words in said)
+    assert ("F = " in text) == bool(said)
+
+
 def test_savings_against_brute_force(tmp_path: Path) -> None:
     special = pytest.importorskip("scipy.special")
     integrate = pytest.importorskip("scipy.integrate")

@@ -55,6 +55,10 @@ class Coverage:
             due = torch.zeros_like(due).index_fill_(0, longest, True)
         return due
 
+    def visited(self, most: int) -> list[Hashable]:
+        """Prompts that were sampled, in the order of their first visits; of more than ``most``, every n-th."""
+        return list(self._last)[:: max(1, -(-len(self._last) // most))]
+
     def visit(self, ids: Sequence[Hashable], *, step: int) -> None:
         """Note that these prompts are sampled at ``step``."""
         self._last.update(dict.fromkeys(ids, step))

@@ -21,6 +21,7 @@ from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import expect, is_whole, reading, saved
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.numerics.kalman import Gaussian
+from kalman_rl.sampling.advice import FACTOR, INFORMATIVE, MOST, informative_share, noise_factor
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.gains import NINETY
@@ -226,8 +227,9 @@ def outcome_metrics(
     ``budget/used`` and ``budget/saved`` completions, ``budget/prompts`` that got any, ``budget/largest`` group;
     ``groups/informative`` share of sampled groups with different rewards, absent where every group is of one;
     ``belief/coverage_90`` share of first rounds whose mean lay in the predicted 90 % interval; ``belief/retired``
-    prompts passed over that were sampled when they last came up, ``belief/returned`` the reverse. Call before
-    :meth:`Tracking.note`.
+    prompts passed over that were sampled when they last came up, ``belief/returned`` the reverse;
+    ``belief/noise_factor`` F of all prompts visited so far, ``belief/informative`` (0/1 rewards only), see
+    :mod:`~kalman_rl.sampling.advice`. Call before :meth:`Tracking.note`, after the belief has absorbed the batch.
 
     Args:
         first: ids and rewards of the first round.
@@ -260,4 +262,14 @@ def outcome_metrics(
         "belief/coverage_90": sum(inside) / max(len(inside), 1),
         "belief/retired": float(len(passed - tracking.skipped)),
         "belief/returned": float(len((set(sampled.prompts) - passed) & tracking.skipped)),
+        **_what_teaches(sampled, value, tracking),
     }
+
+
+def _what_teaches(sampled: Sampled, predicted: Gaussian, tracking: Tracking) -> dict[str, float]:
+    known = sampled.reward[~sampled.reward.isnan()]
+    binary = tracking.budget.reward_range == "unit" and bool(((known == 0) | (known == 1)).all())
+    value, new = tracking.before(tracking.coverage.visited(MOST), tracking.last_step)
+    factor = noise_factor(value, None if binary else (new.variance - value.variance).clamp(min=0.0))
+    found = {} if factor is None else {FACTOR: factor}
+    return found | ({INFORMATIVE: informative_share(predicted, sampled.tau)} if binary else {})

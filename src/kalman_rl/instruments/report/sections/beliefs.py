@@ -16,10 +16,13 @@ from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.stats.intervals import wilson
 from kalman_rl.instruments.report.stats.metrics import Figure
 from kalman_rl.instruments.report.stats.savings import Saving, beta_shapes, mixed_share, savings
-from kalman_rl.instruments.report.stats.series import Point, smooth, window_of
+from kalman_rl.instruments.report.stats.series import Point, finite, series, smooth, window_of
 from kalman_rl.instruments.report.words import counted, decimal
+from kalman_rl.sampling.advice import FACTOR, INFORMATIVE, advice
 
 MAX_PROMPTS = 12
+RECENT = 8
+"""Batches that advice looks back on."""
 BINS = 8
 BAND_COLOURS = {"learned": 2, "undecided": 7, "hopeless": 1}
 
@@ -66,7 +69,7 @@ def build(context: Context) -> BeliefSection | None:
 def _section(run: RunRecord, beliefs: Beliefs) -> BeliefSection:
     prompts = beliefs.prompts
     section = BeliefSection(clean(run.name, 60))
-    section.lead = _lead(beliefs, prompts)
+    section.lead = [*_lead(beliefs, prompts), *_advice(run, beliefs)]
     for figure in (_bands(beliefs), _calibration(beliefs), _allocation(beliefs), _informative(beliefs)):
         if isinstance(figure, Figure):
             section.figures.append(figure)
@@ -89,6 +92,25 @@ def _lead(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> list[str]:
     last = [visits[-1].band for visits in prompts.values()]
     told = ", ".join(f"{last.count(band)} {band}" for band in BANDS)
     return [text, f"At the end: {told}."]
+
+
+def _advice(run: RunRecord, beliefs: Beliefs) -> list[str]:
+    """What the belief's own numbers say about single completions, from the last eight batches."""
+    factors = finite(series(run.train, FACTOR))[-RECENT:]
+    if not factors:
+        return []
+    single = all(visit.n <= 1 for batch in beliefs.batches for visit in batch.visits.values())
+    said = [advice(fmean(factors), single=single)]
+    if shares := finite(series(run.train, INFORMATIVE))[-RECENT:]:
+        said.append(
+            f"Informative completions: {fmean(shares):.0%} (100% if all went to success rate 1/2, 0% if to hopeless or "
+            "solved prompts). F = 1 + Var(p) / E[p (1 - p)] over the prompts seen."
+        )
+    else:
+        said.append(
+            "Rewards are not 0/1, so F = 1 + variance of the prompts' values / noise variance of a reward."
+        )
+    return said
 
 
 def _bands(beliefs: Beliefs) -> Figure | str:
