@@ -205,6 +205,11 @@ def test_advice_from_the_beliefs_own_numbers(
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     text = page([run])
     assert all(words in text for words in said)
+    beliefs = read_beliefs(run, [])
+    assert beliefs
+    visits = [visit for batch in beliefs.batches for visit in batch.visits.values()]
+    often = sum(visit.n for visit in visits) / len(beliefs.prompts)
+    assert (f"A prompt was sampled {often:.1f} times so far" in text) == (bool(said) and often < 8)
     assert ("F = " in text) == bool(said)
 
 

@@ -133,4 +133,10 @@ def test_metrics_of_every_batch(offsets: bool) -> None:
     assert ("belief/informative" in found) == (not offsets)
     if not offsets:
         assert found["belief/informative"] == pytest.approx(4 * 0.1463, rel=0.25)
+    first = Tracking(make_belief("auto"), Budget())
+    names, reward = ["a", "b", "c", "d"], torch.tensor([1.0, 0.0, 1.0, 0.0])
+    predicted = first.before(names, first.tick(0))
+    sampled = fixed_groups(first, names, reward, 0)
+    share = outcome_metrics(sampled, (names, reward), predicted, first, 4)["belief/informative"]
+    assert 0.3 < share < 1, "also where nothing was known before the batch"
     assert len(books.coverage.visited(100)) == 80 and len(books.coverage.visited(240)) == 240

@@ -58,7 +58,7 @@ def informative_share(value: Gaussian, counts: Tensor) -> float:
     """Mean of ``4 E[p (1 - p)]`` over completions of 0/1 reward: 1 where all go to success rate 1/2, 0 where all go to
     hopeless or solved prompts.
 
-    Args: value: belief from before the batch, (N,). counts: (N,) completions of each prompt, not all 0.
+    Args: value: belief about N prompts, (N,). counts: (N,) completions of each prompt, not all 0.
     """
     signal = beta_signal(*beta_from_moments(value))
     return float(4 * (signal * counts).sum() / counts.sum())

@@ -262,14 +262,17 @@ def outcome_metrics(
         "belief/coverage_90": sum(inside) / max(len(inside), 1),
         "belief/retired": float(len(passed - tracking.skipped)),
         "belief/returned": float(len((set(sampled.prompts) - passed) & tracking.skipped)),
-        **_what_teaches(sampled, value, tracking),
+        **_what_teaches(sampled, tracking),
     }
 
 
-def _what_teaches(sampled: Sampled, predicted: Gaussian, tracking: Tracking) -> dict[str, float]:
+def _what_teaches(sampled: Sampled, tracking: Tracking) -> dict[str, float]:
     known = sampled.reward[~sampled.reward.isnan()]
     binary = tracking.budget.reward_range == "unit" and bool(((known == 0) | (known == 1)).all())
     value, new = tracking.before(tracking.coverage.visited(MOST), tracking.last_step)
     factor = noise_factor(value, None if binary else (new.variance - value.variance).clamp(min=0.0))
     found = {} if factor is None else {FACTOR: factor}
-    return found | ({INFORMATIVE: informative_share(predicted, sampled.tau)} if binary else {})
+    if binary:  # before the first rewards of all nothing is believed, hence the belief of now
+        now, _ = tracking.before(sampled.prompts, tracking.last_step)
+        found[INFORMATIVE] = informative_share(now, sampled.tau)
+    return found

@@ -23,6 +23,8 @@ from kalman_rl.sampling.advice import FACTOR, INFORMATIVE, advice
 MAX_PROMPTS = 12
 RECENT = 8
 """Batches that advice looks back on."""
+ENOUGH = 8
+"""Completions of a prompt after which F was right within a tenth, see tests/sampling/test_advice.py."""
 BINS = 8
 BAND_COLOURS = {"learned": 2, "undecided": 7, "hopeless": 1}
 
@@ -97,10 +99,15 @@ def _lead(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> list[str]:
 def _advice(run: RunRecord, beliefs: Beliefs) -> list[str]:
     """What the belief's own numbers say about single completions, from the last eight batches."""
     factors = finite(series(run.train, FACTOR))[-RECENT:]
-    if not factors:
+    if not factors or not beliefs.prompts:
         return []
     single = all(visit.n <= 1 for batch in beliefs.batches for visit in batch.visits.values())
     said = [advice(fmean(factors), single=single)]
+    often = fmean(sum(visit.n for visit in visits) for visits in beliefs.prompts.values())
+    if often < ENOUGH:
+        said.append(
+            f"A prompt was sampled {often:.1f} times so far; before about {ENOUGH} F comes out too small."
+        )
     if shares := finite(series(run.train, INFORMATIVE))[-RECENT:]:
         said.append(
             f"Informative completions: {fmean(shares):.0%} (100% if all went to success rate 1/2, 0% if to hopeless or "
