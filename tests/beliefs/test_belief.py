@@ -280,7 +280,7 @@ def test_late_rewards_teach_less_than_fresh_ones(name: str) -> None:
         belief.update(ids, torch.ones(6), step=900, **given)
     start = fresh.predict(["a2"], step=900, **features_of(name, ["a2"])).mean
     fresh.update(ids, torch.zeros(6), step=900, part=1, **given)
-    late.update(ids, torch.zeros(6), step=100, **given)
+    late.update(ids, torch.zeros(6), step=850, **given)
     moved = [start - b.predict(["a2"], step=900, **features_of(name, ["a2"])).mean for b in (fresh, late)]
     assert 0 < moved[1] < moved[0] and before < start
 
