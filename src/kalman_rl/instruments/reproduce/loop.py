@@ -267,7 +267,7 @@ class _Run:
         candidates = [self.names[next(self.order)] for _ in range(self.arm.candidates)]
         candidates = list(dict.fromkeys(candidates))
         step = self.tracking.tick(self.step)
-        plan = self.tracking.plan(candidates, step=step, rows=self.arm.batch)
+        plan = self.tracking.plan(candidates, step=step, total=self.arm.batch)
         parts: list[Replies] = []
         while (request := plan.next_round()) is not None:
             names = [name for name, count in request for _ in range(count)]
