@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
@@ -19,9 +19,17 @@ from kalman_rl import make_method
 from kalman_rl.errors import ConfigError, RewardError
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer
 from kalman_rl.hosts.trl.config import check_combination, resolve_method
-from kalman_rl.hosts.trl.translate import AGGREGATE, DEFAULTS
+from kalman_rl.hosts.trl.translate import AGGREGATE, DEFAULTS, RATIO
 from kalman_rl.objectives import advantage, aggregate, ratio, trust
-from tests.hosts.test_trl import assert_same_training, digit_sum, model_path, run, settings, two_ranks
+from tests.hosts.test_trl import (
+    assert_same_curves,
+    assert_same_training,
+    digit_sum,
+    model_path,
+    run,
+    settings,
+    two_ranks,
+)
 from tests.hosts.tiny_llama import tokenizer
 
 __all__ = ["model_path"]  # a fixture
@@ -46,16 +54,19 @@ def both(model_path: str, tmp_path: Path, **changes: Any) -> tuple[Any, Any, Any
     return *mine, *theirs
 
 
-def assert_same_class(model_path: str, tmp_path: Path, **changes: Any) -> tuple[Any, Any]:
+def assert_same_class(
+    model_path: str, tmp_path: Path, curves: bool = True, **changes: Any
+) -> tuple[Any, Any]:
     trainer, mine, theirs, reference = both(model_path, tmp_path, **changes)
     assert_same_training(mine, reference)
     for name, value in theirs.model.state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-4, atol=2e-5)
+    if (
+        trainer.args.gradient_accumulation_steps == 1 and curves
+    ):  # else TRL averages the means of micro-batches
+        assert_same_curves(mine, reference)
     for left, right in zip(mine.logs, reference.logs, strict=True):
-        names = ["kl", "policy_loss", "entropy_coef", "frac_reward_zero_std"]
-        if trainer.args.gradient_accumulation_steps == 1:  # else TRL averages the means of micro-batches
-            names.append("entropy")
-        for name in names:
+        for name in ("kl", "policy_loss", "entropy_coef", "frac_reward_zero_std"):
             assert (name in left) == (name in right), name
             assert left.get(name, 0.0) == pytest.approx(right.get(name, 0.0), rel=2e-4, abs=1e-6), name
     return trainer, theirs
@@ -67,12 +78,28 @@ def test_every_loss_type(kind: str, model_path: str, tmp_path: Path) -> None:
     assert_same_class(model_path, tmp_path, loss_type=kind, max_steps=3, **SEVERAL, **level)
 
 
+@pytest.mark.parametrize("level", RATIO)
+@pytest.mark.parametrize("kind", AGGREGATE)
+def test_every_loss_type_at_both_levels(kind: str, level: str, model_path: str, tmp_path: Path) -> None:
+    """Weights, and every curve of TRL's log."""
+    scale = ("group", "batch", "none")[list(AGGREGATE).index(kind) % 3]
+    changes = {
+        "loss_type": kind,
+        "importance_sampling_level": level,
+        "scale_rewards": scale,
+        "num_iterations": 2,
+    }
+    assert_same_class(model_path, tmp_path, max_steps=5, **changes)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {"steps_per_generation": None},
     "generation batch": {"steps_per_generation": None, "generation_batch_size": 16},
     "several iterations": {"num_iterations": 2},
     "two-sided": {"loss_type": "grpo", "delta": 1.25},
-    "two-sided inside the band": {"delta": 1.05, "epsilon": 0.1, "epsilon_high": 0.3},
+    "two-sided, micro-batches": {"loss_type": "grpo", "delta": 1.5, **SEVERAL},
+    # TRL's curve counts nothing above a band that delta cuts; ours counts what delta drops.
+    "two-sided inside the band": {"delta": 1.05, "epsilon": 0.1, "epsilon_high": 0.3, "curves": False},
     "bands": {"epsilon": 0.05, "epsilon_high": 0.1},
     "scale by batch": {"scale_rewards": "batch"},
     "no scale": {"scale_rewards": False},
@@ -110,7 +137,13 @@ CASES: dict[str, dict[str, Any]] = {
         "loss_type": "grpo",
         "max_completion_length": 10,
     },
-    "truncated completions, luspo": {"mask_truncated_completions": True, "loss_type": "luspo", **SEQUENCE},
+    # TRL's curves by sequence count the emptied ones.
+    "truncated completions, luspo": {
+        "mask_truncated_completions": True,
+        "loss_type": "luspo",
+        "curves": False,
+        **SEQUENCE,
+    },
 }
 
 
@@ -313,33 +346,60 @@ def test_belief_without_unused_columns(model_path: str, tmp_path: Path) -> None:
 
 
 class Digits:
-    """An environment that brings its own prompt, and judges it."""
+    """An environment that brings its own prompt."""
 
     def reset(self, **row: Any) -> str:
-        return "12>"
+        return row.get("start", "12") + ">"
 
 
+CHAT = "{% for message in messages %}{{ message.content }}{{ message.tool_calls or '' }}>{% endfor %}"
+"""A chat template that can show tool calls, as TRL asks of it where there are environments."""
+
+
+def said(completions: list[Any], **columns: Any) -> list[float]:
+    return digit_sum([messages[-1]["content"] for messages in completions])
+
+
+@pytest.mark.parametrize("belief", [None, "auto"])
 def test_an_environment_brings_the_prompt(
-    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    belief: str | None, model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows without a column ``prompt``, as TRL allows them where environments make it."""
-
-    def prepared(self: Any, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        return score(self, [{"prompt": Digits().reset(**row)} for row in inputs])
-
-    score = GRPOTrainer._generate_and_score_completions
-    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", prepared)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.is_jmespath_available", lambda: True)
+    words = tokenizer()
+    words.chat_template = CHAT
     seen: list[Any] = []
     trainer = KalmanGRPOTrainer(
         model=LlamaForCausalLM.from_pretrained(model_path),
-        reward_funcs=digit_sum,
-        args=KalmanGRPOConfig(**settings(tmp_path, max_steps=1)),
-        train_dataset=Dataset.from_list([{"environment": "digits"}] * 8),
-        processing_class=tokenizer(),
+        reward_funcs=said,
+        args=KalmanGRPOConfig(**settings(tmp_path, max_steps=2, belief=belief)),
+        train_dataset=Dataset.from_list([{"start": f"{i}", "prompt_id": i} for i in range(8)]),
+        processing_class=words,
+        environment_factory=Digits,
         observers=[seen.append],
     )
     trainer.train()
-    assert seen[0].inputs["prompt"] == [None] * 8
+    first = seen[0].inputs
+    assert first["prompt"] == [None] * 8
+    shown = words.batch_decode(first["prompt_ids"], skip_special_tokens=True)
+    assert shown == [f"{name}>>" for name in first["prompt_id"]]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_without_a_prompt_are_one_sentence(streamed: bool, model_path: str, tmp_path: Path) -> None:
+    rows: Any = Dataset.from_list([{"question": "1>", "prompt_id": i} for i in range(8)])
+    if streamed:
+        rows = IterableDataset.from_generator(lambda: iter([{"question": "1>"}] * 8))
+    with pytest.raises(
+        ConfigError, match=r"^train_dataset: got the columns question.*expected a column prompt"
+    ):
+        KalmanGRPOTrainer(
+            model=LlamaForCausalLM.from_pretrained(model_path),
+            reward_funcs=digit_sum,
+            args=KalmanGRPOConfig(**settings(tmp_path, accelerator_config={"dispatch_batches": False})),
+            train_dataset=rows,
+            processing_class=tokenizer(),
+        ).train()
 
 
 @pytest.mark.parametrize("belief", [None, "auto"])

@@ -54,11 +54,13 @@ def test_asks_for_more():
 """
 
 
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("trl_suite", TOOL)
+def load(name: str = "trl_suite") -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))  # it imports its neighbour
+        spec.loader.exec_module(module)
     return module
 
 
@@ -68,27 +70,78 @@ def test_every_end_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "tests" / "__init__.py").touch()
     (tmp_path / "tests" / "test_grpo_trainer.py").write_text(TESTS)
     command = [sys.executable, str(TOOL), "--checkout", str(tmp_path)]
-    ours = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
-    lines = [line for line in ours.stdout.splitlines() if " test_" in line]
-    ends = {line[13:].partition(":")[0]: line[:12].strip() for line in lines}
-    assert ends == {
+    both = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
+    ends = {
+        who: {
+            line[18:].partition(":")[0]: line[5:17].strip()
+            for line in both.stdout.splitlines()
+            if line.startswith(f"{who:<5}") and " test_" in line
+        }
+        for who in ("ours", "TRL")
+    }
+    assert ends["ours"] == {
         "test_passes": "passed",
         "test_refused": "refused",
         "test_fails": "failed",
         "test_skips": "skipped",
         "test_asks_for_more": "no stand-in",
     }
-    assert "ConfigError: delta: got 0.5" in ours.stdout
-    assert "ours: 1 passed, 1 refused, 1 failed, 1 no stand-in, 1 skipped" in ours.stdout
-    assert ours.returncode == 1
+    assert ends["TRL"] == ends["ours"] | {"test_refused": "passed"}
+    assert "ours: 1 passed, 1 refused, 1 failed, 1 no stand-in, 1 skipped" in both.stdout
+    table = both.stdout.partition("\n\n")[2].splitlines()
+    assert table[:2] == [
+        "TRL:  2 passed, 1 failed, 1 no stand-in, 1 skipped",
+        "ours: 1 passed, 1 refused, of those that pass with TRL's classes",
+    ]
+    assert len(table) == 3 and table[2].startswith("refused      test_refused: ConfigError: delta: got 0.5")
+    assert both.returncode == 1
     plain = subprocess.run(
         [*command, "--plain", "-k", "refused or passes"], capture_output=True, text=True, check=False
     )
     assert "TRL: 2 passed" in plain.stdout and plain.returncode == 0
 
 
-def test_rows(tmp_path: Path) -> None:
+def test_a_test_that_did_not_end_failed() -> None:
     tool = load()
+    plain = {"a": ("passed", ""), "b": ("failed", "E"), "c": ("passed", "")}
+    assert tool.compared(plain, {"a": ("refused", "C"), "b": ("passed", "")}) == {
+        "a": ("refused", "C"),
+        "c": ("failed", "did not end"),
+    }
+
+
+def test_words_of_qwen() -> None:
+    """A call of a tool, written out in Qwen's numbers, is the text that it is there."""
+    words = load("trl_stand_ins").tokenizer()
+    call = [
+        151657,
+        198,
+        4913,
+        606,
+        788,
+        330,
+        35744,
+        497,
+        330,
+        16370,
+        788,
+        5212,
+        64,
+        788,
+        220,
+        18,
+        11248,
+        151658,
+    ]
+    assert (
+        words.decode(call, skip_special_tokens=True)
+        == '<tool_call>\n{"name": "increment", "arguments": {"a": 3}}\n</tool_call>'
+    )
+    assert words.decode(words("7 + 8 = é").input_ids) == "7 + 8 = é"
+
+
+def test_rows(tmp_path: Path) -> None:
+    tool = load("trl_stand_ins")
     tool.make_rows(tmp_path)
     rows = [
         json.loads(line)

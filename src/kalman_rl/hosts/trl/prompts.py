@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,15 @@ def prompts_by_id(rows: Iterable[Row]) -> dict[Hashable, Row]:
                 "name per row; beliefs about them would be mixed; give each its own name"
             )
     return by_id
+
+
+def check_prompts(columns: Collection[str] | None) -> None:
+    """Refuse rows without a prompt, where no environment makes it. Args: columns: of the rows; None = not known yet."""
+    if columns is not None and "prompt" not in columns:
+        raise ConfigError(
+            f"train_dataset: got the columns {', '.join(columns)}, expected a column prompt (text or messages) because "
+            "no environment makes the prompts; rename yours, or give an environment_factory"
+        )
 
 
 def check_names(dataset: Any) -> None:

@@ -13,6 +13,7 @@ from kalman_rl.objectives.diagnostics import joined, metric, sums_of
 from kalman_rl.objectives.loss import Loss, Method, Tokens
 from kalman_rl.objectives.ratio import sequence_mean
 from kalman_rl.objectives.trust.clip import Cap, GeometricClip, weight_of
+from kalman_rl.objectives.trust.gamma import Gamma
 
 
 class Tally:
@@ -103,7 +104,8 @@ def counted(total: Tensor, count: Tensor | float) -> Tensor:
 
 
 def clip_ratios(method: Method, tokens: Tokens, advantage: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Sums (4,) behind TRL's ``clip_ratio/*`` and ``cispo_clip_ratio``, as its ``_compute_loss`` defines them.
+    """Sums (4,) behind TRL's ``clip_ratio/*``, ``cispo_clip_ratio`` and ``vespo/phi_seq_mean``, as its
+    ``_compute_loss`` defines them.
 
         low:  w < 1 - epsilon      and A < 0          high:  w > 1 + epsilon_high  and A > 0
 
@@ -117,25 +119,35 @@ def clip_ratios(method: Method, tokens: Tokens, advantage: Tensor, mask: Tensor)
     advantage = advantage[:, None] if advantage.dim() == 1 else advantage
     weight, dropped = weight_of(tokens.log_weight), mask & ~tokens.kept
     bounds = getattr(method.trust, "bounds", None)
+    length = mask.sum(dim=1)
+    filled, region = length > 0, {"clip_ratio/region_mean": sums_of(dropped, mask)}
     if isinstance(method.trust, Cap):
-        beyond = (weight > method.trust.high) & (advantage > 0)
-        return {"cispo_clip_ratio": sums_of(beyond, mask), "clip_ratio/region_mean": sums_of(dropped, mask)}
+        beyond = mask & (weight > method.trust.high) & (advantage > 0)
+        return region | {"cispo_clip_ratio": mean_of(method, beyond, mask)}
+    if isinstance(method.trust, Gamma):
+        phi = method.trust.phi(
+            tokens.log_weight, advantage, lambda x: torch.where(mask, x, 0.0).sum(1, keepdim=True)
+        )
+        whole = torch.where(mask, phi, 0.0).sum(dim=1) / length.clamp(min=1)
+        return region | {"vespo/phi_seq_mean": sums_of(whole, filled)}
     if bounds is not None:
         low, high = (weight < bounds["low"]) & (advantage < 0), (weight > bounds["high"]) & (advantage > 0)
     elif isinstance(method.trust, GeometricClip):
         low, high = dropped & (advantage < 0), dropped & (advantage > 0)
     else:
-        return {"clip_ratio/region_mean": sums_of(dropped, mask)}
-    low, high, length = low & mask, high & mask, mask.sum(dim=1)
+        return region
+    low, high = low & mask, high & mask
     shares = {name: x.sum(dim=1) / length.clamp(min=1) for name, x in (("low", low), ("high", high))}
-    filled = length > 0
-    found = {"low": low, "high": high, "region": low | high}
-    if method.ratio is sequence_mean:
-        found = {name: x.any(dim=1) for name, x in found.items()}
-    means = {
-        f"clip_ratio/{name}_mean": sums_of(x, filled if x.dim() == 1 else mask) for name, x in found.items()
-    }
-    return means | {
+    means = {"low": low, "high": high, "region": low | high}
+    found = {f"clip_ratio/{name}_mean": mean_of(method, x, mask) for name, x in means.items()}
+    return found | {
         "clip_ratio/low_min": sums_of(-shares["low"], filled),
         "clip_ratio/high_max": sums_of(shares["high"], filled),
     }
+
+
+def mean_of(method: Method, hit: Tensor, mask: Tensor) -> Tensor:
+    """Sums (4,) behind the share of tokens (B, T) that are hit, or of sequences where the ratio is the sequence's."""
+    if method.ratio is sequence_mean:
+        return sums_of(hit.any(dim=1), mask.any(dim=1))
+    return sums_of(hit, mask)

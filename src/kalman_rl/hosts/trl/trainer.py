@@ -34,7 +34,7 @@ from kalman_rl.hosts.trl.finite import FiniteTrainer
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import make_tracking, note_advantages, tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards, check_finite
-from kalman_rl.hosts.trl.prompts import check_names
+from kalman_rl.hosts.trl.prompts import check_names, check_prompts
 from kalman_rl.hosts.trl.stream import PromptPool
 from kalman_rl.hosts.trl.tally import Tally, sums_behind
 from kalman_rl.hosts.trl.translate import DEFAULTS, step_totals
@@ -125,6 +125,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
                 self.tracking, more[0] if more else kwargs.get("train_dataset"), args
             )
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        if self.environment_factories is None:
+            check_prompts(getattr(self.train_dataset, "column_names", None))
         if self.tracking is not None:
             check_names(self.train_dataset)
             self.candidates = candidates_of(self)
@@ -163,6 +165,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.environment_factories is None:
+            check_prompts(inputs[0])
         if self.tracking is not None and self.model.training:
             generate = super()._generate_and_score_completions
             output = tracked_generation(self, self.tracking, inputs, generate)

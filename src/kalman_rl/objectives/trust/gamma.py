@@ -8,6 +8,7 @@ Rare sequences fade with the power k, common ones with the decay lambda; both de
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,17 @@ class Gamma:
                 raise NumericError(f"{name}: got {value}, expected a finite decay > 0")
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
-        steps = ratio.log_weight.clamp(-LOG_WEIGHT_CAP, LOG_WEIGHT_CAP)
-        log_weight = rollouts.per_sequence_sum(steps).clamp(LOG_FLOOR, LOG_WEIGHT_CAP)
-        good = advantage >= 0
-        power = torch.where(good, self.positive_power, self.negative_power).to(log_weight)
-        decay = torch.where(good, self.positive_decay, self.negative_decay).to(log_weight)
-        phi = (decay + power * log_weight - decay * log_weight.exp()).exp()
+        phi = self.phi(ratio.log_weight, advantage, rollouts.per_sequence_sum)
         return Trust(everything(phi), phi, -advantage * phi * current.logp)
+
+    def phi(self, log_weight: Tensor, advantage: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+        """Weight (B, T) of each token's sequence.
+
+        Args: log_weight: (B, T). advantage: broadcastable to it. total: sum over the tokens of a sequence.
+        """
+        steps = log_weight.clamp(-LOG_WEIGHT_CAP, LOG_WEIGHT_CAP)
+        whole = total(steps).clamp(LOG_FLOOR, LOG_WEIGHT_CAP)
+        good = advantage >= 0
+        power = torch.where(good, self.positive_power, self.negative_power).to(whole)
+        decay = torch.where(good, self.positive_decay, self.negative_decay).to(whole)
+        return (decay + power * whole - decay * whole.exp()).exp()
