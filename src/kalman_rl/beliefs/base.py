@@ -34,6 +34,16 @@ class Prior(NamedTuple):
     noise: Tensor
 
 
+def check_kind(state: dict[str, Any], kind: str) -> None:
+    """Raise ConfigError for a saved state of another class or format."""
+    got = saved("belief state", state, "format", "kind")
+    if got != (FORMAT, kind):
+        raise ConfigError(
+            f"belief state: got format {got[0]!r} of {got[1]!r}, expected format {FORMAT} of {kind!r}; load it with "
+            "the class and version that saved it"
+        )
+
+
 class TableBelief(ABC):
     """A belief with one row per prompt; subclasses define what a row means.
 
@@ -138,12 +148,7 @@ class TableBelief(ABC):
             self._load(state)
 
     def _load(self, state: dict[str, Any]) -> None:
-        got = saved("belief state", state, "format", "kind")
-        if got != (FORMAT, type(self).__name__):
-            raise ConfigError(
-                f"belief state: got format {got[0]!r} of {got[1]!r}, expected format {FORMAT} of "
-                f"{type(self).__name__!r}; load it with the class and version that saved it"
-            )
+        check_kind(state, type(self).__name__)
         options, rows, noise, scale = saved("belief state", state, "options", "table", "noise", "scale")
         if options != self._options:
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.beliefs.base import FORMAT, TableBelief, check_features
+from kalman_rl.beliefs.base import FORMAT, TableBelief, check_features, check_kind
 from kalman_rl.beliefs.groups import check_id, group_rewards, unique_ids
 from kalman_rl.beliefs.protocol import Advantages, Observed
 from kalman_rl.checks import expect, is_whole, reading, saved
@@ -100,12 +100,7 @@ class BySource:
             self._load(state)
 
     def _load(self, state: dict[str, Any]) -> None:
-        got = saved("belief state", state, "format", "kind")
-        if got != (FORMAT, type(self).__name__):
-            raise ConfigError(
-                f"belief state: got format {got[0]!r} of {got[1]!r}, expected format {FORMAT} of "
-                f"{type(self).__name__!r}; load it with the class and version that saved it"
-            )
+        check_kind(state, type(self).__name__)
         new: dict[Hashable, TableBelief] = {}
         sources = saved("belief state", state, "sources")[0]
         expect("belief state", "sources", isinstance(sources, list), sources, "a list")
