@@ -46,6 +46,8 @@ TRAIN_FLAGS = {
         "--belief",
         "--prompt-features",
         "--source-column",
+        "--prior-column",
+        "--measure-prior",
         "--belief-options",
         "--no-prompt-features",
         "--allocation",

@@ -182,3 +182,72 @@ def test_bad_input_is_one_sentence(
             train_dataset=data,
         )
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+PRIORS = [
+    row | {"prior": {"rate": 0.5 if i % 2 else 0.0, "count": 64} if i else None} for i, row in enumerate(ROWS)
+]
+"""Half of the prompts are known to be hopeless; nothing is known of the first."""
+
+
+def test_the_first_batch_is_drawn_from_the_priors(model_path: str, tmp_path: Path) -> None:
+    options = STREAM | {
+        "prior_column": "prior",
+        "source_column": "data_source",
+        "per_device_train_batch_size": 2,
+    }
+    trainer, seen, _ = trained(tmp_path / "a", model_path, rows=PRIORS, **(options | {"max_steps": 6}))
+    first = batches(seen)[0][0]
+    assert sum(int(str(name)[-1]) % 2 for name in first) >= 3  # of 4; names end in the digit that is i % 2
+    # Resume: the saved belief has the priors once, not twice.
+    trained(tmp_path / "b", model_path, rows=PRIORS, save_strategy="steps", save_steps=2, **options)
+    point = str(tmp_path / "b" / "checkpoint-2")
+    resumed, _, _ = trained(
+        tmp_path / "b", model_path, rows=PRIORS, resume=point, **(options | {"max_steps": 6})
+    )
+    assert trainer.tracking is not None and resumed.tracking is not None
+    assert flat(trainer.tracking.state_dict()) == flat(resumed.tracking.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (
+            PRIORS,
+            {"prior_column": "rate"},
+            "prior_column: got 'rate', expected a column of the dataset, which has",
+        ),
+        (
+            [row | {"prior": {"rate": 1.5, "count": 8}} for row in ROWS],
+            {},
+            "prior: got {'rate': 1.5, 'count': 8} for",
+        ),
+        (
+            [row | {"prior": {"rate": 0.5}} for row in ROWS],
+            {},
+            "prior: got {'rate': 0.5} for prompt 'p00', expected",
+        ),
+        (
+            PRIORS,
+            {"belief": None, "num_generations": 4},
+            "prior_column: got 'prior' for method 'grpo', expected it",
+        ),
+        (
+            PRIORS,
+            {"prompt_features": True},
+            "prompt_features: got True with solve rates from before training",
+        ),
+    ],
+)
+def test_bad_priors_are_one_sentence(
+    rows: Any, changes: dict[str, Any], message: str, model_path: str, tmp_path: Path
+) -> None:
+    changes = {"belief": "auto", "num_generations": 1, "prior_column": "prior"} | changes
+    with pytest.raises(ConfigError) as caught:
+        KalmanGRPOTrainer(
+            model=model_path,
+            reward_funcs=len,
+            args=KalmanGRPOConfig(**settings(tmp_path, method="grpo", **changes)),
+            train_dataset=Dataset.from_list(rows),
+        )
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

@@ -37,6 +37,7 @@ from kalman_rl.hosts.verl.tracker import (
 )
 from kalman_rl.methods import METHODS
 from kalman_rl.sampling.budget import Budget
+from kalman_rl.sampling.stream import PromptStream
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -379,6 +380,34 @@ def test_advantages_are_the_beliefs(driven: dict[str, Any], name: str, equal: bo
         assert all(len(values) == 1 for values in found), "one advantage for all tokens of a completion"
         torch.testing.assert_close(torch.tensor(found)[:, 0], expected.float(), rtol=1e-6, atol=1e-7)
         assert expected.abs().max() > 0.1
+
+
+@pytest.mark.slow
+def test_prompts_are_drawn_from_the_belief_after_the_last_step(driven: dict[str, Any]) -> None:
+    """Replayed by hand, with unbiased weights; the last two steps are those of a run and of its resumed checkpoint."""
+    steps = part(driven, "drawn")
+    belief = make_belief("auto")
+    names, prompts = ["toy/0", "toy/1", "toy/2"], ["easy", "hard", "mixed"]
+    stream = PromptStream(belief, names, 3, most=8, weights="unbiased", seed=5)
+    for number, step in enumerate(steps[:-1], start=1):
+        batch = stream.draw(step=number)
+        drawn = [prompts[i] for i in batch.place.tolist()]
+        assert Counter(name for name, _ in step["sessions"]) == Counter(drawn * 4)
+        told = [f"toy/{prompts.index(name)}" for name in step["name"]]
+        reward = torch.tensor(step["reward"], dtype=torch.float64)
+        weight = dict(zip(drawn, batch.weight.tolist(), strict=True))
+        expected = belief.advantages(told, reward, step=number).advantage
+        expected *= torch.tensor([weight[name] for name in step["name"]], dtype=torch.float64)
+        belief.update(told, reward, step=number)
+        found = torch.tensor([values[0] for values in step["advantage"]])
+        torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=1e-7)
+    assert Counter(steps[5]["name"])["mixed"] > 6  # of 12: the one prompt that teaches is drawn twice or more
+    assert sorted(steps[-1]["name"]) == sorted(steps[-2]["name"])
+
+
+@pytest.mark.slow
+def test_priors_decide_the_first_batch(driven: dict[str, Any]) -> None:
+    assert Counter(part(driven, "prior")[0]["name"])["mixed"] > 6
 
 
 @pytest.mark.slow

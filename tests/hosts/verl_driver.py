@@ -19,6 +19,7 @@ import numpy as np
 import ray
 import torch
 import transfer_queue as tq
+from datasets import Dataset
 from hydra import compose, initialize_config_module
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1 import AgentLoopWorkerTQ, get_trainer_cls
@@ -175,6 +176,42 @@ def one_step(trainer: Any, multiple: int) -> dict[str, Any]:
     return out
 
 
+def drawn(folder: Path, *overrides: str, count: int = 6) -> list[dict[str, Any]]:
+    """Steps of a trainer that draws from verl's own dataset, read from a file, and of one that resumes it."""
+    folder.mkdir()
+    path = folder / "prompts.parquet"
+    rows = [
+        {
+            "data_source": "toy",
+            "prompt": [{"role": "user", "content": name}],
+            "extra_info": {"index": i},
+            "prior": {"rate": {"easy": 1.0, "hard": 0.0, "mixed": 0.5}[name], "count": 64},
+        }
+        for i, name in enumerate(PROMPTS)
+    ]
+    Dataset.from_list(rows).to_parquet(str(path))
+    files = [f"data.train_files={path}", f"data.val_files={path}", "data.seed=5"]
+    config = composed(folder, "+algorithm.kalman_rl.select=stream", *files, *overrides)
+
+    def started() -> Any:
+        trainer = make_trainer(config)
+        trainer.tokenizer = trainer.processor = None
+        trainer._init_dataloader()
+        trainer.train_dataloader = Loader([0])  # its worker processes are not wanted here
+        return trainer
+
+    trainer = started()
+    steps = [one_step(trainer, 1) for _ in range(count)]
+    trainer.global_steps = count
+    trainer._save_checkpoint()
+    again = started()
+    again._load_checkpoint()
+    for one in (trainer, again):
+        one.global_steps = count + 1
+        steps.append(one_step(one, 1))
+    return steps
+
+
 def plugin_in_a_worker() -> dict[str, Any]:
     """What a Ray worker knows that does nothing but ``import verl``."""
 
@@ -319,6 +356,8 @@ def main(path: Path) -> None:
     attempt("steps", lambda: steps(6, 8, *PREDICTIVE))
     attempt("candidates", lambda: steps(8, 1, *CANDIDATES))
     attempt("fixed", lambda: steps(2, 1, "algorithm.adv_estimator=kalman_rl/k_grpo"))
+    attempt("drawn", lambda: drawn(folder / "drawn", "+algorithm.kalman_rl.select_weights=unbiased"))
+    attempt("prior", lambda: drawn(folder / "prior", "+algorithm.kalman_rl.prior_key=prior", count=1))
     attempt("checkpoints", lambda: checkpoints(folder / "run"))
     attempt("refusals", lambda: refusals(folder))
     tq.close()

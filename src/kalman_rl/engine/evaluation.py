@@ -42,24 +42,48 @@ def evaluate(
     """
     result = {"eval/count": float(len(rows)), "eval/samples": float(samples)}
     for kind, sampled in (("greedy", False), ("sampled", True)):
-        scores: list[float] = []
-        asked = list(rows) * (samples if sampled else 1)
-        for start in range(0, len(asked), batch_size):
-            batch = asked[start : start + batch_size]
-            with torch.random.fork_rng():
-                torch.manual_seed(seed + start)
-                replies = generate(
-                    model,
-                    tokenizer,
-                    [row["prompt"] for row in batch],
-                    max_completion_tokens=max_completion_tokens,
-                    temperature=temperature if sampled else None,
-                )
-            scored = score_replies(reward, batch, *replies)
-            scores += [0.0 if score is None else float(score) for score in scored]
+        found = scores_of(
+            model,
+            tokenizer,
+            list(rows) * (samples if sampled else 1),
+            reward,
+            max_completion_tokens=max_completion_tokens,
+            temperature=temperature if sampled else None,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        scores = [0.0 if score is None else float(score) for score in found]
         result[f"eval/{kind}_accuracy"] = sum(score == 1.0 for score in scores) / max(len(scores), 1)
         result[f"eval/{kind}_reward"] = sum(scores) / max(len(scores), 1)
     return result
+
+
+def scores_of(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    reward: Callable[..., list[float | None]],
+    *,
+    max_completion_tokens: int,
+    temperature: float | None,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> list[float | None]:
+    """The reward of one reply to each row, None where it is missing; arguments as of :func:`evaluate`."""
+    scores: list[float | None] = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + start)
+            replies = generate(
+                model,
+                tokenizer,
+                [row["prompt"] for row in batch],
+                max_completion_tokens=max_completion_tokens,
+                temperature=temperature,
+            )
+            scores += score_replies(reward, batch, *replies)
+    return scores
 
 
 @torch.no_grad()

@@ -63,6 +63,12 @@ class Subject:
     source_column: Text | None = None
     """Column of the rows that names where a prompt comes from, e.g. data_source: the belief learns noise, drift, prior
     and scale for each source by itself. Unset: one for all."""
+    prior_column: Text | None = None
+    """Column of the rows with solve rates of the start model, as an object with rate (0 to 1) and count (completions
+    behind it), or empty: the belief begins with them."""
+    measure_prior: Annotated[int, Interval(ge=0, le=4_096)] = 0
+    """Completions of every training prompt, sampled from the start model before training, that the belief begins with;
+    they are spent and logged as such. 0: none."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kalman_rl.engine.tasks.table import TASKS
 from kalman_rl.errors import ConfigError, KalmanRLError, unknown_name
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.inputs import check_group_size
-from kalman_rl.sampling.budget import Budget, check_belief_only, check_select
+from kalman_rl.sampling.budget import Budget, check_belief_only, check_prior, check_select
 
 
 def check_train(config: TrainConfig) -> None:
@@ -41,6 +41,7 @@ def check_train(config: TrainConfig) -> None:
         )
     where = f"with advantage={config.advantage!r}"
     check_belief_only(config, config.advantage == "tracked", where, "set advantage = 'tracked'")
+    check_prior(config.prior_column, config.measure_prior, config.prompt_features)
     if config.reward_noise:
         check_select(config.select, config.select_weights, "real")
     if config.belief_options and config.advantage != "tracked":

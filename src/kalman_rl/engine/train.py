@@ -39,6 +39,7 @@ from kalman_rl.engine.early import check_lora_targets, check_same_data, fit_prom
 from kalman_rl.engine.evaluation import evaluate
 from kalman_rl.engine.method import chosen_method
 from kalman_rl.engine.models.load import LoadedModel, load_model
+from kalman_rl.engine.prior import measure_prior, prior_rows
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import (
@@ -207,6 +208,14 @@ def _train(
     evaluated = {row["step"] for row in read_metrics(run.path) if row["kind"] == "eval"}
     if checkpoint is None and 0 not in evaluated:
         measure(0)
+    if config.measure_prior and checkpoint is None and trainer.tracking is not None:
+        numbers = measure_prior(config, trainer.tracking, trainer.model, loaded.tokenizer, task, max_tokens)
+        if not any(row["kind"] == "prior" for row in read_metrics(run.path)):
+            run.log("prior", 0, **numbers)
+        say(
+            f"before training: {int(numbers['prior/completions'])} completions of the start model were spent on what "
+            f"the belief begins with, mean reward {numbers['prior/reward']:.3f}"
+        )
     progress.begin()
     if stop.step < config.steps:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -264,6 +273,7 @@ def build_trainer(
         belief_options=config.belief_options,
         prompt_features=config.prompt_features,
         source_column=config.source_column,
+        prior_column=config.prior_column,
         max_completion_length=max_tokens,
         temperature=config.temperature,
         max_steps=config.steps,
@@ -297,11 +307,13 @@ def build_trainer(
             target_modules=LORA_TARGETS,
             task_type="CAUSAL_LM",
         )
+    plain = trainer_rows(task.train, *filter(None, [config.source_column]))
+    dataset = [row | more for row, more in zip(plain, prior_rows(task.train, config.prior_column))]
     trainer = KalmanGRPOTrainer(
         model=loaded.model,
         reward_funcs=with_noise(by_row(guard_reward(task.reward), task.train), config.reward_noise),
         args=args,
-        train_dataset=Dataset.from_list(trainer_rows(task.train, *filter(None, [config.source_column]))),
+        train_dataset=Dataset.from_list(dataset),
         processing_class=loaded.tokenizer,
         peft_config=peft_config,
         method=method,
@@ -333,6 +345,7 @@ def _check_rows(task: Task, config: TrainConfig) -> None:
             f"{len(task.train)} training rows of task {task.name!r}; lower it or add rows"
         )
     Budget.of(config).chooses_among(config.prompts, config.prompts * config.group_size, len(task.train))
+    prior_rows(task.train, config.prior_column)
     if config.source_column is not None:
         note_sources(Sources("source_column"), config.source_column, task.train)
 

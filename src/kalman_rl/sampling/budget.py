@@ -206,6 +206,8 @@ BELIEF_ONLY: dict[str, tuple[Any, str]] = {
     "allocation": ("fixed", "knows how to divide completions"),
     "select": ("passes", "knows what a prompt teaches"),
     "source_column": (None, "learns by source"),
+    "prior_column": (None, "begins with what is known"),
+    "measure_prior": (0, "begins with what is measured"),
 }
 """Settings that only a belief reads: their value without one, and what a belief does with them."""
 
@@ -223,6 +225,20 @@ def check_belief_only(settings: Any, tracked: bool, where: str, advice: str) -> 
                 f"{name}: got {value!r:.80} {where}, expected {default or 'it unset'} because only a belief {what}; "
                 f"{advice}"
             )
+
+
+def check_prior(column: str | None, measured: int, features: bool) -> None:
+    """Refuse two origins of what a belief begins with, and hidden states beside it. Raises: ConfigError."""
+    if column is not None and measured:
+        raise ConfigError(
+            f"prior_column, measure_prior: got {column!r} and {measured}, expected one of the two; both are "
+            "completions of the start model"
+        )
+    if (column is not None or measured) and features:
+        raise ConfigError(
+            "prompt_features: got True with solve rates from before training, expected False because they are taken up "
+            "before any hidden state is known"
+        )
 
 
 def check_rounds(rounds: Sequence[int]) -> None:

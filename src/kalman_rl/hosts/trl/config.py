@@ -20,7 +20,7 @@ from kalman_rl.objectives.inputs import INPUTS, check_group_size, check_provided
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.registry import make
-from kalman_rl.sampling.budget import Budget, check_belief_only
+from kalman_rl.sampling.budget import Budget, check_belief_only, check_prior
 
 PROVIDED = {*INPUTS, "past_steps", "whole_step"}
 """What the trainer makes for a method, as :func:`kalman_rl.objectives.inputs.missing` reads it."""
@@ -132,6 +132,13 @@ class KalmanGRPOConfig(GRPOConfig):
         metadata={
             "help": "Column of the dataset that names where a prompt comes from, like data_source: the belief learns "
             "noise, drift, prior and scale for each source by itself. None: one for all."
+        },
+    )
+    prior_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the dataset with solve rates of the start model, like "
+            '{"rate": 0.25, "count": 8} or None: the belief begins with them.'
         },
     )
     select: str = _budget_field(
@@ -257,6 +264,7 @@ def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -
     Budget.of(args).chooses_among(rows // args.num_generations, rows)
     where = f"for method {method.name!r}"
     check_belief_only(args, isinstance(method.advantage, Tracked), where, "set belief='auto'")
+    check_prior(getattr(args, "prior_column", None), 0, getattr(args, "prompt_features", False))
     if args.use_vllm:  # it does not pass on the behaviour policy's distributions
         advice = "take the binary form (dppo_tv, dppo_kl), or train without vLLM"
         check_provided(method, PROVIDED - {"top_behaviour"}, "KalmanGRPOTrainer with vLLM", advice)

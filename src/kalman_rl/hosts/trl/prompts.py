@@ -10,6 +10,8 @@ import numpy as np
 
 from kalman_rl.beliefs.by_source import Sources
 from kalman_rl.errors import ConfigError
+from kalman_rl.sampling.priors import absorb_priors, read_priors
+from kalman_rl.sampling.tracking import Tracking
 
 Row = dict[str, Any]
 
@@ -62,6 +64,50 @@ def check_names(dataset: Any) -> None:
     for shared in places.values():
         if len(shared) > 1:
             prompts_by_id(dataset[place] for place in shared)
+
+
+def names_in(dataset: Any, setting: str) -> list[Hashable]:
+    """The ``prompt_id`` of every row of a dataset that ``setting`` needs as a whole.
+
+    Raises: ConfigError for a dataset without length or without this column, and as :func:`check_names`.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names"):
+        raise ConfigError(
+            f"{setting}: got a {type(dataset).__name__}, expected a dataset with a length because all of its prompts "
+            "are looked at before training; load it as a whole, or do without this setting"
+        )
+    if not len(dataset):
+        return []
+    if "prompt_id" not in dataset.column_names:
+        raise ConfigError(
+            f"prompt_id: got a dataset without this column, expected one with {setting} because beliefs are kept by "
+            "prompt; add one, e.g. dataset.map(lambda row, i: {'prompt_id': i}, with_indices=True)"
+        )
+    check_names(dataset)
+    return list(dataset["prompt_id"])
+
+
+def note_all_sources(sources: Sources | None, column: str | None, dataset: Any) -> None:
+    """:func:`note_sources` for every row of a dataset, where beliefs are kept by source."""
+    if sources is not None and column is not None and len(dataset):
+        known = [name for name in ("prompt_id", column) if name in dataset.column_names]
+        note_sources(sources, column, dataset.select_columns(known))
+
+
+def take_priors(tracking: Tracking, dataset: Any, args: Any) -> None:
+    """Absorb the solve rates in the column ``args.prior_column`` of a dataset.
+
+    Raises: ConfigError for a dataset without the column, and what ``read_priors`` refuses.
+    """
+    column = args.prior_column
+    names = names_in(dataset, f"prior_column={column!r}")
+    if names and column not in dataset.column_names:
+        raise ConfigError(
+            f"prior_column: got {column!r}, expected a column of the dataset, which has "
+            f"{', '.join(dataset.column_names)}"
+        )
+    note_all_sources(tracking.sources, args.source_column, dataset)
+    absorb_priors(tracking, read_priors(names, dataset[column] if names else [], column))
 
 
 def note_sources(sources: Sources, column: str, rows: Iterable[Row]) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOConfig
 
-from kalman_rl.errors import ConfigError
-from kalman_rl.hosts.trl.prompts import Row, check_names, note_sources
+from kalman_rl.hosts.trl.prompts import Row, names_in, note_all_sources
 from kalman_rl.sampling.stream import PromptStream
 from kalman_rl.sampling.tracking import Tracking
 
@@ -30,25 +29,10 @@ class PromptPool:
     """
 
     def __init__(self, tracking: Tracking, dataset: Any, args: GRPOConfig) -> None:
-        select = tracking.budget.select
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names"):
-            raise ConfigError(
-                f"select: got {select!r} for a {type(dataset).__name__}, expected a dataset with a length because "
-                "prompts are drawn from all of it; load it as a whole, or take select='passes'"
-            )
-        if len(dataset) and "prompt_id" not in dataset.column_names:
-            raise ConfigError(
-                f"prompt_id: got a dataset without this column, expected one with select={select!r} because beliefs "
-                "are kept by prompt; add one, e.g. dataset.map(lambda row, i: {'prompt_id': i}, with_indices=True)"
-            )
-        check_names(dataset)
-        names = list(dataset["prompt_id"]) if len(dataset) else []
+        names = names_in(dataset, f"select={tracking.budget.select!r}")
+        note_all_sources(tracking.sources, getattr(args, "source_column", None), dataset)
         self._dataset = dataset
         self._place = {name: i for i, name in reversed(list(enumerate(names)))}
-        if tracking.sources is not None and len(dataset):
-            column = str(getattr(args, "source_column", None))
-            known = [name for name in ("prompt_id", column) if name in dataset.column_names]
-            note_sources(tracking.sources, column, dataset.select_columns(known))
         group = int(args.num_generations or 1)
         count = int(args.generation_batch_size or 1) // group
         tracking.open_stream(list(dict.fromkeys(names)), count, group=group, seed=args.seed)

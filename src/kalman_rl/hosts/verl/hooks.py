@@ -39,6 +39,7 @@ TRAINER = Host(
         "verl.trainer.ppo.v1": {"register_trainer": HookedMethod(("name",))},
         "verl.trainer.ppo.v1:PPOTrainerSync": {
             "__init__": HookedMethod(("config",)),
+            "_init_dataloader": HookedMethod(()),
             "_next_train_batch": HookedMethod(("num_prompts",)),
             "_step_once": HookedMethod(("metrics", "timing_raw", "sample_batch_size")),
             "_compute_advantage": HookedMethod(("batch", "metrics")),
@@ -46,6 +47,7 @@ TRAINER = Host(
             "_save_checkpoint": HookedMethod(),
             "_load_checkpoint": HookedMethod(),
             "global_steps": None,
+            "train_dataset": None,
             "trainer_mode": None,
         },
     },

@@ -37,6 +37,8 @@ class TrackerSettings(Budget):
         source_key: column that says where a prompt comes from: the belief learns noise, drift, prior and scale for each
             source by itself. With a single source nothing changes. None = one belief for all, and so is the default
             with a belief of your own that is no :class:`~kalman_rl.beliefs.TableBelief`.
+        prior_key: column with solve rates of the start model, ``{"rate": 0.25, "count": 8}`` or nothing: the belief
+            begins with them. None = it begins with nothing.
 
     verl samples ``rollout.n`` completions per prompt on average, all at once: ``budget`` and rounds stay as they are.
     """
@@ -45,6 +47,7 @@ class TrackerSettings(Budget):
     belief_options: Mapping[str, Any] = field(default_factory=dict)
     prompt_key: Sequence[str] = ("data_source", "index")
     source_key: str | None = "data_source"
+    prior_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.allocation not in ("fixed", "predictive"):
@@ -52,8 +55,6 @@ class TrackerSettings(Budget):
                 f"algorithm.kalman_rl.allocation: got {self.allocation!r}, expected fixed or predictive; rounds need a "
                 "rollout that waits for rewards, which verl's does not"
             )
-        if self.select != "passes":
-            raise ConfigError(f"algorithm.kalman_rl.select: got {self.select!r}, expected passes")
         for name in ("budget", "rounds", "max_rounds"):
             if (value := getattr(self, name)) != (default := getattr(Budget, name)):
                 raise ConfigError(
@@ -67,6 +68,10 @@ class TrackerSettings(Budget):
         if self.source_key is not None and (not isinstance(self.source_key, str) or not self.source_key):
             raise ConfigError(
                 f"algorithm.kalman_rl.source_key: got {self.source_key!r}, expected a column, or null for one belief"
+            )
+        if self.prior_key is not None and (not isinstance(self.prior_key, str) or not self.prior_key):
+            raise ConfigError(
+                f"algorithm.kalman_rl.prior_key: got {self.prior_key!r}, expected a column, or null"
             )
         if not isinstance(self.belief_options, Mapping):
             raise ConfigError(
@@ -231,7 +236,14 @@ def rows_of(keys: Sequence[str], tags: Sequence[Mapping[str, Any]], names: list[
 
 
 def tracked_advantages(
-    tracking: Tracking, rows: Rows, reward: Tensor, *, global_step: int, n: int, prompts: int | None = None
+    tracking: Tracking,
+    rows: Rows,
+    reward: Tensor,
+    *,
+    global_step: int,
+    n: int,
+    prompts: int | None = None,
+    weight: Mapping[Hashable, float] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Advantages (B,) float64 of verl's rows, and metrics; the belief absorbs the rewards.
 
@@ -244,6 +256,7 @@ def tracked_advantages(
         global_step: verl's.
         n: ``rollout.n``, for what a fixed allocation would have used.
         prompts: of verl's batch, where those of ``rows`` were chosen among candidates.
+        weight: of each prompt's loss, where a stream drew them. None = 1.
     """
     counted = torch.tensor(rows.counted)
     names = [name for name, yes in zip(rows.name, rows.counted) if yes]
@@ -253,6 +266,9 @@ def tracked_advantages(
     predicted = tracking.before(list(dict.fromkeys(names)), step)
     known = reward.detach().double().cpu()[counted]
     sampled = fixed_groups(tracking, names, known, step, equal=tracking.budget.allocation == "predictive")
+    if weight is not None:
+        drawn = torch.tensor([weight[name] for name in names], dtype=torch.float64)
+        sampled = sampled._replace(weight=sampled.weight * drawn)
     metrics = outcome_metrics(sampled, (names, known), predicted, tracking, (prompts or rows.prompts) * n)
     tracking.note(sampled)
     sessions = [session for session, yes in zip(rows.session, rows.counted) if yes]

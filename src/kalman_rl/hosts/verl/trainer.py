@@ -27,6 +27,7 @@ from kalman_rl.hosts.verl.estimators import TRACKED, TRACKER, options_in, rememb
 from kalman_rl.hosts.verl.hooks import TRAINER
 from kalman_rl.hosts.verl.metrics import divided
 from kalman_rl.hosts.verl.settings import PREFIX, check_actor, check_algorithm, check_bypass
+from kalman_rl.hosts.verl.stream import PromptPool
 from kalman_rl.hosts.verl.tracker import (
     PromptNames,
     Rows,
@@ -63,6 +64,7 @@ class KalmanPPOTrainer(PPOTrainerSync):
         self.prompt_names = PromptNames(self.tracker_settings.prompt_key)
         self.chosen: int | None = None
         """Prompts of the batch that is being sampled, where that is for the belief to say."""
+        self.pool: PromptPool | None = None
         super().__init__(config)
 
     @property
@@ -74,11 +76,29 @@ class KalmanPPOTrainer(PPOTrainerSync):
     def trainer_mode(self, name: str) -> None:
         """verl assigns the registered name; it stays in the configuration."""
 
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        settings = self.tracker_settings
+        if settings.select != "passes" or settings.prior_key is not None:
+            self.pool = PromptPool(
+                self.tracking,
+                settings,
+                self.train_dataset,
+                count=int(self.config.data.train_batch_size),
+                group=int(self.config.actor_rollout_ref.rollout.n),
+                seed=int(self.config.data.get("seed", None) or 0),
+            )
+
     def _next_train_batch(self, num_prompts: int | None = None) -> Any:
-        among = (
-            self._candidates() if num_prompts is None else None
-        )  # with a number, prompts that failed are replaced
-        batch = super()._next_train_batch(among or num_prompts)
+        # with a number, prompts that failed are replaced
+        among = self._candidates() if num_prompts is None else None
+        if self.pool is not None and self.tracking.stream is not None:
+            step = max(self.global_steps, self.tracking.last_step + 1)
+            count = int(num_prompts or self.config.data.train_batch_size)
+            batch = self.pool.draw(self.tracking, count, step)
+            tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
+        else:
+            batch = super()._next_train_batch(among or num_prompts)
         names = self._names(batch)
         self.prompt_names.check(names, plain(batch["raw_prompt"]))
         if self.tracking.budget.allocation == "fixed":
@@ -134,6 +154,7 @@ class KalmanPPOTrainer(PPOTrainerSync):
             global_step=self.global_steps,
             n=int(self.config.actor_rollout_ref.rollout.n),
             prompts=None if self.chosen is None else int(self.config.data.train_batch_size),
+            weight=None if self.pool is None or self.tracking.stream is None else self.pool.weight,
         )
         metrics.update(numbers)
         return found
