@@ -19,6 +19,7 @@ from torch import Tensor
 from kalman_rl import METHODS, make_method
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.hosts.recipes import common, prime_rl, skyrl, slime
+from kalman_rl.hosts.recipes.prime_rl_stream import TaskStream
 from kalman_rl.objectives.aggregate import sequence_mean, token_mean
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
@@ -324,3 +325,44 @@ def test_every_method_is_taken_or_refused_with_a_reason() -> None:
         *("bapo", "bapo_published", "capo", "dppo_topk_kl", "dppo_topk_tv"),
         *("kpo_auto", "kpo_noise", "kpo_robust"),
     }
+
+
+# ---- prime-rl's task sampler
+
+
+@dataclass
+class Task:
+    key: str
+
+
+def episodes(key: str, *rewards: float, broken: int = 0) -> list[Any]:
+    """A finalized group as prime-rl's own sampler reads it."""
+
+    def trace(reward: float, error: bool = False) -> Any:
+        agent = types.SimpleNamespace(trainable=True)
+        return types.SimpleNamespace(reward=reward, has_error=error, agent=agent, num_turns=1)
+
+    made = [types.SimpleNamespace(ok=True, task=Task(key), traces=[trace(reward)]) for reward in rewards]
+    made += [types.SimpleNamespace(ok=False, task=Task(key), traces=[trace(1.0)]) for _ in range(broken)]
+    return made
+
+
+def test_prime_rl_draws_tasks_that_teach_and_resumes() -> None:
+    tasks = [Task(f"never{i}") for i in range(30)] + [Task(f"half{i}") for i in range(10)]
+    sampler = TaskStream(tasks, count=8, seed=1)
+    for _ in range(160):
+        task = next(sampler)
+        rewards = [0.0] * 4 if "never" in task.key else [0.0, 1.0, 0.0, 1.0]
+        sampler.observe(episodes(task.key, *rewards, broken=1))
+    sampler.observe(episodes("half0", broken=2))  # nothing is known of it
+    assert sampler.metrics() == {"groups": 160.0}
+    other = TaskStream(tasks, count=8, seed=2)
+    next(sampler)  # in the middle of a batch
+    other.load_state_dict(sampler.state_dict())
+    drawn = [next(sampler).key for _ in range(39)]
+    assert drawn == [next(other).key for _ in range(39)]
+    assert sum("half" in key for key in drawn) > 20  # a quarter of the pool
+    with pytest.raises(ConfigError, match="^pool: got 39 prompts"):
+        TaskStream(tasks[1:], count=8).load_state_dict(sampler.state_dict())
+    with pytest.raises(ConfigError, match="^tasks: got a list_iterator, expected a finite sequence"):
+        TaskStream(iter(tasks), count=8)  # type: ignore[arg-type]

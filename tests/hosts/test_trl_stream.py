@@ -166,7 +166,7 @@ def test_two_ranks_draw_one_batch(model_path: str, tmp_path: Path) -> None:
         (ROWS, {"select": "steam"}, "select: got 'steam'"),
         (ROWS, {"select_floor": 0.0}, "select_floor: got 0.0"),
         (ROWS, {"select": "sage", "reward_range": "real"}, "select: got 'sage' with real-valued rewards"),
-        ("stream", {}, "select: got 'stream' for a IterableDataset, expected a dataset with a length"),
+        ("stream", {}, "select='stream': got a IterableDataset, expected a dataset with a length"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -36,6 +36,7 @@ TRAINER = Host(
     "verl",
     "==0.9.*",
     {
+        "verl.utils.dataset.rl_dataset": {"collate_fn": HookedMethod(("data_list",))},
         "verl.trainer.ppo.v1": {"register_trainer": HookedMethod(("name",))},
         "verl.trainer.ppo.v1:PPOTrainerSync": {
             "__init__": HookedMethod(("config",)),
