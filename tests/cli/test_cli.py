@@ -48,6 +48,7 @@ TRAIN_FLAGS = {
         "--source-column",
         "--prior-column",
         "--measure-prior",
+        "--candidates",
         "--belief-options",
         "--no-prompt-features",
         "--allocation",
