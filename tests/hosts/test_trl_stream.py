@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 pytest.importorskip("trl")
+from transformers import LlamaForCausalLM
 
 from kalman_rl.beliefs import make_belief
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
 from kalman_rl.sampling.stream import PromptStream
 from tests.hosts.test_trl import ROWS, model_path, settings, two_ranks
-from tests.hosts.test_trl_beliefs import flat, trained
+from tests.hosts.test_trl_beliefs import flat, odd_first, trained
 
 __all__ = ["model_path"]  # a fixture
 
@@ -251,3 +253,21 @@ def test_bad_priors_are_one_sentence(
             train_dataset=Dataset.from_list(rows),
         )
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_the_example_of_the_page_trains(model_path: str, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "beliefs.md").read_text(encoding="utf-8")
+    (example,) = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.S) if 'select="stream"' in block
+    ]
+    example = example.replace('output_dir="out",', f"output_dir={str(tmp_path)!r}, use_cpu=True, bf16=False,")
+    rows = [{"prompt": f"{i // 10}{i % 10}>", "prompt_id": i} for i in range(40)]
+    names: dict[str, Any] = {
+        "model": LlamaForCausalLM.from_pretrained(model_path),
+        "reward": odd_first,
+        "dataset": Dataset.from_list(rows),
+    }
+    exec(compile(example, "docs/beliefs.md", "exec"), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 4 and 16 <= len(trainer.tracking.belief) <= 32
+    assert trainer.tracking.stream.count == 32  # 4 optimizer steps of 8
