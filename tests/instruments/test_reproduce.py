@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from kalman_rl.engine.models.tiny import _model, character_tokenizer
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.instruments import reproduce as room
 from kalman_rl.instruments.reproduce import reproduce
-from kalman_rl.instruments.reproduce.claim import Claim, difference, judge, saved, value
+from kalman_rl.instruments.reproduce.claim import Claim, difference, judge, saved, value, verdict
 from kalman_rl.instruments.reproduce.collapses import collapse_of, fallen_mean
 from kalman_rl.instruments.reproduce.experiment import Experiment
 from kalman_rl.instruments.reproduce.gradients import Enumeration
@@ -124,7 +125,7 @@ def run(notes: Path, *names: str, **options: Any) -> dict[str, Any]:
 def test_settings_are_chosen_on_tuning_seeds_and_judged_on_others(counted: Path) -> None:
     found = run(counted)
     assert found["arms"]["a"]["tuning"]["chosen"] == "0.7"
-    assert found["arms"]["a"]["mean"] == pytest.approx([0.701, 0.702, 0.7])
+    assert found["arms"]["a"]["numbers"]["mean"] == pytest.approx([0.701, 0.702, 0.7])
     assert found["arms"]["a"]["seeds"] == [1000, 1001, 1002]
     assert found["claims"][0]["verdict"] == "reproduced"
     ran = [line.split() for line in counted.read_text().splitlines()]
@@ -133,7 +134,7 @@ def test_settings_are_chosen_on_tuning_seeds_and_judged_on_others(counted: Path)
 
 def test_a_quick_run_tunes_nothing(counted: Path) -> None:
     found = run(counted, quick=True)
-    assert found["arms"]["a"]["mean"] == pytest.approx([0.501, 0.502])
+    assert found["arms"]["a"]["numbers"]["mean"] == pytest.approx([0.501, 0.502])
     assert len(counted.read_text().splitlines()) == 4
 
 
@@ -391,3 +392,28 @@ def test_training_follows_the_reward(world: World, monkeypatch: pytest.MonkeyPat
         lambda: world, 1000
     )
     assert sum(found["reward"][:4]) / 4 < 0.2 and sum(found["reward"][-4:]) / 4 > 0.6
+
+
+# ---- what was measured and is kept in docs/evidence
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+
+
+def test_the_page_is_what_its_numbers_give(tmp_path: Path) -> None:
+    copy = tmp_path / "evidence"
+    shutil.copytree(EVIDENCE, copy)
+    room.table(copy, list(room.EXPERIMENTS))
+    assert copy.with_suffix(".md").read_text() == EVIDENCE.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*.json")), ids=lambda path: path.stem)
+def test_no_acceptance_was_moved_after_the_run(path: Path) -> None:
+    """Claims, bounds and verdicts of the numbers that are kept are those of the code."""
+    kept, experiment = json.loads(path.read_text()), room.EXPERIMENTS[path.stem]
+    assert (path.with_suffix(".png")).exists()
+    assert [claim["claim"] for claim in kept["claims"]] == [claim.text for claim in experiment.claims]
+    for found, claim in zip(kept["claims"], experiment.claims):
+        assert found["accepted"] == claim.acceptance
+        interval = found["interval"]
+        assert found["verdict"] == ("not decided" if interval is None else verdict(tuple(interval), claim))
+    assert {seed for arm in kept["arms"].values() for seed in arm["seeds"] if seed < 1000} == set()

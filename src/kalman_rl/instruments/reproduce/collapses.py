@@ -108,19 +108,19 @@ COLLAPSE = Experiment(
         for claim in (
             Claim(
                 f"{text} notices over 0.8 of the collapses.",
-                "README",
+                "project",
                 _alarms(rule, _ARMS, _noticed),
                 low=0.8,
             ),
             Claim(
                 f"{text} is 10 updates ahead of over half of the collapses.",
-                "ours",
+                "project",
                 _alarms(rule, _ARMS, _ahead),
                 low=0.5,
             ),
             Claim(
                 f"{text} alarms in under 0.2 of the runs that hold.",
-                "README",
+                "project",
                 _alarms(rule, _ARMS, _false),
                 high=0.2,
             ),

@@ -31,7 +31,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             _curves(axes[0], curves)
         _claims(axes[-1], claims)
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+            figure.savefig(temporary, format="png", dpi=90)
 
 
 def _curves(axis: Any, arms: Mapping[str, Mapping[str, Any]]) -> None:

@@ -119,14 +119,14 @@ QUALITY = Experiment(
     (
         _worth(
             "With perfect baselines, single completions are worth over 2 times those of groups of 8.",
-            "README",
+            "project",
             "128 x 1, true p",
             "16 x 8, true p",
             2.0,
         ),
         _worth(
             "A perfect baseline with single completions is worth over 2 times GRPO.",
-            "README",
+            "project",
             "128 x 1, true p",
             "16 x 8, GRPO",
             2.0,
@@ -140,14 +140,14 @@ QUALITY = Experiment(
         ),
         _worth(
             "Perfect selection and a perfect baseline are worth over 5 times GRPO.",
-            "README",
+            "project",
             "drawn ~ v, groups of 2, true p",
             "16 x 8, GRPO",
             5.0,
         ),
         _worth(
             "Dividing completions among 64 candidates is worth over 2 times dividing them among 16.",
-            "README",
+            "project",
             "64 candidates, ~ sqrt v, true p",
             "16 candidates, ~ sqrt v, true p",
             2.0,
@@ -228,7 +228,7 @@ UNBIASED = Experiment(
         *(
             Claim(
                 f"The gradient of {name} points along the true one.",
-                "README",
+                "project",
                 value(name, "residual"),
                 high=1e-9,
             )
@@ -237,7 +237,7 @@ UNBIASED = Experiment(
         *(
             Claim(
                 f"The gradient of {name} does not point along the true one.",
-                "README",
+                "project",
                 value(name, "residual"),
                 low=0.01,
             )

@@ -9,12 +9,13 @@ from kalman_rl.instruments.reproduce.experiment import Experiment
 from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training
 
 RATES = (5e-5, 1e-4, 2e-4)
+# Rates as chosen on the tuning seeds; among 5e-5, 1e-4 and 2e-4 all took 1e-4 but GRPO at batch 64, which took 5e-5.
 GRPO = Arm(rate=1e-4)
-BATCH_MEAN = Arm(advantage="batch_mean", group=1, rate=2e-4)
-JAMES_STEIN = Arm(advantage="james_stein", group=2, rate=2e-4)
-TRACKED = Arm(advantage="k_grpo", group=1, rate=2e-4)
+BATCH_MEAN = Arm(advantage="batch_mean", group=1, rate=1e-4)
+JAMES_STEIN = Arm(advantage="james_stein", group=2, rate=1e-4)
+TRACKED = Arm(advantage="k_grpo", group=1, rate=1e-4)
 STREAM = replace(TRACKED, draw="stream")
-TRUE = Arm(advantage="true", draw="true", group=2, rate=2e-4)
+TRUE = Arm(advantage="true", draw="true", group=2, rate=1e-4)
 
 MATHS = Setting()
 BASE = "256 questions, 40 % hopeless, 30 % in between, 30 % solved; 8192 completions"
@@ -43,32 +44,32 @@ BASELINE = Experiment(
     (
         Claim(
             "Single completions with the tracked baseline need over 1.5 times fewer completions than GRPO.",
-            "README",
+            "project",
             saved("tracked, single", "GRPO, groups of 8"),
             low=1.5,
             factor=True,
         ),
         Claim(
             "The tracker's own share: it beats the batch mean of single completions.",
-            "README",
+            "project",
             difference("tracked, single", "batch mean, single"),
             low=0.03,
         ),
         Claim(
             "The tracked baseline beats James-Stein groups of 2.",
-            "README",
+            "project",
             difference("tracked, single", "James-Stein, groups of 2"),
             low=0.02,
         ),
         Claim(
             "Single completions alone, with a batch mean, beat GRPO.",
-            "README",
+            "project",
             difference("batch mean, single", "GRPO, groups of 8"),
             low=0.0,
         ),
         Claim(
             "On held-out questions the tracked baseline beats GRPO.",
-            "README",
+            "project",
             difference("tracked, single", "GRPO, groups of 8", "held_out"),
             low=0.0,
         ),
@@ -82,7 +83,7 @@ STREAMED = Experiment(
     f"{BASE}, 64 a batch (GRPO 128 and 64), 4 updates; each arm but true p at its own best of three rates",
     {
         "GRPO, groups of 8": tuned(MATHS, GRPO),
-        "GRPO, batch 64": tuned(MATHS, small(GRPO)),
+        "GRPO, batch 64": tuned(MATHS, replace(small(GRPO), rate=5e-5)),
         "batch mean, batch 64": tuned(MATHS, small(BATCH_MEAN)),
         "tracked, batch 64": tuned(MATHS, small(TRACKED)),
         "stream, batch 64": tuned(MATHS, small(STREAM)),
@@ -91,39 +92,39 @@ STREAMED = Experiment(
     (
         Claim(
             "The stream needs over 2 times fewer completions than GRPO.",
-            "README",
+            "project",
             saved("stream, batch 64", "GRPO, groups of 8"),
             low=2.0,
             factor=True,
         ),
         Claim(
             "The stream needs over 2 times fewer completions than GRPO at the same batch.",
-            "README",
+            "project",
             saved("stream, batch 64", "GRPO, batch 64"),
             low=2.0,
             factor=True,
         ),
         Claim(
             "Selection by the belief adds to the tracked baseline.",
-            "README",
+            "project",
             difference("stream, batch 64", "tracked, batch 64"),
             low=0.0,
         ),
         Claim(
             "The tracker's own share at batch 64: it beats the batch mean of single completions.",
-            "README",
+            "project",
             difference("tracked, batch 64", "batch mean, batch 64"),
             low=0.03,
         ),
         Claim(
             "Perfect knowledge of every success probability would add to the stream.",
-            "ours",
+            "project",
             difference("true p, batch 64", "stream, batch 64"),
             low=0.0,
         ),
         Claim(
             "On held-out questions the stream beats GRPO.",
-            "README",
+            "project",
             difference("stream, batch 64", "GRPO, groups of 8", "held_out"),
             low=0.0,
         ),
@@ -139,13 +140,13 @@ CANDIDATES = Experiment(
     {
         "GRPO, groups of 8": Training(MATHS, GRPO),
         "predictive among 16": Training(MATHS, PREDICTIVE),
-        "predictive among 128": Training(MATHS, replace(PREDICTIVE, candidates=128, rate=2e-4)),
+        "predictive among 128": Training(MATHS, replace(PREDICTIVE, candidates=128, rate=1e-4)),
         "rounds among 16": Training(MATHS, replace(PREDICTIVE, allocation="rounds")),
     },
     (
         Claim(
             "Choosing among 128 candidates beats choosing among the 16 of the batch.",
-            "README",
+            "project",
             difference("predictive among 128", "predictive among 16"),
             low=0.03,
         ),
@@ -173,20 +174,20 @@ OFFSETS = Experiment(
     f"{BASE}, 128 a batch, 4 updates; a constant N(0, 1) per question is added to its reward",
     {
         "GRPO, groups of 8": Training(_OFFSETS, GRPO),
-        "leave-one-out, groups of 2": Training(_OFFSETS, Arm(advantage="rloo", group=2, rate=2e-4)),
+        "leave-one-out, groups of 2": Training(_OFFSETS, Arm(advantage="rloo", group=2, rate=1e-4)),
         "batch mean, single": Training(_OFFSETS, BATCH_MEAN),
         "tracked, single": Training(_OFFSETS, TRACKED),
     },
     (
         Claim(
             "With offsets the tracked baseline beats GRPO.",
-            "README",
+            "project",
             difference("tracked, single", "GRPO, groups of 8"),
             low=0.02,
         ),
         Claim(
             "With offsets the tracked baseline beats the batch mean.",
-            "README",
+            "project",
             difference("tracked, single", "batch mean, single"),
             low=0.1,
         ),
@@ -207,13 +208,13 @@ VISITS = Experiment(
     (
         Claim(
             "With 8 visits the tracked baseline beats the batch mean.",
-            "README",
+            "project",
             difference("tracked, single", "batch mean, single"),
             low=0.005,
         ),
         Claim(
             "With 8 visits it needs over 1.2 times fewer completions than GRPO.",
-            "README",
+            "project",
             saved("tracked, single", "GRPO, groups of 8"),
             low=1.2,
             factor=True,
@@ -236,13 +237,13 @@ HARD = Experiment(
     (
         Claim(
             "In the harder pool the tracked baseline beats the batch mean.",
-            "README",
+            "project",
             difference("tracked, single", "batch mean, single"),
             low=0.05,
         ),
         Claim(
             "In the harder pool selection by the belief adds to the tracked baseline.",
-            "ours",
+            "project",
             difference("stream, single", "tracked, single"),
             low=0.0,
         ),
@@ -269,6 +270,7 @@ NOISE = Experiment(
         for sd in _LOUD
         for other in ("GRPO", "batch mean")
     ),
+    seeds=4,
 )
 
 POOLS = (BASELINE, STREAMED, CANDIDATES, OFFSETS, VISITS, HARD, NOISE)

@@ -61,12 +61,12 @@ STALE = Experiment(
                 difference(name, "GRPO"),
                 low=0.01,
             )
-            for name, source in (("GSPO", "ours"), ("kpo_diffuse", "KPO"), ("kpo_noise", "KPO"))
+            for name, source in (("GSPO", "project"), ("kpo_diffuse", "KPO"), ("kpo_noise", "KPO"))
         ),
         *(
             Claim(
                 f"On stale samples {name} and GSPO are alike.",
-                "ours",
+                "project",
                 difference(name, "GSPO"),
                 low=-0.03,
                 high=0.03,
@@ -94,14 +94,14 @@ MISMATCH = Experiment(
     (
         Claim(
             "Under a mismatch truncated importance sampling beats no correction.",
-            "README",
+            "project",
             difference("TIS", "none"),
             low=0.07,
         ),
         *(
             Claim(
                 f"Under a mismatch truncated importance sampling beats {name}.",
-                "README",
+                "project",
                 difference("TIS", name),
                 low=0.0,
             )
@@ -134,7 +134,7 @@ STRESS = Experiment(
         *(
             Claim(
                 f"Under {condition} a diffuse start keeps KPO from its collapse as published.",
-                "README",
+                "project",
                 difference(f"kpo_diffuse, {condition}", f"kpo, published, {condition}"),
                 low=0.05,
             )
@@ -143,7 +143,7 @@ STRESS = Experiment(
         *(
             Claim(
                 f"Under {condition} kpo_diffuse and {other} tie.",
-                "README",
+                "project",
                 difference(f"kpo_diffuse, {condition}", f"{other}, {condition}"),
                 low=-0.05,
                 high=0.05,
@@ -152,7 +152,7 @@ STRESS = Experiment(
             for other in ("grpo", "gspo")
         ),
     ),
-    seeds=4,
+    seeds=3,
 )
 
 KPO = Experiment(
@@ -187,13 +187,13 @@ KPO = Experiment(
         ),
         Claim(
             "Under A KPO as published does what no ratio with the same clip does.",
-            "README",
+            "project",
             difference("kpo, published, A", "ratio := 1, same clip, A"),
             low=-0.03,
             high=0.03,
         ),
     ),
-    seeds=4,
+    seeds=3,
 )
 
 RATIOS = (STALE, MISMATCH, STRESS, KPO)

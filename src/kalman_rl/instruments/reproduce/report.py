@@ -14,17 +14,18 @@ from kalman_rl.engine.runs.files import read_json, write_file
 from kalman_rl.instruments.reproduce.claim import Records, judge
 from kalman_rl.instruments.reproduce.experiment import TUNING_SEEDS, Experiment, Tuned
 
-SHOWN = ("mean", "final", "held_out", "hopeless", "between", "solved", "calibration")
-"""Numbers of an arm that the JSON keeps, one per seed."""
+HIDDEN = ("seconds",)
+"""Numbers of a run that say nothing about its arm."""
 HEAD = """# Evidence
 
 Written by `kalman-rl reproduce`. Every claim had its acceptance before it was run: **reproduced** means that the 95 %
 interval (Student's t over seeds, paired where arms are compared; one comparison at a time, not corrected for their
 number) lies inside the accepted range, **refuted** that it lies outside, **not decided** that it reaches over the
-bound. Test seeds are 1000 and on; rates were chosen on seeds {tuning}. Accuracy is the exact probability of the right
-reply, its mean over the run where nothing else is said. "Fewer completions" compares the budget with the completions
-at which an arm first has the other's final accuracy. All of it is a tiny model of 113k parameters that sorts digits
-unless a model is named: directions and factors, no promises for large models.
+bound. Claims come from the published sources (K-GRPO, KPO) or from this project. Test seeds are 1000 and on; rates
+were chosen on seeds {tuning}. Accuracy is the exact probability of the right reply, and its mean over the run where
+nothing else is said. "Fewer completions" compares the budget with the completions at which an arm first has the
+other's final accuracy. All of it is a tiny model of 113k parameters that sorts digits, unless a model is named:
+directions and factors, no promises for large models.
 
 | experiment | claim | from | accepted | result | verdict | seeds |
 |---|---|---|---|---|---|---|
@@ -39,7 +40,7 @@ def summary(
     for arm, found in records.items():
         runs = [found[seed] for seed in sorted(found)]
         entry: dict[str, Any] = {"trial": repr(experiment.arms[arm]), "seeds": sorted(found)}
-        entry |= {key: [run[key] for run in runs] for key in _numbers(runs)}
+        entry["numbers"] = {key: [run[key] for run in runs] for key in _numbers(runs)}
         if runs and "accuracy" in runs[0]:
             entry["spent"] = runs[0]["spent"]
             entry["accuracy"] = [run["accuracy"] for run in runs]
@@ -116,6 +117,8 @@ def outcome(claim: Mapping[str, Any]) -> str:
     def number(value: float | None) -> str:
         if value is None:
             return "inf"
+        if 0 < abs(value) < 5e-4:
+            return f"{value:+.0e}"
         return f"{value:.2f}" if claim["factor"] or abs(value) >= 10 else f"{value:+.3f}"
 
     text = ("x" if claim["factor"] else "") + number(claim["value"])
@@ -126,10 +129,16 @@ def outcome(claim: Mapping[str, Any]) -> str:
 
 def section(result: Mapping[str, Any], folder: str) -> str:
     """An experiment's part of the page: question, pool, arms, figure, command."""
-    lines = [f"\n## {result['name']}\n", f"{result['question']} {result['pool'].capitalize()}.\n"]
-    keys = [key for key in SHOWN if any(key in arm for arm in result["arms"].values())]
+    lines = [
+        f"\n## {result['name']}\n",
+        f"{result['question']} {result['pool'][0].upper()}{result['pool'][1:]}.\n",
+    ]
+    arms = result["arms"].values()
+    keys = list(dict.fromkeys(key for arm in arms for key in arm.get("numbers", ())))
     if keys:
-        head = ["arm", *(key.replace("_", " ") for key in keys), "rate (tried: mean on tuning seeds)"]
+        head = ["arm", *(key.replace("_", " ") for key in keys)]
+        tuned = any("tuning" in arm for arm in arms)
+        head += ["rate (tried: mean on tuning seeds)"] if tuned else []
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, arm in result["arms"].items():
             tuning = arm.get("tuning")
@@ -137,8 +146,8 @@ def section(result: Mapping[str, Any], folder: str) -> str:
             if tuning:
                 tried = ", ".join(f"{rate}: {mean:.3f}" for rate, mean in tuning["mean"].items())
                 tried = f"{tuning['chosen']} ({tried})"
-            cells = [_mean(arm.get(key)) for key in keys]
-            lines.append("| " + " | ".join([name, *cells, tried]) + " |")
+            cells = [_mean(arm.get("numbers", {}).get(key)) for key in keys]
+            lines.append("| " + " | ".join([name, *cells, *([tried] if tuned else [])]) + " |")
         lines.append("")
     lines.append(f"![{result['name']}]({folder}/{result['name']}.png)\n")
     lines.append(
@@ -154,11 +163,16 @@ def _mean(values: Sequence[float] | None) -> str:
     if not values:
         return ""
     mean, interval = sum(values) / len(values), t_interval(values)
-    return f"{mean:.3f}" if interval is None else f"{mean:.3f} ± {interval[1] - mean:.3f}"
+    half = 0.0 if interval is None else interval[1] - mean
+    digits = 3 if abs(mean) < 10 else 1
+    if 0 < abs(mean) < 5e-4:
+        return f"{mean:.0e}"
+    return f"{mean:.{digits}f}" if half == 0 else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def _numbers(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [key for key, value in (runs[0] if runs else {}).items() if isinstance(value, float | int)]
+    first = runs[0] if runs else {}
+    return [key for key, value in first.items() if isinstance(value, float | int) and key not in HIDDEN]
 
 
 def _finite(value: Any) -> Any:

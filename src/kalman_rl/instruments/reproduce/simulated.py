@@ -105,7 +105,7 @@ VARIANCE = Experiment(
         ),
         Claim(
             "With groups of 8, sd 0 the belief's error is over 2 times smaller than the group mean's.",
-            "README",
+            "project",
             value("groups of 8, sd 0", "gain"),
             low=2.0,
             factor=True,
@@ -135,7 +135,7 @@ CALIBRATION = Experiment(
         *(
             Claim(
                 f"With {kind} the predicted 90 % intervals hold 85 to 95 % of the true values.",
-                "ours",
+                "project",
                 value(f"simulated, {kind}", "coverage"),
                 low=0.85,
                 high=0.95,
@@ -145,7 +145,7 @@ CALIBRATION = Experiment(
         *(
             Claim(
                 f"In training ({arm}) squared errors of predicted rewards are 0.9 to 1.1 of what was expected.",
-                "ours",
+                "project",
                 value(arm, "calibration"),
                 low=0.9,
                 high=1.1,
@@ -209,7 +209,7 @@ STOPPING = Experiment(
         ),
         Claim(
             "run_adaptive_sampling takes over 3 completions more at success 0.5 than at 0.01.",
-            "README",
+            "project",
             value("run_adaptive_sampling", "contrast"),
             low=3.0,
         ),
