@@ -409,7 +409,7 @@ def test_the_page_is_what_its_numbers_give(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*.json")), ids=lambda path: path.stem)
 def test_no_acceptance_was_moved_after_the_run(path: Path) -> None:
     """Claims, bounds and verdicts of the numbers that are kept are those of the code."""
-    kept, experiment = json.loads(path.read_text()), room.EXPERIMENTS[path.stem]
+    kept, experiment = json.loads(path.read_text()), room.EXPERIMENTS[path.stem.partition("-")[0]]
     assert (path.with_suffix(".png")).exists()
     assert [claim["claim"] for claim in kept["claims"]] == [claim.text for claim in experiment.claims]
     for found, claim in zip(kept["claims"], experiment.claims):

@@ -32,15 +32,6 @@ MATHS: Mix = (0.4, 0.3, 0.3)
 """Shares of hopeless, in between and solved questions, as in the pools of mathematics RL."""
 
 
-class World(NamedTuple):
-    """A start policy and candidate questions with their exact success (N,) under it."""
-
-    policy: Policy
-    start: dict[str, Tensor]
-    bank: list[Row]
-    success: Tensor
-
-
 @dataclass(frozen=True)
 class Limits:
     """Success below ``hopeless`` (never right), within ``between``, above ``solved`` (always right)."""
@@ -48,6 +39,16 @@ class Limits:
     hopeless: float = 0.01
     between: tuple[float, float] = (0.03, 0.95)
     solved: float = 0.97
+
+
+class World(NamedTuple):
+    """A start policy, questions with their exact success (N,) under it, and what makes one hopeless or solved."""
+
+    policy: Policy
+    start: dict[str, Tensor]
+    bank: list[Row]
+    success: Tensor
+    limits: Limits = Limits()
 
 
 class Pool(NamedTuple):
@@ -101,14 +102,14 @@ def questions(count: int, stream: str, weight: Callable[[int], float]) -> list[R
     return list(found.values())
 
 
-def draw_pool(world: World, mix: Mix, size: int, seed: int, limits: Limits = Limits()) -> Pool:
+def draw_pool(world: World, mix: Mix, size: int, seed: int) -> Pool:
     """A pool with these shares of each kind, and a disjoint one of the same mix held out.
 
     Questions in between are spread evenly over their range of success.
 
     Raises: ConfigError if the bank has too few of a kind.
     """
-    rng = random.Random(f"pool {seed}")
+    rng, limits = random.Random(f"pool {seed}"), world.limits
     counts = [round(share * size) for share in mix[:2]]
     counts.append(size - sum(counts))
     chosen: tuple[list[int], list[int]] = ([], [])

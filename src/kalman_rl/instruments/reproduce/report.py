@@ -67,7 +67,7 @@ def summary(
             }
         )
     return {
-        "name": experiment.name,
+        "name": experiment.name if model == "tiny" else f"{experiment.name}-{model}",
         "question": experiment.question,
         "pool": experiment.pool,
         "model": model,
@@ -91,7 +91,10 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
 
 def table(folder: Path, order: Sequence[str]) -> Path:
     """Write the page about every experiment with numbers in the folder; it is called as the folder, with ``.md``."""
-    found = [read_json(path) for name in order if (path := folder / f"{name}.json").exists()]
+    paths = [
+        path for name in order for path in (folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json")))
+    ]
+    found = [read_json(path) for path in paths if path.exists()]
     page = HEAD.format(tuning=" and ".join(map(str, TUNING_SEEDS)))
     page += "".join(line(result, claim) for result in found for claim in result["claims"])
     page += "".join(section(result, folder.name) for result in found)
