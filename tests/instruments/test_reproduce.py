@@ -373,7 +373,7 @@ def test_a_training_experiment_end_to_end(
         assert all(0 <= p < 1e-3 for curve in arm["accuracy"] for p in curve)
     again = Training(setting, arms["stream"]).run(lambda: world, 1000)
     assert again["accuracy"] == pytest.approx(found["arms"]["stream"]["accuracy"][0], rel=1e-5)
-    assert found["arms"]["late"]["apart"][0] > 0.001
+    assert found["arms"]["late"]["numbers"]["apart"][0] > 0.001
 
 
 def test_training_follows_the_reward(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
