@@ -417,3 +417,11 @@ def test_no_acceptance_was_moved_after_the_run(path: Path) -> None:
         interval = found["interval"]
         assert found["verdict"] == ("not decided" if interval is None else verdict(tuple(interval), claim))
     assert {seed for arm in kept["arms"].values() for seed in arm["seeds"] if seed < 1000} == set()
+
+
+@pytest.mark.parametrize(("name", "claim"), [("baseline", 0), ("stream", 0)])
+def test_the_readme_has_the_factors_that_were_measured(name: str, claim: int) -> None:
+    found = json.loads((EVIDENCE / f"{name}.json").read_text())["claims"][claim]
+    low, high = found["interval"]
+    readme = (EVIDENCE.parents[1] / "README.md").read_text()
+    assert f"**{found['value']:.1f} times** ({low:.1f} to {high:.1f})" in readme

@@ -24,8 +24,9 @@ number) lies inside the accepted range, **refuted** that it lies outside, **not 
 bound. Claims come from the published sources (K-GRPO, KPO) or from this project. Test seeds are 1000 and on; rates
 were chosen on seeds {tuning}. Accuracy is the exact probability of the right reply, and its mean over the run where
 nothing else is said. "Fewer completions" compares the budget with the completions at which an arm first has the
-other's final accuracy. All of it is a tiny model of 113k parameters that sorts digits, unless a model is named:
-directions and factors, no promises for large models.
+other's final accuracy; a noisy curve has its own final accuracy before its end too, which flatters such a factor a
+little. All of it is a tiny model of 113k parameters that sorts digits, unless a model is named: directions and factors,
+no promises for large models.
 
 | experiment | claim | from | accepted | result | verdict | seeds |
 |---|---|---|---|---|---|---|
