@@ -40,8 +40,8 @@ class PromptStream:
     ``pi = min(most, c q)``, ``q = (1 - floor) s^power / sum s^power + floor / N``, c such that they sum to B.
 
     With ``most=1`` they are B different prompts. More lets draws concentrate where fewer than B prompts teach: in
-    simulated pools of 256 with 77, 25 and 12 such prompts, accuracy over a run rose by 0.030 +- 0.004, 0.093 +- 0.011 and
-    0.149 +- 0.023 with batches of 128 (``benchmarks/learning/concentrate.py``).
+    simulated pools of 256 with 77, 25 and 12 such prompts, accuracy over a run rose by 0.030 +- 0.004, 0.093 +- 0.011
+    and 0.149 +- 0.023 with batches of 128 (``benchmarks/learning/concentrate.py``).
 
     The score ``stream`` is ``v = E[p (1 - p)]`` under the belief, the variance of a 0/1 reward. For graded rewards it
     is the part of the posterior predictive variance ``P + R`` of a reward that the policy can move, ``R`` less the
