@@ -2,12 +2,14 @@
 
 ``sort12`` and ``sort16`` ask for one length, so all their questions are about as hard. ``sort_mixed`` asks for
 4 to 24 digits: after the warm start short ones are mostly right and long ones hardly ever, as in the pools of
-real training data.
+real training data. ``sort_spread`` goes further: its warm start hardly ever sees more than 7 digits, so that short
+questions are solved, long ones hopeless, and few in between.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from kalman_rl.checks import is_whole
@@ -16,6 +18,8 @@ from kalman_rl.errors import ConfigError
 
 TEST_SHARE = 1 / 16
 DEFAULT_TRAIN, DEFAULT_TEST = 4096, 256
+EASY, RARER = 7, 0.1
+WARM_START = 350
 
 
 def sorting(
@@ -46,17 +50,38 @@ def sorting_mixed(*, seed: int = 0, train_size: int | None = None, test_size: in
     return _sorting("sort_mixed", range(4, 25), seed, train_size, test_size)
 
 
-def _sorting(name: str, lengths: range, seed: int, train_size: int | None, test_size: int | None) -> Task:
+def sorting_spread(*, seed: int = 0, train_size: int | None = None, test_size: int | None = None) -> Task:
+    """Sorting of 4 to 14 digits, every length equally often: a pool of solved and hopeless questions.
+
+    In the warm start each digit beyond the seventh is ten times rarer. After it the tiny model is right about 0.95 of
+    the time up to 8 digits, 0.6 with 9 and 10, 0.06 with more.
+
+    Args: as in :func:`sorting`.
+    """
+    lengths = range(4, 15)
+    weights = [RARER ** max(digits - EASY, 0) for digits in lengths]
+    task = _sorting("sort_spread", lengths, seed, train_size, test_size, weights)
+    return replace(task, warm_start=WARM_START)
+
+
+def _sorting(
+    name: str,
+    lengths: range,
+    seed: int,
+    train_size: int | None,
+    test_size: int | None,
+    weights: list[float] | None = None,
+) -> Task:
     for argument, size in {"train_size": train_size, "test_size": test_size}.items():
         if size is not None and not is_whole(size, 1):
             raise ConfigError(f"{argument}: got {size!r}, expected at least 1; task {name!r}")
 
     def fresh(count: int, seed: int) -> list[Row]:
-        return _draw(name, lengths, count, f"train {seed}", test=False)
+        return _draw(name, lengths, count, f"train {seed}", test=False, weights=weights)
 
     return Task(
         name=name,
-        train=fresh(train_size or DEFAULT_TRAIN, seed),
+        train=_draw(name, lengths, train_size or DEFAULT_TRAIN, f"train {seed}", test=False),
         test=_draw(name, lengths, test_size or DEFAULT_TEST, f"test {seed}", test=True),
         reward=exact_reply,
         max_completion_tokens=lengths[-1] + 1,
@@ -69,11 +94,16 @@ def exact_reply(completions: list[str], answer: list[str], **columns: Any) -> li
     return [float(reply == right) for reply, right in zip(completions, answer, strict=True)]
 
 
-def _draw(name: str, lengths: range, count: int, stream: str, *, test: bool) -> list[Row]:
+def _draw(
+    name: str, lengths: range, count: int, stream: str, *, test: bool, weights: list[float] | None = None
+) -> list[Row]:
     rng = random.Random(f"{name} {stream}")
     questions: dict[str, None] = {}
     while len(questions) < count:
-        digits = lengths[0] if len(lengths) == 1 else rng.choice(lengths)
+        if weights is not None:
+            digits = rng.choices(lengths, weights)[0]
+        else:
+            digits = lengths[0] if len(lengths) == 1 else rng.choice(lengths)
         question = "".join(rng.choices("0123456789", k=digits))
         if held_out(question, TEST_SHARE) is test:
             questions[question] = None
