@@ -36,7 +36,7 @@ def stress(config: StressConfig) -> int:
     if len(todo) < len(plans) and not config.quiet:
         print(f"{len(plans) - len(todo)} of {len(plans)} runs are there already", file=sys.stderr)
     jobs = min(config.jobs or os.cpu_count() or 1, max(len(todo), 1))
-    _prepare(config)
+    warm_start("sort16", _cache(config.run), quiet=config.quiet)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(run_one, p) for p in todo]
         codes = []
@@ -135,8 +135,8 @@ def table(paths: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def _prepare(config: StressConfig) -> None:
-    """Warm-start the shared tiny model once, before several processes would do it side by side."""
+def warm_start(task: str, cache: Path, *, quiet: bool) -> None:
+    """Warm-start the tiny model for a task once, before several processes would do it side by side."""
     import torch
 
     from kalman_rl.engine.models.load import load_model
@@ -145,8 +145,8 @@ def _prepare(config: StressConfig) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        say = (lambda text: None) if config.quiet else lambda text: print(text, file=sys.stderr, flush=True)
-        load_model("tiny", cache=_cache(config.run), task=load_task("sort16"), seed=0, progress=say)
+        say = (lambda text: None) if quiet else lambda text: print(text, file=sys.stderr, flush=True)
+        load_model("tiny", cache=cache, task=load_task(task), seed=0, progress=say)
     finally:
         torch.set_num_threads(threads)
 
