@@ -17,7 +17,7 @@ from kalman_rl.errors import RunError, extra
 from kalman_rl.instruments.report import sections
 from kalman_rl.instruments.report.sections import Context
 from kalman_rl.instruments.report.stats.study import ACCURACIES, noop_share
-from kalman_rl.instruments.report.words import decimal, duration, signed
+from kalman_rl.instruments.report.words import decimal, duration, listing, signed
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("common.js", "strips.js", "inspector.js")
@@ -121,6 +121,8 @@ def _title(context: Context) -> str:
         return "Stress study"
     labels = main[0].labels
     subject = labels.get("model") or main[0].name
+    if len(context.subjects) > 1 and all(context.subjects):
+        return listing(list(context.subjects)) if len(context.subjects) < 4 else f"{len(main)} runs"
     if len(main) > 1:
         return f"{len(main)} runs compared"
     return f"{subject} on {labels['task']}" if "task" in labels else subject
@@ -133,7 +135,8 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
 
 
 def _key_figures(context: Context) -> list[dict[str, str]]:
-    figures, main, study = [], context.first, context.study
+    figures, study = [], context.study
+    main = [group.first for group in next(iter(context.subjects.values()), [])]
     if len(main) == 1:
         for key, numbers in context.arms[0].measured.items():
             if numbers.start is not None:

@@ -1,4 +1,4 @@
-"""One picture for documents: the main run's held-out accuracy beside the stress study's curves."""
+"""One picture for documents: the main run's accuracy, accuracy by completions, the stress study's curves."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from kalman_rl.engine.runs.reading import RunRecord, find_runs
 from kalman_rl.errors import AdapterError, RunError
 from kalman_rl.instruments.report.charts.chart import spread
 from kalman_rl.instruments.report.sections.stress import learning_lines
+from kalman_rl.instruments.report.sections.training import palette_of
 from kalman_rl.instruments.report.stats.intervals import wilson
+from kalman_rl.instruments.report.stats.pool import Group, pooled
+from kalman_rl.instruments.report.stats.series import with_interval
+from kalman_rl.instruments.report.stats.spent import by_completions
 from kalman_rl.instruments.report.stats.study import (
     ACCURACIES,
+    POOL_SAMPLED,
     SAMPLED,
     Study,
     answers,
@@ -45,7 +50,8 @@ STYLE: Any = {
 
 
 def write_figure(runs: Sequence[Path], output_png: Path) -> Path:
-    """Draw held-out accuracy of the first main run, and stress curves of A and C (or the outer two).
+    """Draw held-out accuracy of the first main run, accuracy against completions spent where runs on one task differ in
+    completions per update, and stress curves of A and C (or the outer two).
 
     Args:
         runs: as for :func:`kalman_rl.instruments.report.write_report`.
@@ -56,8 +62,10 @@ def write_figure(runs: Sequence[Path], output_png: Path) -> Path:
     """
     main, study = split(find_runs(runs))
     shown = [run for run in main if evaluations(run, SAMPLED)][:1]
+    compared = _compared(pooled(main))
+    shown = [] if compared and shown and shown[0] in compared[0].runs else shown
     conditions = _two(study)
-    if not shown and not conditions:
+    if not shown and not compared and not conditions:
         raise RunError(
             "figure: got runs without held-out accuracy and without a stress study, expected either; "
             "train with evaluation"
@@ -70,13 +78,15 @@ def write_figure(runs: Sequence[Path], output_png: Path) -> Path:
             "matplotlib: got no such package, expected it for pictures; pip install matplotlib"
         ) from error
     with rc_context(STYLE):
-        widths = [1.15] * len(shown) + [1.0] * len(conditions)
+        widths = [1.15] * (len(shown) + bool(compared)) + [1.0] * len(conditions)
         figure = Figure(figsize=(4.3 * sum(widths), 3.7), layout="constrained", facecolor="white")
         axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         if shown:
             _main(axes[0], shown[0])
+        if compared:
+            _spending(axes[len(shown)], compared)
         if study:
-            _stress(axes[len(shown) :], study, conditions)
+            _stress(axes[len(widths) - len(conditions) :], study, conditions)
         layout: Any = figure.get_layout_engine()
         layout.set(wspace=0.06, w_pad=0.12, h_pad=0.1)
         target = Path(output_png)
@@ -87,6 +97,39 @@ def write_figure(runs: Sequence[Path], output_png: Path) -> Path:
         except (OSError, ValueError) as error:
             raise RunError(f"figure: got {error}, expected a writable picture file; {target}") from error
     return target
+
+
+def _compared(groups: Sequence[Group]) -> list[Group]:
+    """The first groups of one subject that are compared by completions spent."""
+    subjects = {
+        group.subject: [other for other in groups if other.subject == group.subject] for group in groups
+    }
+    return next((rivals for rivals in subjects.values() if by_completions(rivals) and _measured(rivals)), [])
+
+
+def _measured(groups: Sequence[Group]) -> str:
+    """The accuracy that all runs measured: on the training prompts, where a method wins or loses, else held out."""
+    keys = (POOL_SAMPLED, SAMPLED)
+    return next((k for k in keys if all(evaluations(run, k) for group in groups for run in group.runs)), "")
+
+
+def _spending(axes: Any, groups: Sequence[Group]) -> None:
+    key, palette, ends = _measured(groups), palette_of(groups), []
+    for group, spent in zip(groups, by_completions(groups) or []):
+        runs = [evaluations(run, key) for run in group.runs]
+        line, band = with_interval([[(row["step"], row[key]) for row in rows] for rows in runs])
+        if group.seeds == 1:
+            band = [(row["step"], *wilson(row[key], n)) for row in runs[0] if (n := answers(row, key))]
+        index = palette[group.name]
+        points = [(spent(step), value) for step, value in line]
+        axes.plot(*zip(*points), color=PALETTE[index], marker="o", markersize=3.5, lw=1.8)
+        if band:
+            edges = [(spent(step), low, high) for step, low, high in band]
+            axes.fill_between(*zip(*edges), color=PALETTE[index], alpha=0.13, lw=0)
+        ends.append((line[-1][1], group.name, index))
+    side = "on the training prompts" if key == POOL_SAMPLED else "held out"
+    axes.set(title=groups[0].subject, xlabel="completions spent", ylabel=f"accuracy {side}", ylim=(0, 1))
+    _finish(axes, ends)
 
 
 def _two(study: Study | None) -> list[str]:

@@ -85,7 +85,7 @@ def lines_chart(
     parts = [_frame(x, y, left, right, bottom, y_label, x_label)]
     if reference:
         parts.append(_level("reference", y(reference[0]), left, right))
-    parts += [_line(line, x, y) for line in drawn]
+    parts += [_line(line, x, y, x_label) for line in drawn]
     if reference:
         parts.append(_text(right - 4, y(reference[0]) - 4, "tick end halo", reference[1]))
     if named:
@@ -108,7 +108,7 @@ def _frame(x: Axis, y: Axis, left: float, right: float, bottom: float, y_label: 
     return Markup("").join(parts)
 
 
-def _line(line: ChartLine, x: Axis, y: Axis) -> Markup:
+def _line(line: ChartLine, x: Axis, y: Axis, x_label: str) -> Markup:
     colour = line.colour % COLOURS
     parts = []
     if line.band:
@@ -123,7 +123,7 @@ def _line(line: ChartLine, x: Axis, y: Axis) -> Markup:
     parts.append(_stroke(f"{kind} s{colour}", _path(line.points, x, y), line.name))
     known = [(step, value) for step, value in line.points if math.isfinite(value)]
     for step, value in known if line.dots or len(known) == 1 else ():
-        name = f"{line.name}: {value:.4g} at step {step:g}"
+        name = f"{line.name}: {value:.4g} at {x_label} {step:g}"
         parts.append(_circle(f"dot f{colour}", x(step), y(value), 3.2, name))
     return Markup("<g>{}</g>").format(Markup("").join(parts))
 

@@ -48,6 +48,14 @@ class Context:
         return [group.first for group in self.groups]
 
     @property
+    def subjects(self) -> dict[str, list[Group]]:
+        """Groups by what was trained on what, in the order of their first runs."""
+        found: dict[str, list[Group]] = {}
+        for group in self.groups:
+            found.setdefault(group.subject, []).append(group)
+        return found
+
+    @property
     def shown(self) -> list[RunRecord]:
         """Every run that is counted."""
         return [*self.main, *self.stressed]

@@ -15,6 +15,7 @@ from kalman_rl.instruments.report.stats.study import (
     Study,
     names_of,
     noop_share,
+    subject_of,
     ties,
     trend,
 )
@@ -52,10 +53,10 @@ def summarise(
     if len(main) > MAX_SENTENCES:
         summary.lead.append(_many(names, main_arms))
     else:
-        for run, arm, name in zip(main, main_arms, names):
-            summary.lead += _main_sentences(run, arm, name, alone=len(main) == 1)
-    if len(main) > 1:
-        summary.lead += [_ranking(list(main_arms))]
+        subjects = [subject_of(run) for run in main]
+        for run, arm, name, subject in zip(main, main_arms, names, subjects):
+            summary.lead += _main_sentences(run, arm, name, alone=subjects.count(subject) == 1)
+    summary.lead += _rankings(main, main_arms)
     if study:
         judged = [arm for arm in study.arms if arm.main]
         if not judged:
@@ -208,6 +209,15 @@ def _condition(condition: str, arms: Sequence[Arm]) -> str:
             groups.setdefault(arm.main.verdict, []).append(f"{arm.method} ({decimal(arm.main.mean)})")
     told = [f"{listing(groups[verdict])} {words}" for verdict, words in VERDICTS.items() if verdict in groups]
     return f"Condition {condition}: {'; '.join(told)}. {_ranking(arms)}"
+
+
+def _rankings(main: Sequence[RunRecord], arms: Sequence[Arm]) -> list[str]:
+    """A ranking for each subject with several arms; different models or tasks are not compared."""
+    by: dict[str, list[Arm]] = {}
+    for run, arm in zip(main, arms):
+        by.setdefault(subject_of(run), []).append(arm)
+    rankings = {subject: _ranking(rivals) for subject, rivals in by.items() if len(rivals) > 1}
+    return [f"{subject}: {text}" if len(by) > 1 and subject else text for subject, text in rankings.items()]
 
 
 def _ranking(arms: Sequence[Arm]) -> str:

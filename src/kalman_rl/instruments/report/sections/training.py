@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from kalman_rl.engine.runs.reading import RunRecord
@@ -32,17 +31,16 @@ from kalman_rl.instruments.report.stats.series import (
     window_of,
     with_interval,
 )
+from kalman_rl.instruments.report.stats.spent import Spent, by_completions, completions
 from kalman_rl.instruments.report.stats.study import (
     ACCURACIES,
     COLOUR_OF,
-    GREEDY,
-    SAMPLED,
+    POOL_ACCURACIES,
     Arm,
     Measured,
     answers,
     colours,
     evaluations,
-    flat,
     noop_share,
     trend,
 )
@@ -71,9 +69,12 @@ class BeforeAfter:
 
 @dataclass
 class MainSection:
-    """Held-out accuracy, training curves, before and after."""
+    """Held-out accuracy, training curves, before and after, of one subject."""
 
+    title: str
+    anchor: str
     figure: Figure | None = None
+    pool: Figure | None = None
     learning: list[Figure] = field(default_factory=list)
     ratios: list[Figure] = field(default_factory=list)
     costs: list[Figure] = field(default_factory=list)
@@ -83,39 +84,84 @@ class MainSection:
     missing: list[str] = field(default_factory=list)
     several: bool = False
     legend: list[tuple[str, int]] = field(default_factory=list)
-    bands: str = ""
+    notes: list[str] = field(default_factory=list)
+    pooled: bool = False
 
 
-def build(context: Context) -> MainSection | None:
-    """Charts and tables of the main runs, None if there are none."""
-    groups = context.groups
-    if not groups:
-        return None
-    palette = palette_of(groups)
-    section = MainSection(several=len(groups) > 1, bands=_bands(groups))
-    section.legend = list(palette.items()) if section.several else []
-    section.figure = _held_out(groups, palette)
+class Drawn:
+    """Groups side by side: their colours, and the axis that they are compared on.
+
+    That is the step, unless their batches are of different size: then it is the completions spent.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups, self.palette = groups, palette_of(groups)
+        self.single = len(groups) == 1
+        spent = by_completions(groups)
+        self.x_label = "step" if spent is None else "completions"
+        self._spent = {group.name: of for group, of in zip(groups, spent or [])}
+
+    def line(self, group: Group, line: ChartLine) -> ChartLine:
+        """The line on the axis."""
+        spent = self._spent.get(group.name)
+        return line if spent is None else moved(line, spent)
+
+
+def moved(line: ChartLine, spent: Spent) -> ChartLine:
+    """The line with completions in place of steps."""
+    return replace(
+        line,
+        points=[(spent(x), y) for x, y in line.points],
+        behind=[(spent(x), y) for x, y in line.behind],
+        band=[(spent(x), low, high) for x, low, high in line.band],
+        whiskers=[(spent(x), low, high) for x, low, high in line.whiskers],
+    )
+
+
+def build(context: Context) -> list[MainSection] | None:
+    """Charts and tables of the main runs, a section for each subject; None if there are none."""
+    arms = dict(zip((group.name for group in context.groups), context.arms))
+    several = len(context.subjects) > 1
+    return [
+        _section(groups, [arms[group.name] for group in groups], subject if several else "", number)
+        for number, (subject, groups) in enumerate(context.subjects.items())
+    ] or None
+
+
+def _section(groups: Sequence[Group], arms: Sequence[Arm], subject: str, number: int) -> MainSection:
+    drawn = Drawn(groups)
+    title = subject or ("The run" if drawn.single else "The runs")
+    section = MainSection(title, f"runs-{number + 1}" if number else "runs", several=not drawn.single)
+    section.pooled = any(group.seeds > 1 for group in groups)
+    section.notes = [note for note in (_axis(drawn), _bands(groups)) if note]
+    section.legend = list(drawn.palette.items()) if section.several else []
+    section.figure = _accuracies(drawn, "Held-out accuracy", ACCURACIES)
+    section.pool = _accuracies(drawn, "Accuracy on the training prompts", POOL_ACCURACIES)
     if section.figure is None:
         section.missing.append("No held-out evaluation was recorded, so there is no accuracy to draw.")
     absent = []
     for metrics, figures in ((LEARNING, section.learning), (RATIOS, section.ratios), (COSTS, section.costs)):
         for metric in metrics:
-            figure = _small(metric, groups, palette)
+            figure = _small(metric, drawn)
             if figure:
                 figures.append(figure)
             else:
                 absent.append(metric.title[0].lower() + metric.title[1:])
-    if by_position := position_figure(groups, palette):
+    if by_position := position_figure(groups, drawn.palette):
         section.ratios.append(by_position)
     if absent:
         section.missing.append(f"Not recorded, so not drawn: {listing(absent).replace('kL', 'KL')}.")
     titles = [_with_seeds(group) for group in groups]
-    section.table = [
-        (name, _before_after(group, arm)) for group, arm, name in zip(groups, context.arms, titles)
-    ]
+    section.table = [(name, _before_after(group, arm)) for group, arm, name in zip(groups, arms, titles)]
     section.rows = list(dict.fromkeys(what for _, rows in section.table for what in rows))
     section.spent = _table([_spent(group) for group in groups])
     return section
+
+
+def _axis(drawn: Drawn) -> str:
+    if drawn.x_label == "step":
+        return ""
+    return "Batches are of different size, so runs are compared by the completions they had sampled, not by steps."
 
 
 def _table(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
@@ -145,12 +191,12 @@ def _bands(groups: Sequence[Group]) -> str:
     return f"Runs that differ only by seed are one line, the mean: {listing(told)}. Band: {kind}{pair}."
 
 
-def _held_out(groups: Sequence[Group], palette: dict[str, int]) -> Figure | None:
+def _accuracies(drawn: Drawn, title: str, keys: Mapping[str, str]) -> Figure | None:
     lines: list[ChartLine] = []
     counts: set[str] = set()
-    single = len(groups) == 1
-    for group in groups:
-        for key, kind in ACCURACIES.items():
+    single = drawn.single
+    for group in drawn.groups:
+        for index, (key, kind) in enumerate(keys.items()):
             many = [evaluations(run, key) for run in group.runs]
             many = [rows for rows in many if rows]
             if not many:
@@ -165,27 +211,27 @@ def _held_out(groups: Sequence[Group], palette: dict[str, int]) -> Figure | None
                 spread = [(row["step"], *wilson(row[key], n)) for row in many[0] if (n := answers(row, key))]
                 few = len(points) <= MAX_DOTS
                 whiskers, band = (spread, []) if few and single else ([], spread if single else [])
-            lines.append(
-                ChartLine(
-                    kind if single else group.name if key == SAMPLED else f"{group.name}, {kind}",
-                    points,
-                    (0 if key == SAMPLED else 1) if single else palette[group.name],
-                    band=band,
-                    whiskers=whiskers,
-                    dashed=key == GREEDY,
-                    dots=len(points) <= MAX_DOTS,
-                )
+            line = ChartLine(
+                kind if single else f"{group.name}, {kind}" if index else group.name,
+                points,
+                index if single else drawn.palette[group.name],
+                band=band,
+                whiskers=whiskers,
+                dashed=index > 0,
+                dots=len(points) <= MAX_DOTS,
             )
+            lines.append(drawn.line(group, line))
     if not lines:
         return None
     label = "share of correct answers"
     width = WIDE if single else FULL
-    wide = lines_chart(lines, width=width, height=350, y_label=label, y_range=(0.0, 1.0), names=34)
-    narrow = lines_chart(lines, width=NARROW, height=270, y_label=label, y_range=(0.0, 1.0), labels=single)
-    return Figure("Held-out accuracy", _held_out_note(groups, counts), wide, narrow)
+    shape = {"y_label": label, "y_range": (0.0, 1.0), "x_label": drawn.x_label}
+    wide = lines_chart(lines, width=width, height=350, names=34, **shape)  # type: ignore[arg-type]
+    narrow = lines_chart(lines, width=NARROW, height=270, labels=single, **shape)  # type: ignore[arg-type]
+    return Figure(title, _accuracies_note(drawn.groups, counts), wide, narrow)
 
 
-def _held_out_note(groups: Sequence[Group], counts: set[str]) -> str:
+def _accuracies_note(groups: Sequence[Group], counts: set[str]) -> str:
     if len(groups) > 1:
         note = "Solid: sampled; dashed: greedy."
         return note if any(group.seeds > 1 for group in groups) else f"{note} Intervals are in the table."
@@ -196,34 +242,34 @@ def _held_out_note(groups: Sequence[Group], counts: set[str]) -> str:
     return f"Bars: 95% Wilson intervals from {' or '.join(sorted(counts))} answers."
 
 
-def _small(metric: Metric, groups: Sequence[Group], palette: dict[str, int]) -> Figure | None:
+def _small(metric: Metric, drawn: Drawn) -> Figure | None:
     lines = []
-    single = len(groups) == 1
-    for group in groups:
+    single = drawn.single
+    for group in drawn.groups:
         for index, panel in enumerate(metric.panels):
             many = [pair for run in group.runs if (pair := _panel(run, metric, panel))]
             if not many:
                 continue
             name = panel.name if single else group.name if index == 0 else f"{group.name}, {panel.name}"
-            colour = index if single else palette[group.name]
+            colour = index if single else drawn.palette[group.name]
             if len(many) > 1:
                 points, band = with_interval([points for points, _ in many], log=metric.log)
                 band = [(step, *metric.inside(low, high)) for step, low, high in band]
-                lines.append(ChartLine(name, points, colour, band=band, dashed=panel.dashed))
+                line = ChartLine(name, points, colour, band=band, dashed=panel.dashed)
             else:
                 points, raw = many[0]
-                lines.append(
-                    ChartLine(name, points, colour, behind=raw if single else [], dashed=panel.dashed)
-                )
+                line = ChartLine(name, points, colour, behind=raw if single else [], dashed=panel.dashed)
+            lines.append(drawn.line(group, line))
     if not lines:
         return None
     note = metric.note
-    if metric.of_ratio and any(noop_share(run) for group in groups for run in group.runs):
+    if metric.of_ratio and any(noop_share(run) for group in drawn.groups for run in group.runs):
         note += f" {RATIO_NOTE}"
     chart = lines_chart(
         lines,
         width=NARROW,
         y_label=metric.unit,
+        x_label=drawn.x_label,
         log=metric.log,
         y_range=metric.y_range,
         labels=single and len(lines) > 1,
@@ -270,7 +316,7 @@ def _spent(group: Group) -> dict[str, str]:
     """What a run of the group took: means over its seeds."""
     times = [run.seconds for run in group.runs if run.seconds is not None and run.seconds >= 0]
     tokens = [points[-1][1] for run in group.runs if finite(points := series(run.train, "num_tokens"))]
-    drawn = [count for run in group.runs if (count := _completions(run)) is not None]
+    drawn = [spent(run.steps) for run in group.runs if run.steps and (spent := completions(run))]
     table = {"Updates": f"{fmean(run.steps for run in group.runs):,.0f}"}
     if drawn:
         table["Completions sampled"] = f"{fmean(drawn):,.0f}"
@@ -279,15 +325,3 @@ def _spent(group: Group) -> dict[str, str]:
     if times:
         table["Time"] = duration(fmean(times))
     return table
-
-
-def _completions(run: RunRecord) -> float | None:
-    """Completions sampled for training: as booked, or from the settings of a run with a fixed number."""
-    if booked := finite(series(run.train, "budget/used")):
-        return sum(booked)
-    settings = flat(run.config)
-    names = ("prompts_per_generation", "completions_per_prompt", "updates_per_generation", "iterations")
-    if not all(settings.get(name, "").isdigit() for name in names) or not run.steps:
-        return None
-    prompts, each, updates, passes = (int(settings[name]) for name in names)
-    return math.ceil(run.steps / max(1, updates * passes)) * prompts * each

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kalman_rl.engine.runs.reading import RunRecord
-from kalman_rl.instruments.report.stats.study import flat, names_of
+from kalman_rl.instruments.report.stats.study import flat, names_of, subject_of
 
 NOT_THE_SAME_RUN = frozenset({"seed", "run", "quiet", "threads", "report_to"})
 """Settings that do not make two runs different experiments."""
@@ -23,6 +23,11 @@ class Group:
     @property
     def first(self) -> RunRecord:
         return self.runs[0]
+
+    @property
+    def subject(self) -> str:
+        """What was trained on what; only groups of one subject are compared."""
+        return subject_of(self.first)
 
     @property
     def seeds(self) -> int:

@@ -28,6 +28,9 @@ from kalman_rl.instruments.report.stats.series import complement, ends, finite, 
 
 SAMPLED, GREEDY = "eval/sampled_accuracy", "eval/greedy_accuracy"
 ACCURACIES = {SAMPLED: "sampled", GREEDY: "greedy"}
+POOL_SAMPLED, POOL_GREEDY = "pool/sampled_accuracy", "pool/greedy_accuracy"
+POOL_ACCURACIES = {POOL_SAMPLED: "sampled", POOL_GREEDY: "greedy"}
+"""The same on prompts that were trained on, see the setting ``pool_prompts``."""
 METHOD_ORDER = (
     "kpo",
     "kpo_diffuse",
@@ -156,8 +159,9 @@ def measure(
 
 def answers(row: Row, key: str) -> float | None:
     """Replies behind an accuracy: one per prompt, or several where each prompt was sampled several times."""
-    samples = row.get("eval/samples", 1.0) if key == SAMPLED else 1.0
-    count = row.get("eval/count", math.nan) * samples
+    side = key.partition("/")[0]
+    samples = row.get(f"{side}/samples", 1.0) if "sampled" in key else 1.0
+    count = row.get(f"{side}/count", math.nan) * samples
     return count if math.isfinite(count) and count >= 1 else None
 
 
@@ -244,6 +248,16 @@ def split(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], Study | None]:
         for condition, method in sorted(cells, key=lambda pair: (pair[0], method_rank(pair[1])))
     ]
     return main, Study(arms, kept, notes)
+
+
+def subject_of(run: RunRecord) -> str:
+    """What was trained on what; only runs of one subject are compared.
+
+    >>> from types import SimpleNamespace
+    >>> subject_of(SimpleNamespace(labels={"model": "tiny", "task": "sort16"}))
+    'tiny on sort16'
+    """
+    return " on ".join(run.labels[label] for label in ("model", "task") if run.labels.get(label))
 
 
 def names_of(runs: Sequence[RunRecord]) -> list[str]:
