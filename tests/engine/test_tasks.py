@@ -135,6 +135,19 @@ def test_sorting(digits: int) -> None:
     assert score(task, near, [row] * len(near)) == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
+def test_a_spread_pool_asks_all_lengths_and_its_warm_start_knows_short_ones() -> None:
+    task = load_task("sort_spread", train_size=1024, test_size=64)
+    assert task.fresh is not None
+    lengths = [len(row["answer"]) for row in task.train]
+    assert set(lengths) == set(range(4, 15)) and min(map(lengths.count, range(4, 15))) > 1024 / 11 / 2
+    warm = [len(row["answer"]) for row in task.fresh(4096, 7)]
+    assert (
+        sum(digits <= 7 for digits in warm) > 0.95 * 4096
+        and 0 < sum(digits == 8 for digits in warm) < 0.05 * 4096
+    )
+    assert all(row["answer"] == "".join(sorted(row["prompt"][:-1])) for row in task.train + task.test)
+
+
 def test_sizes_are_checked() -> None:
     assert len(load_task("products", train_size=7, test_size=3).train) == 7
     with pytest.raises(ConfigError, match="train_size: got 57, expected 1 to 56"):

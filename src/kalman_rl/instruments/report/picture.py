@@ -78,17 +78,19 @@ def write_figure(runs: Sequence[Path], output_png: Path) -> Path:
             "matplotlib: got no such package, expected it for pictures; pip install matplotlib"
         ) from error
     with rc_context(STYLE):
-        widths = [1.15] * (len(shown) + bool(compared)) + [1.0] * len(conditions)
-        figure = Figure(figsize=(4.3 * sum(widths), 3.7), layout="constrained", facecolor="white")
-        axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        panels = len(shown) + bool(compared) + len(conditions)
+        across = 2 if panels == 4 else panels
+        size = (4.6 * across, 3.7 * (panels // across))
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        axes = figure.subplots(panels // across, across, squeeze=False).flatten().tolist()
         if shown:
             _main(axes[0], shown[0])
         if compared:
             _spending(axes[len(shown)], compared)
         if study:
-            _stress(axes[len(widths) - len(conditions) :], study, conditions)
+            _stress(axes[panels - len(conditions) :], study, conditions)
         layout: Any = figure.get_layout_engine()
-        layout.set(wspace=0.06, w_pad=0.12, h_pad=0.1)
+        layout.set(wspace=0.06, hspace=0.08, w_pad=0.12, h_pad=0.1)
         target = Path(output_png)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,7 @@ def _spending(axes: Any, groups: Sequence[Group]) -> None:
             axes.fill_between(*zip(*edges), color=PALETTE[index], alpha=0.13, lw=0)
         ends.append((line[-1][1], group.name, index))
     side = "on the training prompts" if key == POOL_SAMPLED else "held out"
-    axes.set(title=groups[0].subject, xlabel="completions spent", ylabel=f"accuracy {side}", ylim=(0, 1))
+    axes.set(title=groups[0].subject, xlabel="completions spent", ylabel=f"accuracy {side}")
     _finish(axes, ends)
 
 

@@ -13,10 +13,12 @@ from kalman_rl.engine.runs.reading import RunRecord, clean
 from kalman_rl.instruments.report.charts.chart import ChartLine, lines_chart
 from kalman_rl.instruments.report.charts.sparkline import belief_line
 from kalman_rl.instruments.report.sections.section import Context
+from kalman_rl.instruments.report.sections.spending import by_difficulty, informative, reliability
 from kalman_rl.instruments.report.stats.intervals import wilson
 from kalman_rl.instruments.report.stats.metrics import Figure
 from kalman_rl.instruments.report.stats.savings import Saving, beta_shapes, mixed_share, savings
 from kalman_rl.instruments.report.stats.series import Point, finite, series, smooth, window_of
+from kalman_rl.instruments.report.stats.study import flat
 from kalman_rl.instruments.report.words import counted, decimal
 from kalman_rl.sampling.advice import FACTOR, INFORMATIVE, advice
 
@@ -40,7 +42,7 @@ class PromptRow:
     band: str
     spent: int
     visits: int
-    following: str
+    following: str | None
     order: float
 
 
@@ -72,15 +74,30 @@ def _section(run: RunRecord, beliefs: Beliefs) -> BeliefSection:
     prompts = beliefs.prompts
     section = BeliefSection(clean(run.name, 60))
     section.lead = [*_lead(beliefs, prompts), *_advice(run, beliefs)]
-    for figure in (_bands(beliefs), _calibration(beliefs), _allocation(beliefs), _informative(beliefs)):
+    single = single_completions(run, beliefs)
+    calibration = reliability if single and beliefs.unit else _calibration
+    figures = [_bands(beliefs), calibration(beliefs)]
+    if beliefs.unit:
+        figures += [by_difficulty(beliefs), informative(beliefs)]
+    if not single:
+        figures += [_allocation(beliefs), _informative(beliefs)]
+        section.savings = [_saved(saving) for saving in savings(beliefs)]
+    for figure in figures:
         if isinstance(figure, Figure):
             section.figures.append(figure)
         elif figure:
             section.missing.append(figure)
-    section.savings = [_saved(saving) for saving in savings(beliefs)]
     section.prompts = _rows(beliefs, prompts)
     section.prompts_note = _note(beliefs, prompts)
     return section
+
+
+def single_completions(run: RunRecord, beliefs: Beliefs) -> bool:
+    """Whether the run samples a prompt once, so that nothing is said about groups; a stream may draw one twice."""
+    each = flat(run.config).get("completions_per_prompt")
+    if beliefs.allocation == "fixed" and each:
+        return each == "1"
+    return all(visit.n <= 1 for batch in beliefs.batches for visit in batch.visits.values())
 
 
 def _lead(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> list[str]:
@@ -101,8 +118,7 @@ def _advice(run: RunRecord, beliefs: Beliefs) -> list[str]:
     factors = finite(series(run.train, FACTOR))[-RECENT:]
     if not factors or not beliefs.prompts:
         return []
-    single = all(visit.n <= 1 for batch in beliefs.batches for visit in batch.visits.values())
-    said = [advice(fmean(factors), single=single)]
+    said = [advice(fmean(factors), single=single_completions(run, beliefs))]
     often = fmean(sum(visit.n for visit in visits) for visits in beliefs.prompts.values())
     if often < ENOUGH:
         said.append(
@@ -196,8 +212,7 @@ def _allocation(beliefs: Beliefs) -> Figure | str:
 
 
 def _informative(beliefs: Beliefs) -> Figure | str:
-    sampled_again = any(visit.n > 1 for batch in beliefs.batches for visit in batch.visits.values())
-    if not beliefs.unit or not sampled_again:
+    if not beliefs.unit:
         return ""
     observed: list[Point] = []
     expected: list[Point] = []
@@ -248,15 +263,13 @@ def _rows(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> list[PromptRow]:
     limits = (0.0, 1.0)
     if not beliefs.unit and every:
         limits = (min(visit.interval[0] for visit in every), max(visit.interval[1] for visit in every))
-    return [
-        _row(beliefs.texts.get(name) or name, prompts[name], steps, limits, beliefs.unit) for name in chosen
-    ]
+    return [_row(beliefs.texts.get(name) or name, prompts[name], steps, limits, beliefs) for name in chosen]
 
 
 def _row(
-    text: str, visits: list[Visit], steps: tuple[float, float], limits: tuple[float, float], unit: bool
+    text: str, visits: list[Visit], steps: tuple[float, float], limits: tuple[float, float], beliefs: Beliefs
 ) -> PromptRow:
-    last = visits[-1]
+    last, unit, fixed = visits[-1], beliefs.unit, beliefs.allocation == "fixed"
     low, high = last.interval
     if unit:
         low, high = max(0.0, low), min(1.0, high)
@@ -268,16 +281,18 @@ def _row(
         band=last.band if unit else "",
         spent=round(sum(visit.n for visit in visits)),
         visits=len(visits),
-        following=f"{last.next:.0f}" if math.isfinite(last.next) else "–",
+        following=None if fixed else f"{last.next:.0f}" if math.isfinite(last.next) else "–",
         order=last.after,
     )
 
 
 def _note(beliefs: Beliefs, prompts: dict[str, list[Visit]]) -> str:
     text = (
-        "ChartLine: posterior mean of the prompt's value after each batch it was in; band: its central 90%; dots: the "
-        "mean reward of the batch, larger for more completions. Next: completions if the batch came up again."
+        "Line: posterior mean of the prompt's value after each batch it was in; band: its central 90%; dots: the "
+        "mean reward of the batch, larger for more completions."
     )
+    if beliefs.allocation != "fixed":
+        text += " Next: completions if the batch came up again."
     most = sum(batch.prompts > len(batch.visits) for batch in beliefs.batches)
     if len(prompts) > MAX_PROMPTS:
         text += (

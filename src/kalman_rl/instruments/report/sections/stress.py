@@ -122,7 +122,7 @@ def learning(study: Study, palette: dict[str, int]) -> tuple[str, list[Figure]]:
         "Sampled held-out accuracy over training." if what == "accuracy" else "Training reward, moving mean."
     )
     if study.seeds[1] > 1:
-        note += " ChartLine: mean over seeds; band: lowest and highest seed."
+        note += " Line: mean over seeds; band: lowest and highest seed."
     return note, figures
 
 

@@ -10,9 +10,11 @@ from kalman_rl.instruments.report.stats.intervals import t_quantile
 from kalman_rl.instruments.report.stats.series import typical
 from kalman_rl.instruments.report.stats.study import (
     GREEDY,
+    POOL_SAMPLED,
     Arm,
     Measured,
     Study,
+    measure,
     names_of,
     noop_share,
     subject_of,
@@ -216,8 +218,27 @@ def _rankings(main: Sequence[RunRecord], arms: Sequence[Arm]) -> list[str]:
     by: dict[str, list[Arm]] = {}
     for run, arm in zip(main, arms):
         by.setdefault(subject_of(run), []).append(arm)
-    rankings = {subject: _ranking(rivals) for subject, rivals in by.items() if len(rivals) > 1}
-    return [f"{subject}: {text}" if len(by) > 1 and subject else text for subject, text in rankings.items()]
+    told = []
+    for subject, rivals in by.items():
+        if len(rivals) > 1:
+            text = _ranking(rivals)
+            told.append(f"For {subject}: {text[0].lower()}{text[1:]}" if len(by) > 1 and subject else text)
+            told += _on_training_prompts(rivals)
+    return told
+
+
+def _on_training_prompts(arms: Sequence[Arm]) -> list[str]:
+    """Where the arms end on the prompts that they trained on, if all were evaluated on them."""
+    found = [(arm.method, measure(arm.runs, POOL_SAMPLED)) for arm in arms]
+    known = [(name, numbers) for name, numbers in found if numbers and numbers.noise]
+    if len(known) < len(arms):
+        return []
+    told = [
+        f"{name} at {decimal(numbers.mean)} ({decimal(numbers.noise[0])} to {decimal(numbers.noise[1])})"
+        for name, numbers in known
+        if numbers.noise
+    ]
+    return [f"On the training prompts, sampled, with 95% intervals: {listing(told)}."]
 
 
 def _ranking(arms: Sequence[Arm]) -> str:

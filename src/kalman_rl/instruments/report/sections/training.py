@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from kalman_rl.engine.runs.reading import RunRecord
-from kalman_rl.instruments.report.charts.chart import ChartLine, lines_chart
+from kalman_rl.instruments.report.charts.chart import COLOURS, ChartLine, lines_chart
 from kalman_rl.instruments.report.sections.positions import position_figure
 from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.stats.intervals import wilson
@@ -39,8 +39,8 @@ from kalman_rl.instruments.report.stats.study import (
     Arm,
     Measured,
     answers,
-    colours,
     evaluations,
+    measure,
     noop_share,
     trend,
 )
@@ -171,10 +171,11 @@ def _table(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
 
 
 def palette_of(groups: Sequence[Group]) -> dict[str, int]:
-    """A colour for each group: that of its method, or by turns where some have none of their own."""
+    """A colour for each group: that of its method, or by turns from what is left."""
     names = [group.name for group in groups]
-    known = all(name in COLOUR_OF for name in names)
-    return colours(names) if known else {name: index for index, name in enumerate(names)}
+    free = [colour for colour in range(COLOURS) if colour not in map(COLOUR_OF.get, names)]
+    others = iter(free * len(names) or [0] * len(names))
+    return {name: COLOUR_OF[name] if name in COLOUR_OF else next(others) for name in names}
 
 
 def _with_seeds(group: Group) -> str:
@@ -295,6 +296,9 @@ def _before_after(group: Group, arm: Arm) -> dict[str, BeforeAfter]:
         for key, kind in ACCURACIES.items()
         if key in arm.measured
     }
+    for key, kind in POOL_ACCURACIES.items():
+        if numbers := measure(arm.runs, key):
+            rows[f"{kind.capitalize()}, training prompts"] = _change(numbers)
     for key, label in IN_TRAINING.items():
         pairs = [trend(run, key, kept=key == "trust/kept") for run in group.runs]
         known = [pair for pair in pairs if pair]
