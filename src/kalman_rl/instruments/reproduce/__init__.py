@@ -17,6 +17,7 @@ from kalman_rl.instruments.reproduce.experiment import (
     progress,
     run_all,
 )
+from kalman_rl.instruments.reproduce.exploration import EXPLORATION
 from kalman_rl.instruments.reproduce.gradients import GRADIENTS
 from kalman_rl.instruments.reproduce.pool import World, tiny_world
 from kalman_rl.instruments.reproduce.pools import POOLS
@@ -25,7 +26,8 @@ from kalman_rl.instruments.reproduce.report import outcome, summary, table, writ
 from kalman_rl.instruments.reproduce.simulated import SIMULATED
 
 EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment for experiment in (*POOLS, *GRADIENTS, *RATIOS, *SIMULATED, COLLAPSE)
+    experiment.name: experiment
+    for experiment in (*POOLS, EXPLORATION, *GRADIENTS, *RATIOS, *SIMULATED, COLLAPSE)
 }
 """Every experiment by name."""
 MODELS: dict[str, Callable[..., World]] = {"tiny": tiny_world}

@@ -46,6 +46,7 @@ class Experiment:
         name: on the command line. question: in one sentence. pool: what is trained on, and how much.
         arms: by name. claims: with their acceptance.
         seeds: test seeds of a full run. quick_seeds: of a quick one, which tunes nothing.
+        tuning_seeds: that its settings are chosen on.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Experiment:
     claims: tuple[Claim, ...]
     seeds: int = 5
     quick_seeds: int = 2
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
 
 
 class Job(NamedTuple):
@@ -133,17 +135,15 @@ def run_all(
     """
     chosen: dict[Trial, Tuned] = {}
     if not quick:
-        open_ = [
-            (e.name, arm, trial) for e in experiments for arm, trial in e.arms.items() if trial.variants()
-        ]
+        open_ = [(e, arm, trial) for e in experiments for arm, trial in e.arms.items() if trial.variants()]
         tuning = [
-            Job(variant, seed, f"{name} {arm}, tuning")
-            for seed in TUNING_SEEDS
-            for name, arm, trial in open_
+            Job(variant, seed, f"{e.name} {arm}, tuning")
+            for e, arm, trial in open_
+            for seed in e.tuning_seeds
             for variant in trial.variants().values()
         ]
         _run(tuning, ledger, make_world, jobs, say)
-        chosen = {trial: _best(trial, ledger) for _, _, trial in open_}
+        chosen = {trial: _best(trial, ledger, e.tuning_seeds) for e, _, trial in open_}
 
     def settled(trial: Trial) -> Trial:
         return chosen[trial].trial if trial in chosen else trial
@@ -188,10 +188,10 @@ def _seeds(experiment: Experiment, quick: bool, seeds: Sequence[int] | None) -> 
     return list(seeds) if seeds else list(range(FIRST_SEED, FIRST_SEED + count))
 
 
-def _best(trial: Trial, ledger: Ledger) -> Tuned:
+def _best(trial: Trial, ledger: Ledger, seeds: Sequence[int]) -> Tuned:
     means: dict[str, float] = {}
     for name, variant in trial.variants().items():
-        runs = [ledger.rows[ledger.key(variant, seed)]["mean"] for seed in TUNING_SEEDS]
+        runs = [ledger.rows[ledger.key(variant, seed)]["mean"] for seed in seeds]
         means[name] = sum(runs) / len(runs)
     best = max(means, key=lambda name: means[name])
     return Tuned(trial.variants()[best], best, means)

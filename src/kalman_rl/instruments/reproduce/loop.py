@@ -10,15 +10,16 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.beliefs.protocol import Belief
+from kalman_rl.engine.tasks.task import Row
 from kalman_rl.errors import ConfigError
 from kalman_rl.instruments.reproduce.policy import Policy, Replies
 from kalman_rl.instruments.reproduce.pool import KINDS, MATHS, Mix, Pool, World, draw_pool
@@ -60,6 +61,18 @@ class Setting:
     bits: int = 0
 
 
+class Draw(Protocol):
+    """A way to draw questions by the belief; its ``repr`` says all that decides it."""
+
+    def stream(self, belief: Belief, names: Sequence[Hashable], count: int, seed: int) -> PromptStream:
+        """The stream of a run; ``count`` questions a batch."""
+        ...
+
+    def source(self, rows: Sequence[Row]) -> Callable[[Hashable], Hashable] | None:
+        """Id -> what has a belief of its own; None = one belief for all."""
+        ...
+
+
 @dataclass(frozen=True)
 class Arm:
     """What one arm does its own way.
@@ -69,7 +82,8 @@ class Arm:
         advantage: the method whose advantage is taken; "" = its own; "true" = reward minus the exact success.
         group: completions per question. batch: completions per generation batch.
         rate: learning rate. end_rate: reached linearly; 0 = constant.
-        draw: "passes" over the pool, "stream" by the belief's E[p (1 - p)], "true" by the exact p (1 - p).
+        draw: "passes" over the pool, "stream" by the belief's E[p (1 - p)], "true" by the exact p (1 - p), or a
+            stream of its own.
         allocation: as in :class:`~kalman_rl.sampling.budget.Budget`. candidates: questions it chooses among.
         old: what the ratio is taken to: the "trainer"'s own policy before the update, or the "sampler".
         correction: of the sampler's mismatch, for an ``old`` that is the trainer's; None = none.
@@ -82,7 +96,7 @@ class Arm:
     batch: int = 128
     rate: float = 1e-4
     end_rate: float = 0.0
-    draw: Literal["passes", "stream", "true"] = "passes"
+    draw: Literal["passes", "stream", "true"] | Draw = "passes"
     allocation: Literal["fixed", "predictive", "rounds"] = "fixed"
     candidates: int = 0
     old: Literal["trainer", "sampler"] = "sampler"
@@ -160,15 +174,19 @@ class _Run:
         self.tracking: Tracking | None = None
         advantage = self.estimator or self.method.advantage
         if isinstance(advantage, Tracked) and arm.advantage != "true":
-            self.tracking = Tracking(advantage.make(), Budget(allocation=arm.allocation))
+            source = None if isinstance(arm.draw, str) else arm.draw.source(self.pool.rows)
+            self.tracking = Tracking(advantage.make(source), Budget(allocation=arm.allocation))
         self.stream: PromptStream | None = None
-        if arm.draw == "stream":
+        if arm.draw not in ("passes", "true"):
             if self.tracking is None:
                 raise ConfigError(
                     f"draw: got 'stream' with advantage {arm.advantage!r}, expected a tracked one"
                 )
             count = arm.batch // arm.group
-            self.stream = PromptStream(self.tracking.belief, self.names, count, floor=FLOOR, seed=seed)
+            if isinstance(arm.draw, str):
+                self.stream = PromptStream(self.tracking.belief, self.names, count, floor=FLOOR, seed=seed)
+            else:
+                self.stream = arm.draw.stream(self.tracking.belief, self.names, count, seed)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), arm.rate, BETAS, weight_decay=0.0)
         self.past: deque[dict[str, Tensor]] = deque([world.start], setting.lag + 1)
         self.step = 0

@@ -222,17 +222,17 @@ VISITS = Experiment(
     ),
 )
 
-_HARD = replace(MATHS, mix=(0.6, 0.1, 0.3))
+HARD_POOL = replace(MATHS, mix=(0.6, 0.1, 0.3))
 HARD = Experiment(
     "hard",
     "Does it pay where one question in ten teaches?",
     "256 questions, 60 % hopeless, 10 % in between, 30 % solved; 8192 completions, 128 a batch, 4 updates",
     {
-        "GRPO, groups of 8": Training(_HARD, GRPO),
-        "batch mean, single": Training(_HARD, BATCH_MEAN),
-        "tracked, single": Training(_HARD, TRACKED),
-        "stream, single": Training(_HARD, STREAM),
-        "true p, groups of 2": Training(_HARD, TRUE),
+        "GRPO, groups of 8": Training(HARD_POOL, GRPO),
+        "batch mean, single": Training(HARD_POOL, BATCH_MEAN),
+        "tracked, single": Training(HARD_POOL, TRACKED),
+        "stream, single": Training(HARD_POOL, STREAM),
+        "true p, groups of 2": Training(HARD_POOL, TRUE),
     },
     (
         Claim(

@@ -47,7 +47,11 @@ def summary(
             entry["accuracy"] = [run["accuracy"] for run in runs]
         if arm in choices:
             tuned = choices[arm]
-            entry["tuning"] = {"chosen": tuned.name, "mean": tuned.means, "seeds": list(TUNING_SEEDS)}
+            entry["tuning"] = {
+                "chosen": tuned.name,
+                "mean": tuned.means,
+                "seeds": list(experiment.tuning_seeds),
+            }
             entry["trial"] = repr(tuned.trial)
         arms[arm] = entry
     claims = []
