@@ -20,7 +20,6 @@ from kalman_rl.instruments.reproduce.loop import FLOOR, Training
 from kalman_rl.instruments.reproduce.pools import HARD_POOL, STREAM, TRUE, small
 from kalman_rl.sampling.stream import PromptStream
 
-TUNING = (900, 901, 902, 903)
 Rule = Literal["mean", "thompson", "doubt", "gain"]
 
 
@@ -91,11 +90,10 @@ TRIED = (
     ("Thompson", Explored("thompson")),
     ("doubt", Explored("doubt", c=0.25)),
     ("gain", Explored("gain")),
-    ("power 2", Explored(power=2.0)),
-    ("floor 0.2", Explored(floor=0.2)),
     ("by length", Explored(by_length=True)),
     ("most 2", Explored(most=2)),
-    ("most 4", Explored(most=4)),
+    ("power 2", Explored(power=2.0)),
+    ("floor 0.2", Explored(floor=0.2)),
 )
 
 
@@ -135,5 +133,4 @@ EXPLORATION = Experiment(
             low=0.0,
         ),
     ),
-    tuning_seeds=TUNING,
 )
