@@ -133,4 +133,5 @@ EXPLORATION = Experiment(
             low=0.0,
         ),
     ),
+    tuning_seeds=(900, 901, 902, 903),
 )
