@@ -145,8 +145,8 @@ def section(result: Mapping[str, Any], folder: str) -> str:
     keys = list(dict.fromkeys(key for arm in arms for key in arm.get("numbers", ())))
     if keys:
         head = ["arm", *(key.replace("_", " ") for key in keys)]
-        tuned = any("tuning" in arm for arm in arms)
-        head += ["rate (tried: mean on tuning seeds)"] if tuned else []
+        tuned = [arm["tuning"]["seeds"] for arm in arms if "tuning" in arm]
+        head += [f"chosen (tried: mean on seeds {', '.join(map(str, tuned[0]))})"] if tuned else []
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, arm in result["arms"].items():
             tuning = arm.get("tuning")
