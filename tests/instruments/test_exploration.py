@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +128,12 @@ def test_an_arm_says_how_it_draws() -> None:
 def test_half_of_a_lead() -> None:
     records = {"a": {0: {"mean": 0.7}}, "b": {0: {"mean": 0.5}}, "best": {0: {"mean": 0.8}}}
     assert lead_closed("a", "b", "best")(records) == pytest.approx([0.05])
+
+
+def test_the_docs_have_the_numbers_that_were_measured() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    oracle, best, _ = json.loads((docs / "evidence" / "exploration.json").read_text())["claims"]
+    text = " ".join((docs / "beliefs.md").read_text().split())
+    assert "would add {:.3f} ({:.3f} to {:.3f})".format(oracle["value"], *oracle["interval"]) in text
+    low, high = best["interval"]
+    assert f"lost {-best['value']:.3f} ({-high:.3f} to {-low:.3f})" in text

@@ -1,6 +1,6 @@
 """Experiment where few questions teach: does the stream find them faster with a score that explores?
 
-The variants live here, not in ``sampling``: what is kept there has won here.
+The variants live here, not in ``sampling``: none of them has won.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ EXPLORATION = Experiment(
     "256 questions, 60 % hopeless, 10 % in between, 30 % solved; 8192 completions, 64 a batch, 4 updates; rate 1e-4",
     {
         "stream": Training(HARD_POOL, ARM),
-        "stream, best of tried": Exploration(HARD_POOL, ARM, tried=TRIED),
+        "stream, best of tried": Exploration(HARD_POOL, replace(ARM, draw=Explored(power=2.0)), tried=TRIED),
         "true p, groups of 2": Training(HARD_POOL, small(TRUE)),
     },
     (
