@@ -23,6 +23,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     **{name: (lambda name=name, **o: make_belief(name, **o)) for name in BELIEFS},
     "gaussian-fixed": lambda **o: GaussianBelief(observation_noise=0.3, process_noise=0.01, **o),
     "auto-features": lambda **o: RegressionBelief(dimension=4, **o),
+    "auto-expected-noise": lambda **o: RegressionBelief(expected_noise=True, **o),
     "by-source": lambda **o: make_belief("auto", source=lambda name: str(name)[0], **o),
 }
 each = pytest.mark.parametrize("name", list(MAKERS))

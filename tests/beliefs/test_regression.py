@@ -17,6 +17,7 @@ from kalman_rl.beliefs.groups import group_rewards
 from kalman_rl.beliefs.mixture import Evidence, LocalLevels
 from kalman_rl.beliefs.ridge import LEVEL_PRECISION, PRIOR_PRECISION, Features, Ridge
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
+from kalman_rl.errors import ConfigError
 
 DOUBLE = torch.float64
 
@@ -436,3 +437,74 @@ def test_odd_inputs_stay_finite() -> None:
             value_now = belief.predictive(["a", "b", "c", "new"], step=step)
             assert torch.isfinite(torch.stack((*value_now, result.advantage))).all()
             assert (value_now.variance > 0).all()
+
+
+# ---- expected noise
+
+
+def pool_of_extremes(seed: int) -> Tensor:
+    """(300,) success of a pool: 40 % hopeless, 30 % in between, 30 % solved."""
+    between = torch.rand(90, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+    return torch.cat((torch.zeros(120, dtype=DOUBLE), between, torch.ones(90, dtype=DOUBLE)))
+
+
+def after_visits(belief: RegressionBelief, p: Tensor, visits: int, seed: int) -> Tensor:
+    """Predicted values after so many passes of one completion a prompt, 60 prompts a step."""
+    generator, step = torch.Generator().manual_seed(seed), 0
+    for _ in range(visits):
+        for ids in torch.randperm(len(p), generator=generator).split(60):
+            belief.update(ids.tolist(), torch.bernoulli(p[ids], generator=generator), step=step)
+            step += 1
+    return belief.predict(list(range(len(p))), step=step).mean
+
+
+def test_expected_noise_makes_the_first_visits_tell_more() -> None:
+    """In a pool of extremes the squared error about p is at most 0.7 of that with m (1 - m), seed by seed."""
+    for seed in range(4):
+        p = pool_of_extremes(seed)
+        for visits in (2, 3):
+            new, old = (
+                (after_visits(RegressionBelief(expected_noise=on), p, visits, seed) - p).square().mean()
+                for on in (True, False)
+            )
+            assert new < 0.7 * old, (seed, visits, new, old)
+
+
+def test_a_new_reward_of_expected_noise_has_the_variance_of_a_coin() -> None:
+    """P + R = m (1 - m), whatever is known about p; both its parts stay positive."""
+    belief = RegressionBelief(expected_noise=True)
+    after_visits(belief, pool_of_extremes(0), 3, 0)
+    ids = [*range(300), "new"]
+    told, value = belief.predictive(ids, step=15), belief.predict(ids, step=15)
+    coin = told.mean * (1 - told.mean)
+    inside = value.variance < 0.9 * coin - 0.01
+    assert inside[-1] and inside.sum() > 30
+    torch.testing.assert_close(told.variance[inside], coin[inside])
+    assert (told.variance >= value.variance + 0.01 - 1e-12).all()
+
+
+def test_one_filter_with_expected_noise_is_the_closed_form() -> None:
+    """m + P / (P + m (1 - m) - P) (r - m), P and m those from before the reward."""
+    belief = RegressionBelief(expected_noise=True, process_noise=[0.0], prior_variance=[0.1])
+    after_visits(belief, pool_of_extremes(1), 1, 1)
+    before = belief.predict(["new"], step=5)
+    belief.update(["new"], torch.ones(1), step=5)
+    m, variance = before.mean, before.variance
+    gain = variance / (m * (1 - m))
+    assert 0.2 < gain < 0.9
+    torch.testing.assert_close(belief.predict(["new"], step=5).mean, m + gain * (1 - m), rtol=1e-5, atol=1e-6)
+
+
+def test_expected_noise_leaves_other_rewards_alone() -> None:
+    """R of rewards that are not 0/1 is pooled within groups, with the option and without."""
+    ids, reward = [0, 0, 1, 1, 2, 2], normal(6, seed=3)
+    on, off = RegressionBelief(expected_noise=True), RegressionBelief()
+    for belief in (on, off):
+        belief.update(ids, reward, step=0)
+    for mine, other in zip(on.predictive([0, 1, "new"], step=1), off.predictive([0, 1, "new"], step=1)):
+        assert torch.equal(mine, other)
+
+
+def test_expected_noise_is_a_switch() -> None:
+    with pytest.raises(ConfigError, match="expected_noise"):
+        RegressionBelief(expected_noise=1)  # type: ignore[arg-type]

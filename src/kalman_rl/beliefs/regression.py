@@ -13,7 +13,7 @@ from kalman_rl.beliefs.base import ROUNDING, Prior, TableBelief, prompt_features
 from kalman_rl.beliefs.change import MAX_WAIT, Change, core_variance
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.beliefs.mixture import Evidence, LocalLevels, is_finite
-from kalman_rl.beliefs.noise import MAX_SUM
+from kalman_rl.beliefs.noise import BINARY_FLOOR, MAX_SUM
 from kalman_rl.beliefs.ridge import Features, Ridge
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.beliefs.table import PromptTable
@@ -28,6 +28,8 @@ PRIOR_VARIANCE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 1.0)
 
 From scores that are almost all noise to scores that hardly have any; more of them cost no memory."""
 _MIN_TAU2 = 1e-4
+_MIN_SHARE = 0.1
+"""Least expected R of 0/1 rewards, as a share of ``m (1 - m)``: a P that explains all rewards is not believed."""
 _FORGOTTEN = -1.0  # in place of a variance: of a prompt that was visited in another unit
 ROW_ROUNDING = 2e-5
 """Of a level as stored: float32 rounds to 6e-8 of it, and an update with a small gain loses more than one of
@@ -43,9 +45,10 @@ class RegressionBelief(TableBelief):
     predicted all prompts) and the regression (from y minus the filters' part, with weight ``1 / (R/n +
     P)``). Without features f is a common level that drifts.
 
-    For 0/1 rewards R is ``m (1 - m)``, Q is multiplied by ``16 (m (1 - m))^2`` and tau^2 comes from the
-    spread of first visits. Otherwise R is pooled within groups, and heavy tails switch to clipped rewards
-    (:mod:`kalman_rl.beliefs.noise`). The first batch is baselined by leave-one-out shrinkage.
+    For 0/1 rewards R is ``m (1 - m)``, or with ``expected_noise`` ``E[p (1 - p)] = m (1 - m) - P``, Q is multiplied by
+    ``16 (m (1 - m))^2`` and tau^2 comes from the spread of first visits. Otherwise R is pooled within
+    groups, and heavy tails switch to clipped rewards (:mod:`kalman_rl.beliefs.noise`). The first batch is baselined by
+    leave-one-out shrinkage.
 
     Args:
         dimension: features wider than this are projected to it (SRHT).
@@ -55,6 +58,8 @@ class RegressionBelief(TableBelief):
         forgetting: of the regression per step, in (0, 1].
         scale: divide advantages by the lagged pooled standard deviation.
         seed: of the projection.
+        expected_noise: for 0/1 rewards, count what is not known about a prompt as doubt and not as noise as well. In a
+            pool of hopeless and solved prompts the first visits then say two to four times as much.
 
     State: 176 bytes per prompt with the default bank, features are not stored: pass them with every call.
         An id called without features is not carried by the regression; a new one is expected at the
@@ -80,6 +85,7 @@ class RegressionBelief(TableBelief):
         forgetting: float = 0.98,
         scale: bool = True,
         seed: int = 0,
+        expected_noise: bool = False,
     ) -> None:
         for name, grid, sign in (
             ("process_noise", process_noise, ">= 0"),
@@ -97,6 +103,9 @@ class RegressionBelief(TableBelief):
             "fit": ((), torch.float32),
         }
         super().__init__(PromptTable(columns), scale=scale)
+        if not isinstance(expected_noise, bool):
+            raise ConfigError(f"expected_noise: got {expected_noise!r}, expected True or False")
+        self._expected_noise = expected_noise
         self._q = torch.tensor(list(process_noise), dtype=torch.float64)
         self._tau2 = torch.tensor(list(prior_variance), dtype=torch.float64)
         # The first column is the tau^2 from moments, the others the grid; one of the two is in use.
@@ -138,6 +147,7 @@ class RegressionBelief(TableBelief):
             "forgetting": self._ridge.forgetting,
             "dimension": self._features.dimension,
             "seed": self._features.seed,
+            "expected_noise": self._expected_noise,
         }
 
     def _extra_state(self) -> dict[str, Any]:
@@ -187,7 +197,7 @@ class RegressionBelief(TableBelief):
         mean = mean + self._offset
         if self._noise.binary is True:
             mean = mean.clamp(0.0, 1.0)
-        return Prior(Gaussian(mean, variance), self._noise.of(mean, self._unit2))
+        return Prior(Gaussian(mean, variance), self._reward_noise(mean, variance))
 
     def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
         self._features.fit(inputs)
@@ -203,7 +213,7 @@ class RegressionBelief(TableBelief):
             self._noise.learn(groups, *prior.value)
         x = self._features.standard(inputs, len(rows))
         y = shown.mean - self._offset
-        noise = self._noise.of(prior.value.mean, self._unit2) / groups.size
+        noise = self._reward_noise(*prior.value) / groups.size
         if first_ever:  # then f comes first: residuals from a regression that knows nothing would be values
             self._learn_first(groups, rows, y, x, noise)
             self._ridge.learn(x, y, 1 / (noise + self.prior_variance), step)
@@ -227,6 +237,13 @@ class RegressionBelief(TableBelief):
     def _unit2(self) -> float:
         """The squared reward scale: 1 for 0/1 rewards, the variance of a batch of rewards otherwise."""
         return 1.0 if self._noise.binary is not False or not self._unit else self._unit
+
+    def _reward_noise(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """(u,) R of one reward, where the value is thought to be N(mean, variance)."""
+        noise = self._noise.of(mean, self._unit2)
+        if self._expected_noise and self._noise.binary is True:
+            noise = torch.maximum(noise - variance, _MIN_SHARE * noise).clamp(min=BINARY_FLOOR)
+        return noise
 
     def _set_unit(self, groups: Groups) -> bool:
         """Learn the unit from the first batch, and anew where later ones contradict it.
