@@ -260,7 +260,7 @@ class Reproduce:
     quick: Switch = False
     """Few seeds, and learning rates as chosen before: at most 15 minutes on two cores for all of them."""
     model: str = "tiny"
-    """What is trained: tiny."""
+    """What is trained: tiny or smollm2, each with experiments of its own."""
     output: Path = Path("runs/reproduce")
     """Folder of the results."""
     seeds: tuple[int, ...] = ()
@@ -275,6 +275,7 @@ class Reproduce:
             print(listing())
             return 0
         words = ["kalman-rl reproduce", *self.claims, *(["--quick"] if self.quick else [])]
+        words += ["--model", self.model] if self.model != "tiny" else []
         words += ["--seeds", *map(str, self.seeds)] if self.seeds else []
         page = reproduce(
             self.claims,

@@ -24,13 +24,14 @@ from kalman_rl.instruments.reproduce.pools import POOLS
 from kalman_rl.instruments.reproduce.ratios import RATIOS
 from kalman_rl.instruments.reproduce.report import outcome, summary, table, write
 from kalman_rl.instruments.reproduce.simulated import SIMULATED
+from kalman_rl.instruments.reproduce.smollm2 import SMOLLM2, smollm2_world
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for experiment in (*POOLS, EXPLORATION, *GRADIENTS, *RATIOS, *SIMULATED, COLLAPSE)
+    for experiment in (*POOLS, EXPLORATION, *GRADIENTS, *RATIOS, *SIMULATED, COLLAPSE, *SMOLLM2)
 }
 """Every experiment by name."""
-MODELS: dict[str, Callable[..., World]] = {"tiny": tiny_world}
+MODELS: dict[str, Callable[..., World]] = {"tiny": tiny_world, "smollm2": smollm2_world}
 """Where a start policy and its questions come from: ``world(cache, progress)``."""
 
 
@@ -38,7 +39,8 @@ def listing() -> str:
     """Every experiment with its claims and their acceptance."""
     lines = []
     for experiment in EXPERIMENTS.values():
-        lines += [f"{experiment.name}: {experiment.question}", f"    {experiment.pool}"]
+        model = "" if experiment.model == "tiny" else f" (--model {experiment.model})"
+        lines += [f"{experiment.name}{model}: {experiment.question}", f"    {experiment.pool}"]
         for claim in experiment.claims:
             lines.append(f"    - {claim.text} (from: {claim.source}; accepted: {claim.acceptance})")
     return "\n".join(lines)
@@ -66,16 +68,17 @@ def reproduce(
     Returns: the path of the table.
     Raises: ConfigError for an unknown name, model or seed; RunError for a folder that cannot be used.
     """
-    for name in names:
-        if name not in EXPERIMENTS:
-            raise unknown_name("claim", name, EXPERIMENTS)
     if model not in MODELS:
         raise unknown_name("model", model, MODELS)
+    known = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.model == model}
+    for name in names:
+        if name not in known:
+            raise unknown_name(f"claim on model {model!r}", name, known)
     check_seeds(seeds or ())
     with explained(output, "create"):
         output.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(output / "runs.jsonl", model)
-    chosen = [EXPERIMENTS[name] for name in dict.fromkeys(names or EXPERIMENTS)]
+    chosen = [known[name] for name in dict.fromkeys(names or known)]
     make_world = functools.partial(MODELS[model], output.parent / ".cache", progress)
     found = run_all(
         chosen,

@@ -46,7 +46,7 @@ class Experiment:
         name: on the command line. question: in one sentence. pool: what is trained on, and how much.
         arms: by name. claims: with their acceptance.
         seeds: test seeds of a full run. quick_seeds: of a quick one, which tunes nothing.
-        tuning_seeds: that its settings are chosen on.
+        tuning_seeds: that its settings are chosen on. model: that it is about.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Experiment:
     seeds: int = 5
     quick_seeds: int = 2
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    model: str = "tiny"
 
 
 class Job(NamedTuple):

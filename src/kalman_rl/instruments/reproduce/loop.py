@@ -23,6 +23,7 @@ from kalman_rl.engine.tasks.task import Row
 from kalman_rl.errors import ConfigError
 from kalman_rl.instruments.reproduce.policy import Policy, Replies
 from kalman_rl.instruments.reproduce.pool import KINDS, MATHS, Mix, Pool, World, draw_pool
+from kalman_rl.instruments.reproduce.watch import Record, Watched, squared_errors
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
@@ -30,9 +31,7 @@ from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.stream import PromptStream, mean_draws, systematic
 from kalman_rl.sampling.tracking import Tracking, fixed_groups
 
-BETAS, NORM, WARM_UP = (0.9, 0.95), 1.0, 20
-POINTS = 16
-"""Equally spaced measurements of a run, beside the one at its start."""
+BETAS, NORM = (0.9, 0.95), 1.0
 FLOOR = 0.1
 """Share of draws that are uniform, of the stream and with the exact p."""
 
@@ -48,6 +47,10 @@ class Setting:
         noise: standard deviation added to every reward. offset: of a constant per question.
         lag: generation batches by which the sampler's weights are behind.
         bits: of the sampler's weights; 0 = as they are.
+        warm_up: updates in which the rate rises linearly.
+        points: equally spaced measurements of a run, beside the one at its start.
+        watched: beliefs that see the rewards without taking part; then every completion's question and reward and
+            every question's success at each point are kept as well.
     """
 
     mix: Mix = MATHS
@@ -59,6 +62,9 @@ class Setting:
     offset: float = 0.0
     lag: int = 0
     bits: int = 0
+    warm_up: int = 20
+    points: int = 16
+    watched: tuple[Watched, ...] = ()
 
 
 class Draw(Protocol):
@@ -82,6 +88,7 @@ class Arm:
         advantage: the method whose advantage is taken; "" = its own; "true" = reward minus the exact success.
         group: completions per question. batch: completions per generation batch.
         rate: learning rate. end_rate: reached linearly; 0 = constant.
+        belief: options of the belief of a tracked advantage.
         draw: "passes" over the pool, "stream" by the belief's E[p (1 - p)], "true" by the exact p (1 - p), or a
             stream of its own.
         allocation: as in :class:`~kalman_rl.sampling.budget.Budget`. candidates: questions it chooses among.
@@ -96,6 +103,7 @@ class Arm:
     batch: int = 128
     rate: float = 1e-4
     end_rate: float = 0.0
+    belief: tuple[tuple[str, Any], ...] = ()
     draw: Literal["passes", "stream", "true"] | Draw = "passes"
     allocation: Literal["fixed", "predictive", "rounds"] = "fixed"
     candidates: int = 0
@@ -123,22 +131,24 @@ class Training:
 def train(world: World, setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
     """One run from the world's start; the policy is left as trained.
 
-    Returns: ``spent`` completions and ``accuracy`` on the pool at the start and ``POINTS`` times; ``mean`` and
+    Returns: ``spent`` completions and ``accuracy`` on the pool at the start and ``points`` times; ``mean`` and
         ``final`` of it, and ``kept``, final over best; ``held_out``; final accuracy by kind; every batch's ``reward``,
         its share of right replies; ``apart``, the mean distance of trainer and sampler in nats a token, where they
-        differ; with a belief ``calibration``, squared errors of its predictions over the variance it predicted;
-        ``seconds``.
+        differ; ``watched`` beliefs' squared errors at every point; with a belief ``calibration``, squared errors of its
+        predictions over the variance it predicted; ``seconds``.
     """
     run = _Run(world, setting, arm, seed)
     start = time.monotonic()
     batches = setting.budget // arm.batch
-    measured = [round(batches * point / POINTS) for point in range(POINTS + 1)]
+    measured = [round(batches * point / setting.points) for point in range(setting.points + 1)]
     found: dict[str, Any] = {"spent": [], "accuracy": [], "reward": []}
     for batch in range(batches + 1):
         if batch in measured:
             success = run.policy.success(run.pool.rows)
             found["spent"].append(batch * arm.batch)
             found["accuracy"].append(success.mean().item())
+            if setting.watched:
+                found.setdefault("success", []).append(success.tolist())
         if batch < batches:
             found["reward"].append(run.batch(batch, batches))
     found["mean"] = sum(found["accuracy"][1:]) / len(found["accuracy"][1:])
@@ -150,6 +160,15 @@ def train(world: World, setting: Setting, arm: Arm, seed: int) -> dict[str, Any]
     if run.surprise:
         expected = sum(variance for _, variance in run.surprise)
         found["calibration"] = sum(error for error, _ in run.surprise) / expected
+    if setting.watched:
+        clock = setting.updates * setting.passes
+        found["record"] = run.record
+        found["watched"] = {
+            watched.name: squared_errors(
+                watched, run.pool.rows, run.record, found["success"], measured, clock
+            )
+            for watched in setting.watched
+        }
     if run.apart:
         found["apart"] = sum(run.apart) / len(run.apart)
     return found | {"seconds": time.monotonic() - start}
@@ -171,6 +190,8 @@ class _Run:
         self.offset = setting.offset * offsets
         self.method = method_of(arm)
         self.estimator = make_method(arm.advantage).advantage if arm.advantage not in ("", "true") else None
+        if arm.belief:
+            self.estimator = Tracked(options=arm.belief)
         self.tracking: Tracking | None = None
         advantage = self.estimator or self.method.advantage
         if isinstance(advantage, Tracked) and arm.advantage != "true":
@@ -192,6 +213,7 @@ class _Run:
         self.step = 0
         self.surprise: list[tuple[float, float]] = []
         self.apart: list[float] = []
+        self.record: Record = []
 
     def batch(self, number: int, batches: int) -> float:
         """Sample a generation batch and update on it; returns the share of right replies."""
@@ -219,7 +241,7 @@ class _Run:
 
     def _update(self, replies: Replies, rollouts: Rollouts, advantage: Tensor, total: int) -> None:
         rate, end = self.arm.rate, self.arm.end_rate or self.arm.rate
-        rate = (rate + (end - rate) * self.step / total) * min(1.0, (self.step + 1) / WARM_UP)
+        rate = (rate + (end - rate) * self.step / total) * min(1.0, (self.step + 1) / self.setting.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = policy_loss(self.method, rollouts, self.policy.logp(replies), advantage=advantage)
@@ -256,7 +278,10 @@ class _Run:
     def _reward(self, names: list[Hashable], replies: Replies) -> Tensor:
         places = torch.tensor([self.place[name] for name in names])
         noise = torch.randn(len(names), generator=self.generator)
-        return (replies.right + self.offset[places] + self.setting.noise * noise).double()
+        reward = (replies.right + self.offset[places] + self.setting.noise * noise).double()
+        if self.setting.watched:
+            self.record.append(list(zip(places.tolist(), reward.tolist())))
+        return reward
 
     def _advantage(self, names: list[Hashable], replies: Replies) -> Tensor:
         reward = self._reward(names, replies)

@@ -45,6 +45,8 @@ def summary(
         if runs and "accuracy" in runs[0]:
             entry["spent"] = runs[0]["spent"]
             entry["accuracy"] = [run["accuracy"] for run in runs]
+        if runs and "watched" in runs[0]:
+            entry["watched"] = {name: [run["watched"][name] for run in runs] for name in runs[0]["watched"]}
         if arm in choices:
             tuned = choices[arm]
             entry["tuning"] = {
@@ -157,12 +159,28 @@ def section(result: Mapping[str, Any], folder: str) -> str:
             cells = [_mean(arm.get("numbers", {}).get(key)) for key in keys]
             lines.append("| " + " | ".join([name, *cells, *([tried] if tuned else [])]) + " |")
         lines.append("")
+    for name, arm in result["arms"].items():
+        if "watched" in arm:
+            lines += _watched(name, arm)
     lines.append(f"![{result['name']}]({folder}/{result['name']}.png)\n")
     lines.append(
         f"`{result['command']}`, {result['date']}, {result['machine']}, {result['seconds'] / 60:.0f} minutes of runs, "
         f"model {result['model']}.\n"
     )
     return "\n".join(lines)
+
+
+def _watched(name: str, arm: Mapping[str, Any]) -> list[str]:
+    """How far beliefs that only watched an arm were from the exact success."""
+    lines = [
+        f"Squared error about p of beliefs that saw the rewards of *{name}*, by completions spent:\n",
+        "| belief | " + " | ".join(map(str, arm["spent"][1:])) + " |",
+        "|---|" + "---|" * len(arm["spent"][1:]),
+    ]
+    for belief, runs in arm["watched"].items():
+        cells = [_mean(values) for values in list(zip(*runs))[1:]]
+        lines.append("| " + " | ".join([belief, *cells]) + " |")
+    return [*lines, ""]
 
 
 def _mean(values: Sequence[float] | None) -> str:
