@@ -26,6 +26,7 @@ from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training, drawn, 
 from kalman_rl.instruments.reproduce.policy import CausalPolicy
 from kalman_rl.instruments.reproduce.pool import LENGTHS, World, draw_pool, questions
 from kalman_rl.instruments.reproduce.ratios import FilteredTruncated
+from kalman_rl.instruments.reproduce.smollm2 import WATCHED
 from kalman_rl.objectives.correction import Truncated
 from kalman_rl.objectives.rollouts import Rollouts
 
@@ -220,14 +221,19 @@ def test_the_list_has_every_claim_with_its_acceptance(capsys: pytest.CaptureFixt
 
 def test_every_claim_measures_arms_of_its_experiment() -> None:
     """A misspelt arm would give no numbers and hence no verdict, for ever."""
-    curve = {"spent": [0, 1], "accuracy": [0.0, 1.0], "reward": [0.5] * 4 + [0.0] * 20}
+    curve = {"spent": [0, 320, 640, 1920], "accuracy": [0.0, 0.4, 0.7, 1.0]}
+    curve["reward"] = [0.5] * 4 + [0.0] * 20
+    watched = {belief.name: [0.1] * 4 for belief in WATCHED}
     for experiment in room.EXPERIMENTS.values():
         numbers: dict[str, Any] = dict.fromkeys(
             ("mean", "final", "held_out", "kept", "calibration", "worth", "residual"), 1.0
         )
         numbers |= dict.fromkeys(("gain", "over_constant", "coverage", "contrast"), 1.0) | curve
         held = numbers | {"reward": [0.5] * 24}
-        records = {arm: {1000: held if "1e-4" in arm else numbers} for arm in experiment.arms}
+        records: Any = {arm: {1000: held if "1e-4" in arm else numbers} for arm in experiment.arms}
+        for arm, trial in experiment.arms.items():
+            if isinstance(trial, Training) and trial.setting.watched:
+                records[arm] = {1000: numbers | {"watched": watched}}
         for claim in experiment.claims:
             assert len(claim.measure(records)) == 1, (experiment.name, claim.text)
 

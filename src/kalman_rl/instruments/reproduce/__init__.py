@@ -39,8 +39,8 @@ def listing() -> str:
     """Every experiment with its claims and their acceptance."""
     lines = []
     for experiment in EXPERIMENTS.values():
-        model = "" if experiment.model == "tiny" else f" (--model {experiment.model})"
-        lines += [f"{experiment.name}{model}: {experiment.question}", f"    {experiment.pool}"]
+        model = "" if experiment.model == "tiny" else f"; --model {experiment.model}"
+        lines += [f"{experiment.name}: {experiment.question}", f"    {experiment.pool}{model}"]
         for claim in experiment.claims:
             lines.append(f"    - {claim.text} (from: {claim.source}; accepted: {claim.acceptance})")
     return "\n".join(lines)
