@@ -8,7 +8,7 @@ from kalman_rl.engine.collapse.rule import Fall
 from kalman_rl.instruments.reproduce.claim import Claim, Measure, Records
 from kalman_rl.instruments.reproduce.experiment import Experiment
 from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training
-from kalman_rl.instruments.reproduce.ratios import PLENTY, TEACHING
+from kalman_rl.instruments.reproduce.ratios import PLENTY, PUBLISHED, TEACHING
 
 UPDATES, LASTS, AHEAD = 4, 32, 10
 """Updates per generation batch; updates that a collapse lasts; updates that a warning should come before it."""
@@ -85,7 +85,7 @@ def _false(collapse: int | None, alarm: int | None) -> bool | None:
     return None if collapse is not None else alarm is not None
 
 
-_HOLD = {"grpo, 1e-4": Arm(), "grpo, 5e-5": Arm(rate=5e-5), "kpo_diffuse, 1e-4": Arm("kpo_diffuse")}
+_HOLD = {"grpo, 1e-4": Arm(), "grpo, 5e-5": Arm(rate=5e-5), "kpo_diffuse, 1e-4": Arm("kpo_diffuse", PUBLISHED)}
 _FALL = {
     "grpo, to 2e-3": Arm(end_rate=2e-3),
     "no ratio, to 2e-3": Arm("ratio_one", end_rate=2e-3),

@@ -113,19 +113,39 @@ class Arm:
 
 @dataclass(frozen=True)
 class Training:
-    """A trial: one arm in one setting. ``rates`` are tried on tuning seeds; the arm's own stands where none are."""
+    """A trial: one arm in one setting.
+
+    ``rates`` and ``clips`` (of both sides) are tried on tuning seeds, each rate with each clip; where none are, the
+    arm's own stands.
+    """
 
     setting: Setting
     arm: Arm
     rates: tuple[float, ...] = field(default=(), repr=False)
+    clips: tuple[float, ...] = field(default=(), repr=False)
 
     def run(self, worlds: Callable[[], World], seed: int) -> dict[str, Any]:
         """See :func:`train`."""
         return train(worlds(), self.setting, self.arm, seed)
 
     def variants(self) -> dict[str, Training]:
-        """One trial a rate."""
-        return {f"{rate:g}": replace(self, arm=replace(self.arm, rate=rate), rates=()) for rate in self.rates}
+        """One trial for each that is tried, called by what differs."""
+        tried = {"": self.arm}
+        if self.rates:
+            tried = {f"{rate:g}": replace(self.arm, rate=rate) for rate in self.rates}
+        if self.clips:
+            tried = {
+                f"{name}{' ' if name else ''}clip {clip:g}": clipped(arm, clip)
+                for name, arm in tried.items()
+                for clip in self.clips
+            }
+        return {name: Training(self.setting, arm) for name, arm in tried.items() if name}
+
+
+def clipped(arm: Arm, clip: float) -> Arm:
+    """The arm with this distance of the clip's two ends from a ratio of 1."""
+    others = tuple(option for option in arm.options if option[0] not in ("low", "high"))
+    return replace(arm, options=(*others, ("low", clip), ("high", clip)))
 
 
 def train(world: World, setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kalman_rl.instruments.reproduce.claim import Claim, difference, value
 from kalman_rl.instruments.reproduce.experiment import Experiment
-from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training
+from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training, clipped
 from kalman_rl.objectives.correction import Truncated
 from kalman_rl.objectives.ratio import KalmanFiltered
 from kalman_rl.objectives.rollouts import Rollouts
@@ -36,9 +36,15 @@ class FilteredTruncated:
         return filtered.log_weight.exp().clamp(max=self.cap)
 
 
-def clipped(method: str, clip: float) -> Arm:
+CLIPS = (0.01, 0.03, 0.1, 0.2)
+"""Tried on tuning seeds, for every method the same."""
+PUBLISHED = (("low", 3e-4), ("high", 4e-4))
+"""KPO's clip, where only the filter's start is to differ from KPO."""
+
+
+def to_sampler(method: str, clip: float) -> Arm:
     """A method whose ratio is taken to the sampler, with this clip on both sides."""
-    return Arm(method, (("low", clip), ("high", clip)), rate=1e-4)
+    return clipped(Arm(method, rate=1e-4), clip)
 
 
 _LATE = Setting(mix=TEACHING, lag=8, budget=4096)
@@ -46,12 +52,12 @@ STALE = Experiment(
     "stale",
     "Does smoothing a ratio pay on stale samples?",
     f"{PLENTY}; 4096 completions, groups of 8, 128 a batch, 4 updates, the sampler 8 batches behind; ratios to the "
-    "sampler, clips as tuned elsewhere",
+    "sampler, each at its own best of four clips",
     {
-        "GRPO": Training(_LATE, clipped("grpo", 0.05)),
-        "GSPO": Training(_LATE, clipped("gspo", 0.01)),
-        "kpo_diffuse": Training(_LATE, clipped("kpo_diffuse", 0.03)),
-        "kpo_noise": Training(_LATE, clipped("kpo_noise", 0.01)),
+        "GRPO": Training(_LATE, to_sampler("grpo", 0.05), clips=CLIPS),
+        "GSPO": Training(_LATE, to_sampler("gspo", 0.01), clips=CLIPS),
+        "kpo_diffuse": Training(_LATE, to_sampler("kpo_diffuse", 0.03), clips=CLIPS),
+        "kpo_noise": Training(_LATE, to_sampler("kpo_noise", 0.01), clips=CLIPS),
     },
     (
         *(
@@ -87,8 +93,8 @@ MISMATCH = Experiment(
         "none": Training(_COARSE, _OWN),
         "TIS": Training(_COARSE, replace(_OWN, correction=Truncated(2.0))),
         "sequence TIS": Training(_COARSE, replace(_OWN, correction=Truncated(2.0, "sequence"))),
-        "GSPO to the sampler": Training(_COARSE, clipped("gspo", 0.2)),
-        "kpo_diffuse to the sampler": Training(_COARSE, clipped("kpo_diffuse", 0.2)),
+        "GSPO to the sampler": Training(_COARSE, to_sampler("gspo", 0.2)),
+        "kpo_diffuse to the sampler": Training(_COARSE, to_sampler("kpo_diffuse", 0.2)),
         "filtered correction": Training(_COARSE, replace(_OWN, correction=FilteredTruncated())),
     },
     (
@@ -116,7 +122,7 @@ _METHODS = {
     "gspo": Arm("gspo", batch=256),
     "kpo, published": Arm("kpo", batch=256),
     "ratio := 1, same clip": Arm("ratio_one", batch=256),
-    "kpo_diffuse": Arm("kpo_diffuse", batch=256),
+    "kpo_diffuse": Arm("kpo_diffuse", PUBLISHED, batch=256),
 }
 _RATES = {"A": 1e-4, "C": 3e-4}
 _STRESSED = {
