@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,29 @@ def test_logged_completions_show_the_advantages_trained_on(
         sorted(a for b in batches for a in b.inputs["advantages"].tolist()), rel=1e-6
     )
     assert len(shown) == 16 and len(set(shown)) > 2
+
+
+def test_a_clip_that_drops_most_tokens_is_named_once(
+    model_path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One step without and twelve with ratios that moved."""
+    said = {}
+    for clip in (0.0, 0.2):
+        caplog.clear()
+        config = KalmanGRPOConfig(
+            **settings(
+                tmp_path / str(clip), **step_of(1, num_iterations=13, max_steps=13, learning_rate=1e-3)
+            ),
+            method="gspo",
+            method_options={"low": clip, "high": clip},
+        )
+        with caplog.at_level(logging.WARNING, logger="kalman_rl"):
+            _, history = run(KalmanGRPOTrainer, config, model_path)
+        mean = statistics.fmean(log["trust/kept"] for log in history.logs[1:9])
+        said[clip] = [m for record in caplog.records if "tokens kept" in (m := record.getMessage())]
+        if clip:
+            assert mean > 0.5 and said[clip] == []
+        else:
+            assert mean < 0.5
+            expected = f"gspo: got {100 * mean:.0f} % of tokens kept, expected 50 % or more"
+            assert said[clip] == [f"{expected}; widen its clip (low 0, high 0 now)"]

@@ -232,6 +232,20 @@ def test_main_verdicts(
     assert words in summary_of(write_run(tmp_path / "run", {}, start=start, end=end)).lead[0]
 
 
+def test_summary_names_a_clip_that_drops_most_tokens(tmp_path: Path) -> None:
+    config = 'method = "gspo"\n[method_options]\nlow = 0.01\n'
+    few, most, unknown = (
+        " ".join(summary_of(write_run(tmp_path / name, {}, clipped=clipped, config=text)).lead)
+        for name, clipped, text in (
+            ("few", 1.2, config),
+            ("most", 0.1, config),
+            ("unknown", 1.2, 'method = "from_elsewhere"\n'),
+        )
+    )
+    assert re.search(r"gspo: got \d\d % of tokens kept.*\(low 0.01, high 0.0004 now\)", few)
+    assert "tokens kept" not in most and "tokens kept" not in unknown
+
+
 def test_summary_admits_what_is_missing(tmp_path: Path) -> None:
     lead = {
         name: summary_of(write_run(tmp_path / name, {"model": "tiny"}, **more)).lead[0]

@@ -96,7 +96,7 @@ def test_each_method_knows_its_name_and_says_where_it_comes_from(name: str) -> N
         "kpo_diffuse": (
             advantage.GroupZScore(1e-4),
             ratio.KalmanFiltered(1e-6, 1.0, math.inf),
-            trust.Clip(3e-4, 4e-4),
+            trust.Clip(0.03, 0.03),
             aggregate.sequence_mean,
         ),
         "ratio_one": (

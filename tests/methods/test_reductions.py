@@ -159,7 +159,9 @@ REDUCTIONS: dict[str, Reduction] = {
         make_method("kpo_diffuse", process_noise=0.02),
     ),
     "KPO robust without threshold, P0 = 0: KPO": Reduction(
-        make_method("kpo_robust", threshold=INF, initial_variance=0.0, process_noise=0.02),
+        make_method(
+            "kpo_robust", threshold=INF, initial_variance=0.0, process_noise=0.02, low=3e-4, high=4e-4
+        ),
         make_method("kpo", process_noise=0.02),
     ),
     "KPO robust, q = inf, without threshold: GRPO": Reduction(

@@ -22,6 +22,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "B": {"iterations": 4, "learning_rate": 1e-4},  # 4 passes, so 32 updates per generation batch
     "C": {"iterations": 1, "learning_rate": 3e-4},  # 8 updates with steps three times as long
 }
+OPTIONS: dict[str, dict[str, float]] = {"kpo_diffuse": {"low": 3e-4, "high": 4e-4}}
+"""Of methods in the study; KPO's clip, so that only the start differs from KPO."""
 
 
 def stress(config: StressConfig) -> int:
@@ -65,6 +67,7 @@ def plan(config: StressConfig) -> list[TrainConfig]:
                 plans.append(
                     TrainConfig(
                         method=method,
+                        method_options=OPTIONS.get(method, {}),
                         model="tiny",
                         task="sort16",
                         run=Path(config.run) / "runs" / f"{condition}-{name_part(method)}-seed{seed}",

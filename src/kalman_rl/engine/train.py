@@ -221,6 +221,8 @@ def _train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.step < config.steps:
             return 3 if alarm is not None and alarm.stopped and not stop.requested else 130
+        if hint := trainer.few_kept.hint():
+            say(f"note: {hint}")
     else:  # trained already: what is left is to save and to evaluate
         trainer.state.global_step = stop.step
         trainer._load_from_checkpoint(str(checkpoint))

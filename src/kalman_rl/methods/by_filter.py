@@ -57,13 +57,14 @@ def kpo_diffuse(
     *,
     process_noise: float = 1e-6,
     observation_noise: float = 1.0,
-    low: float = 3e-4,
-    high: float = 4e-4,
+    low: float = 0.03,
+    high: float = 0.03,
     epsilon: float = 1e-4,
 ) -> Method:
     """KPO with a diffuse start (P0 = inf): believes the first token, then averages. A causal GSPO.
 
-    Ours; only the initial variance differs from :func:`kpo`. Q = 0 is the running mean of the log-ratios.
+    Ours; the initial variance differs from :func:`kpo`, and the clip, which was chosen on stale samples: there the
+    published one drops most tokens. Q = 0 is the running mean of the log-ratios.
     """
     return Method(
         "kpo_diffuse",
@@ -90,7 +91,7 @@ def kpo_auto(
     GRPO's token ratio, both with this clip.
 
     The clip must match the scale of the filtered ratio. A fixed small Q/R gives sequence-mean ratios and
-    GSPO's 3e-4; a learned one may leave token-sized movements, of which 3e-4 would drop nearly all, while
+    kpo_diffuse's 0.03; a learned one may leave token-sized movements, of which it would drop more, while
     0.2 is too wide for a smoothed ratio. 0.05 lies between; tune it first.
     """
     return Method(
@@ -109,8 +110,8 @@ def kpo_noise(
     process_noise: float = 1e-6,
     behaviour: bool = False,
     memory: float = 0.9,
-    low: float = 3e-4,
-    high: float = 4e-4,
+    low: float = 0.03,
+    high: float = 0.03,
     epsilon: float = 1e-4,
 ) -> Method:
     """KPO from a diffuse start with token noise ``R_t = floor + scale (1 - p_t)^2``. Ours.
@@ -136,13 +137,13 @@ def kpo_robust(
     initial_variance: float = 1.0,
     threshold: float = 2.0,
     memory: float = 0.9,
-    low: float = 3e-4,
-    high: float = 4e-4,
+    low: float = 0.03,
+    high: float = 0.03,
     epsilon: float = 1e-4,
 ) -> Method:
     """KPO that clips innovations at ``threshold`` predicted deviations, started from N(0, R). Ours.
 
-    ``threshold = inf`` is :func:`kpo` with this P0, and :func:`kpo_diffuse` with ``initial_variance = inf``,
+    ``threshold = inf`` is :func:`kpo` with this P0 and clip, and :func:`kpo_diffuse` with ``initial_variance = inf``,
     where a spike on the first token would get through. The variances are start values: a host that carries
     the state rescales them by what past batches show, otherwise give R the noise there is, since the
     threshold is counted in it. The clip is kpo_diffuse's, for Q is as small against R.

@@ -45,6 +45,7 @@ from kalman_rl.objectives.loss import Loss, Method, policy_loss
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.objectives.rollouts import Current, Rollouts, score_norm_squared
 from kalman_rl.objectives.trust.curvature import last_layer_step
+from kalman_rl.objectives.trust.few import FewKept
 from kalman_rl.sampling.tracking import Tracking
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         self._noop_steps = 0
         self._last_rewards: Tensor | None = None
         self.missing = MissingRewards()
+        self.few_kept = FewKept(self.method.name, self.method.trust)
         named = names_a_method(method, args)
         self.as_trl = not named and self.tracking is None
         check_combination(self.method, args, named=named)
@@ -398,7 +400,10 @@ class KalmanGRPOTrainer(FiniteTrainer):
             self.tally[mode].share()
             return
         if self.accelerator.sync_gradients:  # the step's last micro-batch
-            self.notice_terms(self.tally[mode].share())
+            metrics = self.tally[mode].share()
+            self.notice_terms(metrics)
+            if not self.as_trl and (hint := self.few_kept.see(metrics)):
+                logger.warning("%s", hint)
         cycle = self.args.steps_per_generation * self.num_iterations
         self._noop_steps = self._noop_steps + 1 if bool(loss.metrics["ratio/noop"]) else 0
         if self._noop_steps == 2 * cycle and not self.as_trl:

@@ -85,7 +85,11 @@ def _false(collapse: int | None, alarm: int | None) -> bool | None:
     return None if collapse is not None else alarm is not None
 
 
-_HOLD = {"grpo, 1e-4": Arm(), "grpo, 5e-5": Arm(rate=5e-5), "kpo_diffuse, 1e-4": Arm("kpo_diffuse", PUBLISHED)}
+_HOLD = {
+    "grpo, 1e-4": Arm(),
+    "grpo, 5e-5": Arm(rate=5e-5),
+    "kpo_diffuse, 1e-4": Arm("kpo_diffuse", PUBLISHED),
+}
 _FALL = {
     "grpo, to 2e-3": Arm(end_rate=2e-3),
     "no ratio, to 2e-3": Arm("ratio_one", end_rate=2e-3),

@@ -22,9 +22,9 @@ Written by `kalman-rl reproduce`. Every claim had its acceptance before it was r
 interval (Student's t over seeds, paired where arms are compared; one comparison at a time, not corrected for their
 number) lies inside the accepted range, **refuted** that it lies outside, **not decided** that it reaches over the
 bound. Claims come from the published sources (K-GRPO, KPO) or from this project. Test seeds are 1000 and on; rates
-and clips were chosen on seeds {tuning}. Accuracy is the exact probability of the right reply, and its mean over the run where
-nothing else is said. "Fewer completions" compares the budget with the completions at which an arm first has the
-other's final accuracy; a noisy curve has its own final accuracy before its end too, which flatters such a factor a
+and clips were chosen on seeds {tuning}. Accuracy is the exact probability of the right reply, and its mean over the
+run where nothing else is said. "Fewer completions" compares the budget with the completions at which an arm first has
+the other's final accuracy; a noisy curve has its own final accuracy before its end too, which flatters such a factor a
 little. All of it is a tiny model of 113k parameters that sorts digits, unless a model is named: directions and factors,
 no promises for large models.
 

@@ -231,7 +231,8 @@ def _advantage_limits() -> Table:
 def _ratio_limits() -> Table:
     make, inf = _ours, math.inf
     token = _with("token", make("cispo", high=inf), aggregate=aggregate.sequence_mean)
-    grpo_band, still = make("grpo", low=3e-4, high=4e-4), make("kpo", process_noise=0.0)
+    band = {"low": 3e-4, "high": 4e-4}
+    grpo_band, still = make("grpo", **band), make("kpo", process_noise=0.0)
     return {
         "kpo": {
             "Q = inf is GRPO with the same clip": _same(make("kpo", process_noise=inf), grpo_band),
@@ -244,7 +245,7 @@ def _ratio_limits() -> Table:
             "Q = 0 ends in GSPO's sequence ratio": _last_token(
                 make("kpo_diffuse", process_noise=0.0), make("gspo")
             ),
-            "Q = inf is GRPO with the same clip": _same(make("kpo_diffuse", process_noise=inf), grpo_band),
+            "Q = inf is GRPO with the same clip": _same(make("kpo_diffuse", process_noise=inf, **band), grpo_band),
         },
         "kpo_auto": {
             "before it has learned: kpo_diffuse with its clip": _same(
@@ -256,14 +257,14 @@ def _ratio_limits() -> Table:
             "scale = 0 is kpo_diffuse with R = floor": _same(
                 make("kpo_noise", scale=0.0), make("kpo_diffuse", observation_noise=0.1)
             ),
-            "Q = inf is GRPO with the same clip": _same(make("kpo_noise", process_noise=inf), grpo_band),
+            "Q = inf is GRPO with the same clip": _same(make("kpo_noise", process_noise=inf, **band), grpo_band),
         },
         "kpo_robust": {
             "threshold = P0 = inf is kpo_diffuse": _same(
                 make("kpo_robust", threshold=inf, initial_variance=inf), make("kpo_diffuse")
             ),
             "threshold = inf, P0 = 0 is KPO": _same(
-                make("kpo_robust", threshold=inf, initial_variance=0.0), make("kpo")
+                make("kpo_robust", threshold=inf, initial_variance=0.0, **band), make("kpo")
             ),
             "clipped innovations: a loop over tokens": _loop(
                 make("kpo_robust", observation_noise=0.05, threshold=0.5)
@@ -272,7 +273,7 @@ def _ratio_limits() -> Table:
         "gspo_token": {"equals GSPO with one advantage per row": _same(make("gspo_token"), make("gspo"))},
         "luspo": {
             "every token at 1 is GSPO with a constant length": _same(
-                make("luspo", low=3e-4, high=4e-4),
+                make("luspo", **band),
                 _with("gspo", make("gspo"), aggregate=aggregate.SequenceSum(1.0)),
             )
         },

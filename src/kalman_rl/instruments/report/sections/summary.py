@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kalman_rl.engine.runs.reading import RunRecord
+from kalman_rl.errors import KalmanRLError
 from kalman_rl.instruments.report.stats.intervals import t_quantile
-from kalman_rl.instruments.report.stats.series import typical
+from kalman_rl.instruments.report.stats.series import finite, series, typical
 from kalman_rl.instruments.report.stats.study import (
     GREEDY,
     POOL_SAMPLED,
@@ -22,6 +24,8 @@ from kalman_rl.instruments.report.stats.study import (
     trend,
 )
 from kalman_rl.instruments.report.words import counted, decimal, listing, signed
+from kalman_rl.methods import make_method
+from kalman_rl.objectives.trust.few import few_kept
 
 PUBLISHED, DIFFUSE, CONTROL = "kpo", "kpo_diffuse", "ratio_one"
 FILTERED = "ratio/filtered_log_variance"
@@ -112,7 +116,20 @@ def _main_sentences(run: RunRecord, arm: Arm, name: str, *, alone: bool) -> list
         if share > 0.999:
             reason = "this run says nothing about the choice of ratio"
         sentences.append(f"In {share:.0%} of the updates every log-ratio was zero; {reason}.")
+    if alone and (hint := _narrow(run)):
+        sentences.append(f"{hint}.")
     return sentences
+
+
+def _narrow(run: RunRecord) -> str | None:
+    """A hint where the run's clip dropped most tokens, None also where its method is not known here."""
+    shares = [kept for kept in finite(series(run.train, "trust/kept", skip_noop=True)) if 0 <= kept <= 1]
+    try:
+        config = tomllib.loads(run.config)
+        method = make_method(config["method"], **config.get("method_options", {}))
+    except (KalmanRLError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return few_kept(method.name, method.trust, shares)
 
 
 def _subject(run: RunRecord) -> str:
