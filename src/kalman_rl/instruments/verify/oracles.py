@@ -245,7 +245,9 @@ def _ratio_limits() -> Table:
             "Q = 0 ends in GSPO's sequence ratio": _last_token(
                 make("kpo_diffuse", process_noise=0.0), make("gspo")
             ),
-            "Q = inf is GRPO with the same clip": _same(make("kpo_diffuse", process_noise=inf, **band), grpo_band),
+            "Q = inf is GRPO with the same clip": _same(
+                make("kpo_diffuse", process_noise=inf, **band), grpo_band
+            ),
         },
         "kpo_auto": {
             "before it has learned: kpo_diffuse with its clip": _same(
@@ -257,7 +259,9 @@ def _ratio_limits() -> Table:
             "scale = 0 is kpo_diffuse with R = floor": _same(
                 make("kpo_noise", scale=0.0), make("kpo_diffuse", observation_noise=0.1)
             ),
-            "Q = inf is GRPO with the same clip": _same(make("kpo_noise", process_noise=inf, **band), grpo_band),
+            "Q = inf is GRPO with the same clip": _same(
+                make("kpo_noise", process_noise=inf, **band), grpo_band
+            ),
         },
         "kpo_robust": {
             "threshold = P0 = inf is kpo_diffuse": _same(
