@@ -21,7 +21,7 @@ from kalman_rl.sampling.tracking import Tracking
 Features = Callable[[Sequence[Hashable]], Tensor | None]
 
 
-class PromptPool:
+class NamedRows:
     """The rows of a dataset that a stream draws from, by ``prompt_id``.
 
     Args: tracking: its stream is opened here. dataset: with a length and a column ``prompt_id``. args: of the trainer.

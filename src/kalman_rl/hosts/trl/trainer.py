@@ -35,7 +35,7 @@ from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import make_tracking, note_advantages, tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards, check_finite
 from kalman_rl.hosts.trl.prompts import check_names, check_prompts, take_priors
-from kalman_rl.hosts.trl.stream import PromptPool
+from kalman_rl.hosts.trl.stream import NamedRows
 from kalman_rl.hosts.trl.tally import Tally, sums_behind
 from kalman_rl.hosts.trl.translate import DEFAULTS, step_totals
 from kalman_rl.objectives.aggregate import Totals
@@ -121,13 +121,13 @@ class KalmanGRPOTrainer(FiniteTrainer):
         named = names_a_method(method, args)
         self.as_trl = not named and self.tracking is None
         check_combination(self.method, args, named=named)
-        self.prompt_pool: PromptPool | None = None
+        self.prompt_pool: NamedRows | None = None
         if self.tracking is not None:
             dataset = more[0] if more else kwargs.get("train_dataset")
             if getattr(args, "prior_column", None) is not None:
                 take_priors(self.tracking, dataset, args)
             if self.tracking.budget.select != "passes":
-                self.prompt_pool = PromptPool(self.tracking, dataset, args)
+                self.prompt_pool = NamedRows(self.tracking, dataset, args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.environment_factories is None:
             check_prompts(getattr(self.train_dataset, "column_names", None))

@@ -20,7 +20,7 @@ from kalman_rl.sampling.priors import absorb_priors, read_priors
 from kalman_rl.sampling.tracking import Tracking
 
 
-class PromptPool:
+class NamedPrompts:
     """All prompts of a dataset, by name.
 
     Args:

@@ -27,7 +27,7 @@ from kalman_rl.hosts.verl.estimators import TRACKED, TRACKER, options_in, rememb
 from kalman_rl.hosts.verl.hooks import TRAINER
 from kalman_rl.hosts.verl.metrics import divided
 from kalman_rl.hosts.verl.settings import PREFIX, check_actor, check_algorithm, check_bypass
-from kalman_rl.hosts.verl.stream import PromptPool
+from kalman_rl.hosts.verl.stream import NamedPrompts
 from kalman_rl.hosts.verl.tracker import (
     PromptNames,
     Rows,
@@ -64,7 +64,7 @@ class KalmanPPOTrainer(PPOTrainerSync):
         self.prompt_names = PromptNames(self.tracker_settings.prompt_key)
         self.chosen: int | None = None
         """Prompts of the batch that is being sampled, where that is for the belief to say."""
-        self.pool: PromptPool | None = None
+        self.pool: NamedPrompts | None = None
         super().__init__(config)
 
     @property
@@ -80,7 +80,7 @@ class KalmanPPOTrainer(PPOTrainerSync):
         super()._init_dataloader()
         settings = self.tracker_settings
         if settings.select != "passes" or settings.prior_key is not None:
-            self.pool = PromptPool(
+            self.pool = NamedPrompts(
                 self.tracking,
                 settings,
                 self.train_dataset,

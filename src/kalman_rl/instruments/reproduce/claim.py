@@ -50,7 +50,7 @@ class Claim:
         return f"> {self.low:g}" if low else f"< {self.high:g}"
 
 
-class Finding(NamedTuple):
+class Judged(NamedTuple):
     """A claim's mean, 95 % interval over seeds (None with one seed), number per seed, and verdict."""
 
     value: float
@@ -59,20 +59,20 @@ class Finding(NamedTuple):
     verdict: Verdict
 
 
-def judge(claim: Claim, records: Records) -> Finding:
+def judge(claim: Claim, records: Records) -> Judged:
     """Measure a claim and compare its interval with the acceptance."""
     values = claim.measure(records)
     if not values:
-        return Finding(math.nan, None, [], "not decided")
+        return Judged(math.nan, None, [], "not decided")
     if claim.exact:
-        return Finding(values[0], (values[0], values[0]), values, verdict((values[0], values[0]), claim))
+        return Judged(values[0], (values[0], values[0]), values, verdict((values[0], values[0]), claim))
     numbers = [math.log(value) for value in values] if claim.factor else values
     back = math.exp if claim.factor else float
     mean, interval = back(sum(numbers) / len(numbers)), t_interval(numbers)
     if interval is None:
-        return Finding(mean, None, values, "not decided")
+        return Judged(mean, None, values, "not decided")
     ends = (back(interval[0]), back(interval[1]))
-    return Finding(mean, ends, values, verdict(ends, claim))
+    return Judged(mean, ends, values, verdict(ends, claim))
 
 
 def verdict(interval: tuple[float, float], claim: Claim) -> Verdict:

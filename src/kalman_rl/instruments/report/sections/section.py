@@ -10,7 +10,7 @@ from typing import Any
 from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.instruments.report.sections.summary import Summary, summarise
 from kalman_rl.instruments.report.stats.pool import Group, pooled
-from kalman_rl.instruments.report.stats.study import Arm, Study, arm, split
+from kalman_rl.instruments.report.stats.study import Study, StudyArm, arm, split
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Context:
     runs: list[RunRecord]
     main: list[RunRecord]
     groups: list[Group]
-    arms: list[Arm]
+    arms: list[StudyArm]
     study: Study | None
     notes: list[tuple[str, str]]
     absent: list[str] = field(default_factory=list)

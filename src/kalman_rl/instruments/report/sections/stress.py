@@ -22,9 +22,9 @@ from kalman_rl.instruments.report.stats.series import (
 from kalman_rl.instruments.report.stats.study import (
     ACCURACIES,
     SAMPLED,
-    Arm,
     Measured,
     Study,
+    StudyArm,
     colours,
     differences,
     evaluations,
@@ -187,7 +187,7 @@ def _multiples(study: Study, metric: Metric, palette: dict[str, int]) -> list[Fi
     ]
 
 
-def _cell(arm: Arm | None) -> dict[str, object]:
+def _cell(arm: StudyArm | None) -> dict[str, object]:
     """One cell of the method x condition table."""
     if arm is None or not arm.measured:
         why = "not run" if arm is None else "not finished" if not arm.runs else "not evaluated"

@@ -13,9 +13,9 @@ from kalman_rl.instruments.report.stats.series import finite, series, typical
 from kalman_rl.instruments.report.stats.study import (
     GREEDY,
     POOL_SAMPLED,
-    Arm,
     Measured,
     Study,
+    StudyArm,
     measure,
     names_of,
     noop_share,
@@ -51,7 +51,7 @@ class Summary:
 
 
 def summarise(
-    main: Sequence[RunRecord], main_arms: Sequence[Arm], study: Study | None, names: Sequence[str] = ()
+    main: Sequence[RunRecord], main_arms: Sequence[StudyArm], study: Study | None, names: Sequence[str] = ()
 ) -> Summary:
     """Plain words about the main runs (or the first of each group of seeds) and the stress study."""
     summary = Summary()
@@ -82,7 +82,7 @@ def summarise(
     return summary
 
 
-def _many(names: Sequence[str], arms: Sequence[Arm]) -> str:
+def _many(names: Sequence[str], arms: Sequence[StudyArm]) -> str:
     groups: dict[str, list[str]] = {}
     for name, arm in zip(names, arms):
         groups.setdefault(arm.main.verdict if arm.main else "unknown", []).append(name)
@@ -90,7 +90,7 @@ def _many(names: Sequence[str], arms: Sequence[Arm]) -> str:
     return f"Of {len(names)} runs, {'; '.join(told)}."
 
 
-def _main_sentences(run: RunRecord, arm: Arm, name: str, *, alone: bool) -> list[str]:
+def _main_sentences(run: RunRecord, arm: StudyArm, name: str, *, alone: bool) -> list[str]:
     subject = _subject(run) if alone else f"Run {name}"
     so_far = "" if run.finished else f" The run is marked {run.status}, so these are not its final numbers."
     if not run.train and not run.evals:
@@ -163,7 +163,7 @@ def _moved(numbers: Measured, kind: str, steps: int) -> str:
     return phrase[numbers.verdict]
 
 
-def _unmeasured(run: RunRecord, arm: Arm, subject: str) -> str:
+def _unmeasured(run: RunRecord, arm: StudyArm, subject: str) -> str:
     reward = trend(run, "reward")
     moved = f"; its training reward went from {decimal(reward[0])} to {decimal(reward[1])}" if reward else ""
     if arm.main is None:
@@ -172,7 +172,7 @@ def _unmeasured(run: RunRecord, arm: Arm, subject: str) -> str:
     return f"{subject} was evaluated once ({arm.kind} accuracy {only}), so a change cannot be stated{moved}."
 
 
-def _stress_lead(study: Study, judged: Sequence[Arm]) -> list[str]:
+def _stress_lead(study: Study, judged: Sequence[StudyArm]) -> list[str]:
     sizes = sorted(set(study.seeds))
     seeds = counted(sizes[0], "seed") if len(sizes) == 1 else f"{sizes[0]} to {sizes[1]} seeds"
     shape = (
@@ -198,7 +198,7 @@ def _stress_lead(study: Study, judged: Sequence[Arm]) -> list[str]:
     return sentences + _published(study)[:1]
 
 
-def _everywhere(judged: Sequence[Arm], verdict: str) -> list[str]:
+def _everywhere(judged: Sequence[StudyArm], verdict: str) -> list[str]:
     methods = dict.fromkeys(arm.method for arm in judged)
     return [
         method
@@ -207,7 +207,7 @@ def _everywhere(judged: Sequence[Arm], verdict: str) -> list[str]:
     ]
 
 
-def _overall(judged: Sequence[Arm]) -> list[str]:
+def _overall(judged: Sequence[StudyArm]) -> list[str]:
     starts = [arm.main.start for arm in judged if arm.main and arm.main.start is not None]
     if not starts:
         return [
@@ -221,7 +221,7 @@ def _overall(judged: Sequence[Arm]) -> list[str]:
     ]
 
 
-def _condition(condition: str, arms: Sequence[Arm]) -> str:
+def _condition(condition: str, arms: Sequence[StudyArm]) -> str:
     groups: dict[str, list[str]] = {}
     for arm in arms:
         if arm.main:
@@ -230,9 +230,9 @@ def _condition(condition: str, arms: Sequence[Arm]) -> str:
     return f"Condition {condition}: {'; '.join(told)}. {_ranking(arms)}"
 
 
-def _rankings(main: Sequence[RunRecord], arms: Sequence[Arm]) -> list[str]:
+def _rankings(main: Sequence[RunRecord], arms: Sequence[StudyArm]) -> list[str]:
     """A ranking for each subject with several arms; different models or tasks are not compared."""
-    by: dict[str, list[Arm]] = {}
+    by: dict[str, list[StudyArm]] = {}
     for run, arm in zip(main, arms):
         by.setdefault(subject_of(run), []).append(arm)
     told = []
@@ -244,7 +244,7 @@ def _rankings(main: Sequence[RunRecord], arms: Sequence[Arm]) -> list[str]:
     return told
 
 
-def _on_training_prompts(arms: Sequence[Arm]) -> list[str]:
+def _on_training_prompts(arms: Sequence[StudyArm]) -> list[str]:
     """Where the arms end on the prompts that they trained on, if all were evaluated on them."""
     found = [(arm.method, measure(arm.runs, POOL_SAMPLED)) for arm in arms]
     known = [(name, numbers) for name, numbers in found if numbers and numbers.noise]
@@ -258,7 +258,7 @@ def _on_training_prompts(arms: Sequence[Arm]) -> list[str]:
     return [f"On the training prompts, sampled, with 95% intervals: {listing(told)}."]
 
 
-def _ranking(arms: Sequence[Arm]) -> str:
+def _ranking(arms: Sequence[StudyArm]) -> str:
     """Who ends highest, who ties with it, who is below it beyond the noise."""
     ranked = sorted((arm for arm in arms if arm.main), key=lambda arm: -arm.main.mean if arm.main else 0.0)
     if len(ranked) < 2:
@@ -313,8 +313,8 @@ def _undecided(study: Study) -> list[str]:
     ]
 
 
-def _compare(pairs: Sequence[tuple[str, Arm, Arm]], name: str, *, control: bool) -> str:
-    groups: dict[str, list[tuple[str, Arm, Arm]]] = {}
+def _compare(pairs: Sequence[tuple[str, StudyArm, StudyArm]], name: str, *, control: bool) -> str:
+    groups: dict[str, list[tuple[str, StudyArm, StudyArm]]] = {}
     for condition, one, two in pairs:
         tie = ties(one, two)
         lower = _mean(one) < _mean(two)
@@ -338,7 +338,7 @@ def _compare(pairs: Sequence[tuple[str, Arm, Arm]], name: str, *, control: bool)
     return f"KPO as published (kpo) {listing(parts)}."
 
 
-def _mean(arm: Arm) -> float:
+def _mean(arm: StudyArm) -> float:
     return arm.main.mean if arm.main else 0.0
 
 

@@ -36,8 +36,8 @@ from kalman_rl.instruments.report.stats.study import (
     ACCURACIES,
     COLOUR_OF,
     POOL_ACCURACIES,
-    Arm,
     Measured,
+    StudyArm,
     answers,
     evaluations,
     measure,
@@ -88,7 +88,7 @@ class MainSection:
     pooled: bool = False
 
 
-class Drawn:
+class Compared:
     """Groups side by side: their colours, and the axis that they are compared on.
 
     That is the step, unless their batches are of different size: then it is the completions spent.
@@ -128,8 +128,8 @@ def build(context: Context) -> list[MainSection] | None:
     ] or None
 
 
-def _section(groups: Sequence[Group], arms: Sequence[Arm], subject: str, number: int) -> MainSection:
-    drawn = Drawn(groups)
+def _section(groups: Sequence[Group], arms: Sequence[StudyArm], subject: str, number: int) -> MainSection:
+    drawn = Compared(groups)
     title = subject or ("The run" if drawn.single else "The runs")
     section = MainSection(title, f"runs-{number + 1}" if number else "runs", several=not drawn.single)
     section.pooled = any(group.seeds > 1 for group in groups)
@@ -158,7 +158,7 @@ def _section(groups: Sequence[Group], arms: Sequence[Arm], subject: str, number:
     return section
 
 
-def _axis(drawn: Drawn) -> str:
+def _axis(drawn: Compared) -> str:
     if drawn.x_label == "step":
         return ""
     return "Batches are of different size, so runs are compared by the completions they had sampled, not by steps."
@@ -192,7 +192,7 @@ def _bands(groups: Sequence[Group]) -> str:
     return f"Runs that differ only by seed are one line, the mean: {listing(told)}. Band: {kind}{pair}."
 
 
-def _accuracies(drawn: Drawn, title: str, keys: Mapping[str, str]) -> Figure | None:
+def _accuracies(drawn: Compared, title: str, keys: Mapping[str, str]) -> Figure | None:
     lines: list[ChartLine] = []
     counts: set[str] = set()
     single = drawn.single
@@ -243,7 +243,7 @@ def _accuracies_note(groups: Sequence[Group], counts: set[str]) -> str:
     return f"Bars: 95% Wilson intervals from {' or '.join(sorted(counts))} answers."
 
 
-def _small(metric: Metric, drawn: Drawn) -> Figure | None:
+def _small(metric: Metric, drawn: Compared) -> Figure | None:
     lines = []
     single = drawn.single
     for group in drawn.groups:
@@ -289,7 +289,7 @@ def _panel(run: RunRecord, metric: Metric, panel: Panel) -> tuple[list[Point], l
     return smooth(points, window), points if window > 1 else []
 
 
-def _before_after(group: Group, arm: Arm) -> dict[str, BeforeAfter]:
+def _before_after(group: Group, arm: StudyArm) -> dict[str, BeforeAfter]:
     """Accuracies at the first and last evaluation; training metrics in the first and last tenth."""
     rows = {
         f"{kind.capitalize()} accuracy": _change(arm.measured[key])

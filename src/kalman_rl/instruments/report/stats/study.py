@@ -109,7 +109,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Arm:
+class StudyArm:
     """One method under one condition: its finished runs, and how many did not finish."""
 
     method: str
@@ -170,7 +170,7 @@ def _smallest(counts: Sequence[float | None]) -> float | None:
     return min(known) if len(known) == len(counts) and known else None
 
 
-def arm(method: str, condition: str, runs: Sequence[RunRecord], study: Sequence[RunRecord] = ()) -> Arm:
+def arm(method: str, condition: str, runs: Sequence[RunRecord], study: Sequence[RunRecord] = ()) -> StudyArm:
     """Measure one arm; ``study`` gives the common start for runs that were only evaluated at the end."""
     finished = [run for run in runs if run.finished] or (list(runs) if not study else [])
     measured = {}
@@ -184,14 +184,14 @@ def arm(method: str, condition: str, runs: Sequence[RunRecord], study: Sequence[
         result = measure(finished, key, fallback)
         if result:
             measured[key] = result
-    return Arm(method, condition, finished, len(runs) - len(finished), measured)
+    return StudyArm(method, condition, finished, len(runs) - len(finished), measured)
 
 
 @dataclass(frozen=True)
 class Study:
     """A stress study: arms by condition and method."""
 
-    arms: list[Arm]
+    arms: list[StudyArm]
     runs: list[RunRecord]
     notes: list[str]
 
@@ -203,10 +203,10 @@ class Study:
     def methods(self) -> list[str]:
         return sorted({arm.method for arm in self.arms}, key=method_rank)
 
-    def under(self, condition: str) -> list[Arm]:
+    def under(self, condition: str) -> list[StudyArm]:
         return [arm for arm in self.arms if arm.condition == condition]
 
-    def find(self, condition: str, method: str) -> Arm | None:
+    def find(self, condition: str, method: str) -> StudyArm | None:
         return next((arm for arm in self.under(condition) if arm.method == method), None)
 
     @property
@@ -271,7 +271,7 @@ def names_of(runs: Sequence[RunRecord]) -> list[str]:
     return next((names for names in tables if len(set(names)) == len(names)), tables[-1])
 
 
-def ties(one: Arm, other: Arm) -> bool | None:
+def ties(one: StudyArm, other: StudyArm) -> bool | None:
     """True if the two arms cannot be told apart; None if one of them has no interval."""
     if not (one.main and other.main and one.main.noise and other.main.noise):
         return None
