@@ -25,6 +25,15 @@ CHOICES: dict[str, dict[str, Any]] = {
     "candidates": {"allocation": "rounds", "rounds": [1], "max_rounds": 3, "candidates": 6},
     "stream": {"select": "stream"},
 }
+CASES = [
+    *(("qwen2_vl", choice, "either") for choice in CHOICES),
+    ("qwen2_vl", "rounds", "one"),
+    ("idefics3", "predictive", "either"),
+    ("idefics3", "rounds", "two"),
+    ("idefics3", "candidates", "one"),  # rounds whose images are split into different numbers of parts
+    ("llava", "rounds", "either"),
+    ("llava", "stream", "two"),
+]
 SIZES = [(8, 8), (16, 8), (16, 16)]
 """Images of one, two and four tokens."""
 
@@ -40,31 +49,23 @@ def rows(images: str) -> list[dict[str, Any]]:
     return found
 
 
-def inputs_of(row: dict[str, Any]) -> Any:
-    """What the processor makes of one prompt."""
+def inputs_of(processor: Any, row: dict[str, Any]) -> Any:
+    """What the processor makes of one prompt alone."""
     parts = [{"type": "image", "image": image} for image in row["images"]]
     content = [*parts, {"type": "text", "text": row["prompt"][0]["content"]}]
-    return tiny_vision.processor().apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(images=[row["images"]], text=[text], return_tensors="pt")
 
 
-def odd_digits(completions: list[Any], **_: Any) -> list[float]:
+def odd_lengths(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(completion[0]["content"]) % 2) for completion in completions]
 
 
-@pytest.mark.parametrize("images", ["one", "two", "either"])
-@pytest.mark.parametrize("choice", CHOICES)
-def test_rows_are_trained_on_with_the_images_of_their_prompts(
-    choice: str, images: str, tmp_path: Path
-) -> None:
-    dataset, seen = rows(images), []
+def run(family: str, choice: str, images: str, folder: Path) -> tuple[KalmanGRPOTrainer, list[TokenBatch]]:
+    """Four optimizer steps, two on each generation batch of eight rows."""
+    seen: list[TokenBatch] = []
     arguments = KalmanGRPOConfig(
-        str(tmp_path),
+        str(folder),
         method="kpo",
         belief="auto",
         per_device_train_batch_size=4,
@@ -82,45 +83,53 @@ def test_rows_are_trained_on_with_the_images_of_their_prompts(
         logging_steps=1,
         **CHOICES[choice],
     )
-
-    def observe(batch: TokenBatch) -> None:
-        seen.append(batch)
-
     trainer = KalmanGRPOTrainer(
-        tiny_vision.model(),
-        odd_digits,
+        tiny_vision.model(family),
+        odd_lengths,
         arguments,
-        Dataset.from_list(dataset),
-        processing_class=tiny_vision.processor(),
-        observers=[observe],
+        Dataset.from_list(rows(images)),
+        processing_class=tiny_vision.processor(family),
+        observers=[seen.append],
     )
     trainer.train()
-    before, after = tiny_vision.model(), trainer.model
-    moved = Counter()
-    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+    return trainer, seen
+
+
+@pytest.mark.parametrize(("family", "choice", "images"), CASES)
+def test_rows_are_trained_on_with_the_images_of_their_prompts(
+    family: str, choice: str, images: str, tmp_path: Path
+) -> None:
+    trainer, seen = run(family, choice, images, tmp_path)
+    before: Any = tiny_vision.model(family)
+    moved: Counter[str] = Counter()
+    for (name, old), new in zip(before.named_parameters(), trainer.model.parameters(), strict=True):
         assert new.isfinite().all()
-        moved["visual" if "visual" in name else "text"] += not torch.equal(old, new)
-    assert moved["visual"] and moved["text"]
+        moved["vision" if "vis" in name else "text"] += not torch.equal(old, new)
+    assert moved["vision"] and moved["text"]
     assert len(seen) == 4 and all(batch.loss.value.isfinite() for batch in seen)
 
-    expected = {row["prompt_id"]: inputs_of(row) for row in dataset}
+    processor = tiny_vision.processor(family)
+    expected = {row["prompt_id"]: inputs_of(processor, row) for row in rows(images)}
     for batch in seen:
         split = split_pixel_values_by_grid(batch.inputs)
         for place, name in enumerate(batch.inputs["prompt_id"]):
-            own = expected[name]
-            torch.testing.assert_close(split["pixel_values"][place], own["pixel_values"], rtol=0, atol=0)
-            assert torch.equal(split["image_grid_thw"][place], own["image_grid_thw"])
-            asked = batch.inputs["prompt_mask"][place].bool()
-            assert batch.inputs["prompt_ids"][place][asked].tolist() == own["input_ids"][0].tolist()
+            own = dict(expected[name])
+            asked, ids = batch.inputs["prompt_mask"][place].bool(), own.pop("input_ids")
+            assert batch.inputs["prompt_ids"][place][asked].tolist() == ids[0].tolist()
+            pixels, here = split["pixel_values"][place].flatten(), own["pixel_values"].flatten()
+            assert torch.equal(pixels[: len(here)], here) and not pixels[len(here) :].any()
             used = batch.rollouts.mask[place]
-            if batch.step == 0 and used.any():
+            if batch.step == 0 and used.any():  # the model is that of the beginning
                 said = batch.inputs["completion_ids"][place][used][None]
-                ids = torch.cat([own["input_ids"], said], dim=1)
-                types = torch.cat([own["mm_token_type_ids"], torch.zeros_like(said)], dim=1)
-                grid, pixels = own["image_grid_thw"], own["pixel_values"]
+                more = {
+                    key: torch.cat([own.pop(key), fill(said)], dim=1)
+                    for key, fill in (
+                        ("attention_mask", torch.ones_like),
+                        ("mm_token_type_ids", torch.zeros_like),
+                    )
+                    if key in own
+                }
                 with torch.no_grad():
-                    logits = before(
-                        input_ids=ids, mm_token_type_ids=types, pixel_values=pixels, image_grid_thw=grid
-                    ).logits
+                    logits = before(input_ids=torch.cat([ids, said], dim=1), **more, **own).logits
                 alone = logits[0, -said.shape[1] - 1 : -1].log_softmax(-1).gather(1, said.T)[:, 0]
                 torch.testing.assert_close(batch.logp[place][used], alone, rtol=1e-4, atol=1e-5)

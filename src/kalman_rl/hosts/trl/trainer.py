@@ -317,7 +317,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
     def _next_tokens(
         self, model: Any, inputs: dict[str, Any], top_ids: Tensor | None = None, hidden: bool = False
     ) -> NextTokens:
-        extra = {key: inputs[key] for key in _FORWARD_KEYS if inputs.get(key) is not None}
+        keys = [key for key in _FORWARD_KEYS if key not in ("num_images", "num_tiles")]  # TRL's own counts
+        extra = {key: inputs[key] for key in keys if inputs.get(key) is not None}
         with self.accelerator.autocast():
             return next_tokens(
                 model,
