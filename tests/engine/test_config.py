@@ -104,6 +104,7 @@ def written_out(config: TrainConfig) -> TrainConfig:
     return replace(config, prompts_per_generation=config.prompts, completions_per_prompt=config.group_size)
 
 
+@pytest.mark.timeout(1200)  # drawing so many settings takes seconds on a fast machine
 @settings(max_examples=50)
 @given(train_configs())
 def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, config: TrainConfig) -> None:

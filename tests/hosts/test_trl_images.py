@@ -31,6 +31,9 @@ class Trainer:
         self.accelerator = Accelerator(cpu=True)
         self._tokenizer = SimpleNamespace(pad_token_id=0)
         self.state = SimpleNamespace(global_step=0)
+        self.args = SimpleNamespace(
+            generation_batch_size=12, per_device_train_batch_size=12, source_column=None
+        )
         self.prompt_features = False
         self._metrics: Any = {"train": defaultdict(list)}
         self._logs: Any = {"advantages": []}

@@ -122,10 +122,12 @@ def _main_sentences(run: RunRecord, arm: StudyArm, name: str, *, alone: bool) ->
 
 
 def _narrow(run: RunRecord) -> str | None:
-    """A hint where the run's clip dropped most tokens, None also where its method is not known here."""
+    """A hint where the run's clip dropped most tokens, None also where its method is not one of the table."""
     shares = [kept for kept in finite(series(run.train, "trust/kept", skip_noop=True)) if 0 <= kept <= 1]
     try:
         config = tomllib.loads(run.config)
+        if ":" in config["method"]:  # reading a run imports nothing that its files name
+            return None
         method = make_method(config["method"], **config.get("method_options", {}))
     except (KalmanRLError, KeyError, TypeError, ValueError, RecursionError):
         return None
