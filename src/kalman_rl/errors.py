@@ -82,6 +82,16 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     "method: got 'kop', expected one of grpo, kpo; did you mean 'kpo'?"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"{kind}: got {str(name)!r}, expected one of {', '.join(names)}{hint}")
+    return ConfigError(
+        f"{kind}: got {str(name)!r}, expected one of {', '.join(names)}{did_you_mean(str(name), names)}"
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """End of a sentence that points at the nearest known word; empty where none is near.
+
+    >>> did_you_mean("kop", ["grpo", "kpo"])
+    "; did you mean 'kpo'?"
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""

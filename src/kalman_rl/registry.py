@@ -5,7 +5,6 @@ A name is a key of a table, an entry point of an installed package, or ``module:
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -15,7 +14,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from kalman_rl.errors import ConfigError, KalmanRLError, unknown_name
+from kalman_rl.errors import ConfigError, KalmanRLError, did_you_mean, unknown_name
 
 T = TypeVar("T")
 
@@ -180,10 +179,10 @@ def read_options(
 
 def unknown_option(kind: str, name: str, option: str, known: Collection[str]) -> ConfigError:
     """Error for an option that is none of the known ones, pointing at the nearest one."""
-    near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     choice = f"one of {', '.join(known)}" if known else "none, it has no options"
-    return ConfigError(f"{kind} option: got {option!r} for {name}, expected {choice}{hint}")
+    return ConfigError(
+        f"{kind} option: got {option!r} for {name}, expected {choice}{did_you_mean(option, known)}"
+    )
 
 
 def imported(kind: str, name: str) -> Callable[..., Any]:

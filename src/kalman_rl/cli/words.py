@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import json
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-from kalman_rl.errors import ConfigError, one_line, unknown_name
+from kalman_rl.errors import ConfigError, did_you_mean, one_line, unknown_name
 
 NOUNS = {
     int: ("INT", "a whole number"),
@@ -85,9 +84,9 @@ def _known(verb: str, word: str, flags: Sequence[str]) -> None:
     flag = word.partition("=")[0].replace("_", "-")
     if flag in flags or flag.replace("--no-", "--", 1) in flags:
         return
-    near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"flag: got {flag!r}, expected one that `kalman-rl {verb} --help` lists{hint}")
+    raise ConfigError(
+        f"flag: got {flag!r}, expected one that `kalman-rl {verb} --help` lists{did_you_mean(flag, flags)}"
+    )
 
 
 def _flags(verb: type) -> dict[str, Any]:

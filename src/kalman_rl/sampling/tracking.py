@@ -59,9 +59,13 @@ class Tracking:
     def __post_init__(self) -> None:
         self.coverage = Coverage(self.budget.coverage_steps, COVERAGE_SHARE)
 
-    def tick(self, global_step: int) -> int:
+    def next_step(self, global_step: int) -> int:
         """The step of the next generation batch: the trainer's, but never the same twice."""
-        self.last_step = max(global_step, self.last_step + 1)
+        return max(global_step, self.last_step + 1)
+
+    def tick(self, global_step: int) -> int:
+        """Begin the next generation batch; returns its step."""
+        self.last_step = self.next_step(global_step)
         return self.last_step
 
     def known_features(self, ids: Sequence[Hashable]) -> Tensor | None:

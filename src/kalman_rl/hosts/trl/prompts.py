@@ -94,19 +94,16 @@ def note_all_sources(sources: Sources | None, column: str | None, dataset: Any) 
         note_sources(sources, column, dataset.select_columns(known))
 
 
-def take_priors(tracking: Tracking, dataset: Any, args: Any) -> None:
-    """Absorb the solve rates in the column ``args.prior_column`` of a dataset.
+def take_priors(tracking: Tracking, names: list[Hashable], dataset: Any, column: str) -> None:
+    """Absorb the solve rates in a column of a dataset, whose rows have these names.
 
     Raises: ConfigError for a dataset without the column, and what ``read_priors`` refuses.
     """
-    column = args.prior_column
-    names = names_in(dataset, f"prior_column={column!r}")
     if names and column not in dataset.column_names:
         raise ConfigError(
             f"prior_column: got {column!r}, expected a column of the dataset, which has "
             f"{', '.join(dataset.column_names)}"
         )
-    note_all_sources(tracking.sources, args.source_column, dataset)
     absorb_priors(tracking, read_priors(names, dataset[column] if names else [], column))
 
 

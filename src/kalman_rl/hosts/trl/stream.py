@@ -14,23 +14,37 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOConfig
 
-from kalman_rl.hosts.trl.prompts import Row, names_in, note_all_sources
+from kalman_rl.hosts.trl.prompts import Row, names_in, note_all_sources, take_priors
 from kalman_rl.sampling.stream import PromptStream
 from kalman_rl.sampling.tracking import Tracking
 
 Features = Callable[[Sequence[Hashable]], Tensor | None]
 
 
+def look_ahead(tracking: Tracking, dataset: Any, args: GRPOConfig) -> NamedRows | None:
+    """Read a whole dataset before training, where settings ask for it: absorb its solve rates, open the stream.
+
+    Returns: the rows that the stream draws from; None without a stream.
+    Raises: ConfigError for a dataset without length, names, sources or priors, and what ``NamedRows`` refuses.
+    """
+    prior, select = getattr(args, "prior_column", None), tracking.budget.select
+    if prior is None and select == "passes":
+        return None
+    names = names_in(dataset, f"select={select!r}" if prior is None else f"prior_column={prior!r}")
+    note_all_sources(tracking.sources, getattr(args, "source_column", None), dataset)
+    if prior is not None:
+        take_priors(tracking, names, dataset, prior)
+    return None if select == "passes" else NamedRows(tracking, names, dataset, args)
+
+
 class NamedRows:
     """The rows of a dataset that a stream draws from, by ``prompt_id``.
 
-    Args: tracking: its stream is opened here. dataset: with a length and a column ``prompt_id``. args: of the trainer.
-    Raises: ConfigError for a dataset without rows, length, names or sources, or with fewer prompts than a batch has.
+    Args: tracking: its stream is opened here. names: of the dataset's rows. args: of the trainer.
+    Raises: ConfigError for a dataset without rows, or with fewer prompts than a batch has.
     """
 
-    def __init__(self, tracking: Tracking, dataset: Any, args: GRPOConfig) -> None:
-        names = names_in(dataset, f"select={tracking.budget.select!r}")
-        note_all_sources(tracking.sources, getattr(args, "source_column", None), dataset)
+    def __init__(self, tracking: Tracking, names: Sequence[Hashable], dataset: Any, args: GRPOConfig) -> None:
         self._dataset = dataset
         self._place = {name: i for i, name in reversed(list(enumerate(names)))}
         group = int(args.num_generations or 1)

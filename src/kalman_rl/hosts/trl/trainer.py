@@ -34,8 +34,8 @@ from kalman_rl.hosts.trl.finite import FiniteTrainer
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import make_tracking, note_advantages, tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards, check_finite
-from kalman_rl.hosts.trl.prompts import check_names, check_prompts, take_priors
-from kalman_rl.hosts.trl.stream import NamedRows
+from kalman_rl.hosts.trl.prompts import check_names, check_prompts
+from kalman_rl.hosts.trl.stream import NamedRows, look_ahead
 from kalman_rl.hosts.trl.tally import Tally, sums_behind
 from kalman_rl.hosts.trl.translate import DEFAULTS, step_totals
 from kalman_rl.objectives.aggregate import Totals
@@ -62,6 +62,9 @@ _FORWARD_KEYS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+"""What TRL passes on of a batch beside its tokens."""
+_MODEL_KEYS = tuple(key for key in _FORWARD_KEYS if key not in ("num_images", "num_tiles"))
+"""Of these, what the model itself reads; the others are TRL's own counts."""
 
 
 class TokenBatch(NamedTuple):
@@ -124,10 +127,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         self.prompt_pool: NamedRows | None = None
         if self.tracking is not None:
             dataset = more[0] if more else kwargs.get("train_dataset")
-            if getattr(args, "prior_column", None) is not None:
-                take_priors(self.tracking, dataset, args)
-            if self.tracking.budget.select != "passes":
-                self.prompt_pool = NamedRows(self.tracking, dataset, args)
+            self.prompt_pool = look_ahead(self.tracking, dataset, args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if self.environment_factories is None:
             check_prompts(getattr(self.train_dataset, "column_names", None))
@@ -317,8 +317,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
     def _next_tokens(
         self, model: Any, inputs: dict[str, Any], top_ids: Tensor | None = None, hidden: bool = False
     ) -> NextTokens:
-        keys = [key for key in _FORWARD_KEYS if key not in ("num_images", "num_tiles")]  # TRL's own counts
-        extra = {key: inputs[key] for key in keys if inputs.get(key) is not None}
+        extra = {key: inputs[key] for key in _MODEL_KEYS if inputs.get(key) is not None}
         with self.accelerator.autocast():
             return next_tokens(
                 model,

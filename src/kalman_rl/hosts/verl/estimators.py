@@ -59,9 +59,8 @@ def make_estimator(name: str) -> Estimator:
         else:
             method = method_for(name, options_in(config))
             group = _groups(index, name)
-            if len(group) and len(group.unique()) == len(
-                group
-            ):  # verl does not tell an estimator its rollout.n
+            single = len(group) > 0 and len(group.unique()) == len(group)
+            if single:  # verl does not tell an estimator its rollout.n
                 check_group_size(method, 1, "actor_rollout_ref.rollout.n", TRACKED_IN_VERL)
             found = method.advantage(reward, group, **_extra(method, mask, others))
         found = found if found.dim() == 2 else found[:, None].expand(mask.shape)

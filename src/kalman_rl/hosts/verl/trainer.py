@@ -92,8 +92,8 @@ class KalmanPPOTrainer(PPOTrainerSync):
     def _next_train_batch(self, num_prompts: int | None = None) -> Any:
         # with a number, prompts that failed are replaced
         among = self._candidates() if num_prompts is None else None
+        step = self.tracking.next_step(self.global_steps)
         if self.pool is not None and self.tracking.stream is not None:
-            step = max(self.global_steps, self.tracking.last_step + 1)
             count = int(num_prompts or self.config.data.train_batch_size)
             batch = self.pool.draw(self.tracking, count, step)
             tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
@@ -103,7 +103,6 @@ class KalmanPPOTrainer(PPOTrainerSync):
         self.prompt_names.check(names, plain(batch["raw_prompt"]))
         if self.tracking.budget.allocation == "fixed":
             return batch
-        step = max(self.global_steps, self.tracking.last_step + 1)
         n = int(self.config.actor_rollout_ref.rollout.n)
         if among is None:
             counts = planned_counts(self.tracking, names, step=step, n=n)

@@ -240,9 +240,11 @@ class _Run:
         if self.arm.allocation != "fixed":
             names, replies, advantage = self._allocated()
         else:
-            names = self._drawn()
+            exact = "true" in (self.arm.draw, self.arm.advantage)
+            success = self.policy.success(self.pool.rows) if exact else None
+            names = self._drawn(success)
             replies = self._sample(names)
-            advantage = self._advantage(names, replies)
+            advantage = self._advantage(names, replies, success)
         old = replies.logp
         if self.setting.lag or self.setting.bits:
             with torch.no_grad():
@@ -271,14 +273,14 @@ class _Run:
         self.optimizer.step()
         self.step += 1
 
-    def _drawn(self) -> list[Hashable]:
-        """The question of every completion of a batch."""
+    def _drawn(self, success: Tensor | None) -> list[Hashable]:
+        """The question of every completion of a batch; ``success`` (N,) of the pool, where the arm knows it."""
         prompts = self.arm.batch // self.arm.group
         if self.arm.draw == "passes":
             chosen = [next(self.order) for _ in range(prompts)]
         elif self.arm.draw == "true":
-            p = self.policy.success(self.pool.rows)
-            chosen = drawn(p * (1 - p), prompts, self.generator)
+            assert success is not None
+            chosen = drawn(success * (1 - success), prompts, self.generator)
         else:
             assert self.stream is not None
             chosen = self.stream.draw(step=self.step).place.tolist()
@@ -303,11 +305,11 @@ class _Run:
             self.record.append(list(zip(places.tolist(), reward.tolist())))
         return reward
 
-    def _advantage(self, names: list[Hashable], replies: Replies) -> Tensor:
+    def _advantage(self, names: list[Hashable], replies: Replies, success: Tensor | None) -> Tensor:
         reward = self._reward(names, replies)
         if self.arm.advantage == "true":
-            p = self.policy.success(self.pool.rows)
-            return (reward - p[[self.place[name] for name in names]]).float()
+            assert success is not None
+            return (reward - success[[self.place[name] for name in names]]).float()
         if self.tracking is not None:
             self._note(self.tracking.belief, names, reward)
             step = self.tracking.tick(self.step)

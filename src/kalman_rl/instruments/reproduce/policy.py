@@ -66,7 +66,29 @@ class Policy(Protocol):
         ...
 
 
-class CausalPolicy:
+class TrainedWeights:
+    """The weights of a :class:`Policy` whose ``model`` says by ``requires_grad`` which of them are trained."""
+
+    model: Any
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            name: weight.detach().clone()
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                if name in state:
+                    weight.copy_(state[name])
+
+
+class CausalPolicy(TrainedWeights):
     """A :class:`Policy` from a causal language model of transformers.
 
     Args:
@@ -142,22 +164,6 @@ class CausalPolicy:
         replies = self.answers(rows)
         with torch.no_grad():
             return torch.where(replies.mask, self.logp(replies).double(), 0.0).sum(1).exp()
-
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            name: weight.detach().clone()
-            for name, weight in self.model.named_parameters()
-            if weight.requires_grad
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, weight in self.model.named_parameters():
-                if name in state:
-                    weight.copy_(state[name])
 
     def _prompts(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Prompts padded on the left, and where they are."""

@@ -140,7 +140,7 @@ CANDIDATES = Experiment(
     {
         "GRPO, groups of 8": Training(MATHS, GRPO),
         "predictive among 16": Training(MATHS, PREDICTIVE),
-        "predictive among 128": Training(MATHS, replace(PREDICTIVE, candidates=128, rate=1e-4)),
+        "predictive among 128": Training(MATHS, replace(PREDICTIVE, candidates=128)),
         "rounds among 16": Training(MATHS, replace(PREDICTIVE, allocation="rounds")),
     },
     (

@@ -7,7 +7,7 @@ projections; rows are padded for attention alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kalman_rl.engine.tasks.task import Row
 from kalman_rl.errors import ConfigError
-from kalman_rl.instruments.reproduce.policy import Replies
+from kalman_rl.instruments.reproduce.policy import Replies, TrainedWeights
 
 Tokens = tuple[int, ...]
 KeyValue = tuple[Tensor, Tensor]
@@ -24,7 +24,7 @@ CHUNK = 64
 """Rows that pass through the model at once where no gradient is needed."""
 
 
-class UpperPolicy:
+class UpperPolicy(TrainedWeights):
     """The upper half of a causal Llama of transformers with low-rank adapters in float32.
 
     Args:
@@ -146,22 +146,6 @@ class UpperPolicy:
     def features(self, rows: Sequence[Row]) -> Tensor:
         """(N, d) hidden state of the fixed half at the last token of each prompt; it costs nothing more."""
         return self._states([self._question(row) for row in rows], last=True).float().cpu()
-
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            name: weight.detach().clone()
-            for name, weight in self.model.named_parameters()
-            if weight.requires_grad
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, weight in self.model.named_parameters():
-                if name in state:
-                    weight.copy_(state[name])
 
     # ---- details
 
