@@ -8,7 +8,7 @@ not decided   it reaches over a bound, or there are fewer than two seeds
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -95,22 +95,12 @@ def value(arm: str, key: str = "mean") -> Measure:
 
 def difference(arm: str, other: str, key: str = "mean") -> Measure:
     """``arm - other``, paired by seed."""
-
-    def measure(records: Records) -> list[float]:
-        first, second = records.get(arm, {}), records.get(other, {})
-        return [first[seed][key] - second[seed][key] for seed in sorted(first.keys() & second.keys())]
-
-    return measure
+    return lambda records: [ours[key] - theirs[key] for ours, theirs in _pairs(records, arm, other)]
 
 
 def ratio(arm: str, other: str, key: str) -> Measure:
     """``arm / other``, paired by seed."""
-
-    def measure(records: Records) -> list[float]:
-        first, second = records.get(arm, {}), records.get(other, {})
-        return [first[seed][key] / second[seed][key] for seed in sorted(first.keys() & second.keys())]
-
-    return measure
+    return lambda records: [ours[key] / theirs[key] for ours, theirs in _pairs(records, arm, other)]
 
 
 def saved(arm: str, other: str) -> Measure:
@@ -121,10 +111,8 @@ def saved(arm: str, other: str) -> Measure:
     """
 
     def measure(records: Records) -> list[float]:
-        first, second = records.get(arm, {}), records.get(other, {})
         factors = []
-        for seed in sorted(first.keys() & second.keys()):
-            ours, theirs = first[seed], second[seed]
+        for ours, theirs in _pairs(records, arm, other):
             reached = _reached(ours, theirs["accuracy"][-1])
             if reached is not None:
                 factors.append(theirs["spent"][-1] / reached)
@@ -135,6 +123,12 @@ def saved(arm: str, other: str) -> Measure:
         return factors
 
     return measure
+
+
+def _pairs(records: Records, arm: str, other: str) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """What two arms found for the seeds that both have."""
+    first, second = records.get(arm, {}), records.get(other, {})
+    return ((first[seed], second[seed]) for seed in sorted(first.keys() & second.keys()))
 
 
 def _reached(run: Mapping[str, Any], level: float) -> float | None:
