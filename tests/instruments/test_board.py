@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,9 +23,10 @@ pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
 from kalman_rl.errors import ConfigError, RunError  # noqa: E402
-from kalman_rl.instruments.board import BoardApp  # noqa: E402
+from kalman_rl.instruments.board import BoardApp, door  # noqa: E402
+from kalman_rl.instruments.board.app import MAX_LISTENERS  # noqa: E402
 from kalman_rl.instruments.board.page import POLICY, SCRIPT, shell  # noqa: E402
-from kalman_rl.instruments.board.serve import accepted_hosts, listen, serve  # noqa: E402
+from kalman_rl.instruments.board.serve import accepted_hosts, listen, serve, server_of  # noqa: E402
 from kalman_rl.instruments.board.source import Source  # noqa: E402
 from tests.instruments.report_runs import write_run  # noqa: E402
 
@@ -187,9 +190,47 @@ def test_deleted_run_is_said(run: Path, app: BoardApp) -> None:
     assert "event: gone" in stream.text and "the run folder is gone" in stream.text
 
 
-def test_too_many_listeners(app: BoardApp) -> None:
-    app._listeners = 16
-    assert ask(app, f"/{TOKEN}/events").status_code == 503
+def test_listeners_are_counted_before_they_are_let_in(app: BoardApp) -> None:
+    """Twenty at once, of whom each would find a free place if the ones before were counted late."""
+    import anyio
+
+    begun: list[int] = []
+
+    async def listen_once() -> None:
+        sent = anyio.Event()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                begun.append(message["status"])
+                sent.set()
+
+        async def receive() -> Any:
+            await anyio.sleep_forever()
+
+        scope = {"type": "http", "method": "GET", "path": f"/{TOKEN}/events", "client": None}
+        await app(scope | {"headers": [(b"host", b"127.0.0.1:8000")]}, receive, send)
+
+    async def all_at_once() -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(20):
+                group.start_soon(listen_once)
+            while len(begun) < 20:
+                await anyio.sleep(0.01)
+            assert app._listeners == MAX_LISTENERS
+            group.cancel_scope.cancel()
+
+    anyio.run(all_at_once)
+    assert sorted(begun) == [200] * 16 + [503] * 4
+    assert app._listeners == 0
+
+
+def test_a_failure_is_one_answer(app: BoardApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(app.source, "page", fail)
+    answer = ask(app, f"/{TOKEN}/page")
+    assert answer.status_code == 500 and "secret" not in answer.text
 
 
 # ---------------------------------------------------------------- a real server
@@ -198,18 +239,15 @@ def test_too_many_listeners(app: BoardApp) -> None:
 @pytest.fixture
 def served(run: Path) -> Iterator[str]:
     """Address of a board on an ephemeral port, in a thread."""
-    import uvicorn
-
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
     app = BoardApp(Source(run, least=0.0), TOKEN, accepted_hosts(port), every=0.1)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
-    app.closing = lambda: server.should_exit
+    server = server_of(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     yield f"http://127.0.0.1:{port}/{TOKEN}/"
     server.should_exit = True
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     sock.close()
 
@@ -224,7 +262,7 @@ def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def test_stream_tells_changes_and_the_end(run: Path, served: str) -> None:
-    with httpx.stream("GET", served + "events", timeout=10) as answer:
+    with httpx.stream("GET", served + "events", timeout=60) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         told = events(answer.iter_lines())
         first = next(told)
@@ -236,6 +274,76 @@ def test_stream_tells_changes_and_the_end(run: Path, served: str) -> None:
         assert next(told, None) is None
 
 
+def raw(served: str, text: bytes) -> socket.socket:
+    """A connection on which a text was sent, with HOST for the right header."""
+    port = int(served.split(":")[2].partition("/")[0])
+    made = socket.create_connection(("127.0.0.1", port), timeout=10)
+    made.sendall(text.replace(b"HOST", f"Host: 127.0.0.1:{port}".encode()))
+    return made
+
+
+def answered(connection: socket.socket) -> bytes:
+    """Everything that came back until the other end closed."""
+    with connection, contextlib.suppress(ConnectionError):
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+    return b""
+
+
+@pytest.mark.parametrize(("text", "count"), [(b"", 300), (b"GET / HTTP/1.1\r\nHOST\r\n", 80)])
+def test_nobody_is_locked_out(served: str, text: bytes, count: int) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            with contextlib.suppress(ConnectionError):  # made room for another
+                stack.enter_context(raw(served, text))
+        assert httpx.get(served + "page", timeout=60).status_code == 200
+
+
+def test_a_request_has_time_limits(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "REQUEST_SECONDS", 0.2)
+    assert answered(raw(served, b"GET / HTTP/1.1\r\nHOST\r\n")) == b""
+    answer = answered(raw(served, f"GET /{TOKEN}/page HTTP/1.1\r\nHOST\r\n\r\n".encode()))
+    assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer.lower()
+    monkeypatch.setattr(door, "REQUEST_SECONDS", 5.0)
+    monkeypatch.setattr(door, "ANSWER_SECONDS", 0.0)
+    cut = answered(raw(served, f"GET /{TOKEN}/page HTTP/1.1\r\nHOST\r\n\r\n".encode()))
+    assert len(cut) < len(answer)
+    with httpx.stream("GET", served + "events", timeout=60) as stream:  # has no end of its own
+        time.sleep(0.1)
+        assert next(events(stream.iter_lines()))[0] == "changed"
+
+
+JUNK = [
+    b"\0" * 100,
+    b"GET",
+    b"get / HTTP/1.1\r\nHOST\r\n\r\n",
+    b"GET / HTTP/9.9\r\nHOST\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHOST\r\n\r\nJUNK\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHOST\r\n\r\n" * 50,
+    b"GET /%ff%00%ed%a0%80/page HTTP/1.1\r\nHOST\r\n\r\n",
+    b"GET /\xff HTTP/1.1\r\nHOST\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: \xff\r\n\r\n",
+    b"CONNECT a:1 HTTP/1.1\r\nHOST\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHOST\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHOST\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    b"POST / HTTP/1.1\r\nHOST\r\nContent-Length: 10\r\n\r\nabc",
+    b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",
+]
+
+
+def test_junk_says_nothing(
+    served: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for junk in JUNK:
+        with contextlib.suppress(ConnectionError):
+            connection = raw(served, junk)
+            connection.shutdown(socket.SHUT_WR)
+            assert b" 200 " not in answered(connection)
+    assert httpx.get(served + "page", timeout=60).status_code == 200
+    assert capfd.readouterr().err == "" and caplog.text == ""
+
+
 def test_command_prints_the_address_and_ctrl_c_ends_it(run: Path) -> None:
     command = [sys.executable, "-m", "kalman_rl.cli.main", "board", str(run), "--port", "0", "--every", "0.2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -245,14 +353,14 @@ def test_command_prints_the_address_and_ctrl_c_ends_it(run: Path) -> None:
             assert len(address.rstrip("/").rpartition("/")[2]) == 32  # 24 random bytes
             for attempt in range(50):
                 try:
-                    assert httpx.get(address + "page").status_code == 200
+                    assert httpx.get(address + "page", timeout=60).status_code == 200
                     break
                 except httpx.ConnectError:
                     time.sleep(0.1 if attempt < 49 else 0)
-            with httpx.stream("GET", address + "events", timeout=10) as answer:
+            with httpx.stream("GET", address + "events", timeout=60) as answer:
                 next(events(answer.iter_lines()))
                 os.kill(process.pid, signal.SIGINT)
-                assert process.wait(10) == 0
+                assert process.wait(60) == 0
             assert process.stderr.read() == "board closed\n"
         finally:
             process.kill()

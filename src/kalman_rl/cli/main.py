@@ -27,6 +27,7 @@ from kalman_rl.engine.config import (
     labels,
     load_toml,
     notes,
+    settings_of,
     to_toml,
     validate,
 )
@@ -96,7 +97,7 @@ class Resume:
             if run.manifest.get("status") == "finished":
                 print(f"{self.run}: this run is finished; there is nothing to continue", file=sys.stderr)
                 return 0
-            config = build(TrainConfig, load_toml(self.run / "config.toml"))
+            config = build(TrainConfig, settings_of(self.run))
             config = dataclasses.replace(config, run=self.run, quiet=config.quiet or self.quiet)
             validate(config)
             from kalman_rl.engine.train import train

@@ -161,11 +161,12 @@ def _cache(study: Path) -> Path:
 def _finished(config: TrainConfig) -> bool:
     """Whether this very run is complete: same settings, marked as finished."""
     from kalman_rl.engine.runs.reading import read_manifest
+    from kalman_rl.engine.runs.received import MAX_TOML, read_bytes
 
     assert config.run is not None
     try:
         manifest = read_manifest(config.run)
-        same = (config.run / "config.toml").read_text() == to_toml(config)
+        same = read_bytes(config.run, "config.toml", MAX_TOML) == to_toml(config).encode()
     except (RunError, OSError):
         return False
     return same and manifest.get("status") == "finished"

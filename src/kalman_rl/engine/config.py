@@ -5,7 +5,6 @@ A configuration is made of layers, later ones winning: defaults, each ``--config
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import tomli_w
 
+from kalman_rl.engine.runs.received import MAX_TOML, parse_toml, read_bytes
 from kalman_rl.engine.runs.run import name_problem
 from kalman_rl.engine.settings import DemoConfig, StressConfig, TrainConfig
 from kalman_rl.engine.strict import read, show
@@ -26,6 +26,7 @@ __all__ = [
     "labels",
     "load_toml",
     "notes",
+    "settings_of",
     "to_toml",
     "validate",
 ]
@@ -83,9 +84,18 @@ def load_toml(path: Path, kind: type = TrainConfig) -> dict[str, Any]:
         raise ConfigError(f"config: cannot read {show(str(path))}: {reason}") from None
     if len(data) > MAX_TOML_BYTES:
         raise ConfigError(f"{path}: got more than {MAX_TOML_BYTES:,} bytes, expected a file of settings")
+    return _layer(data, path, kind)
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """The settings in the ``config.toml`` of a run. Raises: RunError, ConfigError as :func:`load_toml`."""
+    return _layer(read_bytes(run, "config.toml", MAX_TOML), Path(run) / "config.toml", TrainConfig)
+
+
+def _layer(data: bytes, path: Path, kind: type) -> dict[str, Any]:
     try:
-        table = tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:
+        table = parse_toml(data.decode())
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML in UTF-8: {error}") from None
     try:
         for owner in OWNERS:

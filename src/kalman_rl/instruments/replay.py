@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import is_whole
-from kalman_rl.engine.config import TrainConfig, build, load_toml
+from kalman_rl.engine.config import TrainConfig, build, settings_of
 from kalman_rl.engine.runs import traces
 from kalman_rl.engine.runs.reading import read_manifest
 from kalman_rl.errors import ConfigError, KalmanRLError, RunError, one_line
@@ -160,7 +160,7 @@ def own_method(run: Path, named: Collection[object] = ()) -> tuple[Method | None
     ``named`` it too.
     """
     try:
-        config = build(TrainConfig, load_toml(run / "config.toml"))
+        config = build(TrainConfig, settings_of(run))
         if ":" in config.method and config.method not in named:
             raise ConfigError(
                 f"method: got {config.method!r} in the run's settings, expected a name, because reading a run imports "

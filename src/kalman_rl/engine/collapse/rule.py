@@ -10,7 +10,6 @@ Alarms are kept in ``alarms.jsonl`` in the run's folder, one whole line each.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ from typing import Any
 
 import torch
 
-from kalman_rl.engine.runs.files import append_row, explained, read_regular, write_file
+from kalman_rl.engine.runs.files import append_row, explained, write_file
+from kalman_rl.engine.runs.received import parse_json, read_lines
 from kalman_rl.errors import RunError
 from kalman_rl.numerics.kalman import Gaussian, predict, update
 
@@ -145,10 +145,9 @@ def append_alarm(folder: Path, alarm: Alarm, action: str) -> None:
 def read_alarms(folder: Path) -> list[Alarm]:
     """The alarms of a run, oldest first; none if there is no file. Lines that are no alarms are skipped."""
     try:
-        text = read_regular(Path(folder) / FILE, None).decode("utf-8", "replace")
+        return [alarm for line in read_lines(folder, FILE) if (alarm := _alarm(line)) is not None]
     except RunError:
         return []
-    return [alarm for line in text.splitlines() if (alarm := _alarm(line)) is not None]
 
 
 def keep_alarms(folder: Path, step: int) -> None:
@@ -156,19 +155,19 @@ def keep_alarms(folder: Path, step: int) -> None:
     path = Path(folder) / FILE
     if not path.is_file():
         return
-    lines = read_regular(path, None).decode("utf-8", "replace").splitlines()
+    lines = [line.strip() for line in read_lines(folder, FILE)]
     kept = [line for line in lines if (alarm := _alarm(line)) is not None and alarm.step <= step]
-    write_file(path, "".join(line + "\n" for line in kept).encode())
+    write_file(path, b"".join(line + b"\n" for line in kept))
 
 
-def _alarm(line: str) -> Alarm | None:
+def _alarm(line: bytes) -> Alarm | None:
     try:
-        row: Mapping[str, Any] = json.loads(line)
+        row: Mapping[str, Any] = parse_json(line)
         tokens = tuple(
             Token(str(t["text"]), float(t["log_ratio"]), str(t["prompt_id"]), int(t["position"]))
             for t in row["tokens"]
         )
         level, best, z = (float(row[name]) for name in ("level", "best", "z"))
         return Alarm(int(row["step"]), level, best, z, tokens)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kalman_rl.engine.runs.reading import clean, number
+from kalman_rl.engine.runs.reading import clean, left_out, number
+from kalman_rl.engine.runs.received import parse_json, read_lines
+from kalman_rl.errors import RunError
 from kalman_rl.sampling.gains import NINETY
 
-MAX_LINES, MAX_LINE = 200_000, 4_000_000
+FILE = "beliefs.jsonl"
+MAX_LINES = 200_000
 LISTS = ("n", "reward", "mean", "sd", "noise", "after", "after_sd")
 LEARNED, HOPELESS = 0.8, 0.2
 """A prompt is learned if its whole 90 % interval lies above the one, hopeless if it lies below the other."""
@@ -86,19 +89,20 @@ def read_beliefs(path: Path, notes: list[str]) -> Beliefs | None:
     """
     beliefs, bad = Beliefs(), 0
     try:
-        with (path / "beliefs.jsonl").open(encoding="utf-8", errors="replace") as lines:
-            for row in _rows(lines):
-                batch = _batch(row) if isinstance(row, dict) else None
-                if batch is None:
-                    bad += 1
-                    continue
-                while beliefs.batches and beliefs.batches[-1].step >= batch.step:
-                    beliefs.batches.pop()
-                beliefs.batches.append(batch)
-                beliefs.texts |= _texts(row.get("texts"))
-                beliefs.allocation = clean(row.get("allocation", "fixed"), 20)
-                beliefs.unit = row.get("rewards", "unit") == "unit"
-    except OSError:
+        for row in _rows(read_lines(path, FILE)):
+            batch = _batch(row) if isinstance(row, dict) else None
+            if batch is None:
+                bad += 1
+                continue
+            while beliefs.batches and beliefs.batches[-1].step >= batch.step:
+                beliefs.batches.pop()
+            beliefs.batches.append(batch)
+            beliefs.texts |= _texts(row.get("texts"))
+            beliefs.allocation = clean(row.get("allocation", "fixed"), 20)
+            beliefs.unit = row.get("rewards", "unit") == "unit"
+    except RunError as error:
+        if os.path.lexists(path / FILE):
+            notes.append(left_out(path, FILE, error))
         return None
     if bad:
         notes.append(f"{bad} {'row' if bad == 1 else 'rows'} of beliefs.jsonl could not be read")
@@ -112,8 +116,8 @@ def _rows(lines: Any) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line) if len(line) <= MAX_LINE else None
-        except (ValueError, RecursionError):
+            yield parse_json(line)
+        except ValueError:
             yield None
 
 

@@ -10,7 +10,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.engine.runs.files import FORMAT, explained, read_json, read_regular, sync, write_file
+from kalman_rl.engine.runs.files import FORMAT, explained, sync, write_file
+from kalman_rl.engine.runs.received import MAX_JSON, read_bytes, read_json
 from kalman_rl.errors import RunError
 
 SEAL = "complete.json"
@@ -35,11 +36,11 @@ def verify_checkpoint(folder: Path) -> None:
     folder = Path(folder)
     if not (folder / SEAL).is_file():
         raise RunError(f"{folder}: has no {SEAL}: the save was cut short")
-    sealed = read_json(folder / SEAL)
+    sealed = read_json(folder, SEAL)
     if sealed.get("format") != FORMAT:
         raise RunError(f"{folder}: got a checkpoint of format {sealed.get('format')!r}, expected {FORMAT}")
     content = _checkpoint_content(folder)
-    if read_regular(folder / SEAL) != content:
+    if read_bytes(folder, SEAL, MAX_JSON) != content:
         then, now = sealed.get("files"), json.loads(content)["files"]
         names = now.keys() | (then.keys() if isinstance(then, dict) else set())
         changed = sorted(n for n in names if not isinstance(then, dict) or then.get(n) != now.get(n)) or [

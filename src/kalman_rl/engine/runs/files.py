@@ -17,8 +17,6 @@ from kalman_rl.errors import KalmanRLError, RunError
 FORMAT = 1
 """Version of the layout, in ``manifest.json`` and ``complete.json``."""
 
-MAX_JSON_BYTES = 16_000_000
-
 
 @contextlib.contextmanager
 def explained(path: Path, action: str, needed: int | None = None) -> Iterator[None]:
@@ -58,6 +56,18 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """:func:`replacing` at a name that somebody gave: only a regular file is replaced. Raises: also RunError."""
+    path = Path(path)
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise RunError(
+            f"{path}: got a link, folder or device there, expected a file or nothing; choose another output"
+        )
+    with replacing(path) as temporary:
+        yield temporary
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Replace a file by ``data``, whole or not at all. Raises: RunError with path, reason and free space."""
     with explained(path, "write", len(data)), replacing(path) as temporary:
@@ -87,26 +97,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_regular(path: Path, limit: int | None = MAX_JSON_BYTES) -> bytes:
-    """Bytes of a file that is no link: a run directory from elsewhere must not point out of itself."""
-    with explained(path, "read"):
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise RunError(f"{path}: got something that is no file")
-            data = file.read() if limit is None else file.read(limit + 1)
-    if limit is not None and len(data) > limit:
-        raise RunError(f"{path}: got more than {limit:,} bytes, expected a small JSON file")
-    return data
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a regular file. Raises: RunError if it is none."""
-    try:
-        value = json.loads(read_regular(path))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: got no JSON object; the file is damaged")
-    return value

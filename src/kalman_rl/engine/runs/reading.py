@@ -6,22 +6,29 @@ report is most wanted when something went wrong: ``RunRecord.notes`` lists what 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.engine.runs.files import FORMAT, read_json, read_regular
+from kalman_rl.engine.runs.files import FORMAT
+from kalman_rl.engine.runs.received import (
+    MANIFEST,
+    MAX_TOML,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_lines,
+    run_folders,
+)
 from kalman_rl.errors import ConfigError, RunError
 
 Row = dict[str, float]
 UNFINISHED = frozenset({"running", "interrupted", "failed"})
-SKIPPED_FOLDERS = frozenset({"checkpoints", "traces"})
 LARGEST = 1e100
 """Beyond it a number is as good as infinite, and differences of such numbers would be."""
 LARGEST_STEP = 2**52
@@ -81,11 +88,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_dir():
         raise RunError(f"{path}: no such run directory")
-    if not os.path.lexists(path / "manifest.json"):
+    if not os.path.lexists(path / MANIFEST):
         raise RunError(
             f"{path}: got no manifest.json, expected a run; give the directory that training wrote"
         )
-    manifest = read_json(path / "manifest.json")
+    manifest = read_json(path, MANIFEST)
     if manifest.get("format") != FORMAT:
         raise RunError(
             f"{path}: got a run of format {manifest.get('format')!r}, expected {FORMAT}; use the "
@@ -112,12 +119,12 @@ def metrics_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     such file.
     """
     rows, bad = [], 0
-    for line in read_regular(Path(path) / "metrics.jsonl", None).splitlines():
+    for line in read_lines(path, "metrics.jsonl"):
         try:
-            row = json.loads(line, parse_constant=lambda name: None)
+            row = parse_json(line, finite=True)
             valid = isinstance(row["kind"], str) and type(row["step"]) is int and row.get("time", 0) >= 0
             valid = valid and abs(row["step"]) <= LARGEST_STEP
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             valid = False
         if valid:
             rows.append(row)
@@ -140,7 +147,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
         if not path.is_dir():
             what = "a file" if path.exists() else "nothing there"
             raise RunError(f"run directory: got {what}, expected a directory; {path}; check the path")
-        folders = list(_folders_below(path))
+        folders = list(run_folders(path))
         if not folders:
             raise RunError(
                 f"run directory: got no manifest.json in {path} or below, expected a run; "
@@ -151,13 +158,6 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
                 name = path.resolve().name if folder == path else folder.relative_to(path).as_posix()
                 found[key] = read_run(folder, name)
     return list(found.values())
-
-
-def _folders_below(root: Path) -> Iterator[Path]:
-    for folder, inner, files in os.walk(root):
-        inner[:] = sorted(name for name in inner if name not in SKIPPED_FOLDERS and name[:1] != ".")
-        if "manifest.json" in files:
-            yield Path(folder)
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
@@ -205,7 +205,7 @@ def _scalars(table: object) -> dict[str, str]:
 
 def _manifest_of(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        return read_json(path / "manifest.json")
+        return read_json(path, MANIFEST)
     except RunError:
         notes.append("manifest.json could not be read; labels and versions are missing")
         return {}
@@ -213,11 +213,18 @@ def _manifest_of(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _config_of(path: Path, notes: list[str]) -> str:
     try:
-        text = read_regular(path / "config.toml").decode(errors="replace")
-    except RunError:
-        notes.append("config.toml is missing")
+        text = read_bytes(path, "config.toml", MAX_TOML).decode(errors="replace")
+    except RunError as error:
+        notes.append(left_out(path, "config.toml", error))
         return ""
     return clean(text, 20_000, breaks=True)
+
+
+def left_out(path: Path, name: str, error: RunError) -> str:
+    """Why a file of a run is not shown, without its place on this machine."""
+    if not os.path.lexists(path / name):
+        return f"{name} is missing"
+    return f"{name} could not be read: {clean(str(error).removeprefix(f'{path / name}: '), 120)}"
 
 
 def _metrics_of(path: Path, notes: list[str]) -> tuple[list[Row], list[Row]]:
@@ -228,8 +235,8 @@ def _metrics_of(path: Path, notes: list[str]) -> tuple[list[Row], list[Row]]:
     torn = holes = lost = 0
     try:
         rows, torn = metrics_rows(path)
-    except RunError:
-        notes.append("metrics.jsonl is missing, so there is nothing to draw")
+    except RunError as error:
+        notes.append(left_out(path, "metrics.jsonl", error) + ", so there is nothing to draw")
     for event in rows:
         row = _numbers(event)
         holes += sum(map(math.isnan, row.values()))

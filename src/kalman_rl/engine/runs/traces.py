@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.engine.runs.files import read_regular
+from kalman_rl.engine.runs.received import names_in, read_bytes
 from kalman_rl.errors import RunError, ShapeError, one_line
 
 Table = dict[str, list[Any]]
+
+FOLDER = "traces"
+MAX_FILE = 512_000_000
+"""Bytes of a trace file, packed or unpacked."""
+MAX_TOKENS = 5_000_000
+"""Rows of a trace file."""
 
 TRACE_COLUMNS: dict[str, str] = {
     name: kind
@@ -31,8 +37,8 @@ NULLABLE = {"logp_behaviour", "gain", "reward"}
 
 def steps(run: Path) -> dict[int, Path]:
     """Trace files of a run's directory by step, in order."""
-    names = ((re.fullmatch(r"step-(\d{1,18})\.parquet", path.name), path) for path in run.glob("traces/*"))
-    return dict(sorted((int(match[1]), path) for match, path in names if match))
+    names = (re.fullmatch(r"step-(\d{1,18})\.parquet", name) for name in names_in(run, FOLDER))
+    return dict(sorted((int(match[1]), run / FOLDER / match[0]) for match in names if match))
 
 
 def read(
@@ -59,7 +65,9 @@ def read(
         problems.append("cannot read: got no package pyarrow; pip install pyarrow")
         return None
     try:
-        source = parquet.ParquetFile(BufferReader(read_regular(path, None)))
+        data = read_bytes(path.parents[1], f"{FOLDER}/{path.name}", MAX_FILE)
+        source = parquet.ParquetFile(BufferReader(data))
+        _check_size(source.metadata)
         there = source.schema_arrow.names
         if missing := [name for name in columns if name not in there]:
             raise ValueError(f"got no {', '.join(missing)}")
@@ -71,9 +79,19 @@ def read(
         return {name: batch[name].cast(type_for_alias(TRACE_COLUMNS[name])).to_pylist() for name in names}
     except RunError as error:
         problems.append(str(error).removeprefix(f"{path}: "))
-    except (ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+    except (ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         problems.append(f"damaged trace: {one_line(error, 300)}")
     return None
+
+
+def _check_size(metadata: Any) -> None:
+    """A small file can hold a large table: refuse one before it is unpacked. Raises: ValueError."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    unpacked = sum(group.total_byte_size for group in groups)
+    if metadata.num_rows > MAX_TOKENS or not 0 <= unpacked <= MAX_FILE:
+        raise ValueError(
+            f"got {metadata.num_rows:,} rows of {unpacked:,} bytes, expected up to {MAX_TOKENS:,} and {MAX_FILE:,}"
+        )
 
 
 def trace_table(step: int, columns: Mapping[str, Sequence[Any]]) -> Any:

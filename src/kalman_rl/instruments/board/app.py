@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 
+from kalman_rl.instruments.board.door import Door
 from kalman_rl.instruments.board.page import PAGE_POLICY, POLICY, shell
 from kalman_rl.instruments.board.source import Source
 
 MAX_LISTENERS = 16
 HEARTBEAT = 15.0
+logger = logging.getLogger("kalman_rl")
 HEADERS = {
+    "Connection": "close",
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -50,18 +54,31 @@ class BoardApp:
     ) -> None:
         self.source, self.token, self.hosts = source, token, frozenset(host.lower() for host in hosts)
         self.every, self.closing = every, closing
+        self.door = Door()
         self._listeners = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            response = await self._answer(scope)
-            for name, value in HEADERS.items():
-                response.headers.setdefault(name, value)
-            await response(scope, receive, send)
+            name = self._asked(scope)
+            stream = name == "events"
+            self._listeners += stream  # before anything is awaited, so that no two take the last place
+            try:
+                with self.door.answering(scope["client"], stream=stream):
+                    try:
+                        response = await self._answer(name)
+                    except Exception as error:
+                        logger.error("the board could not answer: %s: %s", type(error).__name__, error)
+                        response = PlainTextResponse("the board could not answer\n", 500)
+                    for key, value in HEADERS.items():
+                        response.headers.setdefault(key, value)
+                    await response(scope, receive, send)
+            finally:
+                self._listeners -= stream
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _answer(self, scope: Any) -> Response:
+    def _asked(self, scope: Any) -> str | Response:
+        """The name of what is asked for, or the refusal of who asks."""
         hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
         if len(hosts) != 1 or hosts[0] not in self.hosts:
             return PlainTextResponse("wrong host\n", 400)
@@ -69,8 +86,13 @@ class BoardApp:
             return PlainTextResponse("GET only\n", 405, {"Allow": "GET"})
         _, _, rest = scope["path"].partition("/")
         token, slash, name = rest.partition("/")
-        if not slash or not hmac.compare_digest(token.encode(), self.token.encode()):
+        if not slash or not hmac.compare_digest(token.encode("utf-8", "replace"), self.token.encode()):
             return PlainTextResponse("not found\n", 404)
+        return str(name)
+
+    async def _answer(self, name: str | Response) -> Response:
+        if isinstance(name, Response):
+            return name
         if name == "":
             version = await asyncio.to_thread(self.source.look)
             return HTMLResponse(
@@ -81,31 +103,27 @@ class BoardApp:
             headers = {"Content-Security-Policy": PAGE_POLICY, "X-Frame-Options": "SAMEORIGIN"}
             return HTMLResponse(page, status, headers)
         if name == "events":
-            if self._listeners >= MAX_LISTENERS:
+            if self._listeners > MAX_LISTENERS:
                 return PlainTextResponse("too many listeners\n", 503, {"Retry-After": "10"})
             return StreamingResponse(self._events(), media_type="text/event-stream")
         return PlainTextResponse("not found\n", 404)
 
     async def _events(self) -> AsyncIterator[str]:
         """One event at the start and one for every change; ends when the run is gone or the server stops."""
-        self._listeners += 1
         loop = asyncio.get_running_loop()
-        try:
-            last, spoke = None, loop.time()
-            while not self.closing():
-                seen = await asyncio.to_thread(self.source.look)
-                if not seen.version:
-                    yield _event("gone", {"text": seen.text})
-                    return
-                if seen.version != last:
-                    last, spoke = seen.version, loop.time()
-                    yield _event("changed", {"version": seen.version, "text": seen.text})
-                elif loop.time() - spoke > HEARTBEAT:
-                    spoke = loop.time()
-                    yield ": still here\n\n"
-                await self._pause()
-        finally:
-            self._listeners -= 1
+        last, spoke = None, loop.time()
+        while not self.closing():
+            seen = await asyncio.to_thread(self.source.look)
+            if not seen.version:
+                yield _event("gone", {"text": seen.text})
+                return
+            if seen.version != last:
+                last, spoke = seen.version, loop.time()
+                yield _event("changed", {"version": seen.version, "text": seen.text})
+            elif loop.time() - spoke > HEARTBEAT:
+                spoke = loop.time()
+                yield ": still here\n\n"
+            await self._pause()
 
     async def _pause(self) -> None:
         left = self.every

@@ -15,6 +15,7 @@ from typing import Any
 from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, RunError, extra
 from kalman_rl.instruments.board.app import BoardApp
+from kalman_rl.instruments.board.door import guarded
 from kalman_rl.instruments.board.source import Source
 
 LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "::1": "::1"}
@@ -45,24 +46,10 @@ def serve(
     sock = listen(host, port)
     with contextlib.closing(sock):
         source = _source(run, every)
-        with extra("board", "kalman-rl board"):
-            import uvicorn
         bound = sock.getsockname()[1]
         token = secrets.token_urlsafe(24)
         app = BoardApp(source, token, accepted_hosts(bound), every=every)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,  # it would write the token into a log
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=64,
-            timeout_graceful_shutdown=2,
-        )
-        server = uvicorn.Server(config)
-        app.closing = lambda: server.should_exit
+        server = server_of(app)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{bound}/{token}/"
         say(f"{address}  (only this machine can open it; Ctrl-C ends it)")
@@ -73,6 +60,26 @@ def serve(
             server.run(sockets=[sock])
     print("board closed", file=sys.stderr)
     return 0
+
+
+def server_of(app: BoardApp) -> Any:
+    """The server of the application, behind its door. Raises: AdapterError without uvicorn."""
+    with extra("board", "kalman-rl board"):
+        import uvicorn
+    config = uvicorn.Config(
+        app,
+        http=guarded(app.door),
+        log_level="critical",  # what clients send is not worth a line, and the token must be in no log
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=2,
+    )
+    server = uvicorn.Server(config)
+    app.closing = lambda: server.should_exit
+    return server
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -89,7 +96,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((LOOPBACK[host], port))
-        sock.listen(64)
+        sock.listen(128)
     except OSError as error:
         sock.close()
         raise ConfigError(

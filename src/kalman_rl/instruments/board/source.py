@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 import time
@@ -10,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kalman_rl.engine.runs.received import run_folders
 from kalman_rl.errors import KalmanRLError
 from kalman_rl.instruments.board.page import notice
 from kalman_rl.instruments.report import write_report
 
 WATCHED_FILES = ("manifest.json", "metrics.jsonl", "alarms.jsonl", "config.toml")
-SKIPPED = ("checkpoints", "model", "traces")
+SHARE = 0.1
+"""Of one processor's time that making pages may take while a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Source:
 
     Args:
         run: directory of a run, or of a study.
-        least: seconds between two makings of the page, or as long as the last one took, if longer.
+        least: seconds between two makings of the page, or more, so that they take ``SHARE`` of one processor at most.
     """
 
     def __init__(self, run: Path, least: float = 2.0) -> None:
@@ -63,15 +64,15 @@ class Source:
             if (early := self._next - time.monotonic()) > 0:  # wait rather than show what is out of date
                 time.sleep(early)
                 seen = self.look()
-            start = time.monotonic()
+            start = time.process_time()
             try:
                 made = self._make()
             except (KalmanRLError, OSError) as error:
                 if not self.look().version:
                     return 410, notice(self.look().text).encode()
                 return 503, notice(f"The report cannot be made now: {error}").encode()
-            took = time.monotonic() - start
-            self._made, self._next = (seen.version, made), time.monotonic() + max(self.least, took)
+            pause = max(self.least, (time.process_time() - start) * (1 / SHARE - 1))
+            self._made, self._next = (seen.version, made), time.monotonic() + pause
             return 200, made
 
     def _make(self) -> bytes:
@@ -80,13 +81,10 @@ class Source:
 
     def _stamps(self) -> Iterator[tuple[str, int, int]]:
         """(name, size, time of change) of the files that the page shows."""
-        for folder, inner, _ in os.walk(self.run):
-            inner[:] = sorted(name for name in inner if name not in SKIPPED and name[:1] != ".")
+        for folder in run_folders(self.run):
             for name in WATCHED_FILES:
                 try:
-                    state = os.stat(os.path.join(folder, name), follow_symlinks=False)
+                    state = (folder / name).lstat()
                 except OSError:
-                    if name == "manifest.json":  # not a run
-                        break
                     continue
-                yield os.path.join(os.path.relpath(folder, self.run), name), state.st_size, state.st_mtime_ns
+                yield str(folder / name), state.st_size, state.st_mtime_ns

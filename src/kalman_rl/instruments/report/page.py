@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kalman_rl.engine.runs.files import replacing
+from kalman_rl.engine.runs.files import replacing_file
 from kalman_rl.engine.runs.reading import RunRecord, find_runs
 from kalman_rl.errors import RunError, extra
 from kalman_rl.instruments.report import sections
@@ -176,8 +176,10 @@ def _key_figures(context: Context) -> list[dict[str, str]]:
 def _write(target: Path, page: str) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as temporary:
+        with replacing_file(target) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
+    except RunError:
+        raise
     except OSError as error:
         raise RunError(f"report: got {error.strerror or error}, expected a writable file; {target}; "
                        "choose another output") from error  # fmt: skip

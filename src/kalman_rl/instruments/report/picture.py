@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.engine.runs.files import replacing
+from kalman_rl.engine.runs.files import replacing_file
 from kalman_rl.engine.runs.reading import RunRecord, find_runs
 from kalman_rl.errors import AdapterError, RunError
 from kalman_rl.instruments.report.charts.chart import spread
@@ -94,8 +94,10 @@ def write_figure(runs: Sequence[Path], output_png: Path) -> Path:
         target = Path(output_png)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as temporary:
+            with replacing_file(target) as temporary:
                 figure.savefig(temporary, dpi=200, format=target.suffix[1:] or "png")
+        except RunError:
+            raise
         except (OSError, ValueError) as error:
             raise RunError(f"figure: got {error}, expected a writable picture file; {target}") from error
     return target

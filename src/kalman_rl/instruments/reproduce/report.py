@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.engine.runs.files import read_json, write_file
+from kalman_rl.engine.runs.files import write_file
+from kalman_rl.engine.runs.received import read_json
 from kalman_rl.instruments.reproduce.claim import Records, judge
 from kalman_rl.instruments.reproduce.experiment import TUNING_SEEDS, Experiment, Tuned
 
@@ -101,7 +102,7 @@ def table(folder: Path, order: Sequence[str]) -> Path:
     paths = [
         path for name in order for path in (folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json")))
     ]
-    found = [read_json(path) for path in paths if path.exists()]
+    found = [read_json(path.parent, path.name) for path in paths if path.exists()]
     page = HEAD.format(tuning=" and ".join(map(str, TUNING_SEEDS)))
     page += "".join(line(result, claim) for result in found for claim in result["claims"])
     page += "".join(section(result, folder.name) for result in found)

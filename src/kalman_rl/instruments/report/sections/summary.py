@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kalman_rl.engine.runs.reading import RunRecord
+from kalman_rl.engine.runs.received import parse_toml
 from kalman_rl.errors import KalmanRLError
 from kalman_rl.instruments.report.stats.intervals import t_quantile
 from kalman_rl.instruments.report.stats.series import finite, series, typical
@@ -125,11 +125,11 @@ def _narrow(run: RunRecord) -> str | None:
     """A hint where the run's clip dropped most tokens, None also where its method is not one of the table."""
     shares = [kept for kept in finite(series(run.train, "trust/kept", skip_noop=True)) if 0 <= kept <= 1]
     try:
-        config = tomllib.loads(run.config)
+        config = parse_toml(run.config)
         if ":" in config["method"]:  # reading a run imports nothing that its files name
             return None
         method = make_method(config["method"], **config.get("method_options", {}))
-    except (KalmanRLError, KeyError, TypeError, ValueError, RecursionError):
+    except (KalmanRLError, KeyError, TypeError, ValueError):
         return None
     return few_kept(method.name, method.trust, shares)
 

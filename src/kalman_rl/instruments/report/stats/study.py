@@ -8,7 +8,6 @@ answers (Wilson). The same prompts serve every seed, so their count is not multi
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from kalman_rl.engine.runs.reading import Row, RunRecord
+from kalman_rl.engine.runs.received import parse_toml
 from kalman_rl.instruments.report.stats.intervals import (
     Interval,
     newcombe,
@@ -299,8 +299,8 @@ def differences(study: Study) -> dict[str, dict[str, str]]:
 def flat(config: str) -> dict[str, str]:
     """Dotted keys and printed values of a TOML text; empty if it cannot be read."""
     try:
-        tree = tomllib.loads(config)
-    except (tomllib.TOMLDecodeError, RecursionError):
+        tree = parse_toml(config)
+    except ValueError:
         return {}
     return dict(_leaves(tree, ""))
 
