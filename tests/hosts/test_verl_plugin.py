@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.trainer.ppo import core_algos
+from verl.utils import import_utils
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.workers.config import FSDPActorConfig, McoreActorConfig, PolicyLossConfig
@@ -30,7 +33,8 @@ from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.hosts.verl import KalmanPolicyLossConfig, plugin, register, registered
 from kalman_rl.hosts.verl.choice import choose
 from kalman_rl.hosts.verl.estimators import TRACKED
-from kalman_rl.hosts.verl.losses import _say_mode, choice_for
+from kalman_rl.hosts.verl.losses import AsVerl, _say_mode, choice_for, in_our_words
+from kalman_rl.kernels import jit
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import advantage, aggregate
 from kalman_rl.objectives.learning import step_statistics, with_bounds
@@ -269,6 +273,40 @@ def test_micro_batches_sum_to_the_whole(name: str, mode: str) -> None:
     torch.testing.assert_close(sum(f[0] for f in found), whole[0], rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mode", list(AGGREGATE))
+def test_weights_of_a_mode_are_verls(mode: str, ranks: int) -> None:
+    """Our words for a mode, which a compiled pass knows, against the gradient of verl's own aggregation."""
+    batch = make_batch(45, 4, LENGTH)
+    rollouts = Rollouts(batch.logp_old, batch.mask, allow_empty=True)
+    info = {"dp_size": ranks, "batch_num_tokens": 131, "global_batch_size": 12, "loss_scale_factor": 40}
+    for length in (1.0, 3.0):
+        words = in_our_words(mode, info, length, LENGTH)
+        if words is None:  # verl sums tokens over ranks, and an average over lengths has no constant
+            assert (mode, ranks) == ("token-sum", 2) or (mode, length) == ("seq-mean-token-mean", 3.0)
+            continue
+        found = words[0](rollouts, words[1])
+        expected = AsVerl(mode, info, length)(rollouts, words[1])
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-7, atol=0)
+    assert in_our_words("token-mean", info | {"batch_num_tokens": 1, "dp_size": 2}, 1.0, LENGTH) is None
+    assert in_our_words(mode, {}, 1.0, LENGTH) is None or mode == "token-sum"
+
+
+def test_the_compiled_pass_is_taken() -> None:
+    batch, advantages = make_batch(46, 4, LENGTH), token_advantages(4, 1)
+    old, logp = batch.logp_old.float(), batch.logp.float()
+    config = actor(settings("kpo"))
+    config.global_batch_info.update({"dp_size": 2, "batch_num_tokens": 131, "global_batch_size": 12})
+    for mode in AGGREGATE:
+        leaf = logp.clone().requires_grad_()
+        _, metrics = core_algos.get_policy_loss_fn("kalman_rl/kpo")(
+            old_log_prob=old, log_prob=leaf, advantages=advantages.float(), response_mask=batch.mask,
+            loss_agg_mode=mode, config=config,
+        )  # fmt: skip
+        share = float(batch.mask.sum()) * 12 / (131 * 4)
+        assert metrics["objective/fused"] == pytest.approx(share * (jit.usable(leaf) and mode != "token-sum"))
+
+
 def test_data_parallel_ranks_average_to_the_whole() -> None:
     batch, advantages = make_batch(32, 6, LENGTH), token_advantages(6, 9)
 
@@ -381,6 +419,7 @@ def composed(*overrides: str) -> Iterator[Any]:
                 "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
                 "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
                 "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=1",
+                "actor_rollout_ref.rollout.n=8",
                 "algorithm.adv_estimator=kalman_rl/kpo",
                 *overrides,
             ],
@@ -421,7 +460,7 @@ def test_options_from_the_command_line() -> None:
         (f"+{P}.options.epsilon=0.5", "algorithm.kalman_rl.epsilon"),
         (f"+{P}.kalman_S=1", "unexpected keyword"),
         (f"+{P}.aggregation=mean", "expected one of verl, method"),
-        (f"{P}.loss_mode=kalman_rl/kpo_difuse", "did you mean 'kpo_diffuse'"),
+        (f"{P}.loss_mode=kalman_rl/kpo_difuse", "did you mean 'kalman_rl/kpo_diffuse'"),
         (f"{P}.loss_mode=kalman_rl/capo", "train it with TRL"),
         (
             f"{P}.loss_mode=kalman_rl/dppo_topk_kl",
@@ -617,3 +656,25 @@ def test_memory_needs_our_trainer(name: str) -> None:
     _, scores, mask, uids = scored(8)
     with pytest.raises(ConfigError, match="trainer.v1.trainer_mode=kalman_rl"):
         estimate(f"kalman_rl/{name}", scores, mask, uids)
+
+
+# ---- TRL beside verl
+
+
+def test_verls_actor_is_built_beside_trl() -> None:
+    """TRL 1.16 no longer has a class that verl 0.9 renames a method of, before it shards any model."""
+    pytest.importorskip("trl")
+    from verl.models.transformers.monkey_patch import apply_monkey_patch
+
+    from tests.hosts import tiny_llama
+
+    apply_monkey_patch(tiny_llama.model(), use_remove_padding=False)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_verl_is_told_of_a_trl_that_has_the_class(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    found = SimpleNamespace(AutoModelForCausalLMWithValueHead=object) if there else SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "trl.experimental.ppo", found)
+    import_utils.is_trl_available.cache_clear()
+    assert import_utils.is_trl_available() is there
+    import_utils.is_trl_available.cache_clear()

@@ -6,6 +6,7 @@ micro-batch at a time. What a method needs beyond that, it does not get here, an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -54,7 +55,18 @@ def choose(
     """
     if aggregation not in AGGREGATIONS:
         raise ConfigError(f"aggregation: got {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}")
-    known: dict[str, Any] = translated(name, options)
+    try:
+        return _chosen(name, tuple(options.items()), aggregation, old_is_behaviour)
+    except TypeError:  # an option that is a list
+        return _chosen.__wrapped__(name, tuple(options.items()), aggregation, old_is_behaviour)
+
+
+@functools.lru_cache(maxsize=64)
+def _chosen(
+    name: str, options: tuple[tuple[str, Any], ...], aggregation: str, old_is_behaviour: bool
+) -> SelectedMethod:
+    """Remembered, because verl's loss asks for every micro-batch."""
+    known: dict[str, Any] = translated(name, dict(options))
     method = make_method(name, **known)
     _check_provided(method, known, old_is_behaviour)
     _check_effect(name, known, aggregation)

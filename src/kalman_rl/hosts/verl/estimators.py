@@ -133,11 +133,14 @@ def _extra(method: Method, mask: Tensor, others: Mapping[str, Any]) -> dict[str,
 
 
 def _tracker(name: str) -> Callable[[Tensor], Tensor]:
-    tracker = TRACKER.get()
+    return check_remembered(name, TRACKER.get())
+
+
+def check_remembered(name: str, tracker: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """The tracker. Raises: ConfigError where the trainer has none for the estimator NAME."""
     if tracker is None:
         raise ConfigError(
             f"adv_estimator: got kalman_rl/{name} under verl's own trainer, expected trainer.v1.trainer_mode=kalman_rl "
-            "because its beliefs are kept by prompt and verl's estimators see no names of prompts; load that trainer "
-            "with VERL_USE_EXTERNAL_MODULES=kalman_rl.hosts.verl.trainer"
+            "because its beliefs are kept by prompt and verl's estimators see no names of prompts"
         )
     return tracker

@@ -28,6 +28,11 @@ VERL = Host(
                 ),
             ),
         },
+        "verl.utils.config": {
+            "validate_config": HookedMethod(("config",)),
+            "omega_conf_to_dataclass": HookedMethod(("config",)),
+        },
+        "verl.utils.import_utils": {"is_trl_available": HookedMethod()},
         "verl.workers.config": {"ActorConfig": None, "PolicyLossConfig": None},
         "verl.trainer.config": {"AlgoConfig": None},
     },

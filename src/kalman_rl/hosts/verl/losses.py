@@ -1,8 +1,8 @@
 """verl calls, :func:`kalman_rl.objectives.policy_loss` answers: one adapter for every method.
 
-Aggregation is verl's. ``agg_loss`` is linear in the token losses, so its gradient at zero is the weight it
-gives to every token; these weights take the place of the method's own. Micro-batches, data-parallel ranks and
-the five modes then scale as they do for verl's losses.
+Aggregation is verl's: its five modes are aggregations of ours with the counts of the whole step, so that a method
+takes its compiled pass. What is left asks ``agg_loss`` itself, which is linear in the token losses: its gradient at 0
+is the weight of every token. Micro-batches and data-parallel ranks then scale as they do for verl's losses.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 DROPPED = ("objective/surrogate", "objective/penalty")
 """Parts of a sum over micro-batches, which verl would average; their sum is verl's ``actor/pg_loss``."""
 
+Aggregate = Callable[[Rollouts, Totals], Tensor]
 PolicyLossFn = Callable[..., tuple[Tensor, dict[str, float]]]
 
 
@@ -56,7 +57,7 @@ def make_loss(name: str) -> PolicyLossFn:
     ) -> tuple[Tensor, dict[str, float]]:
         choice = choice_for(name, config)
         info = dict(getattr(config, "global_batch_info", None) or {})
-        method = aggregated(choice, loss_agg_mode, info)
+        method, totals = aggregated(choice, loss_agg_mode, info, length=response_mask.shape[1])
         if rollout_is_weights is not None:
             method = dataclasses.replace(method, correction=Given(rollout_is_weights.detach()))
         rollouts = Rollouts(
@@ -68,7 +69,7 @@ def make_loss(name: str) -> PolicyLossFn:
         bounds: dict[str, Any] = {}
         if "trust" in method.learns:
             method, bounds = _with_bounds(method, rollouts, log_prob, advantages)
-        loss = policy_loss(method, rollouts, log_prob, advantage=advantages)
+        loss = policy_loss(method, rollouts, log_prob, advantage=advantages, totals=totals)
         metrics = {k: v for k, v in loss.metrics.items() if k not in DROPPED} | bounds
         tokens = rollouts.mask.sum()
         metrics["actor/ppo_kl"] = -loss.tokens.log_ratio.sum() / tokens.clamp(min=1)
@@ -97,11 +98,6 @@ def choice_for(name: str, config: Any) -> SelectedMethod:
     settings = getattr(config, "policy_loss", None)
     if isinstance(settings, KalmanPolicyLossConfig) and settings.loss_mode == PREFIX + name:
         return settings.choice()
-    return _default(name)
-
-
-@functools.cache
-def _default(name: str) -> SelectedMethod:
     return choose(name, {})
 
 
@@ -153,25 +149,53 @@ def own_mode(method: Method) -> tuple[str, float] | None:
     return None
 
 
-def aggregated(choice: SelectedMethod, mode: str, info: Mapping[str, Any]) -> Method:
+def in_our_words(
+    mode: str, info: Mapping[str, Any], length: float, width: int
+) -> tuple[Aggregate, Totals] | None:
+    """A mode of verl's as an aggregation of ours with its totals, which a compiled pass knows.
+
+    Args: mode, info, length: as in :class:`AsVerl`. width: T of the micro-batch.
+
+    None where verl counts less than one token or sequence per rank, or takes them from the micro-batch.
+    """
+    ranks = info.get("dp_size") or 1
+    tokens, rows = info.get("batch_num_tokens"), info.get("global_batch_size")
+    found: tuple[Aggregate, Totals] | None = None
+    if mode == "token-sum":
+        found = token_mean, Totals(length / ranks, 1.0)
+    elif mode == "token-mean" and tokens is not None:
+        found = token_mean, Totals(length * tokens / ranks, 1.0)
+    elif mode == "seq-mean-token-mean" and rows is not None and length == 1:
+        found = sequence_mean, Totals(1.0, rows / ranks)
+    elif mode == "seq-mean-token-sum" and rows is not None:
+        found = SequenceSum(length), Totals(1.0, rows / ranks)
+    elif mode == "seq-mean-token-sum-norm" and rows is not None:
+        scale = info.get("loss_scale_factor")
+        found = SequenceSum(length * (width if scale is None else scale)), Totals(1.0, rows / ranks)
+    return None if found is None or min(found[1]) < 1 else found
+
+
+def aggregated(
+    choice: SelectedMethod, mode: str, info: Mapping[str, Any], *, length: int
+) -> tuple[Method, Totals | None]:
     """The method with verl's aggregation: by verl's mode, or by the mode that the method was published with.
+
+    Args: length: T of the micro-batch.
 
     Raises: ConfigError for a method whose own aggregation verl does not have, where that is asked for.
     """
-    published = own_mode(choice.method)
-    if published is None:
-        if choice.aggregation == "method":
+    published, constant = own_mode(choice.method), 1.0
+    if choice.aggregation == "method":
+        if published is None:
             raise ConfigError(
                 f"policy_loss.aggregation: got 'method' for {PREFIX}{choice.method.name}, expected 'verl' because verl "
                 "has no such aggregation"
             )
-        return dataclasses.replace(choice.method, aggregate=AsVerl(mode, info))
-    own, length = published
-    if choice.aggregation == "method":
-        return dataclasses.replace(choice.method, aggregate=AsVerl(own, info, length))
-    if mode != own:
-        _say_mode(choice.method.name, mode, own)
-    return dataclasses.replace(choice.method, aggregate=AsVerl(mode, info))
+        mode, constant = published
+    elif published is not None and mode != published[0]:
+        _say_mode(choice.method.name, mode, published[0])
+    ours, totals = in_our_words(mode, info, constant, length) or (AsVerl(mode, info, constant), None)
+    return dataclasses.replace(choice.method, aggregate=ours), totals
 
 
 @functools.cache

@@ -7,9 +7,13 @@ would pull verl's whole trainer into every worker.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import logging
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from kalman_rl.errors import AdapterError
 from kalman_rl.hooks import check
@@ -46,6 +50,7 @@ def register(*more: str) -> None:
     known = [*METHODS, *more]
     _fill(core_algos.POLICY_LOSS_REGISTRY, known, make_loss, core_algos.register_policy_loss)
     _fill(core_algos.ADV_ESTIMATOR_REGISTRY, [*known, TRACKED], make_estimator, core_algos.register_adv_est)
+    _check_runs_first()
     found = registered()
     logger.info(
         "verl %s: %d policy losses and %d advantage estimators under kalman_rl/",
@@ -80,6 +85,51 @@ def _fill(
             raise AdapterError(f"verl: got {key} registered by {table[key]}, expected the name to be free")
 
 
+def _check_runs_first() -> None:
+    """verl's command line imports ``validate_config`` after this and calls it before anything else."""
+    from verl.utils import config as module
+
+    validate = module.validate_config
+    if hasattr(validate, "kalman_rl"):
+        return
+
+    @functools.wraps(validate)
+    def validate_config(config: Any, *args: Any, **options: Any) -> None:
+        from kalman_rl.hosts.verl.preflight import check_run
+
+        check_run(config)
+        validate(config, *args, **options)
+
+    validate_config.kalman_rl = True  # type: ignore[attr-defined]
+    module.validate_config = validate_config
+
+
+def _without_trl() -> None:
+    """verl 0.9 builds no FSDP actor beside a TRL that has lost a class, though it only renames one of its methods.
+
+    Where TRL has the class no longer, verl is told that there is no TRL; a model with a value head then says that it
+    needs one. verl asks when it builds a model.
+    """
+    from verl.utils import import_utils
+
+    there = import_utils.is_trl_available
+    if hasattr(there, "kalman_rl"):
+        return
+
+    @functools.cache
+    def is_trl_available() -> bool:
+        if not there():
+            return False
+        for home in ("trl.experimental.ppo", "trl"):
+            with contextlib.suppress(ImportError):
+                if hasattr(importlib.import_module(home), "AutoModelForCausalLMWithValueHead"):
+                    return True
+        return False
+
+    is_trl_available.kalman_rl = True  # type: ignore[attr-defined]
+    import_utils.is_trl_available = is_trl_available
+
+
 def _version() -> str:
     try:
         return version("verl")
@@ -88,6 +138,7 @@ def _version() -> str:
 
 
 try:
+    _without_trl()
     register()
 except Exception as error:
     logger.warning("kalman_rl is not available in verl: %s: %s", type(error).__name__, error)

@@ -1,8 +1,7 @@
 """verl's synchronous trainer with beliefs about prompts.
 
-Select it with ``trainer.v1.trainer_mode=kalman_rl``, after telling verl where it is:
-``VERL_USE_EXTERNAL_MODULES=kalman_rl.hosts.verl.trainer``. The belief lives in the driver, the one process that
-sees all rewards; workers know nothing of it.
+Select it with ``trainer.v1.trainer_mode=kalman_rl``; the plugin tells verl's command line where it is. The belief lives
+in the driver, the one process that sees all rewards; workers know nothing of it.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from kalman_rl.errors import ConfigError
 from kalman_rl.hooks import check
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.hosts.verl import plugin
-from kalman_rl.hosts.verl.estimators import TRACKED, TRACKER, options_in, remembers
+from kalman_rl.hosts.verl.estimators import TRACKER, options_in
 from kalman_rl.hosts.verl.hooks import TRAINER
 from kalman_rl.hosts.verl.metrics import divided
-from kalman_rl.hosts.verl.settings import PREFIX, check_actor, check_algorithm, check_bypass
+from kalman_rl.hosts.verl.preflight import check_trainer
 from kalman_rl.hosts.verl.stream import NamedPrompts
 from kalman_rl.hosts.verl.tracker import (
     PromptNames,
@@ -207,39 +206,6 @@ class KalmanPPOTrainer(PPOTrainerSync):
         if trainer.resume_mode == "resume_path" and str(trainer.resume_from_path).rstrip("/").endswith(name):
             return Path(trainer.resume_from_path)
         return Path(trainer.default_local_dir) / name
-
-
-def check_trainer(config: Any) -> str:
-    """The name of the estimator. Raises: ConfigError for settings that beliefs do not go with."""
-    estimator = str(config.algorithm.adv_estimator)
-    name = estimator.removeprefix(PREFIX)
-    if not estimator.startswith(PREFIX) or not remembers(name):
-        choices = ", ".join(PREFIX + each for each in (TRACKED, "k_grpo", "spo"))
-        raise ConfigError(
-            f"algorithm.adv_estimator: got {estimator!r} with trainer_mode=kalman_rl, expected one of {choices}; "
-            "with other estimators verl's own trainers do the same"
-        )
-    check_algorithm(name, config.algorithm)
-    groups = config.algorithm.get("filter_groups", None)
-    if groups is not None and groups.get("enable", False):
-        raise ConfigError(
-            "algorithm.filter_groups.enable: got true with trainer_mode=kalman_rl, expected false because a belief "
-            "that never sees groups of equal rewards takes hard prompts for easier ones; "
-            "allocation=predictive spends less on such prompts instead"
-        )
-    if (
-        config.algorithm.use_kl_in_reward
-        and options_in(config.algorithm).get("reward_range", "unit") == "unit"
-    ):
-        raise ConfigError(
-            "algorithm.use_kl_in_reward: got true with rewards declared to lie in [0, 1], expected "
-            "+algorithm.kalman_rl.reward_range=real because the penalty moves them out of it; or actor.use_kl_loss=true"
-        )
-    loss = str(config.actor_rollout_ref.actor.policy_loss.loss_mode)
-    if loss.startswith(PREFIX):
-        check_actor(loss.removeprefix(PREFIX), config.actor_rollout_ref.actor)
-        check_bypass(config.algorithm.get("rollout_correction", None))
-    return name
 
 
 def plain(values: Any) -> list[Any]:
