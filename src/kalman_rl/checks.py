@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
-from kalman_rl.errors import ConfigError, KalmanRLError, NumericError
+from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError
+
+LARGEST_WHOLE = 2**63 - 1
 
 
 def is_whole(value: object, low: int = 0, high: int | None = None) -> bool:
-    """Whether a value is an integer (NumPy's too) in [low, high], and no bool; ``high=None`` is no bound.
+    """Whether a value is an integer (NumPy's too) in [low, high], and no bool; ``high=None`` is what a tensor holds.
 
     >>> is_whole(2, 1), is_whole(0, 1), is_whole(2.0), is_whole(True)
     (True, False, False, False)
@@ -20,17 +22,35 @@ def is_whole(value: object, low: int = 0, high: int | None = None) -> bool:
         isinstance(value, Integral)
         and not isinstance(value, bool)
         and low <= int(value)
-        and (high is None or int(value) <= high)
+        and int(value) <= (LARGEST_WHOLE if high is None else high)
     )
 
 
 def is_real(*values: object) -> bool:
-    """Whether all values are numbers that can be compared: no text, None, bool, tensor or NaN.
+    """Whether all values are numbers that a float holds: no text, None, bool, tensor, NaN or 10**400.
 
-    >>> is_real(2, 0.5, float("inf")), is_real("2"), is_real(float("nan"))
-    (True, False, False)
+    >>> is_real(2, 0.5, float("inf")), is_real("2"), is_real(float("nan")), is_real(10**400)
+    (True, False, False, False)
     """
-    return all(isinstance(v, Real) and not isinstance(v, bool) and v == v for v in values)
+    return all(isinstance(v, Real) and not isinstance(v, bool) and _is_number(v) for v in values)
+
+
+def _is_number(value: Real) -> bool:
+    try:
+        return float(value) == float(value)
+    except (OverflowError, ValueError):
+        return False
+
+
+def expect_tensor(name: str, value: object, expected: str = "a tensor") -> None:
+    """Raises: ShapeError unless the value is a tensor.
+
+    >>> expect_tensor("x", [1.0])
+    Traceback (most recent call last):
+    kalman_rl.errors.ShapeError: x: got list, expected a tensor
+    """
+    if not hasattr(value, "dtype") or not hasattr(value, "detach"):
+        raise ShapeError(f"{name}: got {type(value).__name__}, expected {expected}")
 
 
 def saved(what: str, state: Any, *names: str) -> tuple[Any, ...]:

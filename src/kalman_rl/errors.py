@@ -83,7 +83,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """
     names = sorted(known)
     return ConfigError(
-        f"{kind}: got {str(name)!r}, expected one of {', '.join(names)}{did_you_mean(str(name), names)}"
+        f"{kind}: got {str(name)[:120]!r}, expected one of {', '.join(names)}{did_you_mean(str(name), names)}"
     )
 
 
@@ -93,5 +93,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     >>> did_you_mean("kop", ["grpo", "kpo"])
     "; did you mean 'kpo'?"
     """
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(word[:120], list(known), n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""

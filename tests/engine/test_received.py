@@ -200,6 +200,13 @@ def test_dotted_keys_do_not_end_a_report(run: Path, tmp_path: Path) -> None:
         settings_of(run)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "/".join(["d" * 200] * 30), "a\0b"])
+def test_names_that_no_file_has(name: str) -> None:
+    for read in (read_manifest, lambda path: find_runs([path])):
+        with pytest.raises(RunError, match="cannot read: File name too long|no such run|nothing there"):
+            read(Path(name))
+
+
 def test_deep_folders_are_left(run: Path, tmp_path: Path) -> None:
     here = os.open(tmp_path, os.O_RDONLY)
     for _ in range(1_500):  # deeper than Python recurses, and longer than a path may be

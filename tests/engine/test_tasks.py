@@ -256,6 +256,7 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     ),
     "two lines": ([{"prompt": "a", "answer": "1\n2"}], "expected one line"),
     "reserved": ([{"prompt": "a", "answer": "1", "prompts": 1}], "names the trainer itself uses"),
+    "self": ([{"prompt": "a", "answer": "1", "self": 1}], "names the trainer itself uses"),
     "same id": (
         [{"prompt": p, "answer": "1", "prompt_id": 4} for p in "ab"],
         "'4' for two different rows.*:2 and .*:1 differ in prompt;",

@@ -51,6 +51,15 @@ class Groups(NamedTuple):
         return self._replace(reward=reward, total=total)
 
 
+def expect_names(ids: Sequence[Hashable], what: str = "ids") -> None:
+    """Raises: ShapeError if ids are a string, a tensor, or nothing that has a length."""
+    if isinstance(ids, str | bytes | Tensor) or not hasattr(ids, "__len__"):
+        raise ShapeError(
+            f"{what}: got {type(ids).__name__}, expected a list of names"
+            + (f"; use {what}.tolist()" if isinstance(ids, Tensor) else "")
+        )
+
+
 def places_of(ids: Sequence[Hashable], what: str = "ids") -> tuple[dict[Hashable, int], list[int]]:
     """Different ids, numbered in order of first appearance, and the number of each entry.
 
@@ -59,11 +68,7 @@ def places_of(ids: Sequence[Hashable], what: str = "ids") -> tuple[dict[Hashable
     Raises: ShapeError if ids are a string, a tensor, no sequence or empty, or one of them is a tensor (two equal
         ones would be two prompts) or not hashable.
     """
-    if isinstance(ids, str | bytes | Tensor) or not hasattr(ids, "__len__"):
-        raise ShapeError(
-            f"{what}: got {type(ids).__name__}, expected a list of names"
-            + (f"; use {what}.tolist()" if isinstance(ids, Tensor) else "")
-        )
+    expect_names(ids, what)
     if not len(ids):
         raise ShapeError(
             f"{what}: got an empty batch, expected at least one completion; skip the call instead"

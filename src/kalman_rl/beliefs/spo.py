@@ -82,6 +82,10 @@ class SPOBelief(TableBelief):
             named twice, or a count outside 0 <= S <= n0.
         """
         unique_ids(ids)
+        for name, counts in (("successes", successes), ("trials", trials)):
+            listed = counts.tolist() if hasattr(counts, "tolist") else counts
+            if not isinstance(listed, Sequence) or not is_real(*listed):
+                raise ShapeError(f"{name}: got {counts!r:.80}, expected a list of numbers, one per id")
         if not len(ids) == len(successes) == len(trials):
             raise ShapeError(
                 f"successes, trials: got {len(successes)} and {len(trials)} numbers, expected {len(ids)}, one per id"

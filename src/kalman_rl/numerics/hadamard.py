@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import is_whole, reading, saved
+from kalman_rl.checks import expect_tensor, is_whole, reading, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.kernels import hadamard as compiled_hadamard
 from kalman_rl.kernels import jit
@@ -42,6 +42,7 @@ def hadamard_transform(x: Tensor, *, orthonormal: bool = True) -> Tensor:
     >>> hadamard_transform(torch.tensor([1.0, 0.0, 0.0, 1.0]), orthonormal=False)
     tensor([2., 0., 0., 2.])
     """
+    expect_tensor("x", x)
     size = x.shape[-1] if x.dim() else 0
     if not x.is_floating_point() or size < 1 or size & (size - 1):
         raise ShapeError(
@@ -90,6 +91,8 @@ class SRHT:
                 f"dimension_in, dimension_out: got {dimension_in!r}, {dimension_out!r}, expected dimension_in >= "
                 f"1 and dimension_out from 1 to {padded}, the next power of two"
             )
+        if not is_whole(seed):
+            raise ConfigError(f"seed: got {seed!r}, expected an integer >= 0")
         generator = torch.Generator().manual_seed(seed)
         self.dimension_in, self.dimension_out = dimension_in, dimension_out
         self.signs = (
@@ -105,10 +108,7 @@ class SRHT:
 
         Raises: ShapeError for another width. Gradient flows through x.
         """
-        if not isinstance(x, Tensor):
-            raise ShapeError(
-                f"x: got {type(x).__name__}, expected a floating tensor (..., {self.dimension_in})"
-            )
+        expect_tensor("x", x, f"a floating tensor (..., {self.dimension_in})")
         if x.dim() < 1 or x.shape[-1] != self.dimension_in or not x.is_floating_point():
             raise ShapeError(
                 f"x: got {x.dtype} {tuple(x.shape)}, expected floating (..., {self.dimension_in}): the width "

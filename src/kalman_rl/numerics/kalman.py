@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import expect_tensor, is_real
 from kalman_rl.errors import NumericError, ShapeError
 from kalman_rl.kernels import triton_support
 from kalman_rl.kernels.filter import cpu as filter_cpu
@@ -151,6 +152,8 @@ def causal_filter(
     tensor([[1., 2., 2., 4.]])
     """
     model = process_noise, observation_noise, initial_mean, initial_variance
+    initial_mean, initial_variance = _check_types(observation, mask, segment, *model)
+    model = process_noise, observation_noise, initial_mean, initial_variance
     moving = _wants_gradient(observation)
     fields = mean = None
     if not _wants_gradient(process_noise, observation_noise):
@@ -198,6 +201,8 @@ def causal_mean(
     tensor([[2.6667, 2.6667, 6.5455]])
     """
     noises = process_noise, observation_noise
+    prior = _check_types(observation, mask, segment, *noises, initial_mean, initial_variance)
+    initial_mean, initial_variance = prior
     if not _wants_gradient(*noises):
         moving = _wants_gradient(observation)
         run = filter_cpu.differentiable_means if moving else filter_cpu.means
@@ -229,8 +234,10 @@ def causal_filter_loop(
     segment: Tensor | None = None,
 ) -> Filtered:
     """The definition of :func:`causal_filter`: same arguments, same result, one token after another."""
+    noises = process_noise, observation_noise
+    start = _check_types(observation, mask, segment, *noises, initial_mean, initial_variance)
     tokens = _prepare(observation, mask, process_noise, observation_noise, segment)
-    prior = _prior(observation, initial_mean, initial_variance)
+    prior = _prior(observation, *start)
     state, steps = prior, []
     for t in range(observation.shape[1]):
         token = _Tokens(*(field[:, t] for field in tokens))
@@ -348,6 +355,27 @@ def _prior(like: Tensor, mean: float, variance: float) -> Gaussian:
     if not variance >= 0:
         raise NumericError(f"initial_variance: got {variance}, expected [0, inf]; use inf for unknown")
     return Gaussian(*torch.tensor([mean, variance], dtype=torch.float64, device=like.device))
+
+
+def _check_types(
+    z: Tensor, mask: Tensor, segment: Tensor | None, q: Noise, r: Noise, mean: float, variance: float
+) -> tuple[float, float]:
+    """Refuse what is no tensor or number at all; shapes and values come later. Returns: the prior as floats."""
+    expect_tensor("observation", z)
+    expect_tensor("mask", mask)
+    if segment is not None:
+        expect_tensor("segment", segment)
+    for name, noise in (("process_noise", q), ("observation_noise", r)):
+        if not (
+            is_real(noise)
+            or isinstance(noise, float)
+            or (isinstance(noise, Tensor) and not noise.is_complex())
+        ):
+            raise NumericError(f"{name}: got {noise!r:.80}, expected a number or a tensor of numbers")
+    for name, number in (("initial_mean", mean), ("initial_variance", variance)):
+        if not (is_real(number) or isinstance(number, float)):
+            raise NumericError(f"{name}: got {number!r:.80}, expected a number")
+    return float(mean), float(variance)
 
 
 def _prepare(z: Tensor, mask: Tensor, q: Noise, r: Noise, segment: Tensor | None) -> _Tokens:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import expect_tensor
 from kalman_rl.errors import ConfigError
 from kalman_rl.kernels.loss.dispatch import attach, enabled
 from kalman_rl.kernels.loss.dispatch import run as run_fused
@@ -147,6 +148,7 @@ def policy_loss(
             [ 0.2500,  0.2500]])
     """
     logp = logp if isinstance(logp, Current) else Current(logp)
+    _check_types(method, rollouts, logp, advantage)
     if (
         logp.logp.dtype != torch.float64
     ):  # once, so that the gradients of all terms are added before narrowing
@@ -166,6 +168,15 @@ def policy_loss(
     return loss._replace(
         value=loss.value + penalty, metrics=loss.metrics | {"objective/penalty": penalty.detach()}
     )
+
+
+def _check_types(method: Method, rollouts: Rollouts, current: Current, advantage: Tensor | None) -> None:
+    for name, value, kind in (("method", method, Method), ("rollouts", rollouts, Rollouts)):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}")
+    expect_tensor("logp", current.logp, "a tensor (B, T), or a Current")
+    if advantage is not None:
+        expect_tensor("advantage", advantage, "a tensor (B,) or (B, T)")
 
 
 def _composed(

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from kalman_rl.beliefs.groups import places_of
+from kalman_rl.beliefs.groups import expect_names, places_of
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError
@@ -122,7 +122,8 @@ def least_counts(
 
 def check_bounds(ids: Sequence[Hashable], n_min: int, n_max: int) -> None:
     """Refuse an empty pool, repeated ids and bounds out of order. Raises: ConfigError, ShapeError for no ids."""
-    if hasattr(ids, "__len__") and not len(ids):
+    expect_names(ids)
+    if not len(ids):
         raise ConfigError("ids: got an empty pool, expected at least one prompt")
     names, places = places_of(ids)
     if len(names) != len(ids):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.beliefs.groups import check_id
-from kalman_rl.checks import expect, is_real, is_whole, reading, saved
+from kalman_rl.beliefs.groups import check_id, expect_names
+from kalman_rl.checks import LARGEST_WHOLE, expect, is_real, is_whole, reading, saved
 from kalman_rl.errors import ConfigError
 
 
@@ -43,6 +43,7 @@ class Coverage:
 
     def waiting(self, ids: Sequence[Hashable], *, step: int) -> Tensor:
         """(n,) int64: steps since the last visit; 2^62 for a prompt never visited."""
+        _check(ids, step)
         last = self._last
         return torch.tensor([step - last[name] if name in last else 2**62 for name in ids], dtype=torch.long)
 
@@ -50,6 +51,8 @@ class Coverage:
         """(n,) bool: prompts that must be sampled at ``step``; with a limit, those that wait longest."""
         waiting = self.waiting(ids, step=step)
         due = waiting >= self.every
+        if limit is not None and not is_whole(limit, -LARGEST_WHOLE):
+            raise ConfigError(f"limit: got {limit!r:.80}, expected a number of prompts")
         if limit is not None and int(due.sum()) > limit:
             longest = torch.where(due, waiting, -1).argsort(descending=True, stable=True)[: max(limit, 0)]
             due = torch.zeros_like(due).index_fill_(0, longest, True)
@@ -61,6 +64,7 @@ class Coverage:
 
     def visit(self, ids: Sequence[Hashable], *, step: int) -> None:
         """Note that these prompts are sampled at ``step``."""
+        _check(ids, step)
         self._last.update(dict.fromkeys(ids, step))
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,3 +95,9 @@ class Coverage:
             "a whole number for each id",
         )
         self._last = dict(zip(ids, steps.tolist()))
+
+
+def _check(ids: Sequence[Hashable], step: int) -> None:
+    expect_names(ids)
+    if not is_whole(step, -LARGEST_WHOLE):
+        raise ConfigError(f"step: got {step!r:.80}, expected a whole number")

@@ -112,6 +112,7 @@ def divide_at_price(gains: Tensor, price: float, least: Tensor, most: Tensor) ->
     least, most = _checked(gains, least, most)
     if not (is_real(price) and 0 <= price < math.inf):
         raise NumericError(f"price: got {price!r}, expected a finite number >= 0")
+    price = float(price)
     counts = (_smoothed(gains, least) > price).sum(1)
     counts = torch.minimum(torch.maximum(counts, least), most)
     alone = (counts == 1) & (least < 1) & (gains[:, 0] <= price)  # a cap of 1: half a pair is worth nothing

@@ -16,8 +16,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import is_whole
-from kalman_rl.errors import NumericError
+from kalman_rl.checks import is_real, is_whole
+from kalman_rl.errors import NumericError, ShapeError
 from kalman_rl.numerics.kalman import Gaussian
 
 Number = Tensor | float
@@ -43,7 +43,7 @@ def beta_from_moments(value: Gaussian) -> tuple[Tensor, Tensor]:
     >>> round(a.item(), 6), round(b.item(), 6)
     (2.0, 3.0)
     """
-    mean, variance = _double(value.mean), _double(value.variance)
+    mean, variance = _doubles(mean=value.mean, variance=value.variance)
     _expect("value", mean.isfinite() & (variance >= 0), "a finite mean and a variance in [0, inf]", mean)
     mean = mean.clamp(SMALLEST_MEAN, 1 - SMALLEST_MEAN)
     evidence = mean * (1 - mean) / variance.clamp(min=1e-12) - 1
@@ -70,7 +70,7 @@ def noisy_signal(reward_variance: Number, noise_variance: Number = 0.0) -> Tenso
 
     Raises: NumericError for a negative or non-finite variance.
     """
-    reward_variance, noise_variance = _double(reward_variance), _double(noise_variance)
+    reward_variance, noise_variance = _doubles(reward_variance=reward_variance, noise_variance=noise_variance)
     for name, value in (("reward_variance", reward_variance), ("noise_variance", noise_variance)):
         _expect(name, value.isfinite() & (value >= 0), "a finite variance >= 0", value)
     return (reward_variance - noise_variance).clamp(min=0.0)
@@ -92,7 +92,7 @@ def gradient_gain(signal: Number, n: Number, k: Number = 1) -> Tensor:
     >>> gradient_gain(0.25, torch.tensor([0, 2, 8]), 2)
     tensor([0.1875, 0.0312, 0.0031], dtype=torch.float64)
     """
-    signal, n, k = _double(signal), _double(n), _double(k)
+    signal, n, k = _doubles(signal=signal, n=n, k=k)
     _expect("signal", signal.isfinite() & (signal >= 0), "a finite number >= 0", signal)
     _expect_counts(n, k)
     return signal * (1 / n.clamp(min=0.5) - 1 / (n + k)) / k
@@ -122,7 +122,7 @@ def remaining_mixed_group_gains(a: Number, b: Number, successes: Number, failure
     if not is_whole(k, 1):
         raise NumericError(f"k: got {k!r}, expected a count >= 1")
     a, b = beta_parameters(a, b)
-    successes, failures = _double(successes), _double(failures)
+    successes, failures = _doubles(successes=successes, failures=failures)
     _expect("successes", successes >= 0, "a count >= 0", successes)
     _expect("failures", failures >= 0, "a count >= 0", failures)
     # E[p^j (1 - p)] is the probability that the first failure is number j + 1. Nothing cancels in these sums.
@@ -142,10 +142,10 @@ def half_width(variance: Number, level: float = 0.95) -> Tensor:
     >>> half_width(0.25)
     tensor(0.9800, dtype=torch.float64)
     """
-    variance = _double(variance)
+    (variance,) = _doubles(variance=variance)
     _expect("variance", variance >= 0, "a variance in [0, inf]", variance)
-    if not 0 < level < 1:
-        raise NumericError(f"level: got {level}, expected a probability in (0, 1), such as 0.95")
+    if not (is_real(level) and 0 < level < 1):
+        raise NumericError(f"level: got {level!r:.80}, expected a probability in (0, 1), such as 0.95")
     return NormalDist().inv_cdf(0.5 + level / 2) * variance.sqrt()
 
 
@@ -158,7 +158,7 @@ def gaussian_information(variance: Number, noise: Number, k: Number = 1) -> Tens
 
     Raises: NumericError unless P >= 0, R > 0 and k >= 1.
     """
-    variance, noise, k = _double(variance), _double(noise), _double(k)
+    variance, noise, k = _doubles(variance=variance, noise=noise, k=k)
     _expect("variance", variance >= 0, "a variance >= 0", variance)
     _expect("noise", noise > 0, "a variance > 0", noise)
     _expect("k", k >= 1, "a count >= 1", k)
@@ -196,17 +196,34 @@ def _first_change(a: Tensor, b: Tensor, k: int) -> Tensor:
 
 def beta_parameters(a: Number, b: Number) -> tuple[Tensor, Tensor]:
     """a and b as float64 tensors of one shape. Raises: NumericError unless both are finite and > 0."""
-    first, second = _double(a), _double(b)
+    first, second = _doubles(a=a, b=b)
     for name, value in (("a", first), ("b", second)):
         _expect(name, value.isfinite() & (value > 0), "a finite number > 0", value)
     return first.expand_as(first + second), second.expand_as(first + second)
 
 
-def _double(value: Number) -> Tensor:
-    if isinstance(value, str | None):
-        raise NumericError(f"got {value!r}, expected a number or a tensor of numbers")
-    value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-    return value.to(device="cpu", dtype=torch.float64)
+def _doubles(**values: Number) -> list[Tensor]:
+    """The values as float64 tensors on the CPU. Raises: NumericError, ShapeError unless they broadcast together."""
+    found = [_double(name, value) for name, value in values.items()]
+    try:
+        sum(found)  # the shapes of a sum
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(value.shape)) for value in found)
+        raise ShapeError(
+            f"{', '.join(values)}: got shapes {shapes}, expected shapes that broadcast"
+        ) from None
+    return found
+
+
+def _double(name: str, value: Number) -> Tensor:
+    try:
+        found = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        fits = not found.is_complex()
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        fits = False
+    if not fits:
+        raise NumericError(f"{name}: got {value!r:.80}, expected a number or a tensor of numbers")
+    return found.to(device="cpu", dtype=torch.float64)
 
 
 def _expect_counts(n: Tensor, k: Tensor) -> None:

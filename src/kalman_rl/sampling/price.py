@@ -117,7 +117,8 @@ class Price:
         most = self.budget * prompts * self._slack
         self.balance = min(max(self.balance + (self.budget - mean) * prompts, -most), most)
         self.steps += 1
-        error = math.log(counted / self.budget) if counted > 0 else -1.0
+        share = counted / self.budget
+        error = math.log(share) if share > 0 else -1.0
         self.value = min(max(self.value * math.exp(self.rate * min(max(error, -1.0), 1.0)), 1e-12), 1e12)
         return self.value
 

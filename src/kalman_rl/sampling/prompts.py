@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.base import check_features
-from kalman_rl.beliefs.groups import places_of
+from kalman_rl.beliefs.groups import expect_names, places_of
 from kalman_rl.beliefs.protocol import Belief
-from kalman_rl.checks import expect, is_whole, reading, saved
+from kalman_rl.checks import expect, expect_tensor, is_real, is_whole, reading, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.gains import beta_parameters
@@ -69,7 +69,8 @@ class PromptSelector:
     ) -> None:
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
-        if hasattr(pool, "__len__") and not len(pool):
+        expect_names(pool, "pool")
+        if not len(pool):
             raise ConfigError("pool: got no ids, expected at least one")
         different = len(places_of(pool, "pool")[0])
         if different != len(pool):
@@ -78,11 +79,13 @@ class PromptSelector:
             raise ConfigError(f"count: got {count!r}, expected an integer from 1 to the pool's {len(pool)}")
         passes = math.ceil(len(pool) / count)
         every = 4 * passes if every is None else every
-        if every != 0 and not is_whole(every, passes):
+        if not is_whole(every) or 0 < every < passes:
             raise ConfigError(
                 f"every: got {every!r} calls, expected at least {passes} ({len(pool)} prompts, {count} a call) "
                 "or 0 for no floor"
             )
+        if not is_whole(seed):
+            raise ConfigError(f"seed: got {seed!r:.80}, expected an integer >= 0")
         self.belief, self.pool, self.count, self.method = belief, list(pool), count, method
         self._generator = torch.Generator().manual_seed(seed)
         self._coverage = Coverage(every) if every else None
@@ -192,8 +195,9 @@ def best_mixture(regret: Tensor, information: Tensor) -> tuple[int, int, float]:
     (0, 1, 0.8889)
     """
     _check_actions(regret, information)
+    regret, information = regret.double(), information.double()
     keep = _frontier(regret, information)
-    d, g = regret[keep].double(), information[keep].double()
+    d, g = regret[keep], information[keep]
     di, dj, gi, gj = d[:, None], d[None, :], g[:, None], g[None, :]
     steps_d, steps_g = di - dj, gi - gj
     inside = (steps_d != 0) & (steps_g != 0)
@@ -239,6 +243,8 @@ def information_directed(
 def draw_beta(a: Tensor, b: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """(draws, N) samples of Beta(a, b) that depend on ``generator`` only. Raises: NumericError unless a, b > 0."""
     a, b = beta_parameters(a, b)
+    if not is_whole(draws):
+        raise ConfigError(f"draws: got {draws!r:.80}, expected a number of draws >= 0")
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):  # torch's Beta takes no generator
         torch.manual_seed(seed)
@@ -263,10 +269,10 @@ def log_score(margin: Tensor, damping: float = 0.1) -> Tensor:
     """
     margin = _vector("margin", margin)
     _every("margin", margin, ~margin.isnan(), "numbers; leave rows without an estimate out")
-    _in_range("damping", damping, 0 <= damping < math.inf, "a finite number >= 0")
+    _in_range("damping", damping, is_real(damping) and 0 <= damping < math.inf, "a finite number >= 0")
     if damping == 0:
         return -margin
-    dtype, margin = margin.dtype, margin.double()  # a damping of 1e-50 is not 0
+    dtype, margin, damping = margin.dtype, margin.double(), float(damping)  # a damping of 1e-50 is not 0
     small = torch.exp(-margin.abs())
     # e = exp(-|m|):  m < 0:  1 / (e + d (1 + e)^2);   m >= 0:  e^2 / (e + d (1 + e)^2)
     below = torch.log(small + damping * (1 + small).square())
@@ -301,8 +307,9 @@ def score(
     >>> score(torch.tensor([-9.0, -2.0, 0.0, 2.0]), limit=6.0)
     tensor([0.0000, 3.7845, 0.7143, 0.0693])
     """
-    _in_range("limit", limit, limit >= 0, "a number of logits >= 0, or inf")
-    _in_range("penalty", penalty, 0 <= penalty < math.inf, "a finite number >= 0")
+    _in_range("limit", limit, is_real(limit) and limit >= 0, "a number of logits >= 0, or inf")
+    _in_range("penalty", penalty, is_real(penalty) and 0 <= penalty < math.inf, "a finite number >= 0")
+    penalty, limit = float(penalty), float(limit)
     found = log_score(margin, damping).exp()
     if variance is not None:
         variance = _vector("variance", variance, len(found))
@@ -321,7 +328,7 @@ def quantile_pools(difficulty: Tensor, count: int) -> Tensor:
     """
     difficulty = _vector("difficulty", difficulty)
     _every("difficulty", difficulty, ~difficulty.isnan(), "numbers")
-    _in_range("count", count, count >= 1, "a number of pools >= 1")
+    _in_range("count", count, is_whole(count, 1, 2**31), "a number of pools from 1 to 2^31")
     ordered, rows = difficulty.sort().values, len(difficulty)
     starts = [
         ordered[math.ceil(i * rows / count)] for i in range(1, count) if math.ceil(i * rows / count) < rows
@@ -352,7 +359,8 @@ def select(scores: Tensor, pool: Tensor, fraction: float) -> Selection:
     """
     scores = _vector("scores", scores)
     _every("scores", scores, (scores >= 0) & scores.isfinite(), "finite scores >= 0; set damping > 0")
-    _in_range("fraction", fraction, 0 < fraction <= 1, "a share in (0, 1]")
+    _in_range("fraction", fraction, is_real(fraction) and 0 < fraction <= 1, "a share in (0, 1]")
+    expect_tensor("pool", pool)
     if pool.shape != scores.shape:
         raise ShapeError(f"pool: got shape {tuple(pool.shape)}, expected {tuple(scores.shape)} like scores")
     keep, weight = torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(scores)
@@ -370,7 +378,8 @@ def select(scores: Tensor, pool: Tensor, fraction: float) -> Selection:
 
 def _check_actions(regret: Tensor, information: Tensor) -> None:
     for name, values in (("regret", regret), ("information", information)):
-        if not isinstance(values, Tensor) or values.dim() != 1 or not 0 < len(values) == len(regret):
+        vector = isinstance(values, Tensor) and not values.is_complex() and values.dim() == 1
+        if not vector or not 0 < len(values) == len(regret):
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             expected = "tensors (N,), N >= 1, regret and information alike"
             raise ShapeError(f"{name}: got {got}, expected {expected}")
@@ -388,6 +397,9 @@ def _frontier(regret: Tensor, information: Tensor) -> Tensor:
 
 def _vector(name: str, values: Tensor, rows: int | None = None) -> Tensor:
     """(N,) numbers, detached, in float32 at least."""
+    expect_tensor(name, values)
+    if values.is_complex():
+        raise ShapeError(f"{name}: got {values.dtype}, expected real numbers")
     if values.dim() != 1 or (rows is not None and len(values) != rows):
         expected = "(N,)" if rows is None else f"({rows},)"
         raise ShapeError(f"{name}: got shape {tuple(values.shape)}, expected {expected}: one number a row")

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.beliefs.groups import places_of
+from kalman_rl.beliefs.groups import expect_names, places_of
 from kalman_rl.beliefs.protocol import Belief
-from kalman_rl.checks import expect, is_whole, reading, saved
-from kalman_rl.errors import ConfigError, NumericError, unknown_name
+from kalman_rl.checks import expect, expect_tensor, is_whole, reading, saved
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
 from kalman_rl.sampling.budget import check_select, check_shares
 from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.prompts import score, success_margin
@@ -94,7 +94,8 @@ class PromptStream:
             raise unknown_name("score", score, SCORES)
         check_select(score, weights, reward_range)
         check_shares(floor, power)
-        if hasattr(pool, "__len__") and not len(pool):
+        expect_names(pool, "pool")
+        if not len(pool):
             raise ConfigError("pool: got no prompts, expected at least one to draw from")
         different = len(places_of(pool, "pool")[0])
         if different != len(pool):
@@ -106,6 +107,8 @@ class PromptStream:
             )
         if not is_whole(most, 1):
             raise ConfigError(f"most: got {most!r} draws of one prompt, expected a whole number >= 1")
+        if not is_whole(seed):
+            raise ConfigError(f"seed: got {seed!r:.80}, expected an integer >= 0")
         self.belief, self.pool, self.count = belief, list(pool), int(count)
         self.score, self.floor, self.power, self.most, self.weights = score, floor, power, most, weights
         self.reward_range, self.reward_noise_variance = reward_range, reward_noise_variance
@@ -202,6 +205,8 @@ def some_of(size: int, count: int, generator: torch.Generator) -> Tensor:
     >>> some_of(3, 5, torch.Generator())
     tensor([0, 1, 2])
     """
+    if not (is_whole(size) and is_whole(count)):
+        raise ConfigError(f"size, count: got {size!r:.80}, {count!r:.80}, expected whole numbers >= 0")
     if count >= size:
         return torch.arange(size)
     if 4 * count > size:
@@ -225,6 +230,11 @@ def mean_draws(share: Tensor, count: int, most: int = 1) -> Tensor:
     >>> mean_draws(torch.tensor([5.0, 1.0, 1.0]), 2)
     tensor([1.0000, 0.5000, 0.5000], dtype=torch.float64)
     """
+    expect_tensor("share", share, "a tensor (N,)")
+    if share.is_complex() or share.dim() != 1:
+        raise ShapeError(f"share: got {share.dtype}, shape {tuple(share.shape)}, expected real (N,)")
+    if not is_whole(most, 1):
+        raise ConfigError(f"most: got {most!r:.80}, expected a number of draws >= 1")
     share = share.double()
     if not ((share > 0) & share.isfinite()).all():
         raise NumericError("share: got one that is not > 0 and finite, expected shares that all prompts have")
@@ -250,6 +260,7 @@ def systematic(mean: Tensor, generator: torch.Generator) -> Tensor:
 
     Args: mean: (N,), >= 0, of a whole sum B. Source: Madow (1949).
     """
+    expect_tensor("mean", mean, "a tensor (N,)")
     order = torch.randperm(len(mean), generator=generator)
     start = torch.rand((), generator=generator, dtype=torch.float64)
     found = order[points(mean[order], round(float(mean.sum())), start)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.engine.runs.files import FORMAT
+from kalman_rl.engine.runs.files import FORMAT, explained
 from kalman_rl.engine.runs.received import (
     MANIFEST,
     MAX_TOML,
@@ -86,7 +86,9 @@ def _visible(char: str) -> str:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The run's ``manifest.json``. Raises: RunError if there is none, or it is of a newer format."""
     path = Path(path)
-    if not path.is_dir():
+    with explained(path, "read"):
+        there = path.is_dir()
+    if not there:
         raise RunError(f"{path}: no such run directory")
     if not os.path.lexists(path / MANIFEST):
         raise RunError(
@@ -144,8 +146,10 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
         raise ConfigError("runs: got no run directory, expected at least one")
     found: dict[Path, RunRecord] = {}
     for path in map(Path, paths):
-        if not path.is_dir():
-            what = "a file" if path.exists() else "nothing there"
+        with explained(path, "read"):
+            there, is_folder = path.exists(), path.is_dir()
+        if not is_folder:
+            what = "a file" if there else "nothing there"
             raise RunError(f"run directory: got {what}, expected a directory; {path}; check the path")
         folders = list(run_folders(path))
         if not folders:

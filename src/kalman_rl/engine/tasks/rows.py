@@ -20,7 +20,8 @@ from kalman_rl.engine.tasks.task import (
 )
 from kalman_rl.errors import ConfigError
 
-# Names under which TRL passes its own arguments to a reward function; a column of that name would collide.
+# Names under which TRL passes its own arguments to a reward function, and a method its object; a column of that name
+# would collide.
 RESERVED = {
     "prompts",
     "completions",
@@ -29,6 +30,7 @@ RESERVED = {
     "log_extra",
     "log_metric",
     "environments",
+    "self",
 }
 SPLITS = {"train": "train", "test": "test", "validation": "test", "val": "test", "eval": "test"}
 

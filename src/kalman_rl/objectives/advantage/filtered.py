@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_real
 from kalman_rl.errors import NumericError
 from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.objectives.advantage.group import known_rewards, only_known
@@ -48,10 +50,10 @@ class GroupFilter:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check(self, "process_noise", self.process_noise >= 0, "a finite variance >= 0")
-        _check(self, "observation_noise", self.observation_noise > 0, "a finite variance > 0")
-        _check(self, "initial_variance", self.initial_variance > 0, "a finite variance > 0")
-        _check(self, "epsilon", self.epsilon >= 0, "a finite number >= 0")
+        _check(self, "process_noise", lambda v: v >= 0, "a finite variance >= 0")
+        _check(self, "observation_noise", lambda v: v > 0, "a finite variance > 0")
+        _check(self, "initial_variance", lambda v: v > 0, "a finite variance > 0")
+        _check(self, "epsilon", lambda v: v >= 0, "a finite number >= 0")
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         filled, known = known_rewards(reward, group)
@@ -108,11 +110,11 @@ class BatchFilter:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check(self, "process_noise", self.process_noise >= 0, "a finite variance >= 0")
-        _check(self, "observation_noise", self.observation_noise > 0, "a finite variance > 0")
-        _check(self, "initial_variance", self.initial_variance > 0, "a finite variance > 0")
-        _check(self, "adapt", 0 < self.adapt <= 1, "a number in (0, 1]")
-        _check(self, "epsilon", self.epsilon >= 0, "a finite number >= 0")
+        _check(self, "process_noise", lambda v: v >= 0, "a finite variance >= 0")
+        _check(self, "observation_noise", lambda v: v > 0, "a finite variance > 0")
+        _check(self, "initial_variance", lambda v: v > 0, "a finite variance > 0")
+        _check(self, "adapt", lambda v: 0 < v <= 1, "a number in (0, 1]")
+        _check(self, "epsilon", lambda v: v >= 0, "a finite number >= 0")
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         filled, known = known_rewards(reward, group)
@@ -137,7 +139,7 @@ class BatchFilter:
         return only_known((filled - center) / scale, reward)
 
 
-def _check(part: object, name: str, legal: bool, expected: str) -> None:
+def _check(part: object, name: str, legal: Callable[[float], bool], expected: str) -> None:
     value = getattr(part, name)
-    if not (legal and math.isfinite(value)):
-        raise NumericError(f"{name}: got {value}, expected {expected}")
+    if not (is_real(value) and legal(value) and math.isfinite(value)):
+        raise NumericError(f"{name}: got {value!r:.80}, expected {expected}")

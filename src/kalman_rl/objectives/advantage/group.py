@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import is_real
 from kalman_rl.errors import NumericError, ShapeError
 
 
@@ -142,6 +143,7 @@ def batch_leave_one_out(reward: Tensor, group: Tensor) -> Tensor:
 
     The control that is hard to beat where prompts are alike in difficulty.
     """
+    known_rewards(reward, group)
     return leave_one_out(reward, torch.zeros_like(group))
 
 
@@ -152,8 +154,8 @@ class ConstantBaseline:
     value: float = 0.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.value):
-            raise NumericError(f"baseline: got {self.value}, expected a finite reward")
+        if not (is_real(self.value) and math.isfinite(self.value)):
+            raise NumericError(f"baseline: got {self.value!r:.80}, expected a finite reward")
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         known_rewards(reward, group)
