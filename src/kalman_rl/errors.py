@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
+import re
 from collections.abc import Iterable, Iterator
+
+_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 
 
 class KalmanRLError(Exception):
@@ -65,13 +69,32 @@ def extra(name: str, user: str) -> Iterator[None]:
         ) from error
 
 
+def without_secrets(text: str) -> str:
+    """Text in which the values of environment variables named like ``*_KEY``, ``*_TOKEN``, ``*_SECRET`` or
+    ``*_PASSWORD`` are blanked out."""
+    for name, secret in os.environ.items():
+        if _SECRET.search(name) and len(secret) >= 8:
+            text = text.replace(secret, "[redacted]")
+    return text
+
+
+def printable(text: object) -> str:
+    r"""Text for a terminal: lines stay; control characters and those that turn the reading direction become blanks,
+    and secrets of the environment are blanked out.
+
+    >>> printable("a\n\x1b[31mb\u202e")
+    'a\n [31mb '
+    """
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in without_secrets(str(text)))
+
+
 def one_line(text: object, limit: int | None = None) -> str:
-    r"""Text that cannot move the cursor, colour the terminal or break the line; cut at ``limit`` characters.
+    r"""Text as :func:`printable` makes it, on one line; cut at ``limit`` characters.
 
     >>> one_line("a\n\x1b[31mb")
     'a  [31mb'
     """
-    flat = "".join(char if char.isprintable() else " " for char in " ".join(str(text).split()))
+    flat = printable(" ".join(without_secrets(str(text)).split()))
     return flat if limit is None or len(flat) <= limit else flat[: limit - 3] + "..."
 
 

@@ -77,6 +77,10 @@ class TrainConfig(Budget, Subject):
 
     reward_noise: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """Standard deviation of Gaussian noise added to training rewards, to study noisy scorers."""
+    reward_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 60.0
+    """Seconds that one call of your reward function may take; a completion whose call fails twice has no reward."""
+    reward_memory: Annotated[float, Interval(ge=0, le=1e6)] = 4.0
+    """GiB that your reward function may use with its processes; 0: no limit."""
     updates_per_generation: Annotated[int, Interval(ge=1, le=65_536)] = 2
     """Optimizer steps in one pass over a generation batch; must divide prompts * completions."""
     iterations: Annotated[int, Interval(ge=1, le=1_000)] = 1

@@ -46,13 +46,14 @@ from kalman_rl.engine.tasks import (
     Task,
     by_row,
     guard_reward,
-    load_reward,
     load_task,
     rows,
+    supervised_reward,
     trainer_rows,
     with_noise,
 )
 from kalman_rl.errors import ConfigError
+from kalman_rl.hosts.rewards import RewardRecord, SupervisedReward
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
 from kalman_rl.hosts.trl.prompts import note_sources
 from kalman_rl.kernels.memory import keep_freed_memory
@@ -162,6 +163,9 @@ def _train(
     )
 
     trainer = build_trainer(config, method, task, loaded, run, max_tokens)
+    if isinstance(task.reward, SupervisedReward):
+        task.reward.say, task.reward.record = say, RewardRecord(run.path / "rewards.jsonl", keep=resume)
+        trainer.supervised.append(task.reward)
     trainer.observers.append(TraceTokens(run, loaded.tokenizer, config.traces_per_step))
     if trainer.tracking is not None:
         trainer.tracking.observers.append(WriteBeliefs(run))
@@ -223,6 +227,9 @@ def _train(
             return 3 if alarm is not None and alarm.stopped and not stop.requested else 130
         if hint := trainer.few_kept.hint():
             say(f"note: {hint}")
+        for reward in trainer.supervised:
+            if lost := reward.summary():
+                say(f"note: {lost}")
     else:  # trained already: what is left is to save and to evaluate
         trainer.state.global_step = stop.step
         trainer._load_from_checkpoint(str(checkpoint))
@@ -329,7 +336,8 @@ def chosen_task(config: TrainConfig) -> Task:
 
     Raises: ConfigError, RewardError for rows, rewards or sizes that do not fit.
     """
-    reward = load_reward(config.reward) if config.reward else None
+    limits = {"seconds": config.reward_timeout, "memory": config.reward_memory}
+    reward = supervised_reward(config.reward, **limits) if config.reward else None
     if config.data is not None:
         task = rows(config.data, reward=reward)
     else:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.runs.files import FORMAT
+from kalman_rl.errors import without_secrets
 
 _SECRET = re.compile(r"_(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 
@@ -74,9 +75,7 @@ def redacted(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redacted(item) for item in value]
     if isinstance(value, str):
-        for name, secret in os.environ.items():
-            if _SECRET.search(name) and len(secret) >= 8:
-                value = value.replace(secret, "[redacted]")
+        return without_secrets(value)
     return value
 
 

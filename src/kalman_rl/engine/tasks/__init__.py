@@ -1,6 +1,6 @@
 """Tasks: what is asked, what is kept aside, and how a reply is scored."""
 
-from kalman_rl.engine.tasks.rewards import from_verl, guard_reward, load_reward, with_noise
+from kalman_rl.engine.tasks.rewards import from_verl, guard_reward, load_reward, supervised_reward, with_noise
 from kalman_rl.engine.tasks.rows import rows
 from kalman_rl.engine.tasks.scoring import by_row, score_replies, trainer_rows
 from kalman_rl.engine.tasks.table import TASKS, load_task
@@ -20,6 +20,7 @@ __all__ = [
     "prompt_text",
     "rows",
     "score_replies",
+    "supervised_reward",
     "trainer_rows",
     "with_noise",
 ]

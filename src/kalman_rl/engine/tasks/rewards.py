@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import math
+import pickle
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from kalman_rl.engine.tasks.scoring import reply_text
 from kalman_rl.engine.tasks.task import Reward
 from kalman_rl.errors import ConfigError, RewardError
+from kalman_rl.hosts.rewards import SupervisedReward
+from kalman_rl.hosts.rewards.values import numbers
 from kalman_rl.registry import imported
 
 
@@ -29,6 +31,15 @@ def load_reward(name: str) -> Reward:
     function = imported("reward", name)
     parameters = _parameters(function)
     return from_verl(function) if {"solution_str", "ground_truth"} <= parameters else function
+
+
+def supervised_reward(name: str, *, seconds: float, memory: float) -> SupervisedReward:
+    """The function that :func:`load_reward` finds, imported and called in a watched process.
+
+    Args: seconds: longest call. memory: GiB.
+    Raises: ConfigError as load_reward does.
+    """
+    return SupervisedReward(pickle.dumps(partial(load_reward, name)), seconds=seconds, memory=memory)
 
 
 def from_verl(compute_score: Callable[..., Any]) -> Reward:
@@ -80,7 +91,7 @@ class GuardedReward:
                 f"reward: {self.__name__} raised {type(error).__name__}: {error}; called with "
                 f"{len(completions)} completions and the columns {', '.join(columns) or 'none'}"
             ) from error
-        rewards = self._numbers(returned, len(completions))
+        rewards = numbers(self.__name__, returned, len(completions))
         missing = rewards.count(None)
         self.missing += missing
         self.scored += len(rewards) - missing
@@ -89,39 +100,10 @@ class GuardedReward:
             log_metric("reward/missing", missing / len(rewards))
         return rewards
 
-    def _numbers(self, returned: Any, count: int) -> list[float | None]:
-        expected = f"expected a list of {count} numbers, one per completion"
-        if isinstance(returned, str | bytes | dict) or not hasattr(returned, "__iter__"):
-            raise RewardError(f"reward: {self.__name__} returned a {type(returned).__name__}, {expected}")
-        if getattr(returned, "ndim", 1) != 1:
-            raise RewardError(f"reward: {self.__name__} returned shape {tuple(returned.shape)}, {expected}")
-        items = list(returned)
-        if len(items) != count:
-            raise RewardError(f"reward: {self.__name__} returned {len(items)} values, {expected}")
-        return [self._number(index, item) for index, item in enumerate(items)]
 
-    def _number(self, index: int, item: Any) -> float | None:
-        if item is None:
-            return None
-        if isinstance(item, str | bytes) or getattr(item, "ndim", 0) != 0:
-            raise self._not_a_number(index, item)
-        try:
-            value = float(item.item() if hasattr(item, "item") else item)
-        except OverflowError:
-            return None
-        except (TypeError, ValueError) as error:
-            raise self._not_a_number(index, item) from error
-        return value if math.isfinite(value) else None
-
-    def _not_a_number(self, index: int, item: Any) -> RewardError:
-        return RewardError(
-            f"reward: {self.__name__} returned {item!r:.60} ({type(item).__name__}) for completion {index}, "
-            "expected a number, or None when there is no reward"
-        )
-
-
-def guard_reward(function: Callable[..., Any]) -> GuardedReward:
-    """Wraps a reward function so that its mistakes are named and its missing values are counted.
+def guard_reward(function: Callable[..., Any]) -> GuardedReward | SupervisedReward:
+    """Wraps a reward function so that its mistakes are named and its missing values are counted; a supervised one does
+    that itself.
 
     Booleans, integers, numpy numbers and 0-d tensors become floats; None, NaN and infinities become None, a
     missing observation, which is not zero.
@@ -140,6 +122,8 @@ def guard_reward(function: Callable[..., Any]) -> GuardedReward:
     >>> guard_reward(lambda completions, **columns: [True, float("nan")])(["a", "b"])
     [1.0, None]
     """
+    if isinstance(function, SupervisedReward):
+        return function
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         raise ConfigError(
             f"reward: got the async function {function!r}, expected an ordinary one; wrap asyncio.run"

@@ -12,6 +12,7 @@ from trl import GRPOConfig
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import ConfigError
 from kalman_rl.hooks import check
+from kalman_rl.hosts.rewards.supervised import MEMORY
 from kalman_rl.hosts.trl.hooks import TORCH, TRANSFORMERS, TRL
 from kalman_rl.hosts.trl.translate import DEFAULTS, check_settings, translated
 from kalman_rl.methods import make_method
@@ -95,6 +96,17 @@ class KalmanGRPOConfig(GRPOConfig):
             "help": "When a loss, penalty or gradient is NaN or infinite: stop with an error before the optimizer "
             "step, or skip that step."
         },
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a call of a reward function may take. Set: reward functions run in watched processes "
+            "and a completion whose call fails twice has no reward. None: they run in the trainer's process."
+        },
+    )
+    reward_memory: float = field(
+        default=MEMORY,
+        metadata={"help": "GiB that a reward function may use, where reward_timeout is set; 0: no limit."},
     )
     top_k_distribution: int = field(
         default=32,

@@ -20,6 +20,7 @@ from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.beliefs.by_source import Sources
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import rows as batches
+from kalman_rl.hosts.trl.missing import judge
 from kalman_rl.hosts.trl.packed import pack, unpack
 from kalman_rl.hosts.trl.prompts import note_sources, prompts_by_id
 from kalman_rl.sampling.budget import Budget
@@ -100,7 +101,7 @@ def tracked_generation(
                 plan.tell(names, sample(names))
             sampled = plan.result()
 
-    trainer.missing.see(sampled.reward, trainer.reward_func_names, trainer.state.global_step + 1)
+    judge(trainer, sampled.reward)
     metrics = outcome_metrics(sampled, (told[0], rewards[0]), predicted, tracking, rows)
     tracking.note(sampled)
     if tracking.observers and accelerator.is_main_process:

@@ -33,9 +33,10 @@ from kalman_rl.hosts.trl.factors import scaled_advantage
 from kalman_rl.hosts.trl.finite import FiniteTrainer
 from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import make_tracking, note_advantages, tracked_generation
-from kalman_rl.hosts.trl.missing import MissingRewards, check_finite
+from kalman_rl.hosts.trl.missing import MissingRewards, check_finite, judge
 from kalman_rl.hosts.trl.prompts import check_names, check_prompts
 from kalman_rl.hosts.trl.stream import NamedRows, look_ahead
+from kalman_rl.hosts.trl.supervise import supervised, watched
 from kalman_rl.hosts.trl.tally import Tally, sums_behind
 from kalman_rl.hosts.trl.translate import DEFAULTS, step_totals
 from kalman_rl.objectives.aggregate import Totals
@@ -89,7 +90,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
 
     Raises:
         ConfigError: a TRL setting contradicts the method that was named, or cannot be combined.
-        RewardError: several generation batches in a row had no reward at all.
+        RewardError: several generation batches in a row had no reward at all, or too many calls of supervised rewards
+            failed; the step that was reached is saved.
         AdapterError: TRL has other hooks than tested, or another library replaced the loss.
     """
 
@@ -128,7 +130,9 @@ class KalmanGRPOTrainer(FiniteTrainer):
         if self.tracking is not None:
             dataset = more[0] if more else kwargs.get("train_dataset")
             self.prompt_pool = look_ahead(self.tracking, dataset, args)
-        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        super().__init__(model, supervised(reward_funcs, args), args, *more, **kwargs)
+        self.supervised = watched(self)
+        self.failed_calls = 0
         if self.environment_factories is None:
             check_prompts(getattr(self.train_dataset, "column_names", None))
         if self.tracking is not None:
@@ -147,7 +151,9 @@ class KalmanGRPOTrainer(FiniteTrainer):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
+        before = sum(function.failed for function in self.supervised)
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.failed_calls += sum(function.failed for function in self.supervised) - before
         check_finite(rewards, self.reward_func_names)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._last_rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
@@ -171,6 +177,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.environment_factories is None:
             check_prompts(inputs[0])
+        self.failed_calls = 0
         if self.tracking is not None and self.model.training:
             generate = super()._generate_and_score_completions
             output = tracked_generation(self, self.tracking, inputs, generate)
@@ -178,8 +185,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
             return self._counted(output)
         output = super()._generate_and_score_completions(inputs)
         rewards: Any = self._last_rewards  # of all ranks, groups contiguous
-        if self.model.training and not self.as_trl:  # TRL warns and goes on
-            self.missing.see(rewards, self.reward_func_names, self.state.global_step + 1)
+        if self.model.training:
+            judge(self, rewards)
         size = self.num_generations if self.model.training else self.num_generations_eval
         if size == 1:
             self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)

@@ -13,6 +13,7 @@ from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
 ROWS = 3
 SLOW = 1.0  # seconds per reward
+LIMITS = {"seconds": 10.0, "memory": 4.0}  # of the reward, where the plan has no settings
 
 
 def settings(plan: PlannedRun) -> Iterator[Finding]:
@@ -51,10 +52,14 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
             yield Finding("reward", "warning", found, "add --data or --task")
         return
     from kalman_rl.engine.tasks import guard_reward, prompt_text, score_replies
+    from kalman_rl.hosts.rewards import SupervisedReward
 
+    said: list[str] = []
     try:
         task = _task(plan)
         guarded = guard_reward(task.reward)
+        if isinstance(guarded, SupervisedReward):
+            guarded.say = said.append
     except ConfigError as error:
         yield Finding("reward", "problem", str(error))
         return
@@ -66,13 +71,21 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
         right, empty = (
             score_replies(guarded, rows, texts, [[] for _ in rows]) for texts in (replies, [""] * len(rows))
         )
-    except RewardError as error:
+    except RewardError as error:  # of a built-in task's reward, or of a result that is no list of numbers
         frames = traceback.extract_tb(error.__cause__.__traceback__) if error.__cause__ else []
         place = f"; at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         advice = "correct the reward; training stops at such an error"
         yield Finding("reward", "problem", f"{error}{place}", advice)
         return
     seconds = (time.perf_counter() - start) / (2 * len(rows))
+    for text in said:
+        advice = (
+            "correct the reward; in training such a completion has no reward, and many of them end the run"
+        )
+        failed = " has no reward" in text
+        yield Finding(
+            "reward", "problem" if failed else "ok", text.replace("\n", "; "), advice if failed else ""
+        )
     for row, reply, score, nothing in zip(rows, replies, right, empty):
         prompt, text = (repr(one_line(text, 40)) for text in (prompt_text(row["prompt"]), reply))
         found = f"{prompt} reply {text} -> {score}; empty reply -> {nothing}"
@@ -97,9 +110,11 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
 
 
 def _task(plan: PlannedRun) -> Any:
-    from kalman_rl.engine.tasks import load_reward, load_task, rows
+    from kalman_rl.engine.tasks import load_task, rows, supervised_reward
 
-    reward = load_reward(plan.reward) if plan.reward else None
+    settings = plan.settings
+    limits = {"seconds": settings.reward_timeout, "memory": settings.reward_memory} if settings else LIMITS
+    reward = supervised_reward(plan.reward, **limits) if plan.reward else None
     if plan.data is not None:
         return rows(plan.data, reward=reward)
     task = load_task(plan.task or "")

@@ -1,0 +1,237 @@
+"""A reward function that cannot end or hang a run, in the place of the function itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import types
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kalman_rl.checks import is_real
+from kalman_rl.errors import ConfigError, RewardError, printable
+from kalman_rl.hosts.rewards.pool import Outcome, Pool
+from kalman_rl.hosts.rewards.record import RewardRecord, digest
+
+SECONDS, MEMORY = 60.0, 4.0
+"""Defaults: longest call in seconds, memory of a worker in GiB."""
+WORKERS = 4
+"""Most processes that score single completions at the same time."""
+PRINTED = 20_000
+"""Characters of a reward's output that are shown in all."""
+
+logger = logging.getLogger("kalman_rl")
+
+
+class SupervisedReward:
+    """TRL's reward function, called in a watched process.
+
+    A call gets the whole batch, as in TRL. Where it fails (time, memory, processes, an exception, the end of its
+    process) every completion is scored once more, alone; one that fails again has no reward: None, never 0. What is no
+    list of numbers is a mistake of the function for every completion, and a RewardError at once.
+
+    Python's, NumPy's and PyTorch's random numbers are the same for the same completions at the same optimizer step.
+
+    Args:
+        make: pickled; a function without arguments that returns the reward function. It is called over there.
+        seconds: > 0, longest call.
+        memory: GiB of one worker with its processes; 0 is no limit.
+        say: receives a line when something failed or was printed; default: this package's logger.
+
+    Attributes:
+        missing, scored: replies without a reward and with one so far.
+        failed: those of ``missing`` whose call failed.
+        record: where answers of training are kept for a resume, or None.
+
+    Raises: ConfigError where the function cannot be made, or a limit is out of range.
+    """
+
+    def __init__(
+        self,
+        make: bytes,
+        *,
+        seconds: float = SECONDS,
+        memory: float = MEMORY,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        if not is_real(seconds) or not 0 < seconds < 1e9:
+            raise ConfigError(f"reward_timeout: got {seconds!r}, expected seconds above 0")
+        if not is_real(memory) or not 0 <= memory < 1e6:
+            raise ConfigError(f"reward_memory: got {memory!r}, expected GiB, or 0 for no limit")
+        if not hasattr(os, "fork"):
+            raise ConfigError(
+                "reward_timeout: got a system without fork, expected Linux or macOS; leave it unset"
+            )
+        self.say = say or (lambda text: logger.warning("%s", text))
+        self.missing = self.scored = self.failed = 0
+        self.reasons: Counter[str] = Counter()
+        self.record: RewardRecord | None = None
+        self._printed, self._line, self._slow = 0, b"", False
+        workers = min(WORKERS, os.cpu_count() or 1)
+        self._pool = Pool(
+            make, seconds=seconds, memory=round(memory * 2**30), workers=workers, hear=self._hear
+        )
+        self._pool.start()
+        self.__name__ = self._pool.name
+        self._end = weakref.finalize(self, self._pool.close)
+
+    def close(self) -> None:
+        """End the processes; another call starts new ones."""
+        self._pool.close()
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+        count = len(completions)
+        log = {name: columns.pop(name, None) for name in ("log_metric", "log_extra")}
+        state = columns.pop("trainer_state", None)
+        if columns.get("environments") is not None:
+            raise ConfigError(
+                "reward_timeout: got a trainer with environments, expected none because they live in the trainer's "
+                "process; leave it unset"
+            )
+        scored = [completions, columns.get("prompts"), columns.get("completion_ids")]
+        step = None if state is None else int(getattr(state, "global_step", 0))
+        key = digest(self.__name__, *scored)
+        columns |= {"completions": completions, "trainer_state": _plain(state)}
+        answer = self.record.find(step, key) if self.record is not None and step is not None else None
+        known = answer is not None and not answer["failed"]
+        if answer is None:
+            answer = self._ask(columns, count, f"{step} {key}")
+        elif answer["failed"]:  # perhaps the function was mended since
+            again = self._alone(columns, answer["failed"], count, f"{step} {key}")
+            answer = again | {
+                "rewards": [b if a is None else a for a, b in zip(answer["rewards"], again["rewards"])]
+            }
+        if self.record is not None and step is not None and not known:
+            self.record.add(step, key, answer)
+        rewards: list[float | None] = answer["rewards"]
+        self._count(rewards, answer, log["log_metric"])
+        for name, calls in (("log_metric", answer["metrics"]), ("log_extra", answer["extra"])):
+            for arguments in calls if callable(log[name]) else []:
+                log[name](*arguments)
+        return rewards
+
+    def _ask(self, columns: dict[str, Any], count: int, key: str) -> dict[str, Any]:
+        """The answer of a call with all completions, or else of calls with one each."""
+        outcome = self._pool.run([self._job(columns, key)])[0]
+        if not self._problem(outcome):
+            return outcome.answer | {"failed": []}
+        found = self._alone(columns, range(count), count, key)
+        if outcome.failure.startswith("took longer") and not found["failed"] and count > 1 and not self._slow:
+            self._slow = True
+            self.say(
+                f"reward {self.__name__}: a call with {count} completions {outcome.failure}, each of them alone did "
+                "not; a larger --reward-timeout saves scoring them twice"
+            )
+        return found
+
+    def _alone(self, columns: dict[str, Any], which: Sequence[int], count: int, key: str) -> dict[str, Any]:
+        """Answer of calls with one completion each; the others have no reward."""
+        jobs = [
+            self._job(
+                {
+                    n: v[i : i + 1] if isinstance(v, list) and len(v) == count else v
+                    for n, v in columns.items()
+                },
+                f"{key} {i}",
+            )
+            for i in which
+        ]
+        rewards: list[float | None] = [None] * count
+        failed, metrics, extra = [], [], dict[str, list[Any]]()
+        for i, outcome in zip(which, self._pool.run(jobs), strict=True):
+            if problem := self._problem(outcome):
+                failed.append(i)
+                self._note(problem, outcome)
+                continue
+            rewards[i] = outcome.answer["rewards"][0]
+            metrics += outcome.answer["metrics"]
+            for name, values in outcome.answer["extra"]:
+                extra.setdefault(name, [None] * count)[i] = values[0] if values else None
+        return {
+            "rewards": rewards,
+            "failed": failed,
+            "metrics": metrics,
+            "extra": [list(x) for x in extra.items()],
+        }
+
+    def _job(self, columns: dict[str, Any], key: str) -> bytes:
+        job = {"columns": columns, "seed": int(digest(key)[:16], 16)}
+        try:
+            return pickle.dumps(job)
+        except Exception as error:
+            for name, value in columns.items():
+                try:
+                    pickle.dumps(value)
+                except Exception:
+                    raise ConfigError(
+                        f"reward_timeout: got a column {name!r} that cannot be sent to a worker ({error}), expected "
+                        "plain values; leave the column out, or reward_timeout unset"
+                    ) from error
+            raise
+
+    def _problem(self, outcome: Outcome) -> str:
+        """Why a call has no rewards; "" where it has. Raises: RewardError for what is no list of numbers."""
+        if "wrong" in outcome.answer:
+            raise RewardError(outcome.answer["wrong"])
+        if "raised" in outcome.answer:
+            return f"raised {outcome.answer['raised'].partition(':')[0]}"
+        return outcome.failure
+
+    def _note(self, problem: str, outcome: Outcome) -> None:
+        if not self.reasons:
+            told = outcome.answer.get("raised") or problem
+            self.say(
+                f"reward {self.__name__}: a completion has no reward, twice its call failed ({told}); it is missing, "
+                f"not 0; what follows is only counted\n{outcome.answer.get('traceback', '')}".rstrip()
+            )
+        self.reasons[problem] += 1
+
+    def _count(self, rewards: list[float | None], answer: dict[str, Any], log_metric: Any) -> None:
+        missing = rewards.count(None)
+        self.missing += missing
+        self.scored += len(rewards) - missing
+        self.failed += len(answer["failed"])
+        if rewards and callable(log_metric):
+            log_metric("reward/missing", missing / len(rewards))
+            log_metric("reward/failed", len(answer["failed"]) / len(rewards))
+
+    def summary(self) -> str:
+        """How many completions have no reward because calls failed, and why; "" for none."""
+        why = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common(5))
+        return (
+            f"reward {self.__name__}: {self.failed} of {self.missing + self.scored} completions have no reward because "
+            f"their calls failed ({why})"
+            if self.failed
+            else ""
+        )
+
+    def _hear(self, data: bytes) -> None:
+        """Show what was printed, line by line, until it is enough."""
+        if self._printed > PRINTED:
+            return
+        *lines, self._line = (self._line + data).split(b"\n")
+        if len(self._line) > PRINTED:
+            lines, self._line = [*lines, self._line], b""
+        for line in lines:
+            self._printed += len(line) + 1
+            if self._printed > PRINTED:
+                self.say(
+                    f"reward {self.__name__}: printed more than {PRINTED:,} characters; no more is shown"
+                )
+                return
+            self.say(f"reward {self.__name__} printed: {printable(line.decode(errors='replace'))}")
+
+
+def _plain(state: Any) -> Any:
+    """The numbers, texts and switches of a trainer's state: enough to shape a reward, and quick to send."""
+    if state is None:
+        return None
+    plain = {
+        name: value
+        for name, value in vars(state).items()
+        if value is None or isinstance(value, bool | int | float | str)
+    }
+    return types.SimpleNamespace(**plain)
