@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ OWN: list[dict[str, Any]] = [
 EXACT = [{name: value for name, value in row.items() if name not in ("prompt", "split")} for row in OWN]
 RECORDING = """
 import copy
-calls = []
+import pickle
 def record(completions, prompts, completion_ids, trainer_state, log_extra, log_metric, **columns):
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    for place, prompt in enumerate(prompts):
-        seen = copy.deepcopy({name: column[place] for name, column in columns.items()})
-        calls.append((trainer_state is not None, prompt, seen))
+    with open("calls.pickle", "ab") as file:
+        for place, prompt in enumerate(prompts):
+            seen = copy.deepcopy({name: column[place] for name, column in columns.items()})
+            pickle.dump((trainer_state is not None, prompt, seen), file)
     for column in columns.values():
         for value in column:
             if isinstance(value, dict):
@@ -53,14 +55,12 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_gener
 
 
 @pytest.fixture
-def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Folder with a reward that notes what it is called with, and its module once imported."""
+def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder with a reward that notes what it is called with."""
     (tmp_path / "recording.py").write_text(RECORDING)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    sys.modules.pop("recording", None)
-    yield tmp_path
-    sys.modules.pop("recording", None)
+    return tmp_path
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -69,7 +69,12 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def calls() -> list[tuple[bool, Any, dict[str, Any]]]:
-    return list(sys.modules["recording"].calls)
+    """What the reward in the current directory was called with, in whatever process."""
+    found = []
+    with open("calls.pickle", "rb") as file, contextlib.suppress(EOFError):
+        while True:
+            found.append(pickle.load(file))
+    return found
 
 
 def check_exact(seen: dict[str, Any]) -> None:

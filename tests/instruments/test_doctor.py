@@ -82,7 +82,7 @@ def by_check(findings: list[Finding]) -> dict[str, Finding]:
 def rewards(tmp_path: Path, name: str, code: str) -> str:
     """Write a reward module; its name for --reward."""
     (tmp_path / f"{name}.py").write_text(
-        f"import os, time\ndef score(completions, answer, **columns):\n    {code}\n"
+        f"import os, sys, time\ndef score(completions, answer, **columns):\n    {code}\n"
     )
     return f"{name}:score"
 
@@ -309,14 +309,18 @@ def test_rewards(
     assert any(words in finding.found for finding in found), found
 
 
-def test_a_reward_that_ends_or_blocks_the_process(stub: Any, data: Path, tmp_path: Path) -> None:
-    ends = rewards(tmp_path, "ending", "os._exit(7)")
-    found = by_check(list(examine(PlannedRun(data=data, reward=ends))))
-    assert found["reward"].found == "the process ended with exit code 7" and found["trl hooks"].status == "ok"
-    blocks = rewards(tmp_path, "blocking", "10**10**9")
-    found = by_check(list(examine(PlannedRun(data=data, reward=blocks), limit=10)))
-    assert found["reward"].found == "the process gave no answer within 10 s"
-    assert found["reward"].status == "problem"
+def test_a_reward_that_ends_or_blocks_its_process(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward, "LONGEST", 0.5)
+    for name, code, why in (
+        ("ending", "os._exit(7)", "its call failed twice (ended with exit code 7)"),
+        ("blocking", "10**10**9", "its call failed twice (took longer than 0.5 s)"),
+        ("leaving", "sys.exit(7)", "its call failed twice (SystemExit: 7; at "),
+    ):
+        found = list(reward.dry_run(PlannedRun(data=data, reward=rewards(tmp_path, name, code))))
+        (problem,) = [f for f in found if f.status == "problem"]
+        assert why in problem.found and "reply '1' -> None; empty reply -> None" in found[1].found, found
 
 
 def test_rewards_that_cannot_be_tried(data: Path) -> None:

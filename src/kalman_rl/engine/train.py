@@ -229,7 +229,7 @@ def _train(
             say(f"note: {hint}")
         for reward in trainer.supervised:
             if lost := reward.summary():
-                say(f"note: {lost}")
+                say(f"note: reward {lost}")
     else:  # trained already: what is left is to save and to evaluate
         trainer.state.global_step = stop.step
         trainer._load_from_checkpoint(str(checkpoint))

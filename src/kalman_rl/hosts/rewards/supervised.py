@@ -33,7 +33,8 @@ class SupervisedReward:
     process) every completion is scored once more, alone; one that fails again has no reward: None, never 0. What is no
     list of numbers is a mistake of the function for every completion, and a RewardError at once.
 
-    Python's, NumPy's and PyTorch's random numbers are the same for the same completions at the same optimizer step.
+    Python's random numbers are the same for the same completions at the same optimizer step, and so are NumPy's and
+    PyTorch's where the function's module imports them.
 
     Args:
         make: pickled; a function without arguments that returns the reward function. It is called over there.
@@ -43,7 +44,7 @@ class SupervisedReward:
 
     Attributes:
         missing, scored: replies without a reward and with one so far.
-        failed: those of ``missing`` whose call failed.
+        failed: those of ``missing`` whose call failed. reasons: how often each way. first: what the first one said.
         record: where answers of training are kept for a resume, or None.
 
     Raises: ConfigError where the function cannot be made, or a limit is out of range.
@@ -68,12 +69,14 @@ class SupervisedReward:
         self.say = say or (lambda text: logger.warning("%s", text))
         self.missing = self.scored = self.failed = 0
         self.reasons: Counter[str] = Counter()
+        self.first = ""
         self.record: RewardRecord | None = None
         self._printed, self._line, self._slow = 0, b"", False
         workers = min(WORKERS, os.cpu_count() or 1)
         self._pool = Pool(
             make, seconds=seconds, memory=round(memory * 2**30), workers=workers, hear=self._hear
         )
+        self.__name__ = "reward"  # until it is known
         self._pool.start()
         self.__name__ = self._pool.name
         self._end = weakref.finalize(self, self._pool.close)
@@ -182,10 +185,11 @@ class SupervisedReward:
 
     def _note(self, problem: str, outcome: Outcome) -> None:
         if not self.reasons:
-            told = outcome.answer.get("raised") or problem
+            found = outcome.answer
+            self.first = f"{found['raised']}; at {found['place']}" if "raised" in found else problem
             self.say(
-                f"reward {self.__name__}: a completion has no reward, twice its call failed ({told}); it is missing, "
-                f"not 0; what follows is only counted\n{outcome.answer.get('traceback', '')}".rstrip()
+                f"reward {self.__name__}: a completion has no reward because its call failed twice ({self.first}); it "
+                f"is missing, not 0; what follows is only counted\n{found.get('traceback', '')}".rstrip()
             )
         self.reasons[problem] += 1
 
@@ -202,8 +206,8 @@ class SupervisedReward:
         """How many completions have no reward because calls failed, and why; "" for none."""
         why = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common(5))
         return (
-            f"reward {self.__name__}: {self.failed} of {self.missing + self.scored} completions have no reward because "
-            f"their calls failed ({why})"
+            f"{self.__name__}: {self.failed} of {self.missing + self.scored} completions have no reward because their "
+            f"calls failed ({why}; the first: {self.first})"
             if self.failed
             else ""
         )

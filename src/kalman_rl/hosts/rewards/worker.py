@@ -140,6 +140,7 @@ def answer(function: Callable[..., Any], name: str, job: dict[str, Any]) -> dict
             found["wrong"] = without_secrets(str(error))
     except BaseException as error:
         found["raised"] = without_secrets(_said(error))
+        found["place"] = _place(error)
         found["traceback"] = without_secrets(_trace(error))[-TRACEBACK:]
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):
@@ -152,6 +153,11 @@ def _said(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"[:MESSAGE]
     except BaseException:  # an error whose text raises
         return type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}"
 
 
 def _trace(error: BaseException) -> str:

@@ -40,14 +40,16 @@ class MissingRewards:
         self.in_a_row = 0
         self.failed: deque[tuple[float, int]] = deque(maxlen=IN_A_ROW)
 
-    def see(self, reward: Tensor, names: Sequence[str], step: int, failed: float = 0.0) -> None:
+    def see(
+        self, reward: Tensor, names: Sequence[str], step: int, failed: float = 0.0, why: str = ""
+    ) -> None:
         """Judge a whole generation batch: all its rounds, on all ranks.
 
         Args:
             reward: (n,), NaN = missing.
             names: of the reward functions.
             step: optimizer step that the batch is for.
-            failed: completions whose supervised calls failed.
+            failed: completions whose supervised calls failed. why: they did.
 
         Raises: RewardError at the batch number ``IN_A_ROW`` without any reward, and where more than ``FAILED`` of the
             last ``IN_A_ROW`` batches failed.
@@ -57,8 +59,8 @@ class MissingRewards:
         if len(self.failed) == IN_A_ROW and lost > FAILED * total:
             raise RewardError(
                 f"reward: got no result of {', '.join(names)} for {lost / total:.0%} of the completions in the last "
-                f"{IN_A_ROW} generation batches because the calls failed, expected at most {FAILED:.0%}; mend the "
-                f"function or its limits, then resume: a checkpoint of step {step - 1} is there"
+                f"{IN_A_ROW} generation batches because the calls failed, expected at most {FAILED:.0%} ({why}); mend "
+                f"the function or its limits, then resume: a checkpoint of step {step - 1} is there"
             )
         self.in_a_row = self.in_a_row + 1 if bool(reward.isnan().all()) else 0
         if self.in_a_row >= IN_A_ROW:
@@ -82,8 +84,9 @@ def judge(trainer: Any, reward: Tensor) -> None:
     elif trainer.as_trl:
         return
     step = trainer.state.global_step
+    why = "; ".join(filter(None, (function.summary() for function in trainer.supervised)))
     try:
-        trainer.missing.see(reward, trainer.reward_func_names, step + 1, failed)
+        trainer.missing.see(reward, trainer.reward_func_names, step + 1, failed, why)
     except RewardError:
         if step and not (Path(trainer._get_output_dir(trial=None)) / f"checkpoint-{step}").exists():
             trainer._save_checkpoint(trainer.model, trial=None)

@@ -13,7 +13,7 @@ from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
 ROWS = 3
 SLOW = 1.0  # seconds per reward
-LIMITS = {"seconds": 10.0, "memory": 4.0}  # of the reward, where the plan has no settings
+LONGEST = 10.0  # seconds that a call may take here; training may allow more
 
 
 def settings(plan: PlannedRun) -> Iterator[Finding]:
@@ -84,7 +84,7 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
         )
         failed = " has no reward" in text
         yield Finding(
-            "reward", "problem" if failed else "ok", text.replace("\n", "; "), advice if failed else ""
+            "reward", "problem" if failed else "ok", text.partition("\n")[0], advice if failed else ""
         )
     for row, reply, score, nothing in zip(rows, replies, right, empty):
         prompt, text = (repr(one_line(text, 40)) for text in (prompt_text(row["prompt"]), reply))
@@ -111,10 +111,12 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
 
 def _task(plan: PlannedRun) -> Any:
     from kalman_rl.engine.tasks import load_task, rows, supervised_reward
+    from kalman_rl.hosts.rewards.supervised import MEMORY
 
     settings = plan.settings
-    limits = {"seconds": settings.reward_timeout, "memory": settings.reward_memory} if settings else LIMITS
-    reward = supervised_reward(plan.reward, **limits) if plan.reward else None
+    seconds = min(LONGEST, settings.reward_timeout) if settings else LONGEST
+    memory = settings.reward_memory if settings else MEMORY
+    reward = supervised_reward(plan.reward, seconds=seconds, memory=memory) if plan.reward else None
     if plan.data is not None:
         return rows(plan.data, reward=reward)
     task = load_task(plan.task or "")
