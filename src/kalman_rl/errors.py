@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
-import re
 from collections.abc import Iterable, Iterator
 
-_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+from kalman_rl.terminal import printable, without_secrets
 
 
 class KalmanRLError(Exception):
@@ -67,25 +65,6 @@ def extra(name: str, user: str) -> Iterator[None]:
         raise AdapterError(
             f"{user}: got no package {package!r}, expected it to be installed; pip install 'kalman-rl[{name}]'"
         ) from error
-
-
-def without_secrets(text: str) -> str:
-    """Text in which the values of environment variables named like ``*_KEY``, ``*_TOKEN``, ``*_SECRET`` or
-    ``*_PASSWORD`` are blanked out."""
-    for name, secret in os.environ.items():
-        if _SECRET.search(name) and len(secret) >= 8:
-            text = text.replace(secret, "[redacted]")
-    return text
-
-
-def printable(text: object) -> str:
-    r"""Text for a terminal: lines stay; control characters and those that turn the reading direction become blanks,
-    and secrets of the environment are blanked out.
-
-    >>> printable("a\n\x1b[31mb\u202e")
-    'a\n [31mb '
-    """
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in without_secrets(str(text)))
 
 
 def one_line(text: object, limit: int | None = None) -> str:

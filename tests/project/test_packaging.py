@@ -26,7 +26,7 @@ SOURCE = ROOT / "src" / "kalman_rl"
 
 # From the ground up: a module imports from its own row and the rows before it, never from a later one.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "checks", "registry", "hooks"),
+    ("errors", "terminal", "checks", "registry", "hooks"),
     ("kernels",),
     ("numerics",),
     ("objectives", "beliefs"),
@@ -43,6 +43,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "": (),
     "kernels": ("fast",),
     "hosts/recipes": (),
+    "hosts/rewards": (),
     "hosts/trl": ("trl",),
     "hosts/verl": ("verl",),
     "engine": ("app",),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from kalman_rl.errors import AdapterError, extra
+from kalman_rl.terminal import tell
 
 
 def start() -> int:
@@ -13,6 +12,6 @@ def start() -> int:
         with extra("app", "kalman-rl"):
             from kalman_rl.cli.main import main
     except AdapterError as error:
-        print(error, file=sys.stderr)
+        tell(error, error=True)
         return 1
     return main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.config import DemoConfig, StressConfig, TrainConfig, labels, to_toml, validate
+from kalman_rl.terminal import tell
 
 PARTS = ("main", "pool", "stress")
 COMPLETIONS, POOL, POINTS = 8192, 256, 8
@@ -135,4 +135,4 @@ def _spend(plans: list[TrainConfig], cache: Path) -> int:
 
 def _say(config: DemoConfig, text: str) -> None:
     if not config.quiet:
-        print(text, file=sys.stderr, flush=True)
+        tell(text, error=True)

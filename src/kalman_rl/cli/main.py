@@ -34,6 +34,7 @@ from kalman_rl.engine.config import (
 from kalman_rl.engine.runs.run import name_part
 from kalman_rl.engine.strict import Number, Text, read
 from kalman_rl.errors import ConfigError, KalmanRLError, one_line
+from kalman_rl.terminal import tell
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
 
@@ -61,9 +62,9 @@ class Train:
         validate(config)
         if not config.quiet:
             for note in notes(config):
-                print(f"note: {note}", file=sys.stderr)
+                tell(f"note: {note}", error=True)
         if self.dry_run:
-            print(to_toml(config), end="")
+            tell(to_toml(config), end="")
             return 0
         from kalman_rl.engine.runs.run import Run
         from kalman_rl.engine.train import train
@@ -95,7 +96,7 @@ class Resume:
 
         with Run.open(self.run) as run:
             if run.manifest.get("status") == "finished":
-                print(f"{self.run}: this run is finished; there is nothing to continue", file=sys.stderr)
+                tell(f"{self.run}: this run is finished; there is nothing to continue", error=True)
                 return 0
             config = build(TrainConfig, settings_of(self.run))
             config = dataclasses.replace(config, run=self.run, quiet=config.quiet or self.quiet)
@@ -145,7 +146,7 @@ class Report:
             raise ConfigError("RUNS: got none, expected the directory of at least one run")
         from kalman_rl.instruments.report import write_report
 
-        print(write_report(list(self.runs), self.output))
+        tell(write_report(list(self.runs), self.output))
         return 0
 
 
@@ -273,7 +274,7 @@ class Reproduce:
         from kalman_rl.instruments.reproduce import listing, reproduce
 
         if self.list:
-            print(listing())
+            tell(listing())
             return 0
         words = ["kalman-rl reproduce", *self.claims, *(["--quick"] if self.quick else [])]
         words += ["--model", self.model] if self.model != "tiny" else []
@@ -287,7 +288,7 @@ class Reproduce:
             jobs=self.jobs,
             command=" ".join(words),
         )
-        print(page)
+        tell(page)
         return 0
 
 
@@ -307,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted", error=True)
         return 130
     except BrokenPipeError:  # the reader of a pipe went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -319,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = (
             str(error) if expected else f"{type(error).__name__}: {error} (KALMAN_RL_TRACEBACK=1 shows where)"
         )
-        print("kalman-rl: " + one_line(text), file=sys.stderr)
+        tell("kalman-rl: " + one_line(text), error=True)
         return 2 if isinstance(error, ConfigError) else 1
 
 
@@ -352,7 +353,7 @@ def _main(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         from kalman_rl import __version__
 
-        print(f"kalman-rl {__version__}")
+        tell(f"kalman-rl {__version__}")
         return 0
     layers = [load_toml(path) for path in _config_files(arguments)]
     base = build(TrainConfig, *layers) if layers else TrainConfig()

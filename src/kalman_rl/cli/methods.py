@@ -8,6 +8,7 @@ from typing import Any
 
 from kalman_rl.instruments.verify import Check, verify
 from kalman_rl.methods import METHODS, cards, make_method
+from kalman_rl.terminal import tell
 
 
 def show_methods(name: str, *, cite: bool, verify: bool, device: str, as_json: bool) -> int:
@@ -22,12 +23,12 @@ def show_methods(name: str, *, cite: bool, verify: bool, device: str, as_json: b
         return show_checks([name] if name else list(METHODS.table), device, as_json)
     if cite:
         entries = {each: cards.bibtex(each) for each in names}
-        print(json.dumps(entries, indent=2) if as_json else "\n\n".join(dict.fromkeys(entries.values())))
+        tell(json.dumps(entries, indent=2) if as_json else "\n\n".join(dict.fromkeys(entries.values())))
     elif as_json:
-        print(json.dumps(cards.card(name) if name else cards.table(), indent=2))
+        tell(json.dumps(cards.card(name) if name else cards.table(), indent=2))
     else:
         width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 160)
-        print(cards.as_text(name, width) if name else cards.as_table(width))
+        tell(cards.as_text(name, width) if name else cards.as_table(width))
     return 0
 
 
@@ -45,12 +46,12 @@ def show_checks(names: list[str], device: str, as_json: bool) -> int:
             }
             for result in results
         ]
-        print(json.dumps(rows, indent=2))
+        tell(json.dumps(rows, indent=2))
     else:
         for name in names:
-            print(name)
-            print("\n".join(_line(result) for result in results if result.method == name))
-        print(f"{len(results) - len(failed)} of {len(results)} checks passed")
+            tell(name)
+            tell("\n".join(_line(result) for result in results if result.method == name))
+        tell(f"{len(results) - len(failed)} of {len(results)} checks passed")
     return 1 if failed else 0
 
 

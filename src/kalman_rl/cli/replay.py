@@ -11,6 +11,7 @@ from typing import Any
 from kalman_rl.engine.runs.reading import clean
 from kalman_rl.errors import ConfigError
 from kalman_rl.instruments.replay import SELF_CHECK, ReplayResult, StepReplay, replay
+from kalman_rl.terminal import tell
 
 LISTED_STEPS = 40
 
@@ -24,7 +25,7 @@ def show_replay(
     Raises: what that raises, and :func:`step_range`.
     """
     result = replay(run, method, options, against=against or None, steps=step_range(steps), top=top)
-    print(json.dumps(as_table(result), indent=2, allow_nan=False) if as_json else as_text(result))
+    tell(json.dumps(as_table(result), indent=2, allow_nan=False) if as_json else as_text(result))
     return 0 if passed(result) is not False else 1
 
 

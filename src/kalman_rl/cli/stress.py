@@ -7,7 +7,6 @@ conditions differ in how far the policy moves away from its samples before it ge
 from __future__ import annotations
 
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from kalman_rl.engine.config import StressConfig, TrainConfig, labels, to_toml, validate
 from kalman_rl.engine.runs.run import name_part
 from kalman_rl.errors import RunError
+from kalman_rl.terminal import tell
 
 CONDITIONS: dict[str, dict[str, Any]] = {
     "A": {"iterations": 1, "learning_rate": 1e-4},  # 8 updates per generation batch
@@ -36,7 +36,7 @@ def stress(config: StressConfig) -> int:
     plans = plan(config)
     todo = [p for p in plans if not _finished(p)]
     if len(todo) < len(plans) and not config.quiet:
-        print(f"{len(plans) - len(todo)} of {len(plans)} runs are there already", file=sys.stderr)
+        tell(f"{len(plans) - len(todo)} of {len(plans)} runs are there already", error=True)
     jobs = min(config.jobs or os.cpu_count() or 1, max(len(todo), 1))
     warm_start("sort16", _cache(config.run), quiet=config.quiet)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -52,9 +52,9 @@ def stress(config: StressConfig) -> int:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     if 130 in codes:
-        print(f"stopped; the same command goes on with what is left in {config.run}", file=sys.stderr)
+        tell(f"stopped; the same command goes on with what is left in {config.run}", error=True)
         return 130
-    print(table([config.run]))
+    tell(table([config.run]))
     return max(codes, default=0)
 
 
@@ -148,7 +148,7 @@ def warm_start(task: str, cache: Path, *, quiet: bool) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        say = (lambda text: None) if quiet else lambda text: print(text, file=sys.stderr, flush=True)
+        say = (lambda text: None) if quiet else lambda text: tell(text, error=True)
         load_model("tiny", cache=cache, task=load_task(task), seed=0, progress=say)
     finally:
         torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import prompt_text
 from kalman_rl.hosts.trl import TokenBatch
+from kalman_rl.terminal import tell
 
 
 class WriteMetrics(TrainerCallback):
@@ -130,9 +131,7 @@ class StopOnSignal(TrainerCallback):
             self.requested = True
             raise KeyboardInterrupt
         self.requested = True
-        print(
-            "\nstopping after this generation batch; once more to stop at once", file=sys.stderr, flush=True
-        )
+        tell("\nstopping after this generation batch; once more to stop at once", error=True)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,8 +163,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A separate line, before which a live line is cleared."""
         if not self.quiet:
-            wipe = "\r\x1b[2K" if self.live else ""
-            print(f"{wipe}{self.prefix}{text}", file=sys.stderr, flush=True)
+            tell(f"{self.prefix}{text}", error=True, wipe=self.live)
 
     def begin(self) -> None:
         """Start the clock of the estimate, after whatever came before training."""
@@ -195,9 +193,9 @@ class Progress:
         fields.append(f"{left // 60}:{left % 60:02d} left")
         line = "  ".join(fields)
         if self.live:
-            print(f"\r\x1b[2K{line}", end="" if step < self.total else "\n", file=sys.stderr, flush=True)
+            tell(line, error=True, wipe=True, end="" if step < self.total else "\n")
         elif step == self.total or step % max(self.total // 20, 1) == 0:
-            print(line, file=sys.stderr, flush=True)
+            tell(line, error=True)
 
 
 class TraceTokens:

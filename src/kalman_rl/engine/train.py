@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 import time
 import warnings
 from collections.abc import Collection
@@ -16,6 +17,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # a trainer of TRL tells a host about itself, from a thread
 
 import torch
 import transformers
@@ -133,6 +135,7 @@ def _train(
     )  # before a model is loaded in vain
     stop.step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     run.update_manifest(status="running")
+    _no_telemetry()
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -372,6 +375,12 @@ def _warn_short(method: Method, max_tokens: int, say: Any) -> None:
                 f"constants in {max_tokens} tokens (< 0.5): the ratio stays at 1 and the clip never "
                 "acts. kpo_diffuse, or a larger process_noise, avoids this"
             )
+
+
+def _no_telemetry() -> None:
+    """The environment variable comes too late where the hub's library was imported before this module."""
+    if hub := sys.modules.get("huggingface_hub.constants"):
+        hub.HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ from kalman_rl.engine.collapse.rule import (
     keep_alarms,
     read_reward,
 )
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, one_line
+from kalman_rl.terminal import printable
 
 ACTIONS = ("warn", "checkpoint", "stop")
 
@@ -64,7 +65,7 @@ class CollapseAlarm(TrainerCallback, ExportableState):
         self.alarms: list[Alarm] = []
         self.stopped = False
         self.saved: dict[str, Any] | None = None  # set by transformers where it restores callbacks itself
-        self._say = say or (lambda text: logger.warning("%s", text))
+        self._say = say or (lambda text: logger.warning("%s", printable(text)))
         self._fall = Fall()
         self._pending, self._broken, self._cycle = False, False, 1
         self._tokens: list[tuple[int, int, str, float]] = []  # the largest since the last reward
@@ -187,7 +188,7 @@ class _Guard:
         if kind is None or not issubclass(kind, Exception):
             return False
         self.alarm._broken = True
-        logger.warning("alarm: %s: %s; the run goes on without it", kind.__name__, error)
+        logger.warning("alarm: %s: %s; the run goes on without it", kind.__name__, one_line(error))
         return True
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.runs.files import FORMAT
-from kalman_rl.errors import without_secrets
+from kalman_rl.terminal import without_secrets
 
 _SECRET = re.compile(r"_(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kalman_rl.checks import is_real
-from kalman_rl.errors import ConfigError, RewardError, printable
+from kalman_rl.errors import ConfigError, RewardError
 from kalman_rl.hosts.rewards.pool import Outcome, Pool
 from kalman_rl.hosts.rewards.record import RewardRecord, digest
+from kalman_rl.terminal import printable
 
 SECONDS, MEMORY = 60.0, 4.0
 """Defaults: longest call in seconds, memory of a worker in GiB."""
@@ -66,7 +67,7 @@ class SupervisedReward:
             raise ConfigError(
                 "reward_timeout: got a system without fork, expected Linux or macOS; leave it unset"
             )
-        self.say = say or (lambda text: logger.warning("%s", text))
+        self.say = say or (lambda text: logger.warning("%s", printable(text)))
         self.missing = self.scored = self.failed = 0
         self.reasons: Counter[str] = Counter()
         self.first = ""

@@ -27,8 +27,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from kalman_rl.errors import ConfigError, RewardError, without_secrets
+from kalman_rl.errors import ConfigError, RewardError
 from kalman_rl.hosts.rewards.values import numbers
+from kalman_rl.terminal import without_secrets
 
 HEAD = struct.Struct(">Q")
 MESSAGE, TRACEBACK = 500, 8000

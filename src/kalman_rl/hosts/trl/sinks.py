@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from kalman_rl.errors import one_line, unknown_name
+from kalman_rl.terminal import printable
 
 logger = logging.getLogger("kalman_rl")
 
@@ -77,7 +78,7 @@ def make_sinks(names: str | Sequence[str], say: Callable[[str], None] | None = N
 
 
 def _warn(text: str) -> None:
-    logger.warning("%s", text)
+    logger.warning("%s", printable(text))
 
 
 def _dropped(name: str, where: str, error: Exception) -> str:

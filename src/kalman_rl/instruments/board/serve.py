@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import socket
-import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from kalman_rl.errors import ConfigError, RunError, extra
 from kalman_rl.instruments.board.app import BoardApp
 from kalman_rl.instruments.board.door import guarded
 from kalman_rl.instruments.board.source import Source
+from kalman_rl.terminal import tell
 
 LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "::1": "::1"}
 """Accepted names and the address each binds to."""
@@ -29,7 +29,7 @@ def serve(
     port: int = 0,
     every: float = 2.0,
     browser: bool = False,
-    say: Callable[[str], None] = lambda text: print(text, flush=True),
+    say: Callable[[str], None] = tell,
 ) -> int:
     """Serve until Ctrl-C; returns the exit code 0.
 
@@ -58,7 +58,7 @@ def serve(
         _be_nice()
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[sock])
-    print("board closed", file=sys.stderr)
+    tell("board closed", error=True)
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from kalman_rl.errors import one_line
 from kalman_rl.instruments.doctor.checks import END, MARK
 from kalman_rl.instruments.doctor.finding import Finding, PlannedRun
+from kalman_rl.terminal import tell
 
 __all__ = ["Finding", "PlannedRun", "doctor", "examine"]
 
@@ -28,7 +29,7 @@ QUIET = {
 }
 
 
-def doctor(plan: PlannedRun, *, as_json: bool = False, show: Callable[[str], None] = print) -> int:
+def doctor(plan: PlannedRun, *, as_json: bool = False, show: Callable[[str], None] = tell) -> int:
     """Print what the checks find; the exit code is 1 if one of them is a problem, else 0."""
     findings = list(examine(plan))
     problems, warnings = (sum(f.status == kind for f in findings) for kind in ("problem", "warning"))

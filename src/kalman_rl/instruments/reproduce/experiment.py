@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,6 +18,7 @@ from kalman_rl.engine.runs.files import append_row, explained
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.instruments.reproduce.claim import Claim, Records
 from kalman_rl.instruments.reproduce.pool import World
+from kalman_rl.terminal import tell
 
 TUNING_SEEDS = (900, 901)
 FIRST_SEED = 1000
@@ -282,4 +282,4 @@ def rounded(found: dict[str, Any]) -> dict[str, Any]:
 
 def progress(text: str) -> None:
     """A line on stderr, at once."""
-    print(text, file=sys.stderr, flush=True)
+    tell(text, error=True)
