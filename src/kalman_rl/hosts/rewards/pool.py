@@ -37,10 +37,11 @@ _COMMAND = (
 
 @dataclass
 class Outcome:
-    """What became of a call: its answer, or in words why there is none."""
+    """What became of a call: its answer, or in words why there is none; and the seconds it took."""
 
     answer: dict[str, Any] = field(default_factory=dict)
     failure: str = ""
+    seconds: float = 0.0
 
 
 class Worker:
@@ -175,6 +176,7 @@ class Worker:
 
     def _over(self, outcome: Outcome) -> None:
         if self.job is not None and self.done is None:
+            outcome.seconds = time.monotonic() - self.since
             self.done = outcome
 
     def _drop(self) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import queue
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,11 +19,20 @@ from kalman_rl.terminal import printable
 logger = logging.getLogger("kalman_rl")
 
 
-class SafeSink(TrainerCallback):
-    """A reporting callback behind a guard: the first exception it raises is reported and ends it.
+STEP, LONG = 1.0, 60.0
+"""Seconds that a tracker may take in one optimizer step, and in one of ``RARE``."""
+RARE = {"on_init_end", "on_train_begin", "on_train_end", "on_save"}
+"""Events in which a tracker logs in, uploads or closes."""
+FAILURES = 3
+"""Failures after which a tracker is dropped."""
 
-    Only ``Exception`` is caught, so Ctrl-C still stops the run. What the callback returns is ignored: a tracker has no
-    say in training. A tracker that blocks still blocks; that cannot be seen from here.
+
+class SafeSink(TrainerCallback):
+    """A reporting callback behind a guard, in a thread of its own: the trainer waits for it, but not for long.
+
+    It is dropped where it takes longer than a second in one step, and after three failures, whatever it raises;
+    ``sys.exit`` is a failure too. There is one warning, and Ctrl-C still stops the run. What the callback returns is
+    ignored: a tracker has no say in training.
 
     Args:
         callback: the tracker's own TrainerCallback.
@@ -33,15 +46,52 @@ class SafeSink(TrainerCallback):
         self.callback: TrainerCallback | None = callback
         self.name = name or type(callback).__name__
         self.say = say or _warn
+        self._failures, self._used = 0, 0.0
+        self._events: queue.SimpleQueue[Callable[[], BaseException | None]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     def _pass(self, event: str, *args: Any, **kwargs: Any) -> None:
         if self.callback is None:
             return
+        if event == "on_step_begin":
+            self._used = 0.0
+        if self._thread is None:  # one for all events: some trackers keep their run in the thread
+            self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+            self._thread.start()
+        start = time.monotonic()
+        self._events.put(functools.partial(_failure, self.callback, event, args, kwargs))
         try:
-            getattr(self.callback, event)(*args, **kwargs)
-        except Exception as error:
+            error = self._answers.get(timeout=LONG if event in RARE else max(STEP - self._used, 0.0))
+        except queue.Empty:  # it still runs, so nothing more can be asked of it
             self.callback = None
-            self.say(_dropped(self.name, event, error))
+            if not self._failures:
+                self.say(
+                    _dropped(self.name, event, f"it took longer than {LONG if event in RARE else STEP:g} s")
+                )
+            return
+        if event not in RARE:
+            self._used += time.monotonic() - start
+        if error is not None:
+            self._failures += 1
+            if self._failures == 1:
+                why = f"{type(error).__name__}: {one_line(error, 300)}"
+                self.say(_dropped(self.name, event, why, f" after {FAILURES - 1} failures more"))
+            if self._failures == FAILURES:
+                self.callback = None
+
+    def _work(self) -> None:
+        while self.callback is not None:
+            self._answers.put(self._events.get()())
+
+
+def _failure(callback: TrainerCallback, event: str, args: Any, kwargs: Any) -> BaseException | None:
+    """What a callback raises."""
+    try:
+        getattr(callback, event)(*args, **kwargs)
+    except BaseException as error:
+        return error
+    return None
 
 
 def _forward(event: str) -> Callable[..., None]:
@@ -72,8 +122,8 @@ def make_sinks(names: str | Sequence[str], say: Callable[[str], None] | None = N
             raise unknown_name("report_to", name, ["none", *INTEGRATION_TO_CALLBACK])
         try:
             sinks.append(SafeSink(INTEGRATION_TO_CALLBACK[name](), name, say))
-        except Exception as error:
-            (say or _warn)(_dropped(name, "set-up", error))
+        except (Exception, SystemExit) as error:
+            (say or _warn)(_dropped(name, "set-up", f"{type(error).__name__}: {one_line(error, 300)}"))
     return sinks
 
 
@@ -81,8 +131,5 @@ def _warn(text: str) -> None:
     logger.warning("%s", printable(text))
 
 
-def _dropped(name: str, where: str, error: Exception) -> str:
-    reason = one_line(error, 300)
-    return (
-        f"report_to: {name} failed in {where} ({type(error).__name__}: {reason}); the run goes on without it"
-    )
+def _dropped(name: str, where: str, why: str, when: str = "") -> str:
+    return f"report_to: {name} failed in {where} ({why}); the run goes on without it{when}"
