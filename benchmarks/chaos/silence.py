@@ -33,6 +33,7 @@ def refuse(event, arguments):
 
 sys.addaudithook(refuse)
 """
+KALMAN_RL = (sys.executable, "-m", "kalman_rl.cli.main")
 COMMANDS = (
     ("train", "--task", "sort12", "--model", "tiny", "--steps", "2", "--run", "train", "--lora-rank", "2"),
     ("stress", "--conditions", "A", "--methods", "grpo", "--steps", "2", "--rollouts", "16", "--minibatch", "8",
@@ -42,9 +43,9 @@ COMMANDS = (
 
 
 def attempts(command: Sequence[str], folder: Path) -> list[str]:
-    """Lookups and connections that a command of ``kalman-rl`` tries, with the frames that try; none is right.
+    """Lookups and connections that a command and its processes try, with the frames that try.
 
-    Args: command: a verb and its flags. folder: working directory.
+    Args: command: program and arguments; of ``kalman-rl`` ``[*KALMAN_RL, verb, ...]``. folder: working directory.
     Raises: RuntimeError where the command fails.
     """
     with tempfile.TemporaryDirectory() as hooks:
@@ -53,10 +54,9 @@ def attempts(command: Sequence[str], folder: Path) -> list[str]:
         environment = {name: value for name, value in os.environ.items() if name not in SWITCHES}
         environment |= {"ATTEMPTS": str(record), "HF_HOME": str(Path(hooks) / "hub")}
         environment["PYTHONPATH"] = os.pathsep.join([hooks, *filter(None, sys.path)])
-        words = [sys.executable, "-m", "kalman_rl.cli.main", *command]
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"kalman-rl {' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
+            raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
         return record.read_text().splitlines() if record.exists() else []
 
 
@@ -65,7 +65,7 @@ def main() -> int:
     tried = 0
     with tempfile.TemporaryDirectory() as folder:
         for command in COMMANDS:
-            found = attempts(command, Path(folder))
+            found = attempts([*KALMAN_RL, *command], Path(folder))
             tried += len(found)
             print(f"{command[0]}: {len(found)} attempts to reach a machine", *found, sep="\n  ", flush=True)
     return 1 if tried else 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("trl")
 
-from benchmarks.chaos.silence import attempts
+from benchmarks.chaos.silence import KALMAN_RL, attempts
 
 
 @pytest.mark.timeout(300)
@@ -30,14 +31,12 @@ def test_training_reaches_for_no_machine(model_path: str, tmp_path: Path) -> Non
         "max-completion-tokens": 4,
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    assert attempts(["train", *words], tmp_path) == []
+    assert attempts([*KALMAN_RL, "train", *words], tmp_path) == []
     assert (tmp_path / "run" / "model").is_dir()
 
 
-def test_an_attempt_is_found(tmp_path: Path) -> None:
-    code = "import socket\ntry: socket.getaddrinfo('huggingface.co', 443)\nexcept OSError: pass\n"
-    (tmp_path / "curious.py").write_text(code + "def f(completions, **_): return [0.0] * len(completions)\n")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "1", "answer": "1"}\n')
-    (found,) = attempts(["doctor", "--data", str(rows), "--reward", "curious:f"], tmp_path)
-    assert "socket.getaddrinfo ('huggingface.co'" in found and "curious.py:2" in found
+def test_an_attempt_is_found_in_whatever_process(tmp_path: Path) -> None:
+    inner = "import socket\ntry: socket.getaddrinfo('huggingface.co', 443)\nexcept OSError: pass"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    (found,) = attempts([sys.executable, "-c", code], tmp_path)
+    assert found.startswith("socket.getaddrinfo ('huggingface.co'")

@@ -211,6 +211,13 @@ def returning(completions: list[str], value: Any, **columns: Any) -> Any:
     return value
 
 
+@pytest.fixture(scope="module")
+def returned() -> Any:
+    reward = supervise(returning)
+    yield reward
+    reward.close()
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -219,16 +226,16 @@ def returning(completions: list[str], value: Any, **columns: Any) -> Any:
         (None, "a NoneType"),
     ],
 )
-def test_what_is_no_list_of_numbers_is_an_error_at_once(value: Any, message: str) -> None:
+def test_what_is_no_list_of_numbers_is_an_error_at_once(value: Any, message: str, returned: Any) -> None:
     with pytest.raises(RewardError, match=f"^reward: returning .*{message}"):
-        supervise(returning)(["a", "b"], value=value)
+        returned(["a", "b"], value=value)
 
 
-def test_what_cannot_be_sent_is_named() -> None:
+def test_what_cannot_be_sent_is_named(returned: Any) -> None:
     with pytest.raises(ConfigError, match="^reward_timeout: got a column 'lock' that cannot be sent"):
-        supervise(returning)(["a"], value=[1.0], lock=threading.Lock())
+        returned(["a"], value=[1.0], lock=threading.Lock())
     with pytest.raises(ConfigError, match="environments"):
-        supervise(returning)(["a"], value=[1.0], environments=[object()])
+        returned(["a"], value=[1.0], environments=[object()])
     for limits, name in (
         ({"seconds": 0}, "timeout"),
         ({"seconds": float("nan")}, "timeout"),
@@ -279,8 +286,9 @@ def test_recorded_answers_are_read_once_after_a_resume(tmp_path: Path) -> None:
     file = tmp_path / "rewards.jsonl"
     at = lambda step: SimpleNamespace(global_step=step)  # noqa: E731
 
+    reward = supervise(unheard)
+
     def calls(record: RewardRecord, *steps: int) -> list[Any]:
-        reward = supervise(unheard)
         reward.record = record
         return [reward(["a"], trainer_state=at(step)) for step in steps]
 

@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 from transformers import TrainerCallback
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.hosts.trl import SafeSink, make_sinks
+from kalman_rl.hosts.trl import SafeSink, make_sinks, sinks
 
 
 def test_guards_take_every_event_and_let_ctrl_c_through() -> None:
@@ -38,13 +38,10 @@ def test_guards_take_every_event_and_let_ctrl_c_through() -> None:
         sink.on_log()  # type: ignore[call-arg]
 
 
-def test_failures_count_over_the_run_and_slowness_over_a_step() -> None:
+def test_failures_count_over_the_run() -> None:
     class Flaky(TrainerCallback):
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             raise ConnectionError("no\nnetwork")
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            time.sleep(0.4)
 
     said: list[str] = []
     sink: Any = SafeSink(Flaky(), "mine", said.append)
@@ -57,16 +54,28 @@ def test_failures_count_over_the_run_and_slowness_over_a_step() -> None:
         "report_to: mine failed in on_log (ConnectionError: no network); the run goes on without it after "
         "2 failures more"
     ]
-    sink = SafeSink(Flaky(), "mine", said.append)
-    for _ in range(3):
-        sink.on_step_begin()
-        sink.on_step_end()
-    assert sink.callback is not None
+
+
+def test_slowness_counts_over_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(0.03)
+
+    said: list[str] = []
+    sink: Any = SafeSink(Slow(), "mine", said.append)
+    monkeypatch.setattr(sinks, "STEP", 60.0)
+    sink.on_step_end()
+    assert sink._used >= 0.03
+    sink._used = 60.0
+    sink.on_step_begin()
+    sink.on_step_end()
+    assert sink.callback is not None, "a new step begins at 0"
+    monkeypatch.setattr(sinks, "STEP", 0.05)
     for _ in range(3):
         sink.on_step_end()
     assert sink.callback is None
-    assert said[1:] == [
-        "report_to: mine failed in on_step_end (it took longer than 1 s); the run goes on without it"
+    assert said == [
+        "report_to: mine failed in on_step_end (it took longer than 0.05 s); the run goes on without it"
     ]
 
 
