@@ -18,7 +18,7 @@ from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.rewards import SupervisedReward
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer
 from kalman_rl.hosts.trl.supervise import supervised
-from tests.hosts.test_trl import ROWS, History, digit_sum, settings
+from tests.hosts.test_trl import ROWS, History, settings
 from tests.hosts.tiny_llama import model, tokenizer
 
 
@@ -40,16 +40,19 @@ def trained(output: Path, reward: Any, **changes: Any) -> tuple[Any, History]:
 def test_a_closure_and_an_async_reward_train_as_in_place(tmp_path: Path) -> None:
     scale = 2.0
 
+    def digits(
+        completions: list[str],
+    ) -> list[float]:  # sent by value; a module's function is imported over there
+        return [sum(int(c) for c in text if c.isdigit()) / 20 for text in completions]
+
     def scaled(completions: list[str], data_source: list[str], **columns: Any) -> list[float | None]:
-        return [
-            scale * x if name == "maths" else None for x, name in zip(digit_sum(completions), data_source)
-        ]
+        return [scale * x if name == "maths" else None for x, name in zip(digits(completions), data_source)]
 
     async def later(
         completions: list[str], trainer_state: Any, log_metric: Any, **columns: Any
     ) -> list[float]:
         log_metric("step_seen", trainer_state.global_step)
-        return digit_sum(completions)
+        return digits(completions)
 
     _, here = trained(tmp_path / "here", [scaled, later])
     trainer, there = trained(tmp_path / "there", [scaled, later], reward_timeout=600)
@@ -72,7 +75,11 @@ def test_a_closure_and_an_async_reward_train_as_in_place(tmp_path: Path) -> None
 def test_models_stay_in_the_trainers_process_and_what_cannot_leave_is_named(tmp_path: Path) -> None:
     args = KalmanGRPOConfig(**settings(tmp_path, reward_timeout=60.0))
     judge = nn.Linear(1, 1)
-    kept, named, away = supervised([judge, "a/reward-model", digit_sum], args)
+
+    def score(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    kept, named, away = supervised([judge, "a/reward-model", score], args)
     assert kept is judge and named == "a/reward-model" and isinstance(away, SupervisedReward)
     assert supervised([away], args) == [away] and supervised(None, args) is None
     lock = threading.Lock()
@@ -85,4 +92,4 @@ def test_models_stay_in_the_trainers_process_and_what_cannot_leave_is_named(tmp_
                 return [0.0] * len(completions)
 
         supervised(held, args)
-    assert supervised(digit_sum, KalmanGRPOConfig(**settings(tmp_path))) is digit_sum
+    assert supervised(score, KalmanGRPOConfig(**settings(tmp_path))) is score

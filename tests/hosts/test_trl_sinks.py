@@ -58,6 +58,9 @@ def test_failures_count_over_the_run() -> None:
 
 def test_slowness_counts_over_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             time.sleep(0.03)
 
