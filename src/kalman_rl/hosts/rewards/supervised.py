@@ -46,6 +46,7 @@ class SupervisedReward:
     Attributes:
         missing, scored: replies without a reward and with one so far.
         failed: those of ``missing`` whose call failed. reasons: how often each way. first: what the first one said.
+        seconds: that the function itself has taken so far.
         record: where answers of training are kept for a resume, or None.
 
     Raises: ConfigError where the function cannot be made, or a limit is out of range.
@@ -71,6 +72,7 @@ class SupervisedReward:
         self.missing = self.scored = self.failed = 0
         self.reasons: Counter[str] = Counter()
         self.first = ""
+        self.seconds = 0.0
         self.record: RewardRecord | None = None
         self._printed, self._line, self._slow = 0, b"", False
         workers = min(WORKERS, os.cpu_count() or 1)
@@ -178,6 +180,7 @@ class SupervisedReward:
 
     def _problem(self, outcome: Outcome) -> str:
         """Why a call has no rewards; "" where it has. Raises: RewardError for what is no list of numbers."""
+        self.seconds += outcome.answer.get("seconds", 0.0)
         if "wrong" in outcome.answer:
             raise RewardError(outcome.answer["wrong"])
         if "raised" in outcome.answer:

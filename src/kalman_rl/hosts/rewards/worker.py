@@ -118,13 +118,14 @@ def _serve(sock: socket.socket, function: Callable[..., Any], name: str) -> None
 
 
 def answer(function: Callable[..., Any], name: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What a call came to: ``rewards``, or ``wrong`` (no list of numbers), or ``raised`` and ``traceback``; and what
-    the function logged."""
+    """What a call came to: ``rewards``, or ``wrong`` (no list of numbers), or ``raised`` with its ``place`` and
+    ``traceback``; what the function logged; and the seconds it took."""
     metrics: list[Any] = []
     extra: list[Any] = []
     found: dict[str, Any] = {"metrics": metrics, "extra": extra}
     columns, count = job["columns"], len(job["columns"]["completions"])
     _seed(job["seed"])
+    start = time.perf_counter()
     try:
         returned = function(
             **columns,
@@ -143,6 +144,7 @@ def answer(function: Callable[..., Any], name: str, job: dict[str, Any]) -> dict
         found["raised"] = without_secrets(_said(error))
         found["place"] = _place(error)
         found["traceback"] = without_secrets(_trace(error))[-TRACEBACK:]
+    found["seconds"] = time.perf_counter() - start
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):
             stream.flush()

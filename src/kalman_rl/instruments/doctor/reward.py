@@ -77,7 +77,8 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
         advice = "correct the reward; training stops at such an error"
         yield Finding("reward", "problem", f"{error}{place}", advice)
         return
-    seconds = (time.perf_counter() - start) / (2 * len(rows))
+    spent = guarded.seconds if isinstance(guarded, SupervisedReward) else time.perf_counter() - start
+    seconds = spent / (2 * len(rows))
     for text in said:
         advice = (
             "correct the reward; in training such a completion has no reward, and many of them end the run"
