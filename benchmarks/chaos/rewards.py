@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import pickle
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+
+import cloudpickle
 
 from kalman_rl.hosts.rewards import SupervisedReward
 from kalman_rl.hosts.rewards.pool import Outcome
@@ -57,7 +58,7 @@ def millisecond(completions: list[str], **columns: Any) -> list[float]:
 
 def supervise(function: Callable[..., Any], seconds: float = 60.0) -> SupervisedReward:
     """The function in watched processes, silent."""
-    make = pickle.dumps(functools.partial(given, function))
+    make = cloudpickle.dumps(functools.partial(given, function))  # by value: it may be of the script itself
     return SupervisedReward(make, seconds=seconds, say=lambda text: None)
 
 
