@@ -390,8 +390,12 @@ results["processes"] = trainer.accelerator.num_processes
 """
 
 
-def two_ranks(body: str, model_path: str, tmp_path: Path) -> list[dict[str, Any]]:
+def two_ranks(
+    body: str, model_path: str, tmp_path: Path, launcher: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """Run ``body`` in two gloo processes; what each left in ``results``. It must define ``trainer``.
+
+    ``launcher``: module and arguments in the place of torch's launcher; the port is appended.
 
     Judged by the files the ranks write: TRL itself sometimes aborts after training, at process exit.
     """
@@ -403,15 +407,15 @@ def two_ranks(body: str, model_path: str, tmp_path: Path) -> list[dict[str, Any]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launch = [
+    launcher = launcher or (
         "torch.distributed.run",
         "--nproc-per-node=2",
         "--master-addr=127.0.0.1",
-        f"--master-port={port}",
-    ]
+        "--master-port",
+    )
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *launch, str(script)],
+            [sys.executable, "-m", *launcher, str(port), str(script)],
             env=environment,
             stdout=log,
             stderr=log,
