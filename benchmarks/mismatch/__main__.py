@@ -2,8 +2,8 @@
 
 The gap is ``log p_trainer - log p_sampler`` of each sampled token. The gradient (of the last block's weights, with the
 leave-one-out advantage of "the reply begins with the right number") under each correction is compared with the same
-samples' gradient under exact weights of whole sequences, which is unbiased for the trainer's own policy. vLLM comes with
-``make engines``. Writes ``benchmarks/results/mismatch``.
+samples' gradient under exact weights of whole sequences, which is unbiased for the trainer's own policy. vLLM comes
+with ``make engines``. Writes ``benchmarks/results/mismatch``.
 """
 
 from __future__ import annotations
