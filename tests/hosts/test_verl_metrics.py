@@ -32,6 +32,17 @@ EXACT = (
     "pg_clipfrac",
 )
 """Means over tokens."""
+OF_SUMS = (
+    "ratio/raw_log_variance",
+    "ratio/filtered_log_variance",
+    "ratio/raw_sign_switch",
+    "ratio/effective_sample_size",
+    "effective_sample_size/tokens_raw",
+    "effective_sample_size/tokens",
+    "effective_sample_size/sequences_raw",
+    "effective_sample_size/sequences",
+)
+"""No means: read from sums, which our trainer does."""
 SPLITS = {
     "even": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
     "one rank": [[[0, 1], [2, 3], [4, 5], [6, 7]]],
@@ -114,9 +125,25 @@ def test_micro_batches_packed_by_tokens(split: str) -> None:
     batch = batch_of(4, empty=split == "even")
     found, expected = reported([one_step(batch, SPLITS[split], True)]), whole(batch)
     assert all(name.startswith("actor/weighted/") for name in found)
-    assert divided(found).keys() == expected.keys()
+    assert divided(found).keys() == divided(expected).keys()
     for name in EXACT:
         assert divided(found)[f"actor/{name}"] == pytest.approx(expected[f"actor/{name}"], rel=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("split", "dynamic"),
+    [
+        ("even", False),
+        ("even", True),
+        ("one rank", False),
+        ("packed", True),
+    ],  # uneven in the dynamic mode only
+)
+def test_what_is_no_mean_is_read_from_sums(split: str, dynamic: bool) -> None:
+    batch = batch_of(9, empty=split == "one rank")
+    found, expected = divided(reported([one_step(batch, SPLITS[split], dynamic)])), whole(batch)
+    for name in OF_SUMS:
+        assert found[f"actor/{name}"] == pytest.approx(expected[f"actor/{name}"], rel=1e-6), name
 
 
 def test_optimizer_steps_are_averaged() -> None:
@@ -132,11 +159,11 @@ def test_a_step_without_tokens_is_missing(dynamic: bool) -> None:
     batch = batch_of(7, empty=False)
     batch.mask[:] = False
     found = divided(reported([one_step(batch, SPLITS["even"], dynamic)]))
-    assert found and all(math.isnan(value) for value in found.values())
+    assert len(found) > len(EXACT) + len(OF_SUMS) and all(math.isnan(value) for value in found.values())
 
 
-def test_a_variance_is_the_one_within_micro_batches() -> None:
-    """Documented: a mean cannot be more. The whole variance is larger, by that of the micro-batches' means."""
+def test_without_our_trainer_a_variance_is_the_one_within_micro_batches() -> None:
+    """Documented: verl's mean cannot be more. The whole variance is larger, by that of the micro-batches' means."""
     batch = batch_of(8, empty=False)
     found = reported([one_step(batch, SPLITS["even"], False)])["actor/ratio/raw_log_variance"]
     parts = [rows for rank in SPLITS["even"] for rows in rank]

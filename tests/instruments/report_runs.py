@@ -66,7 +66,8 @@ def write_run(
                 "kind": "train", "step": step, "time": 1.5 * step, "loss": -0.01, "reward": max(0.0, reward),
                 "entropy": 0.6 - 0.35 * share + random.gauss(0, 0.02), "completions/mean_length": 3.2,
                 "ratio/raw_log_variance": 6e-3 * drift, "ratio/filtered_log_variance": variance * drift,
-                "ratio/effective_sample_size": 1.0 - variance * drift, "ratio/noop": float(noop),
+                "effective_sample_size/tokens": 1.0 - variance * drift, "ratio/noop": float(noop),
+                "effective_sample_size/sequences_raw": 1.0 - 0.2 * min(drift, 4.0),
                 "trust/kept": 1.0 - clipped * drift, "policy/kl_old": 4e-3 * drift,
             }
         )  # fmt: skip

@@ -19,14 +19,22 @@ from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.instruments import reproduce as room
 from kalman_rl.instruments.reproduce import reproduce
 from kalman_rl.instruments.reproduce.claim import Claim, difference, judge, saved, value, verdict
-from kalman_rl.instruments.reproduce.collapses import collapse_of, fallen_mean
+from kalman_rl.instruments.reproduce.collapses import ahead, collapse_of, fallen_mean, false_alarm
 from kalman_rl.instruments.reproduce.experiment import Experiment
 from kalman_rl.instruments.reproduce.gradients import Enumeration
-from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training, drawn, joined, rounded
-from kalman_rl.instruments.reproduce.policy import CausalPolicy
+from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training, drawn
+from kalman_rl.instruments.reproduce.policy import CausalPolicy, joined, rounded
 from kalman_rl.instruments.reproduce.pool import LENGTHS, World, draw_pool, questions
 from kalman_rl.instruments.reproduce.ratios import FilteredTruncated
 from kalman_rl.instruments.reproduce.smollm2 import WATCHED
+from kalman_rl.instruments.reproduce.warning import (
+    Signalled,
+    alarm,
+    gradient_norm,
+    limit_of,
+    lost_size,
+    share,
+)
 from kalman_rl.objectives.correction import Truncated
 from kalman_rl.objectives.rollouts import Rollouts
 
@@ -222,7 +230,7 @@ def test_the_list_has_every_claim_with_its_acceptance(capsys: pytest.CaptureFixt
 def test_every_claim_measures_arms_of_its_experiment() -> None:
     """A misspelt arm would give no numbers and hence no verdict, for ever."""
     curve = {"spent": [0, 320, 640, 1920], "accuracy": [0.0, 0.4, 0.7, 1.0]}
-    curve["reward"] = [0.5] * 4 + [0.0] * 20
+    curve |= {"reward": [0.5] * 4 + [0.0] * 20, "size": [0.9] * 96, "grad_norm": [1.0] * 96}
     watched = {belief.name: [0.1] * 4 for belief in WATCHED}
     for experiment in room.EXPERIMENTS.values():
         numbers: dict[str, Any] = dict.fromkeys(
@@ -230,12 +238,16 @@ def test_every_claim_measures_arms_of_its_experiment() -> None:
         )
         numbers |= dict.fromkeys(("gain", "over_constant", "coverage", "contrast"), 1.0) | curve
         held = numbers | {"reward": [0.5] * 24}
-        records: Any = {arm: {1000: held if "1e-4" in arm else numbers} for arm in experiment.arms}
+        hold = ("1e-4", "grpo, 2e-4", "grpo, 3e-4")
+        records: Any = {
+            arm: dict.fromkeys((1000, 1001), held if any(name in arm for name in hold) else numbers)
+            for arm in experiment.arms
+        }
         for arm, trial in experiment.arms.items():
             if isinstance(trial, Training) and trial.setting.watched:
-                records[arm] = {1000: numbers | {"watched": watched}}
+                records[arm] = dict.fromkeys((1000, 1001), numbers | {"watched": watched})
         for claim in experiment.claims:
-            assert len(claim.measure(records)) == 1, (experiment.name, claim.text)
+            assert len(claim.measure(records)) == 2, (experiment.name, claim.text)
 
 
 # ---- parts
@@ -281,6 +293,29 @@ def test_collapse_and_alarm_of_known_rewards() -> None:
     assert collapse_of(fall) == 4
     assert fallen_mean(fall) == 5  # (0.2 + 0.1) / 2 < 0.6 * 0.5; (0.4 + 0.2) / 2 is not
     assert collapse_of([0.3, 0.4] * 10) is None and fallen_mean([0.3, 0.4] * 10) is None
+
+
+def test_an_alarm_is_beyond_the_worst_of_the_other_seeds_that_held() -> None:
+    """Two held runs whose effective sample sizes fall to 0.8 and 0.7, and a collapse that falls to 0.5 at batch 4."""
+    hold, fall = [0.5] * 14, [0.5] * 8 + [0.05] * 10
+    size = {"a": [0.8] * 56, "b": [0.7] * 56, "c": [0.9] * 16 + [0.5] * 56}
+
+    def run(name: str, reward: list[float]) -> dict[str, Any]:
+        return {"reward": reward, "size": size[name], "grad_norm": [1.0] * 72}
+
+    records = {"slow": {1: run("a", hold), 2: run("b", hold)}, "wild": {1: run("c", fall), 2: run("c", fall)}}
+    assert [limit_of(records, lost_size, ["slow"], without=seed) for seed in (1, 2)] == pytest.approx(
+        [0.3, 0.2]
+    )
+    assert alarm(records["wild"][1], lost_size, 0.2) == 4 and alarm(records["wild"][1], lost_size, 0.35) == 5
+    assert alarm(records["slow"][1], lost_size, 0.2 + 1e-9) is None
+    both = ["slow", "wild"]
+    assert share(lost_size, ["slow"], both, ahead)(records) == [
+        1.0,
+        1.0,
+    ]  # batch 5, and the reward falls at 8
+    assert share(lost_size, ["slow"], both, false_alarm)(records) == [0.0, 1.0]  # 0.7 is worse than 0.8
+    assert share(gradient_norm, ["slow"], both, ahead)(records) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(("advantage", "right"), [("k_grpo", True), ("batch_mean", True), ("grpo", False)])
@@ -377,6 +412,10 @@ def test_a_training_experiment_end_to_end(
     for arm in found["arms"].values():
         assert arm["spent"][-1] == 64 and len(arm["accuracy"]) == 2
         assert all(0 <= p < 1e-3 for curve in arm["accuracy"] for p in curve)
+    told = Signalled(setting, arms["grpo"]).run(lambda: world, 1000)
+    assert told["accuracy"] == pytest.approx(found["arms"]["grpo"]["accuracy"][0], rel=1e-5)
+    assert len(told["size"]) == len(told["grad_norm"]) == 8 and min(told["grad_norm"]) >= 0
+    assert told["size"][0] == pytest.approx(1.0) and 0 < told["size"][1] < 1
     again = Training(setting, arms["stream"]).run(lambda: world, 1000)
     assert again["accuracy"] == pytest.approx(found["arms"]["stream"]["accuracy"][0], rel=1e-5)
     assert found["arms"]["late"]["numbers"]["apart"][0] > 0.001

@@ -12,6 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kalman_rl.objectives.rollouts import Rollouts
+
+LARGEST_LOG = 300.0
+"""Nats beyond which a weight counts as no larger: its square would leave the range of float64."""
+
 
 def sums_of(values: Tensor, mask: Tensor) -> Tensor:
     """``(n, sum x, sum x^2, max x)`` (4,) float64 of the values (B, T) where the mask is True; zeros if nowhere.
@@ -54,6 +59,12 @@ def effective_sample_size(sums: Tensor) -> Tensor:
     return torch.where(squares > 0, sums[1].square() / squares.clamp(min=1e-300), 1.0)
 
 
+def share_left(sums: Tensor) -> Tensor:
+    """Kish's effective sample size as a share, in [0, 1]: 0 where every weight is 0, 1 without any."""
+    dropped = (sums[0] > 0) & (sums[2] == 0)
+    return torch.where(dropped, 0.0, effective_sample_size(sums))
+
+
 def largest(sums: Tensor) -> Tensor:
     """The largest value."""
     return sums[3]
@@ -74,6 +85,10 @@ READ: dict[str, Callable[[Tensor], Tensor]] = {
     "ratio/filtered_log_variance": variance,
     "ratio/effective_sample_size": effective_sample_size,
     "correction/effective_sample_size": effective_sample_size,
+    "effective_sample_size/tokens_raw": share_left,
+    "effective_sample_size/tokens": share_left,
+    "effective_sample_size/sequences_raw": share_left,
+    "effective_sample_size/sequences": share_left,
     "ratio/max_abs_log_ratio": largest,
     "ratio/noop": none_moved,
     "clip_ratio/low_min": smallest,
@@ -82,9 +97,50 @@ READ: dict[str, Callable[[Tensor], Tensor]] = {
 """How a metric is read from its sums, where it is not their mean."""
 
 
+def read_by(name: str) -> Callable[[Tensor], Tensor]:
+    """How the metric of that name is read from its sums."""
+    return READ.get(name, mean)
+
+
 def metric(name: str, sums: Tensor) -> Tensor:
     """The metric of that name from its sums (4,): 0-dimensional."""
-    return READ.get(name, mean)(sums)
+    return read_by(name)(sums)
+
+
+def sample_sizes(log_ratio: Tensor, coefficient: Tensor, rollouts: Rollouts) -> dict[str, Tensor]:
+    """Sums (4,) behind Kish's effective sample sizes, of tokens and of sequences, before and after the method.
+
+        ESS / n = (sum w)^2 / (n sum w^2)
+
+    tokens_raw      w = pi / pi_old of the token
+    tokens          w = the coefficient on its gradient, 0 where it was dropped
+    sequences_raw   w = the product of the sequence's token ratios
+    sequences       w = the mean coefficient of its tokens
+
+    Args: log_ratio, coefficient: (B, T) of :class:`kalman_rl.objectives.loss.Tokens`. rollouts: of the batch.
+    Gradient: none. Source: VCPO (arXiv 2602.17616) for sequences_raw.
+
+    >>> rollouts = Rollouts(torch.zeros(2, 2), torch.tensor([[1, 1], [1, 0]]))
+    >>> log_ratio = torch.tensor([[0.0, 0.0], [3.0, 0.0]]).log1p()  # products 1 and 4
+    >>> sums = sample_sizes(log_ratio, torch.ones(2, 2), rollouts)
+    >>> round(metric("effective_sample_size/sequences_raw", sums["effective_sample_size/sequences_raw"]).item(), 4)
+    0.7353
+    """
+    mask, used = rollouts.mask, coefficient.abs()
+    product, filled = rollouts.by_sequence(log_ratio.double())
+    total, _ = rollouts.by_sequence(used.double())
+    length, _ = rollouts.by_sequence(mask.double())
+    found = {
+        "tokens_raw": sums_of(_weight(log_ratio), mask),
+        "tokens": sums_of(used, mask),
+        "sequences_raw": sums_of(_weight(product), filled),
+        "sequences": sums_of(total / length.clamp(min=1.0), filled),
+    }
+    return {f"effective_sample_size/{name}": sums for name, sums in found.items()}
+
+
+def _weight(log: Tensor) -> Tensor:
+    return log.double().clamp(-LARGEST_LOG, LARGEST_LOG).exp()
 
 
 def switches(log_ratio: Tensor, mask: Tensor, sequence: Tensor | None = None) -> Tensor:

@@ -121,6 +121,16 @@ class Rollouts:
         total = values.new_zeros(values.numel()).index_add_(0, index, values.flatten())
         return total[index].reshape(values.shape)
 
+    def by_sequence(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums (S,) of values (B, T) over the trained tokens of each sequence, and which of them (S,) have any."""
+        values = torch.where(self.mask, values, 0.0)
+        if self.segment is None:
+            return values.sum(dim=1), self.mask.any(dim=1)
+        index, size = self.sequence_index.flatten(), values.numel()
+        total = values.new_zeros(size).index_add_(0, index, values.flatten())
+        count = torch.zeros_like(index).index_add_(0, index, self.mask.flatten().long())
+        return total, count > 0
+
     @property
     def lengths(self) -> Tensor:
         """(B, T) number of trained tokens of the sequence each position belongs to."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.aggregate import Totals
+from kalman_rl.objectives.diagnostics import metric, sample_sizes
 from kalman_rl.objectives.inputs import check_provided
-from kalman_rl.objectives.loss import Method
+from kalman_rl.objectives.loss import Loss, Method
 from kalman_rl.objectives.rollouts import Rollouts
 
 PROVIDED = {"advantage", "aggregate", "logp_behaviour"}
@@ -40,3 +41,9 @@ def checked(host: str, method: Method) -> Method:
 def summed(method: Method, weights: Callable[[Rollouts, Totals], Tensor]) -> Method:
     """The method with the host's own weights of tokens in the place of its aggregation."""
     return dataclasses.replace(method, aggregate=weights)
+
+
+def metrics_of(loss: Loss, rollouts: Rollouts) -> dict[str, Tensor]:
+    """The metrics of a micro-batch, effective sample sizes among them: detached scalars by name."""
+    sizes = sample_sizes(loss.tokens.log_ratio, loss.tokens.coefficient, rollouts)
+    return loss.metrics | {name: metric(name, sums) for name, sums in sizes.items()}

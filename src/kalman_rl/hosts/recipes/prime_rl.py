@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kalman_rl.errors import NumericError
-from kalman_rl.hosts.recipes.common import SUM, named, summed
+from kalman_rl.hosts.recipes.common import SUM, metrics_of, named, summed
 from kalman_rl.objectives.aggregate import token_mean
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
@@ -50,5 +50,5 @@ def loss(inputs: Any, method: str = "kpo_diffuse", **options: Any) -> Any:
     found = policy_loss(
         chosen, rollouts, inputs.trainer_logprobs[None], advantage=advantage[None], totals=SUM
     )
-    metrics = {name: value.detach().to(torch.float32) for name, value in found.metrics.items()}
+    metrics = {name: value.detach().to(torch.float32) for name, value in metrics_of(found, rollouts).items()}
     return LossOutputs(loss=found.value, metrics=metrics)

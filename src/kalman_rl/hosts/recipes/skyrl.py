@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.hosts.recipes.common import SUM, checked, summed
+from kalman_rl.hosts.recipes.common import SUM, checked, metrics_of, summed
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.aggregate import token_mean
 from kalman_rl.objectives.loss import Method, policy_loss
@@ -45,7 +45,7 @@ def loss_for(method: str | Method, **options: Any) -> PolicyLoss:
         logp_behaviour = old_log_probs if rollout_logprobs is None else rollout_logprobs
         rollouts = Rollouts(old_log_probs, mask > 0, logp_behaviour=logp_behaviour, allow_empty=True)
         loss = policy_loss(chosen, rollouts, log_probs, advantage=advantages, totals=SUM)
-        numbers = {name: float(value) for name, value in loss.metrics.items()}
+        numbers = {name: float(value) for name, value in metrics_of(loss, rollouts).items()}
         return loss.value, numbers | {"clip_ratio": 1 - numbers["trust/kept"]}
 
     return kalman_rl_loss

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kalman_rl.objectives.diagnostics import joined, metric, sums_of
+from kalman_rl.objectives.diagnostics import joined, metric, sample_sizes, sums_of
 from kalman_rl.objectives.loss import Loss, Method, Tokens
 from kalman_rl.objectives.ratio import sequence_mean
+from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.objectives.trust.clip import Cap, GeometricClip, weight_of
 from kalman_rl.objectives.trust.gamma import Gamma
 
@@ -72,7 +73,7 @@ def sums_behind(
     method: Method,
     loss: Loss,
     advantage: Tensor,
-    mask: Tensor,
+    rollouts: Rollouts,
     share: int,
     more: Mapping[str, Tensor | None],
     aux_loss: Tensor | None = None,
@@ -81,13 +82,15 @@ def sums_behind(
 
     Args:
         method: with the bounds of this step.
-        advantage: (B,) or (B, T), as TRL compares its sign. mask: (B, T).
+        advantage: (B,) or (B, T), as TRL compares its sign. rollouts: of the micro-batch.
         share: micro-batches in an optimizer step; the surrogate is a part of the step's sum.
         more: values per token (B, T) by name.
         aux_loss: the router's, a number for the micro-batch.
     """
+    mask = rollouts.mask
     found = {name: sums_of(values.detach(), mask) for name, values in more.items() if values is not None}
-    found = loss.sums | found | clip_ratios(method, loss.tokens, advantage, mask)
+    sizes = sample_sizes(loss.tokens.log_ratio, loss.tokens.coefficient, rollouts)
+    found = loss.sums | sizes | found | clip_ratios(method, loss.tokens, advantage, mask)
     for name in ("objective/surrogate", "objective/penalty"):
         if name in loss.metrics:
             found[name] = counted(loss.metrics[name], 1 / share)

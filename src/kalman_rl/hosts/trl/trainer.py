@@ -226,7 +226,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
             estimate = KL(1.0, importance_weighted=self.args.use_bias_correction_kl, level=level)
             kl = estimate(logp.detach().float(), rollouts)
         more, asked = {"entropy": entropy, "kl": kl}, inputs["advantages"]
-        self._record(mode, loss, sums_behind(method, loss, asked, rollouts.mask, share, more, aux_loss))
+        self._record(mode, loss, sums_behind(method, loss, asked, rollouts, share, more, aux_loss))
         if mode == "train":
             self.learning.observe(logp, rollouts)
             watching = (call.observe for call in self.callback_handler.callbacks if hasattr(call, "observe"))

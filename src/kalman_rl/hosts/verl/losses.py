@@ -20,9 +20,10 @@ from verl.trainer.ppo.core_algos import agg_loss
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.verl.choice import SelectedMethod, choose
 from kalman_rl.hosts.verl.config import KalmanPolicyLossConfig
-from kalman_rl.hosts.verl.metrics import weighted
+from kalman_rl.hosts.verl.metrics import parts, weighted
 from kalman_rl.hosts.verl.settings import PREFIX, check_actor
 from kalman_rl.objectives.aggregate import SequenceSum, Totals, sequence_mean, token_mean
+from kalman_rl.objectives.diagnostics import metric, sample_sizes
 from kalman_rl.objectives.learning import bound_metrics, step_statistics, with_bounds
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
@@ -70,12 +71,15 @@ def make_loss(name: str) -> PolicyLossFn:
         if "trust" in method.learns:
             method, bounds = _with_bounds(method, rollouts, log_prob, advantages)
         loss = policy_loss(method, rollouts, log_prob, advantage=advantages, totals=totals)
+        sizes = sample_sizes(loss.tokens.log_ratio, loss.tokens.coefficient, rollouts)
         metrics = {k: v for k, v in loss.metrics.items() if k not in DROPPED} | bounds
+        metrics |= {name: metric(name, sums) for name, sums in sizes.items()}
         tokens = rollouts.mask.sum()
         metrics["actor/ppo_kl"] = -loss.tokens.log_ratio.sum() / tokens.clamp(min=1)
         metrics["actor/pg_clipfrac"] = 1 - loss.metrics["trust/kept"]
-        numbers = as_numbers(metrics | {"tokens": tokens}, log_prob.device)
-        trained = int(numbers.pop("tokens"))
+        summed = parts(loss.sums | sizes)
+        numbers = as_numbers(metrics | {"tokens": tokens} | summed, log_prob.device)
+        trained, summed_up = int(numbers.pop("tokens")), {name: numbers.pop(name) for name in summed}
         reported = weighted(
             numbers,
             tokens=trained,
@@ -85,7 +89,7 @@ def make_loss(name: str) -> PolicyLossFn:
         )
         if bounds and trained:
             reported["trust/bound_share"] = trained / (info.get("batch_num_tokens") or trained)
-        return loss.value, reported
+        return loss.value, reported | summed_up
 
     kalman_policy_loss.__name__ = kalman_policy_loss.__qualname__ = f"policy_loss_{name}"
     kalman_policy_loss.kalman_rl = name  # type: ignore[attr-defined]

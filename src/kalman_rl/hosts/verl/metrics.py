@@ -5,6 +5,10 @@ has T trained tokens and this micro-batch n of them, so a value times ``n M D / 
 loss T, and M D as rows of the step by rows of the micro-batch, since all micro-batches have as many; not where
 ``use_dynamic_bsz`` packs them by tokens. There values come as ``weighted/NAME``, value times ``n D / T``, beside
 ``weighted/tokens``, which is ``n D / T``: one mean divided by the other is the mean over tokens.
+
+Variances, effective sample sizes and shares of pairs are no means over tokens. Beside them go the sums they are made
+of, ``weighted/NAME/count``, ``.../sum`` and ``.../squares``: verl's mean divides all three by the same number, which
+cancels in NAME.
 """
 
 from __future__ import annotations
@@ -13,8 +17,37 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from kalman_rl.objectives.diagnostics import effective_sample_size, metric, read_by, share_left, variance
+
 WEIGHTED = "actor/weighted/"
 TOKENS = "actor/weighted/tokens"
+
+
+PARTS = ("count", "sum", "squares")
+"""What the names of :func:`made_of_sums` are made of."""
+
+
+def made_of_sums(name: str) -> bool:
+    """Whether a metric is neither a mean over tokens nor an extreme.
+
+    >>> [made_of_sums(name) for name in ("ratio/raw_log_variance", "ratio/raw_sign_switch", "trust/kept")]
+    [True, True, False]
+    """
+    quotients = (variance, effective_sample_size, share_left)
+    return read_by(name) in quotients or name.endswith("sign_switch")
+
+
+def parts(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of one micro-batch by the names that verl is to average them under."""
+    chosen = {name: value for name, value in sums.items() if made_of_sums(name)}
+    return {
+        f"{WEIGHTED.removeprefix('actor/')}{name}/{part}": value[place]
+        for name, value in chosen.items()
+        for place, part in enumerate(PARTS)
+    }
 
 
 def weighted(
@@ -48,14 +81,24 @@ def weighted(
 
 
 def divided(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """verl's means of an optimizer step with every ``weighted/NAME`` divided into the mean over tokens, NAME.
+    """verl's means of an optimizer step with every ``weighted/NAME`` divided into the mean over tokens, NAME, and
+    every name with sums beside it read from them.
 
     >>> divided({"actor/weighted/x": 1.5, "actor/weighted/tokens": 0.5, "actor/lr": 1.0})
     {'actor/lr': 1.0, 'actor/x': 3.0}
     """
     tokens = metrics.get(TOKENS)
     found = {name: value for name, value in metrics.items() if not name.startswith(WEIGHTED)}
+    sums: dict[str, list[float]] = {}
     for name, value in metrics.items():
-        if name.startswith(WEIGHTED) and name != TOKENS:
+        if not name.startswith(WEIGHTED) or name == TOKENS:
+            continue
+        whole, _, part = name.removeprefix(WEIGHTED).rpartition("/")
+        if part in PARTS:
+            sums.setdefault(whole, [0.0] * 4)[PARTS.index(part)] = float(value)
+        else:
             found["actor/" + name.removeprefix(WEIGHTED)] = value / tokens if tokens else math.nan
+    for name, of in sums.items():
+        value = metric(name, torch.tensor(of, dtype=torch.float64)).item()
+        found["actor/" + name] = value if of[0] > 0 else math.nan
     return found

@@ -25,10 +25,11 @@ from kalman_rl.instruments.reproduce.ratios import RATIOS
 from kalman_rl.instruments.reproduce.report import outcome, summary, table, write
 from kalman_rl.instruments.reproduce.simulated import SIMULATED
 from kalman_rl.instruments.reproduce.smollm2 import SMOLLM2, smollm2_world
+from kalman_rl.instruments.reproduce.warning import WARNING
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for experiment in (*POOLS, EXPLORATION, *GRADIENTS, *RATIOS, *SIMULATED, COLLAPSE, *SMOLLM2)
+    for experiment in (*POOLS, EXPLORATION, *GRADIENTS, *RATIOS, *SIMULATED, COLLAPSE, WARNING, *SMOLLM2)
 }
 """Every experiment by name."""
 MODELS: dict[str, Callable[..., World]] = {"tiny": tiny_world, "smollm2": smollm2_world}

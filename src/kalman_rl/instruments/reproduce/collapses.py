@@ -71,7 +71,8 @@ def _alarms(
     return measure
 
 
-def _ahead(collapse: int | None, alarm: int | None) -> bool | None:
+def ahead(collapse: int | None, alarm: int | None) -> bool | None:
+    """Whether an alarm came 10 updates before a collapse, both given as generation batches; None without a collapse."""
     if collapse is None:
         return None
     return alarm is not None and (collapse - alarm) * UPDATES >= AHEAD
@@ -81,7 +82,8 @@ def _noticed(collapse: int | None, alarm: int | None) -> bool | None:
     return None if collapse is None else alarm is not None
 
 
-def _false(collapse: int | None, alarm: int | None) -> bool | None:
+def false_alarm(collapse: int | None, alarm: int | None) -> bool | None:
+    """Whether a run that held was alarmed; None where it did not hold."""
     return None if collapse is not None else alarm is not None
 
 
@@ -119,13 +121,13 @@ COLLAPSE = Experiment(
             Claim(
                 f"{text} is 10 updates ahead of over half of the collapses.",
                 "project",
-                _alarms(rule, _ARMS, _ahead),
+                _alarms(rule, _ARMS, ahead),
                 low=0.5,
             ),
             Claim(
                 f"{text} alarms in under 0.2 of the runs that hold.",
                 "project",
-                _alarms(rule, _ARMS, _false),
+                _alarms(rule, _ARMS, false_alarm),
                 high=0.2,
             ),
         )

@@ -21,10 +21,11 @@ from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.engine.tasks.task import Row
 from kalman_rl.errors import ConfigError
-from kalman_rl.instruments.reproduce.policy import Policy, Replies
+from kalman_rl.instruments.reproduce.policy import Policy, Replies, joined, rounded
 from kalman_rl.instruments.reproduce.pool import KINDS, MATHS, Mix, Pool, World, draw_pool
 from kalman_rl.instruments.reproduce.watch import Record, Watched, squared_errors
 from kalman_rl.methods import make_method
+from kalman_rl.objectives.diagnostics import sample_sizes, share_left
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.sampling.budget import Budget
@@ -32,6 +33,7 @@ from kalman_rl.sampling.stream import PromptStream, mean_draws, systematic
 from kalman_rl.sampling.tracking import Tracking, fixed_groups
 
 BETAS, NORM = (0.9, 0.95), 1.0
+SIZE = "effective_sample_size/sequences_raw"
 FLOOR = 0.1
 """Share of draws that are uniform, of the stream and with the exact p."""
 
@@ -148,8 +150,11 @@ def clipped(arm: Arm, clip: float) -> Arm:
     return replace(arm, options=(*others, ("low", clip), ("high", clip)))
 
 
-def train(world: World, setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
+def train(world: World, setting: Setting, arm: Arm, seed: int, *, signals: bool = False) -> dict[str, Any]:
     """One run from the world's start; the policy is left as trained.
+
+    Args: signals: keep two numbers of every update: ``grad_norm`` before clipping, and ``size``, the effective sample
+        size of the sequences' ratios, as a share.
 
     Returns: ``spent`` completions and ``accuracy`` on the pool at the start and ``points`` times; ``mean`` and
         ``final`` of it, and ``kept``, final over best; ``held_out``; final accuracy by kind; every batch's ``reward``,
@@ -189,6 +194,8 @@ def train(world: World, setting: Setting, arm: Arm, seed: int) -> dict[str, Any]
             )
             for watched in setting.watched
         }
+    if signals:
+        found |= run.signals
     if run.apart:
         found["apart"] = sum(run.apart) / len(run.apart)
     return found | {"seconds": time.monotonic() - start}
@@ -234,6 +241,7 @@ class _Run:
         self.surprise: list[tuple[float, float]] = []
         self.apart: list[float] = []
         self.record: Record = []
+        self.signals: dict[str, list[float]] = {"grad_norm": [], "size": []}
 
     def batch(self, number: int, batches: int) -> float:
         """Sample a generation batch and update on it; returns the share of right replies."""
@@ -269,8 +277,11 @@ class _Run:
         loss = policy_loss(self.method, rollouts, self.policy.logp(replies), advantage=advantage)
         self.optimizer.zero_grad()
         loss.value.backward()
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), NORM)
         self.optimizer.step()
+        self.signals["grad_norm"].append(norm.item())
+        sizes = sample_sizes(loss.tokens.log_ratio, loss.tokens.coefficient, rollouts)
+        self.signals["size"].append(share_left(sizes[SIZE]).item())
         self.step += 1
 
     def _drawn(self, success: Tensor | None) -> list[Hashable]:
@@ -353,36 +364,6 @@ def drawn(variance: Tensor, count: int, generator: torch.Generator) -> list[int]
     share = (1 - FLOOR) * share + FLOOR / len(variance)
     chosen: list[int] = systematic(mean_draws(share, count, 1), generator).tolist()
     return chosen
-
-
-def rounded(state: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """Matrices rounded to ``2^bits - 1`` levels, evenly spaced within each row's largest value."""
-    levels = 2 ** (bits - 1) - 1
-    found = {}
-    for name, weight in state.items():
-        if weight.dim() < 2:
-            found[name] = weight
-            continue
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / levels
-        found[name] = (weight / scale).round() * scale
-    return found
-
-
-def joined(parts: list[Replies]) -> Replies:
-    """Several batches as one: prompts padded on the left, replies on the right."""
-    width = max(part.mask.shape[1] for part in parts)
-    lead = max(part.ids.shape[1] - part.mask.shape[1] for part in parts)
-    ids, seen, mask, logp = [], [], [], []
-    for part in parts:
-        right = width - part.mask.shape[1]
-        left = lead - (part.ids.shape[1] - part.mask.shape[1])
-        ids.append(torch.nn.functional.pad(part.ids, (left, right)))
-        seen.append(torch.nn.functional.pad(part.seen, (left, right)))
-        mask.append(torch.nn.functional.pad(part.mask, (0, right)))
-        logp.append(torch.nn.functional.pad(part.logp, (0, right)))
-    return Replies(
-        torch.cat(ids), torch.cat(seen), torch.cat(mask), torch.cat(logp), torch.cat([p.right for p in parts])
-    )
 
 
 def _rows(rollouts: Rollouts, rows: Tensor) -> Rollouts:

@@ -34,6 +34,36 @@ class Replies(NamedTuple):
         return Replies(*(part[places] for part in self))
 
 
+def rounded(state: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Matrices rounded to ``2^bits - 1`` levels, evenly spaced within each row's largest value."""
+    levels = 2 ** (bits - 1) - 1
+    found = {}
+    for name, weight in state.items():
+        if weight.dim() < 2:
+            found[name] = weight
+            continue
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / levels
+        found[name] = (weight / scale).round() * scale
+    return found
+
+
+def joined(parts: list[Replies]) -> Replies:
+    """Several batches as one: prompts padded on the left, replies on the right."""
+    width = max(part.mask.shape[1] for part in parts)
+    lead = max(part.ids.shape[1] - part.mask.shape[1] for part in parts)
+    ids, seen, mask, logp = [], [], [], []
+    for part in parts:
+        right = width - part.mask.shape[1]
+        left = lead - (part.ids.shape[1] - part.mask.shape[1])
+        ids.append(torch.nn.functional.pad(part.ids, (left, right)))
+        seen.append(torch.nn.functional.pad(part.seen, (left, right)))
+        mask.append(torch.nn.functional.pad(part.mask, (0, right)))
+        logp.append(torch.nn.functional.pad(part.logp, (0, right)))
+    return Replies(
+        torch.cat(ids), torch.cat(seen), torch.cat(mask), torch.cat(logp), torch.cat([p.right for p in parts])
+    )
+
+
 class Policy(Protocol):
     """A model with its task; every experiment goes through these methods, whatever the model."""
 

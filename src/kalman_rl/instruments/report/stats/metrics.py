@@ -10,6 +10,9 @@ from markupsafe import Markup
 
 from kalman_rl.instruments.report.stats.series import complement, same
 
+OF_RATIO = ("ratio/", "trust/", "policy/", "effective_sample_size/")
+"""Where the names of metrics begin that a ratio decides."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -45,7 +48,7 @@ class Metric:
     @property
     def of_ratio(self) -> bool:
         """Only defined where some log-ratio is not zero."""
-        return any(panel.key.startswith(("ratio/", "trust/", "policy/")) for panel in self.panels)
+        return any(panel.key.startswith(OF_RATIO) for panel in self.panels)
 
     def inside(self, low: float, high: float) -> tuple[float, float]:
         """An interval cut to the values the metric can have."""
@@ -89,7 +92,21 @@ SAMPLE_SIZE = Metric(
     "Effective sample size",
     "Kish's share of the tokens that the weights leave; 1 means equal weights.",
     "share of tokens",
-    [Panel("share", "ratio/effective_sample_size")],
+    [
+        Panel("after the method", "effective_sample_size/tokens"),
+        Panel("raw", "effective_sample_size/tokens_raw", dashed=True),
+    ],
+    y_range=(0.0, 1.0),
+)
+SEQUENCE_SIZE = Metric(
+    "Effective sample size of sequences",
+    "The same for whole completions; raw weights are products of token ratios. It measures how far the updates go, "
+    "and announces no collapse.",
+    "share of sequences",
+    [
+        Panel("after the method", "effective_sample_size/sequences"),
+        Panel("raw", "effective_sample_size/sequences_raw", dashed=True),
+    ],
     y_range=(0.0, 1.0),
 )
 CLIPPED = Metric(
@@ -154,7 +171,7 @@ CLOCK = Metric(
 )
 
 LEARNING = (REWARD, ENTROPY, LENGTH)
-RATIOS = (VARIANCE, SAMPLE_SIZE, CLIPPED, SIGN_SWITCH, LARGEST, KL, REFERENCE)
+RATIOS = (VARIANCE, SAMPLE_SIZE, SEQUENCE_SIZE, CLIPPED, SIGN_SWITCH, LARGEST, KL, REFERENCE)
 COSTS = (CLOCK, TOKENS)
 CUMULATIVE = frozenset({"num_tokens", "time"})
 """Series that only grow: never smoothed."""
