@@ -125,11 +125,12 @@ def test_the_page_is_one_closed_file(demo: Path) -> None:
     assert "prefers-color-scheme: dark" in text
     assert "nan" not in re.sub(r"<(style|script)\b.*?</\1>", "", text, flags=re.S).lower()
     for words in (
-        "Held-out accuracy", "Effective sample size", "Effective sample size of sequences", "Variance of the filtered log-ratio", "clipped",
+        "Held-out accuracy", "Effective sample size", "Effective sample size of sequences", "clipped",
+        "Variance of the filtered log-ratio",
         "Where each method ends", "condition B", "trainer.learning_rate", "2.13.0", "0123abc",
     ):  # fmt: skip
         assert words in page.text
-    assert text.count('<svg class="chart"') == 2 + (3 + 4 + 1 + 1) + 3 * 5
+    assert text.count('<svg class="chart"') == 2 + (3 + 5 + 1 + 1) + 3 * 5
 
 
 def test_the_same_runs_give_the_same_page(demo: Path, tmp_path: Path) -> None:
