@@ -262,7 +262,7 @@ class Reproduce:
     quick: Switch = False
     """Few seeds, and learning rates as chosen before: at most 15 minutes on two cores for all of them."""
     model: str = "tiny"
-    """What is trained: tiny or smollm2, each with experiments of its own."""
+    """What is trained: tiny, tiny-long (replies of 65 to 152 tokens) or smollm2, each with experiments of its own."""
     output: Path = Path("runs/reproduce")
     """Folder of the results."""
     seeds: tuple[int, ...] = ()

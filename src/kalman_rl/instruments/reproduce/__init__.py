@@ -19,6 +19,8 @@ from kalman_rl.instruments.reproduce.experiment import (
 )
 from kalman_rl.instruments.reproduce.exploration import EXPLORATION
 from kalman_rl.instruments.reproduce.gradients import GRADIENTS
+from kalman_rl.instruments.reproduce.long import long_world
+from kalman_rl.instruments.reproduce.off_policy import OFF_POLICY
 from kalman_rl.instruments.reproduce.pool import World, tiny_world
 from kalman_rl.instruments.reproduce.pools import POOLS
 from kalman_rl.instruments.reproduce.ratios import RATIOS
@@ -29,10 +31,24 @@ from kalman_rl.instruments.reproduce.warning import WARNING
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for experiment in (*POOLS, EXPLORATION, *GRADIENTS, *RATIOS, *SIMULATED, COLLAPSE, WARNING, *SMOLLM2)
+    for experiment in (
+        *POOLS,
+        EXPLORATION,
+        *GRADIENTS,
+        *RATIOS,
+        *OFF_POLICY,
+        *SIMULATED,
+        COLLAPSE,
+        WARNING,
+        *SMOLLM2,
+    )
 }
 """Every experiment by name."""
-MODELS: dict[str, Callable[..., World]] = {"tiny": tiny_world, "smollm2": smollm2_world}
+MODELS: dict[str, Callable[..., World]] = {
+    "tiny": tiny_world,
+    "tiny-long": long_world,
+    "smollm2": smollm2_world,
+}
 """Where a start policy and its questions come from: ``world(cache, progress)``."""
 
 
