@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kalman_rl.hosts.trl.config import KalmanGRPOConfig, check_host
     from kalman_rl.hosts.trl.dropout import switch_off_dropout
     from kalman_rl.hosts.trl.ranks import last_good_checkpoint
+    from kalman_rl.hosts.trl.sample_size import SampleSizeRate
     from kalman_rl.hosts.trl.sinks import SafeSink, make_sinks
     from kalman_rl.hosts.trl.trainer import KalmanGRPOTrainer, TokenBatch
 
@@ -22,6 +23,7 @@ _HOMES = {
     "KalmanGRPOConfig": "config",
     "KalmanGRPOTrainer": "trainer",
     "SafeSink": "sinks",
+    "SampleSizeRate": "sample_size",
     "TokenBatch": "trainer",
     "check_host": "config",
     "last_good_checkpoint": "ranks",
@@ -32,6 +34,7 @@ __all__ = [
     "KalmanGRPOConfig",
     "KalmanGRPOTrainer",
     "SafeSink",
+    "SampleSizeRate",
     "TokenBatch",
     "check_host",
     "last_good_checkpoint",

@@ -85,7 +85,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
         method: a Method or a name of :data:`kalman_rl.methods.METHODS`; default: ``args.method`` with
             ``args.method_options``, and without one what TRL's settings of the loss stand for.
         observers: callables that receive a :class:`TokenBatch` after every training micro-batch, as does the
-            method ``observe`` of a callback that has one.
+            method ``observe`` of a callback that has one. ``step_metrics`` of a callback receives the metrics of
+            each optimizer step over all ranks, before the step.
         Everything else as in GRPOTrainer. ``args.beta > 0`` adds the k3 penalty as in TRL.
 
     Raises:
@@ -409,6 +410,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
         if self.accelerator.sync_gradients:  # the step's last micro-batch
             metrics = self.tally[mode].share()
             self.notice_terms(metrics)
+            for call in self.callback_handler.callbacks:
+                getattr(call, "step_metrics", lambda metrics: None)(metrics)
             if not self.as_trl and (hint := self.few_kept.see(metrics)):
                 logger.warning("%s", hint)
         cycle = self.args.steps_per_generation * self.num_iterations
