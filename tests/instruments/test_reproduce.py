@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kalman_rl.cli.main import main
 from kalman_rl.engine.models.tiny import _model, character_tokenizer
+from kalman_rl.engine.models.weights import rounded
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.instruments import reproduce as room
 from kalman_rl.instruments.reproduce import reproduce
@@ -23,7 +24,7 @@ from kalman_rl.instruments.reproduce.collapses import ahead, collapse_of, fallen
 from kalman_rl.instruments.reproduce.experiment import Experiment
 from kalman_rl.instruments.reproduce.gradients import Enumeration
 from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training, drawn
-from kalman_rl.instruments.reproduce.policy import CausalPolicy, joined, rounded
+from kalman_rl.instruments.reproduce.policy import CausalPolicy, joined
 from kalman_rl.instruments.reproduce.pool import LENGTHS, World, draw_pool, questions
 from kalman_rl.instruments.reproduce.ratios import FilteredTruncated
 from kalman_rl.instruments.reproduce.smollm2 import WATCHED

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
+from benchmarks.beliefs.allocation import Pool
+from benchmarks.beliefs.rivals import BUDGET, best, falling, play, rivals, variance
 from benchmarks.beliefs.tasks import Task, perform
 
 
@@ -24,3 +28,23 @@ def test_the_log_det_rule_never_reads_a_reward() -> None:
     for row in perform(Task(6, "log_det", {"prompts": 4}, 1))["rows"]:
         counts = [row[f"p={p}"] for p in ("0.01", "0.5", "0.99")]
         assert counts[0] == counts[1] == counts[2] and counts[0][1] == 0.0, row
+
+
+def test_the_oracle_divides_as_trying_everything_does() -> None:
+    """Three prompts, six completions: of all 28 divisions the one with the least variance."""
+    v = np.array([[0.25, 0.09, 0.01]])
+    every = [(i, j, 6 - i - j) for i in range(7) for j in range(7 - i)]
+    least = min(variance(v, np.array([n]))[0] for n in every)
+    found = best(falling(v), 6)
+    assert found.sum() == 6 and variance(v, found)[0] == pytest.approx(least)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_rules_spend_one_budget_and_none_beats_the_oracle(late: bool) -> None:
+    pool = Pool("small", prompts=64, batch=16)
+    for rule in rivals():
+        found = play(rule, pool, range(2), late=late)
+        assert found["completions"] == pytest.approx(BUDGET), rule.name
+        assert late or (found["regret"] >= -1e-9).all(), rule.name
+        assert late or rule.name != "oracle" or found["regret"] == pytest.approx(0.0, abs=1e-9)
+        assert (found["hard"].mean() < 0.8) == late  # what is dropped is dropped of hard prompts

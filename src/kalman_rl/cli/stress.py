@@ -1,7 +1,8 @@
 """The off-policy stress study: many tiny runs, the same prompts and seeds, methods side by side.
 
 The task is sort16 on the 113k-parameter model: 512 completions per generation batch, cut into 64. The
-conditions differ in how far the policy moves away from its samples before it gets new ones.
+conditions differ in how far the policy moves away from its samples before it gets new ones, in how far behind or how
+coarse the sampler is, and in the length of completions.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ from kalman_rl.engine.runs.run import name_part
 from kalman_rl.errors import RunError
 from kalman_rl.terminal import tell
 
+LAGS = (0, 1, 4, 16)
+"""Optimizer steps by which the sampler is behind."""
 CONDITIONS: dict[str, dict[str, Any]] = {
     "A": {"iterations": 1, "learning_rate": 1e-4},  # 8 updates per generation batch
     "B": {"iterations": 4, "learning_rate": 1e-4},  # 4 passes, so 32 updates per generation batch
     "C": {"iterations": 1, "learning_rate": 3e-4},  # 8 updates with steps three times as long
+    **{
+        f"lag{lag}": {"iterations": 1, "learning_rate": 1e-4, "updates_per_generation": 1, "sampler_lag": lag}
+        for lag in LAGS
+    },
+    "quantised": {"iterations": 1, "learning_rate": 1e-4, "sampler_bits": 4},
+    "long": {"iterations": 1, "learning_rate": 1e-4, "task": "sort_peel"},  # completions of 65 to 152 tokens
 }
 OPTIONS: dict[str, dict[str, float]] = {"kpo_diffuse": {"low": 3e-4, "high": 4e-4}}
 """Of methods in the study; KPO's clip, so that only the start differs from KPO."""
@@ -38,7 +47,8 @@ def stress(config: StressConfig) -> int:
     if len(todo) < len(plans) and not config.quiet:
         tell(f"{len(plans) - len(todo)} of {len(plans)} runs are there already", error=True)
     jobs = min(config.jobs or os.cpu_count() or 1, max(len(todo), 1))
-    warm_start("sort16", _cache(config.run), quiet=config.quiet)
+    for task in dict.fromkeys(p.task for p in todo):
+        warm_start(task, _cache(config.run), quiet=config.quiet)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(run_one, p) for p in todo]
         codes = []
@@ -64,35 +74,42 @@ def plan(config: StressConfig) -> list[TrainConfig]:
     for seed in range(config.first_seed, config.first_seed + config.seeds):
         for condition in config.conditions:
             for method in config.methods:
-                plans.append(
-                    TrainConfig(
-                        method=method,
-                        method_options=OPTIONS.get(method, {}),
-                        model="tiny",
-                        task="sort16",
-                        run=Path(config.run) / "runs" / f"{condition}-{name_part(method)}-seed{seed}",
-                        seed=seed,
-                        steps=config.steps,
-                        prompts_per_generation=config.rollouts // 8,
-                        completions_per_prompt=8,
-                        updates_per_generation=config.rollouts // config.minibatch,
-                        warmup_steps=min(20, config.steps // 2),
-                        lora_rank=0,
-                        dtype="float32",  # the same study on every machine
-                        eval_every=max(config.steps // 8, 1),
-                        eval_prompts=config.eval_prompts,
-                        eval_samples=1,
-                        save_every=0,
-                        traces_per_step=1,
-                        threads=1,
-                        log_every=max(config.steps // 96, 1),
-                        quiet=config.quiet,
-                        **CONDITIONS[condition],
-                    )
-                )
+                plans.append(_planned(config, condition, method, seed))
     for p in plans:
         validate(p)
     return plans
+
+
+def _planned(config: StressConfig, condition: str, method: str, seed: int) -> TrainConfig:
+    """One run; where a batch has one update, it has a minibatch's completions."""
+    changes: dict[str, Any] = {
+        "task": "sort16",
+        "updates_per_generation": config.rollouts // config.minibatch,
+        **CONDITIONS[condition],
+    }
+    completions = config.minibatch * changes["updates_per_generation"]
+    return TrainConfig(
+        method=method,
+        method_options=OPTIONS.get(method, {}),
+        model="tiny",
+        run=Path(config.run) / "runs" / f"{condition}-{name_part(method)}-seed{seed}",
+        seed=seed,
+        steps=config.steps,
+        prompts_per_generation=completions // 8,
+        completions_per_prompt=8,
+        warmup_steps=min(20, config.steps // 2),
+        lora_rank=0,
+        dtype="float32",  # the same study on every machine
+        eval_every=max(config.steps // 8, 1),
+        eval_prompts=config.eval_prompts,
+        eval_samples=1,
+        save_every=0,
+        traces_per_step=1,
+        threads=1,
+        log_every=max(config.steps // 96, 1),
+        quiet=config.quiet,
+        **changes,
+    )
 
 
 def run_one(config: TrainConfig) -> int:
@@ -117,7 +134,7 @@ def table(paths: list[Path]) -> str:
     if study is None:
         raise RunError(f"{paths[0]}: got no runs of a stress study, expected some below runs/")
     lines = [
-        f"{'':4}{'method':<15}{'sampled':>8}  {'95 % interval':<15}{'min..max':<14}{'greedy':>7}"
+        f"{'':10}{'method':<15}{'sampled':>8}  {'95 % interval':<15}{'min..max':<14}{'greedy':>7}"
         f"  {'start':>6}  seeds"
     ]
     for condition in study.conditions:
@@ -125,13 +142,13 @@ def table(paths: list[Path]) -> str:
             numbers = [arm.measured.get(key) for key in ACCURACIES]
             sampled, greedy = numbers
             if sampled is None or greedy is None:
-                lines.append(f"{condition:<4}{arm.method:<15}no finished run")
+                lines.append(f"{condition:<10}{arm.method:<15}no finished run")
                 continue
             low, high = sampled.noise or (float("nan"), float("nan"))
             spread = f"{min(sampled.finals):.2f}..{max(sampled.finals):.2f}"
             interval = f"{low:.3f}..{high:.3f}"
             lines.append(
-                f"{condition:<4}{arm.method:<15}{sampled.mean:>8.3f}  {interval:<15}{spread:<14}"
+                f"{condition:<10}{arm.method:<15}{sampled.mean:>8.3f}  {interval:<15}{spread:<14}"
                 f"{greedy.mean:>7.3f}  {sampled.start or 0.0:>6.3f}  {len(sampled.finals)}"
             )
     lines.append("interval: the wider of Student's t over seeds and Wilson over held-out answers")

@@ -155,7 +155,7 @@ def notes(config: TrainConfig) -> list[str]:
     cycle = config.updates_per_generation * config.iterations
     remarks = {
         "updates_per_generation and iterations are 1: every update is on-policy, all ratios are 1, and "
-        "filter and clip have no effect": cycle == 1,
+        "filter and clip have no effect": cycle == 1 and not (config.sampler_lag or config.sampler_bits),
         f"steps = {config.steps} is no multiple of {cycle}: the last generation batch is cut short": (
             config.steps % cycle > 0
         ),

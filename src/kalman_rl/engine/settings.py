@@ -99,6 +99,12 @@ class TrainConfig(Budget, Subject):
     """Longest gradient (L2 norm); 0 switches clipping off."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """When a loss, penalty or gradient is NaN or infinite: stop before the optimizer step, or skip that step."""
+    sampler_lag: Annotated[int, Interval(ge=0, le=4_096)] = 0
+    """Optimizer steps by which the sampler's weights are behind, to study stale samples; ratios are taken to the
+    sampler. Needs save_every = 0."""
+    sampler_bits: Annotated[int, Interval(ge=0, le=16)] = 0
+    """Bits that the sampler's matrices are rounded to, at least 2, to study a coarser sampler; ratios are taken to the
+    sampler. 0: as they are."""
     temperature: Annotated[float, Interval(ge=0.01, le=10)] = 1.0
     """Sampling temperature, applied to the log-probabilities of the loss too."""
     max_completion_tokens: Annotated[int | None, Interval(ge=1, le=1_000_000)] = None
@@ -159,8 +165,13 @@ class TrainConfig(Budget, Subject):
 class StressConfig:
     """Methods side by side under harsher and harsher conditions, one tiny run for each method and seed."""
 
-    conditions: tuple[Literal["A", "B", "C"], ...] = ("A", "B", "C")
-    """Conditions to run."""
+    conditions: tuple[Literal["A", "B", "C", "lag0", "lag1", "lag4", "lag16", "quantised", "long"], ...] = (
+        "A",
+        "B",
+        "C",
+    )
+    """Conditions to run: A, B, C are more updates and longer steps; lagK has one update a batch and a sampler K
+    optimizer steps behind; quantised has a sampler with 4-bit weights; long has completions of 65 to 152 tokens."""
     methods: tuple[Text, ...] = ("grpo", "gspo", "kpo", "kpo_diffuse", "ratio_one")
     """Methods to compare, by name."""
     seeds: Annotated[int, Interval(ge=1, le=1_000)] = 1

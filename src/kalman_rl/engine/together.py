@@ -54,6 +54,7 @@ def check_train(config: TrainConfig) -> None:
             f"aim: got 'mixed_groups' with reward_noise = {config.reward_noise}, expected gradient; noisy groups are "
             "mixed from the second completion on"
         )
+    _check_sampler(config)
     Budget.of(config).chooses_among(config.prompts, config.prompts * config.group_size)
     prompts, group = config.prompts, config.group_size
     updates, micro = config.updates_per_generation, config.gradient_accumulation
@@ -64,6 +65,16 @@ def check_train(config: TrainConfig) -> None:
         raise ConfigError(
             f"gradient_accumulation: got {micro}, expected a divisor of {prompts * group // updates} "
             f"(completions per optimizer step: {batch}, over {updates} updates)"
+        )
+
+
+def _check_sampler(config: TrainConfig) -> None:
+    if config.sampler_bits == 1:
+        raise ConfigError("sampler_bits: got 1, expected 2 or more, or 0 for the weights as they are")
+    if config.sampler_lag and config.save_every:
+        raise ConfigError(
+            f"sampler_lag: got {config.sampler_lag} with save_every = {config.save_every}, expected save_every = 0 "
+            "because checkpoints hold no older weights to go on from"
         )
 
 
@@ -79,6 +90,10 @@ def check_stress(config: StressConfig) -> None:
         raise ConfigError(f"rollouts: got {rollouts}, expected a multiple of 8")
     if rollouts % minibatch:
         raise ConfigError(f"minibatch: got {minibatch}, expected a divisor of rollouts = {rollouts}")
+    if minibatch % 8 and any(name.startswith("lag") for name in config.conditions):
+        raise ConfigError(
+            f"minibatch: got {minibatch}, expected a multiple of 8 because under lag it is the generation batch"
+        )
 
 
 def _check_method(name: str, options: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -44,6 +45,7 @@ from kalman_rl.engine.models.load import LoadedModel, load_model
 from kalman_rl.engine.prior import measure_prior, prior_rows
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
+from kalman_rl.engine.stale import StaleTrainer
 from kalman_rl.engine.tasks import (
     Task,
     by_row,
@@ -321,7 +323,10 @@ def build_trainer(
         )
     plain = trainer_rows(task.train, *filter(None, [config.source_column]))
     dataset = [row | more for row, more in zip(plain, prior_rows(task.train, config.prior_column))]
-    trainer = KalmanGRPOTrainer(
+    kind: Any = KalmanGRPOTrainer
+    if config.sampler_lag or config.sampler_bits:
+        kind = functools.partial(StaleTrainer, lag=config.sampler_lag, bits=config.sampler_bits)
+    trainer: KalmanGRPOTrainer = kind(
         model=loaded.model,
         reward_funcs=with_noise(by_row(guard_reward(task.reward), task.train), config.reward_noise),
         args=args,

@@ -3,12 +3,14 @@
 ``sort12`` and ``sort16`` ask for one length, so all their questions are about as hard. ``sort_mixed`` asks for
 4 to 24 digits: after the warm start short ones are mostly right and long ones hardly ever, as in the pools of
 real training data. ``sort_spread`` goes further: its warm start hardly ever sees more than 7 digits, so that short
-questions are solved, long ones hopeless, and few in between.
+questions are solved, long ones hopeless, and few in between. ``sort_peel`` has long replies: 10 to 16 digits in order,
+and again without the first, until one is left.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +21,7 @@ from kalman_rl.errors import ConfigError
 TEST_SHARE = 1 / 16
 DEFAULT_TRAIN, DEFAULT_TEST = 4096, 256
 EASY, RARER = 7, 0.1
-WARM_START = 350
+WARM_START, PEEL_WARM_START = 350, 400
 
 
 def sorting(
@@ -64,6 +66,32 @@ def sorting_spread(*, seed: int = 0, train_size: int | None = None, test_size: i
     return replace(task, warm_start=WARM_START)
 
 
+def sorting_peeled(*, seed: int = 0, train_size: int | None = None, test_size: int | None = None) -> Task:
+    """Sorting of 10 to 16 digits with long replies, 65 to 152 tokens: ``"3120>"`` would be ``"0123 123 23 3"``.
+
+    Args: as in :func:`sorting`.
+    """
+    lengths = range(10, 17)
+    task = _sorting("sort_peel", lengths, seed, train_size, test_size, reply=peeled)
+    longest = len(peeled("0" * lengths[-1])) + 1
+    return replace(task, warm_start=PEEL_WARM_START, max_completion_tokens=longest)
+
+
+def in_order(question: str) -> str:
+    """The digits in ascending order."""
+    return "".join(sorted(question))
+
+
+def peeled(question: str) -> str:
+    """The digits in ascending order, and again without the first, until one is left.
+
+    >>> peeled("3120")
+    '0123 123 23 3'
+    """
+    row = in_order(question)
+    return " ".join(row[i:] for i in range(len(row)))
+
+
 def _sorting(
     name: str,
     lengths: range,
@@ -71,18 +99,19 @@ def _sorting(
     train_size: int | None,
     test_size: int | None,
     weights: list[float] | None = None,
+    reply: Callable[[str], str] = in_order,
 ) -> Task:
     for argument, size in {"train_size": train_size, "test_size": test_size}.items():
         if size is not None and not is_whole(size, 1):
             raise ConfigError(f"{argument}: got {size!r}, expected at least 1; task {name!r}")
 
     def fresh(count: int, seed: int) -> list[Row]:
-        return _draw(name, lengths, count, f"train {seed}", test=False, weights=weights)
+        return _draw(name, lengths, count, f"train {seed}", test=False, reply=reply, weights=weights)
 
     return Task(
         name=name,
-        train=_draw(name, lengths, train_size or DEFAULT_TRAIN, f"train {seed}", test=False),
-        test=_draw(name, lengths, test_size or DEFAULT_TEST, f"test {seed}", test=True),
+        train=_draw(name, lengths, train_size or DEFAULT_TRAIN, f"train {seed}", test=False, reply=reply),
+        test=_draw(name, lengths, test_size or DEFAULT_TEST, f"test {seed}", test=True, reply=reply),
         reward=exact_reply,
         max_completion_tokens=lengths[-1] + 1,
         fresh=fresh,
@@ -95,7 +124,14 @@ def exact_reply(completions: list[str], answer: list[str], **columns: Any) -> li
 
 
 def _draw(
-    name: str, lengths: range, count: int, stream: str, *, test: bool, weights: list[float] | None = None
+    name: str,
+    lengths: range,
+    count: int,
+    stream: str,
+    *,
+    test: bool,
+    reply: Callable[[str], str],
+    weights: list[float] | None = None,
 ) -> list[Row]:
     rng = random.Random(f"{name} {stream}")
     questions: dict[str, None] = {}
@@ -111,7 +147,7 @@ def _draw(
         {
             "prompt": f"{question}>",
             "prompt_id": make_prompt_id(name, question),
-            "answer": "".join(sorted(question)),
+            "answer": reply(question),
         }
         for question in questions
     ]

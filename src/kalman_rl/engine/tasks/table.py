@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kalman_rl.engine.tasks.gym import GYM, gym_task
-from kalman_rl.engine.tasks.sorting import sorting, sorting_mixed, sorting_spread
+from kalman_rl.engine.tasks.sorting import sorting, sorting_mixed, sorting_peeled, sorting_spread
 from kalman_rl.engine.tasks.task import Task
 from kalman_rl.errors import unknown_name
 
@@ -15,6 +15,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "sort12": partial(sorting, 12),
     "sort16": partial(sorting, 16),
     "sort_mixed": sorting_mixed,
+    "sort_peel": sorting_peeled,
     "sort_spread": sorting_spread,
 }
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.beliefs.protocol import Belief
+from kalman_rl.engine.models.weights import rounded
 from kalman_rl.engine.tasks.task import Row
 from kalman_rl.errors import ConfigError
-from kalman_rl.instruments.reproduce.policy import Policy, Replies, joined, rounded
+from kalman_rl.instruments.reproduce.policy import Policy, Replies, joined
 from kalman_rl.instruments.reproduce.pool import KINDS, MATHS, Mix, Pool, World, draw_pool
 from kalman_rl.instruments.reproduce.watch import Record, Watched, squared_errors
 from kalman_rl.methods import make_method

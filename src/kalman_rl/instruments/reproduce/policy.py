@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kalman_rl.engine.models.weights import load_weights, trained_weights
 from kalman_rl.engine.tasks.task import Row
 
 
@@ -32,19 +33,6 @@ class Replies(NamedTuple):
     def rows(self, places: Tensor) -> Replies:
         """The replies at these places."""
         return Replies(*(part[places] for part in self))
-
-
-def rounded(state: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """Matrices rounded to ``2^bits - 1`` levels, evenly spaced within each row's largest value."""
-    levels = 2 ** (bits - 1) - 1
-    found = {}
-    for name, weight in state.items():
-        if weight.dim() < 2:
-            found[name] = weight
-            continue
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / levels
-        found[name] = (weight / scale).round() * scale
-    return found
 
 
 def joined(parts: list[Replies]) -> Replies:
@@ -105,17 +93,10 @@ class TrainedWeights:
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def state(self) -> dict[str, Tensor]:
-        return {
-            name: weight.detach().clone()
-            for name, weight in self.model.named_parameters()
-            if weight.requires_grad
-        }
+        return trained_weights(self.model)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, weight in self.model.named_parameters():
-                if name in state:
-                    weight.copy_(state[name])
+        load_weights(self.model, state)
 
 
 class CausalPolicy(TrainedWeights):
