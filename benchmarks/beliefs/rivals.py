@@ -13,8 +13,8 @@ mixed      share of prompts with both outcomes
 quality    cos^2 / (1 - cos^2) of the gradient with the true one, over that of fixed eights in the same worlds
 
 With ``late``, three in ten completions come too late and are dropped, long ones first: wrong ones, and those of hard
-prompts. They are paid for. Belief and gradient see the others only. ``bias`` is the belief's mean minus p, and ``hard`` the share of the
-completions of prompts with p < 0.5 that is kept over the share that is kept of the others.
+prompts. They are paid for. Belief and gradient see the others only. ``bias`` is the belief's mean minus p, and ``hard``
+the share of the completions of prompts with p < 0.5 that is kept over the share that is kept of the others.
 """
 
 from __future__ import annotations

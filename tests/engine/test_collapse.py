@@ -43,6 +43,19 @@ def test_a_missing_reward_changes_nothing() -> None:
     assert fall.state_dict() == other.state_dict() != Fall().state_dict()
 
 
+def test_an_alarm_names_the_lowest_sample_size_since_the_reward_before() -> None:
+    """Rewards come with the first update after sampling, whose size is 1; the updates between have none."""
+    fall, alarms, size = Fall(), list[Alarm](), "effective_sample_size/sequences_raw"
+    for batch, reward in enumerate([0.40, 0.41, 0.39, 0.40, 0.41, 0.40, *[0.05] * 5]):
+        first = fall.see(4 * batch, {"reward": reward, size: 1.0})
+        alarms += [first] if first else []
+        for update, share in enumerate((0.9, 0.9 - 0.01 * batch, 0.95), 1):
+            assert fall.see(4 * batch + update, {size: share}) is None
+    (alarm,) = alarms
+    assert alarm.step == 36 and alarm.sample_size == pytest.approx(0.9 - 0.01 * 8)
+    assert "effective sample size 0.82" in alarm.sentence()
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 73))
 def test_a_saved_fall_goes_on(cut: int) -> None:

@@ -24,7 +24,7 @@ from kalman_rl.engine.collapse.rule import (
     Token,
     append_alarm,
     keep_alarms,
-    read_reward,
+    read_number,
 )
 from kalman_rl.errors import ConfigError, one_line
 from kalman_rl.terminal import printable
@@ -137,7 +137,7 @@ class CollapseAlarm(TrainerCallback, ExportableState):
                     self._say(f"alarm: {alarm.sentence()}")
                     assert self.folder is not None
                     append_alarm(self.folder, alarm, self.action)
-            if read_reward(logs) is not None:
+            if read_number(logs, "reward") is not None:
                 self._tokens = []
         self._act(state, control)
 

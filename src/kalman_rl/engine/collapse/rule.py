@@ -35,6 +35,7 @@ MAX_SHOWN_TOKENS = 3
 """Tokens that an alarm names."""
 ADVICE = "the newest checkpoint from before the fall, with a lower learning rate or a KL penalty (kl)"
 FILE = "alarms.jsonl"
+SIZE = "effective_sample_size/sequences_raw"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Alarm:
     best: float
     z: float
     tokens: tuple[Token, ...] = ()
+    sample_size: float = 1.0
 
     def happened(self) -> str:
         """What happened, without the step."""
@@ -69,7 +71,7 @@ class Alarm:
         text = f"step {self.step}: {self.happened()}"
         if self.tokens:
             text += "; tokens " + ", ".join(f"{token.text!r} {token.log_ratio:+.2f}" for token in self.tokens)
-        return f"{text}; try {ADVICE}"
+        return f"{text}; effective sample size {self.sample_size:.2f}; try {ADVICE}"
 
 
 class Fall:
@@ -85,12 +87,15 @@ class Fall:
         self._mean, self._variance = 0.0, math.inf  # of the level, in units of R
         self._weight = self._squares = 0.0
         self._count, self._best, self._down = 0, -math.inf, False
+        self._size = 1.0  # lowest since the reward before
 
     def see(self, step: int, row: Mapping[str, Any]) -> Alarm | None:
         """Take in the row logged at a step; a missing reward changes nothing. Returns: an alarm, if there is one."""
-        value = read_reward(row)
+        value, size = read_number(row, "reward"), read_number(row, SIZE)
+        self._size = min(self._size, 1.0 if size is None else size)
         if value is None:
             return None
+        size, self._size = self._size, 1.0
         state = Gaussian(*(torch.tensor(part, dtype=torch.float64) for part in (self._mean, self._variance)))
         after, info = update(predict(state, RATIO), torch.tensor(value, dtype=torch.float64), 1.0)
         if math.isfinite(self._variance):
@@ -110,7 +115,7 @@ class Fall:
         if self._down or self._best <= 0 or self._mean + MARGIN * spread >= half:
             return None
         self._down = True
-        return Alarm(step, self._mean, self._best, (self._mean - half) / spread)
+        return Alarm(step, self._mean, self._best, (self._mean - half) / spread, sample_size=size)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-safe state."""
@@ -123,9 +128,9 @@ class Fall:
             setattr(self, name, unset[name] if state[name] is None else state[name])
 
 
-def read_reward(row: Mapping[str, Any]) -> float | None:
-    """The reward in a logged row; None where it is absent, null, not finite or out of range."""
-    value = row.get("reward")
+def read_number(row: Mapping[str, Any], name: str) -> float | None:
+    """A number of a logged row; None where it is absent, null, not finite or out of range."""
+    value = row.get(name)
     if not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > LARGEST:
         return None
     return float(value)
@@ -167,7 +172,7 @@ def _alarm(line: bytes) -> Alarm | None:
             Token(str(t["text"]), float(t["log_ratio"]), str(t["prompt_id"]), int(t["position"]))
             for t in row["tokens"]
         )
-        level, best, z = (float(row[name]) for name in ("level", "best", "z"))
-        return Alarm(int(row["step"]), level, best, z, tokens)
+        level, best, z, size = (float(row[name]) for name in ("level", "best", "z", "sample_size"))
+        return Alarm(int(row["step"]), level, best, z, tokens, size)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
