@@ -7,10 +7,10 @@ of section 6 (``allocation.py``). Dividing a budget by a belief about each promp
 differs is what is maximised, and whether rewards of the same batch are read. Each rule is our own short reading of its
 paper, hence "-like". The oracle knows every p.
 
-signal     mean p (1 - p) of the completions drawn
-regret     gradient variance sum_i v_i / n_i over the oracle's, minus 1; v = p (1 - p), and n = 0 counts as 1/2
-mixed      share of prompts with both outcomes
-quality    cos^2 / (1 - cos^2) of the gradient with the true one, over that of fixed eights in the same worlds
+- ``signal``: mean p (1 - p) of the completions drawn.
+- ``regret``: gradient variance sum_i v_i / n_i over the oracle's, minus 1; v = p (1 - p), and n = 0 counts as 1/2.
+- ``mixed``: share of prompts with both outcomes.
+- ``quality``: cos^2 / (1 - cos^2) of the gradient with the true one, over that of fixed eights in the same worlds.
 
 With ``late``, three in ten completions come too late and are dropped, long ones first: wrong ones, and those of hard
 prompts. They are paid for. Belief and gradient see the others only. ``bias`` is the belief's mean minus p, and ``hard``
@@ -234,8 +234,8 @@ def measure(pools: Sequence[Pool], seeds: Sequence[int]) -> list[dict[str, objec
 
 def render(rows: Sequence[dict[str, object]], command: str, worlds: int) -> str:
     """Tables as Markdown."""
-    head = (__doc__ or "").split("\n\n")
-    lines = ["# Rules that divide a budget, at equal budget", "", *head[2:], ""]
+    head = "\n\n".join((__doc__ or "").strip().split("\n\n")[2:])
+    lines = ["# Rules that divide a budget, at equal budget", "", head, ""]
     for pool in dict.fromkeys(row["pool"] for row in rows):
         for late in (False, True):
             lines += [f"## {pool}{', late completions dropped' if late else ''}", ""]
