@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import random
 import shlex
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.chaos.trial import Outcome, Plan
 
-KINDS = ("kills", "corruption", "received", "disk", "fuzz", "ranks", "memory")
+KINDS = ("kills", "corruption", "rewards", "received", "disk", "silence", "fuzz", "ranks", "memory")
 RESULTS = Path(__file__).parents[1] / "results"
 QUICK = 0.02
 HEAD = "| kind | tried | survived | lost | seconds | seen |\n|---|---:|---:|---:|---:|---|\n"
@@ -51,6 +52,7 @@ def main() -> int:
 
 def one(kind: str, seed: int, size: float) -> Outcome:
     """Run one kind in a folder of its own."""
+    logging.getLogger("kalman_rl").setLevel(logging.ERROR)  # what was skipped is what was damaged
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         start = time.monotonic()
         outcome: Outcome = importlib.import_module(f"benchmarks.chaos.{kind}").run(

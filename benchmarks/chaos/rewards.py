@@ -18,6 +18,8 @@ from typing import Any
 
 import cloudpickle
 
+from benchmarks.chaos.trial import Outcome as Trials
+from benchmarks.chaos.trial import Plan
 from kalman_rl.hosts.rewards import SupervisedReward
 from kalman_rl.hosts.rewards.pool import Outcome
 from kalman_rl.hosts.rewards.worker import given
@@ -104,6 +106,19 @@ def overhead(rounds: int = 15) -> tuple[float, float]:
     reward.close()
     here, there = (min(times) for times in taken.values())
     return here, there
+
+
+def run(plan: Plan) -> Trials:
+    """A part of ``python -m benchmarks.chaos``: as many completions as the plan says, each a trial."""
+    outcome = Trials("hostile rewards")
+    asked, seconds = plan.count(10_000), 1.0
+    found = campaign(asked, seconds, plan.seed)
+    outcome.tried, outcome.seen = asked, Counter(found["kinds"])
+    outcome.seen[f"s the longest call at a limit of {seconds:g}"] = round(found["longest"], 1)
+    outcome.lost += ["a completion without the outcome of its kind"] * found["wrong"]
+    if found["longest"] > seconds + 1:
+        outcome.lost.append(f"a call took {found['longest']:.2f} s at a limit of {seconds:g} s")
+    return outcome
 
 
 def main() -> int:

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.chaos.trial import Outcome, Plan
+
 SWITCHES = (
     *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"),
     *("DISABLE_TELEMETRY", "DO_NOT_TRACK", "WANDB_MODE", "CI"),
@@ -58,6 +60,16 @@ def attempts(command: Sequence[str], folder: Path) -> list[str]:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
         return record.read_text().splitlines() if record.exists() else []
+
+
+def run(plan: Plan) -> Outcome:
+    """A part of ``python -m benchmarks.chaos``: each command is a trial."""
+    outcome = Outcome("sockets forbidden")
+    for command in COMMANDS[: plan.count(len(COMMANDS))]:
+        with outcome.trial(command[0]):
+            if found := attempts([*KALMAN_RL, *command], plan.folder):
+                raise AssertionError(f"{len(found)} attempts to reach a machine: {found[0]}")
+    return outcome
 
 
 def main() -> int:
