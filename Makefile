@@ -25,7 +25,7 @@ WARM := import datasets, gguf, jinja2, matplotlib.figure, peft, pyarrow.parquet,
 	from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; from trl import GRPOTrainer; import kalman_rl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test engines test-engines check format bench bench-gpu chaos readme clean
+.PHONY: help install demo test engines test-engines check format audit bench bench-gpu chaos readme clean
 # Compiled bytecode of the libraries saves ten seconds in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -93,6 +93,9 @@ bench: install ## speed on one CPU thread, as ratios to peers; writes benchmarks
 
 bench-gpu: install ## the same on a CUDA device
 	@$(BENCH) -m benchmarks.speed.gpu $(BENCH_ARGS)
+
+audit: install ## known weaknesses of the tested versions, where the registry tells them (pip-audit)
+	@$(PY) tools/audit.py
 
 chaos: install ## faults on purpose, at most 15 minutes; writes benchmarks/results/chaos.md (CHAOS_ARGS="kills --seed 7")
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m benchmarks.chaos --output benchmarks/results/chaos.md $(CHAOS_ARGS)
