@@ -351,6 +351,17 @@ def test_processes_that_others_end_are_replaced() -> None:
         assert reward(["fine"]) == [1.0] and reward.failed == 0
 
 
+def test_a_fork_of_the_trainer_ends_no_worker() -> None:
+    reward = supervise(hostile)
+    pid = reward._pool._workers[0].pid
+    fork = os.fork()
+    if fork == 0:  # as a worker of a data loader that ends
+        reward.close()
+        os._exit(0)
+    os.waitpid(fork, 0)
+    assert reward(["fine"]) == [1.0] and reward._pool._workers[0].pid == pid
+
+
 def test_ctrl_c_ends_the_call_and_nothing_else() -> None:
     reward = supervise(hostile)
     assert reward(["fine"]) == [1.0]

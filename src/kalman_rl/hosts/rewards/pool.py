@@ -205,7 +205,7 @@ class Pool:
         self._setup = pickle.dumps({"make": make, "memory": memory})
         self._workers: list[Worker] = []
         self._next_look = self._next_glance = 0.0
-        self._tasks, self.name = 0, ""
+        self._tasks, self._owner, self.name = 0, os.getpid(), ""
 
     def start(self) -> None:
         """Start the first worker and wait for it; ``name`` is then the function's."""
@@ -245,8 +245,8 @@ class Pool:
         return found
 
     def close(self) -> None:
-        """End every process. The next call starts new ones."""
-        while self._workers:
+        """End every process; the next call starts new ones. A fork of the trainer that ends takes none with it."""
+        while self._workers and os.getpid() == self._owner:
             self._workers.pop().close()
 
     def _grow(self, size: int) -> None:
