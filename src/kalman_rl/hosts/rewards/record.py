@@ -41,10 +41,15 @@ class RewardRecord:
                 self.path.unlink()
                 return
             for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError, StopIteration
+                ):  # a line that was cut off
                     row = json.loads(line)
                     if row["step"] >= step:
-                        self._known[row["step"], row["completions"]].append(row["answer"])
+                        answers = self._known[row["step"], row["completions"]]
+                        if row["again"]:  # of what had failed
+                            del answers[next(i for i, answer in enumerate(answers) if answer["failed"])]
+                        answers.append(row["answer"])
 
     def find(self, step: int, completions: str) -> dict[str, Any] | None:
         """The answer to a call that was recorded before the resume, once."""
@@ -54,15 +59,17 @@ class RewardRecord:
         known = self._known.get((step, completions))
         return known.popleft() if known else None
 
-    def add(self, step: int, completions: str, answer: dict[str, Any]) -> None:
-        """Append an answer. Where that fails there is one warning, and a resumed run asks again."""
-        row = json.dumps({"step": step, "completions": completions, "answer": answer}) + "\n"
+    def add(self, step: int, completions: str, answer: dict[str, Any], *, again: bool = False) -> None:
+        """Append an answer, or that of a call whose recorded one had failures. Where it cannot be written there is one
+        warning, and a resumed run asks again."""
+        row = {"step": step, "completions": completions, "again": again, "answer": answer}
+        line = json.dumps(row) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
                 if file.tell() and not self._ends_in_newline():
-                    row = "\n" + row
-                file.write(row.encode())
+                    line = "\n" + line
+                file.write(line.encode())
         except OSError as error:
             if not self._warned:
                 logger.warning(

@@ -75,9 +75,13 @@ class SupervisedReward:
         self.seconds = 0.0
         self.record: RewardRecord | None = None
         self._printed, self._line, self._slow = 0, b"", False
-        workers = min(WORKERS, os.cpu_count() or 1)
+        hear = weakref.WeakMethod(self._hear)  # the pool must not keep alive what ends it
         self._pool = Pool(
-            make, seconds=seconds, memory=round(memory * 2**30), workers=workers, hear=self._hear
+            make,
+            seconds=seconds,
+            memory=round(memory * 2**30),
+            workers=min(WORKERS, os.cpu_count() or 1),
+            hear=lambda data: found(data) if (found := hear()) else None,
         )
         self.__name__ = "reward"  # until it is known
         self._pool.start()
@@ -101,23 +105,30 @@ class SupervisedReward:
         step = None if state is None else int(getattr(state, "global_step", 0))
         key = digest(self.__name__, *scored)
         columns |= {"completions": completions, "trainer_state": _plain(state)}
-        answer = self.record.find(step, key) if self.record is not None and step is not None else None
-        known = answer is not None and not answer["failed"]
-        if answer is None:
-            answer = self._ask(columns, count, f"{step} {key}")
-        elif answer["failed"]:  # perhaps the function was mended since
-            again = self._alone(columns, answer["failed"], count, f"{step} {key}")
-            answer = again | {
-                "rewards": [b if a is None else a for a, b in zip(answer["rewards"], again["rewards"])]
-            }
-        if self.record is not None and step is not None and not known:
-            self.record.add(step, key, answer)
+        answer = self._recorded(step, key, columns, count)
         rewards: list[float | None] = answer["rewards"]
         self._count(rewards, answer, log["log_metric"])
         for name, calls in (("log_metric", answer["metrics"]), ("log_extra", answer["extra"])):
             for arguments in calls if callable(log[name]) else []:
                 log[name](*arguments)
         return rewards
+
+    def _recorded(self, step: int | None, key: str, columns: dict[str, Any], count: int) -> dict[str, Any]:
+        """The answer of a call; in training it is read from the record where it can be, and written there."""
+        seed = f"{step} {key}"
+        if self.record is None or step is None:
+            return self._ask(columns, count, seed)
+        known = self.record.find(step, key)
+        if known is None:
+            answer = self._ask(columns, count, seed)
+        elif known["failed"]:  # perhaps the function was mended since
+            again = self._alone(columns, known["failed"], count, seed)
+            both = zip(known["rewards"], again["rewards"], strict=True)
+            answer = again | {"rewards": [new if old is None else old for old, new in both]}
+        else:
+            return known
+        self.record.add(step, key, answer, again=known is not None)
+        return answer
 
     def _ask(self, columns: dict[str, Any], count: int, key: str) -> dict[str, Any]:
         """The answer of a call with all completions, or else of calls with one each."""
