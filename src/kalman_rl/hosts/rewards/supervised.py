@@ -7,6 +7,7 @@ import os
 import pickle
 import types
 import weakref
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,7 +102,7 @@ class SupervisedReward:
                 "reward_timeout: got a trainer with environments, expected none because they live in the trainer's "
                 "process; leave it unset"
             )
-        scored = [completions, columns.get("prompts"), columns.get("completion_ids")]
+        scored = [completions, columns.get("prompts"), _tokens(columns.get("completion_ids"))]
         step = None if state is None else int(getattr(state, "global_step", 0))
         key = digest(self.__name__, *scored)
         columns |= {"completions": completions, "trainer_state": _plain(state)}
@@ -242,6 +243,14 @@ class SupervisedReward:
                 )
                 return
             self.say(f"reward {self.__name__} printed: {printable(line.decode(errors='replace'))}")
+
+
+def _tokens(rows: Any) -> Any:
+    """Token ids in fewer characters, quick to digest."""
+    try:
+        return [array("q", row).tobytes().hex() for row in rows]
+    except (TypeError, OverflowError):
+        return rows
 
 
 def _plain(state: Any) -> Any:
