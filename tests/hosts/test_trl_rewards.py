@@ -14,9 +14,10 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from torch import nn
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, RewardError
 from kalman_rl.hosts.rewards import SupervisedReward
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer
+from kalman_rl.hosts.trl.missing import MissingRewards
 from kalman_rl.hosts.trl.supervise import supervised
 from tests.hosts.test_trl import ROWS, History, settings
 from tests.hosts.tiny_llama import model, tokenizer
@@ -93,3 +94,16 @@ def test_models_stay_in_the_trainers_process_and_what_cannot_leave_is_named(tmp_
 
         supervised(held, args)
     assert supervised(score, KalmanGRPOConfig(**settings(tmp_path))) is score
+
+
+def test_more_than_a_fifth_of_failures_over_three_batches_is_too_many() -> None:
+    rewards, seen = torch.zeros(10), MissingRewards()
+    for failed in (0, 0, 6, 0, 0, 6):  # 6 of 30 is a fifth
+        seen.see(rewards, ["judge"], 1, failed)
+    seen = MissingRewards()
+    for _ in range(2):
+        seen.see(rewards, ["judge"], 5, 10, "why")
+    with pytest.raises(
+        RewardError, match=r"^reward: got no result of judge for 67% .* \(why\); .*of step 6 is there"
+    ):
+        seen.see(rewards, ["judge"], 7, 0, "why")
