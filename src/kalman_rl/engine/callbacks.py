@@ -20,7 +20,10 @@ from kalman_rl.terminal import tell
 
 
 class WriteMetrics(TrainerCallback):
-    """Append every log of the trainer to the run's ``metrics.jsonl`` and show it as progress."""
+    """Append every log of the trainer to the run's ``metrics.jsonl`` and show it as progress.
+
+    The trainer's own list of them, 3 kB a step that every checkpoint would hold again, keeps the last one only.
+    """
 
     def __init__(self, run: Run, show: Callable[[int, dict[str, float]], None]) -> None:
         self.run, self.show = run, show
@@ -33,6 +36,7 @@ class WriteMetrics(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        del state.log_history[:-1]
         if not logs or "train_runtime" in logs:
             return
         numbers = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}

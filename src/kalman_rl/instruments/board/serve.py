@@ -122,4 +122,4 @@ def _source(run: Path, every: float) -> Source:
 def _be_nice() -> None:
     """Training goes first where both share processors."""
     with contextlib.suppress(OSError, AttributeError):
-        os.nice(10)
+        os.nice(19)
