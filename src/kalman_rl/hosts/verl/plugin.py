@@ -17,6 +17,7 @@ from typing import Any
 
 from kalman_rl.errors import AdapterError
 from kalman_rl.hooks import check
+from kalman_rl.hosts.verl import cpu
 from kalman_rl.hosts.verl.hooks import VERL
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def register(*more: str) -> None:
     _fill(core_algos.POLICY_LOSS_REGISTRY, known, make_loss, core_algos.register_policy_loss)
     _fill(core_algos.ADV_ESTIMATOR_REGISTRY, [*known, TRACKED], make_estimator, core_algos.register_adv_est)
     _check_runs_first()
+    _keep_the_batch()
     found = registered()
     logger.info(
         "verl %s: %d policy losses and %d advantage estimators under kalman_rl/",
@@ -97,11 +99,38 @@ def _check_runs_first() -> None:
     def validate_config(config: Any, *args: Any, **options: Any) -> None:
         from kalman_rl.hosts.verl.preflight import check_run
 
+        if cpu.chosen():
+            from kalman_rl.hosts.verl.cpu.settings import fit
+
+            fit(config)
         check_run(config)
         validate(config, *args, **options)
 
     validate_config.kalman_rl = True  # type: ignore[attr-defined]
     module.validate_config = validate_config
+
+
+def _keep_the_batch() -> None:
+    """verl's actor calls ``ppo_loss`` with all that is known of a micro-batch, and that calls the policy loss with
+    less: the rollout's log-probabilities are not among it."""
+    from verl.workers.utils import losses as module
+
+    from kalman_rl.hosts.verl.losses import BATCH
+
+    inner = module.ppo_loss
+    if hasattr(inner, "kalman_rl"):
+        return
+
+    @functools.wraps(inner)
+    def ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> Any:
+        token = BATCH.set(data)
+        try:
+            return inner(config, model_output, data, dp_group)
+        finally:
+            BATCH.reset(token)
+
+    ppo_loss.kalman_rl = True  # type: ignore[attr-defined]
+    module.ppo_loss = ppo_loss
 
 
 def _without_trl() -> None:
@@ -138,6 +167,8 @@ def _version() -> str:
 
 
 try:
+    if cpu.chosen():
+        from kalman_rl.hosts.verl.cpu import platform  # noqa: F401 before anything asks verl for its platform
     _without_trl()
     register()
 except Exception as error:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kalman_rl.errors import ConfigError, unknown_name
-from kalman_rl.hosts.verl.choice import choose
+from kalman_rl.hosts.verl.choice import SelectedMethod, choose
 from kalman_rl.hosts.verl.estimators import (
     TRACKED,
     TRACKED_IN_VERL,
@@ -40,7 +40,7 @@ def check_run(config: Any) -> None:
 
     A run without any name of ours passes.
     """
-    check_loss(config.actor_rollout_ref.actor)
+    check_loss(config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout)
     check_estimator(config)
     check_mode(config)
 
@@ -78,15 +78,16 @@ def own_name(setting: str, value: Any, known: Iterable[str]) -> str | None:
     return None
 
 
-def check_loss(actor: Any) -> None:
-    """The same for ``actor_rollout_ref.actor``: the name of the loss, its options, and settings of verl's losses."""
+def check_loss(actor: Any, rollout: Any) -> None:
+    """The same for ``actor_rollout_ref.actor``: the name of the loss, its options, settings of verl's losses, and
+    whether the rollout keeps what the loss asks for."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
     from verl.workers.config import PolicyLossConfig
 
     policy = actor.policy_loss
     name = own_name("actor.policy_loss.loss_mode", policy.loss_mode, POLICY_LOSS_REGISTRY)
     if str(policy.get("_target_", "")).rpartition(".")[2] == "KalmanPolicyLossConfig":
-        _built(policy)
+        chosen = _built(policy)
     elif name is not None:
         fields = {field.name for field in dataclasses.fields(PolicyLossConfig)}
         for option in [key for key in policy if key not in fields]:
@@ -94,17 +95,23 @@ def check_loss(actor: Any) -> None:
                 f"actor.policy_loss.{option}: got it beside verl's own class, which has no such field, expected "
                 f"{TARGET}"
             )
-        choose(name, {})
+        chosen = choose(name, {})
     if name is not None:
         check_actor(name, actor)
+        if "logp_behaviour" in chosen.method.inputs and not rollout.calculate_log_probs:
+            raise ConfigError(
+                f"actor_rollout_ref.rollout.calculate_log_probs: got false with {PREFIX}{name}, expected true because "
+                "its ratio is to the policy that sampled"
+            )
 
 
-def _built(policy: Any) -> None:
+def _built(policy: Any) -> SelectedMethod:
     """Build the settings of a loss, and raise our own sentence without Hydra's around it."""
     from verl.utils.config import omega_conf_to_dataclass
 
     try:
-        omega_conf_to_dataclass(policy)
+        chosen: SelectedMethod = omega_conf_to_dataclass(policy).choice()
+        return chosen
     except Exception as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None

@@ -18,7 +18,7 @@ HOOKS = {
     "torch": (trl.TORCH, kernels.TORCH, engine.TORCH),
     "transformers": (trl.TRANSFORMERS,),
     "trl": (trl.TRL,),
-    "verl": (verl.VERL, verl.TRAINER),
+    "verl": (verl.VERL, verl.TRAINER, verl.CPU),
 }
 SWITCH = "VERL_USE_EXTERNAL_PLUGINS"
 
