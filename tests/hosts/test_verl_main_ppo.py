@@ -125,7 +125,9 @@ def state(place: Path) -> dict[str, Any]:
 def same(found: Any, expected: Any, tolerance: float) -> bool:
     """Whether two saved states are equal, up to the order in which rewards were added."""
     if isinstance(expected, torch.Tensor):
-        return torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+        return torch.allclose(
+            found.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True
+        )
     if isinstance(expected, dict):
         return found.keys() == expected.keys() and all(
             same(found[key], value, tolerance) for key, value in expected.items()
