@@ -104,6 +104,7 @@ def test_a_prior_column_of_the_rows(model_path: str, rewards_module: Path) -> No
         ({"advantage": "batch_mean"}, "select: got 'stream' with advantage='batch_mean', expected passes"),
         ({"select": "sage", "reward_noise": 0.5}, "select: got 'sage' with real-valued rewards"),
         ({"allocation": "rounds"}, "select: got 'stream' with allocation='rounds'"),
+        ({"candidates": 64}, "candidates: got 64 with select='stream', expected it unset because the draw"),
         ({"prior_column": "prior", "measure_prior": 4}, "prior_column, measure_prior: got 'prior' and 4"),
         ({"measure_prior": 4, "prompt_features": True}, "prompt_features: got True with solve rates"),
         (

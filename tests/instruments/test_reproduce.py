@@ -18,6 +18,7 @@ from kalman_rl.engine.models.tiny import _model, character_tokenizer
 from kalman_rl.engine.models.weights import rounded
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.instruments import reproduce as room
+from kalman_rl.instruments.reproduce import figure as picture
 from kalman_rl.instruments.reproduce import reproduce
 from kalman_rl.instruments.reproduce.claim import Claim, difference, judge, saved, value, verdict
 from kalman_rl.instruments.reproduce.collapses import ahead, collapse_of, fallen_mean, false_alarm
@@ -179,6 +180,22 @@ def test_a_line_cut_by_an_interruption_is_run_again(counted: Path) -> None:
     ledger.write_text("\n".join(["{", *lines]) + "\n")
     with pytest.raises(RunError, match="damaged line 1"):
         run(counted, quick=True)
+
+
+def test_a_far_claim_stands_at_the_rim_and_the_legend_below_the_curves() -> None:
+    """One claim 1e9 half-widths from its bound must not make the others unreadable, nor 12 names hide a curve."""
+    figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
+    curves, claims = figure.subplots(1, 2)
+    arms = {f"arm {i}": {"spent": [0, 10], "accuracy": [[0.5, 0.0], [0.5, 0.0]]} for i in range(12)}
+    picture._curves(curves, arms)
+    bound = {"claim": "a", "verdict": "reproduced", "low": 0.0, "high": math.inf, "factor": False}
+    picture._claims(
+        claims,
+        [bound | {"value": 1.0, "interval": (1 - 1e-9, 1 + 1e-9)}, bound | {"value": 0.5, "interval": (0.2, 0.8)}],
+    )
+    figure.draw_without_rendering()
+    assert curves.get_legend().get_window_extent().y1 < curves.get_window_extent().y0
+    assert max(abs(end) for end in claims.get_xlim()) < 1.2 * picture.FARTHEST
 
 
 def test_the_table_has_a_line_for_every_claim(counted: Path) -> None:

@@ -77,6 +77,11 @@ class Budget:
                 f"select: got {self.select!r} with allocation={self.allocation!r}, expected allocation fixed because "
                 "the draw has decided where completions go"
             )
+        if self.select != "passes" and self.candidates is not None:
+            raise ConfigError(
+                f"candidates: got {self.candidates} with select={self.select!r}, expected it unset because the draw "
+                "chooses among all prompts of the dataset"
+            )
         check_rounds(self.rounds)
         low, high = self.completions_min, self.completions_max
         if not (is_whole(low) and is_whole(high, max(low, 1), 4_096)):

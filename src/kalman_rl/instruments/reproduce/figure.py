@@ -13,6 +13,9 @@ from kalman_rl.instruments.report.picture import MUTED, PALETTE, STYLE
 from kalman_rl.instruments.report.stats.intervals import t_interval
 
 COLOURS = {"reproduced": "#009e73", "refuted": "#d55e00", "not decided": MUTED}
+FARTHEST = 8
+"""Half-widths from its bound at which a claim is drawn at the rim, as an arrow."""
+COLUMNS = 2  # of the legend
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -24,7 +27,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     with rc_context(STYLE):
         curves = {name: arm for name, arm in result["arms"].items() if "accuracy" in arm}
         claims = result["claims"]
-        height = max(3.4 if curves else 1.2, 0.62 * len(claims) + 1.1)
+        legend = 0.2 * -(-len(curves) // COLUMNS)
+        height = max(3.4 + legend if curves else 1.2, 0.62 * len(claims) + 1.1)
         figure = Figure(figsize=(12 if curves else 8, height), layout="constrained")
         axes = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
         if curves:
@@ -47,7 +51,9 @@ def _curves(axis: Any, arms: Mapping[str, Mapping[str, Any]]) -> None:
             axis.fill_between(arm["spent"], low, high, color=colour, alpha=0.12, lw=0)
     axis.set_title("exact accuracy on the pool")
     axis.set_xlabel("completions")
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(
+        frameon=False, fontsize=8, ncols=COLUMNS, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.5
+    )
 
 
 def _claims(axis: Any, claims: Sequence[Mapping[str, Any]]) -> None:
@@ -57,9 +63,12 @@ def _claims(axis: Any, claims: Sequence[Mapping[str, Any]]) -> None:
         colour = COLOURS[claim["verdict"]]
         value, interval = _scaled(claim)
         if value is not None:
-            axis.plot([value], [row], "o", color=colour)
+            far = abs(value) > FARTHEST
+            marker = (">" if value > 0 else "<") if far else "o"
+            fill_colour = colour if interval is not None else "none"
+            axis.plot(_inside(value), [row], marker, color=colour, markerfacecolor=fill_colour)
         if interval is not None:
-            axis.plot(interval, [row, row], color=colour, lw=2)
+            axis.plot([_inside(end) for end in interval], [row, row], color=colour, lw=2)
         axis.annotate(
             claim["verdict"],
             (1.0, row),
@@ -73,7 +82,12 @@ def _claims(axis: Any, claims: Sequence[Mapping[str, Any]]) -> None:
     labels = [fill(claim["claim"], 46) for claim in reversed(claims)]
     axis.set_yticks(range(len(claims)), labels, fontsize=7.5)
     axis.set_ylim(-0.6, len(claims) - 0.4)
-    axis.set_xlabel("distance from the bound, in half-widths of the interval")
+    note = f"half-widths of the interval from the bound (arrow: over {FARTHEST}; hollow: no interval)"
+    axis.set_xlabel(note, fontsize=8)
+
+
+def _inside(distance: float) -> float:
+    return max(-FARTHEST, min(FARTHEST, distance))
 
 
 def _scaled(claim: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
