@@ -191,7 +191,10 @@ def test_a_far_claim_stands_at_the_rim_and_the_legend_below_the_curves() -> None
     bound = {"claim": "a", "verdict": "reproduced", "low": 0.0, "high": math.inf, "factor": False}
     picture._claims(
         claims,
-        [bound | {"value": 1.0, "interval": (1 - 1e-9, 1 + 1e-9)}, bound | {"value": 0.5, "interval": (0.2, 0.8)}],
+        [
+            bound | {"value": 1.0, "interval": (1 - 1e-9, 1 + 1e-9)},
+            bound | {"value": 0.5, "interval": (0.2, 0.8)},
+        ],
     )
     figure.draw_without_rendering()
     assert curves.get_legend().get_window_extent().y1 < curves.get_window_extent().y0

@@ -92,8 +92,8 @@ class Arm:
         group: completions per question. batch: completions per generation batch.
         rate: learning rate. end_rate: reached linearly; 0 = constant.
         belief: options of the belief of a tracked advantage.
-        draw: "passes" over the pool, "stream" by the belief's E[p (1 - p)], "true" by the exact p (1 - p), or a
-            stream of its own.
+        draw: "passes" over the pool, "stream" by the belief's E[p (1 - p)], "sage" by SAGE's score, "true" by the
+            exact p (1 - p), or a stream of its own.
         allocation: as in :class:`~kalman_rl.sampling.budget.Budget`. candidates: questions it chooses among.
         old: what the ratio is taken to: the "trainer"'s own policy before the update, or the "sampler".
         correction: of the sampler's mismatch, for an ``old`` that is the trainer's; None = none.
@@ -107,7 +107,7 @@ class Arm:
     rate: float = 1e-4
     end_rate: float = 0.0
     belief: tuple[tuple[str, Any], ...] = ()
-    draw: Literal["passes", "stream", "true"] | Draw = "passes"
+    draw: Literal["passes", "stream", "sage", "true"] | Draw = "passes"
     allocation: Literal["fixed", "predictive", "rounds"] = "fixed"
     candidates: int = 0
     old: Literal["trainer", "sampler"] = "sampler"
@@ -229,13 +229,13 @@ class _Run:
         if arm.draw not in ("passes", "true"):
             if self.tracking is None:
                 raise ConfigError(
-                    f"draw: got 'stream' with advantage {arm.advantage!r}, expected a tracked one"
+                    f"draw: got {arm.draw!r} with advantage {arm.advantage!r}, expected a tracked one"
                 )
-            count = arm.batch // arm.group
+            belief, count = self.tracking.belief, arm.batch // arm.group
             if isinstance(arm.draw, str):
-                self.stream = PromptStream(self.tracking.belief, self.names, count, floor=FLOOR, seed=seed)
+                self.stream = PromptStream(belief, self.names, count, score=arm.draw, floor=FLOOR, seed=seed)
             else:
-                self.stream = arm.draw.stream(self.tracking.belief, self.names, count, seed)
+                self.stream = arm.draw.stream(belief, self.names, count, seed)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), arm.rate, BETAS, weight_decay=0.0)
         self.past: deque[dict[str, Tensor]] = deque([world.start], setting.lag + 1)
         self.step = 0
