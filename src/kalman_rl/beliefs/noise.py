@@ -40,6 +40,12 @@ def binary_noise(mean: Tensor) -> Tensor:
     return (mean * (1 - mean)).clamp(min=BINARY_FLOOR)
 
 
+def coin_log_likelihood(rate: Tensor, groups: Groups) -> Tensor:
+    """(u,) log-likelihood of each prompt's 0/1 rewards at success rates (u,), none taken for surer than 0.02."""
+    rate = rate.clamp(0.02, 0.98)
+    return groups.size * (groups.mean * rate.log() + (1 - groups.mean) * torch.log1p(-rate))
+
+
 @dataclass
 class RewardNoise:
     """Running sums over batches with forgetting ``1 - rate``; every number is of past batches only.

@@ -13,7 +13,7 @@ from kalman_rl.beliefs.base import ROUNDING, Prior, TableBelief, prompt_features
 from kalman_rl.beliefs.change import MAX_WAIT, Change, core_variance
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.beliefs.mixture import Evidence, LocalLevels, is_finite
-from kalman_rl.beliefs.noise import BINARY_FLOOR, MAX_SUM
+from kalman_rl.beliefs.noise import BINARY_FLOOR, MAX_SUM, coin_log_likelihood
 from kalman_rl.beliefs.ridge import Features, Ridge
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.beliefs.table import PromptTable
@@ -45,8 +45,8 @@ class RegressionBelief(TableBelief):
     predicted all prompts) and the regression (from y minus the filters' part, with weight ``1 / (R/n +
     P)``). Without features f is a common level that drifts.
 
-    For 0/1 rewards R is ``m (1 - m)``, or with ``expected_noise`` ``E[p (1 - p)] = m (1 - m) - P``, Q is multiplied by
-    ``16 (m (1 - m))^2`` and tau^2 comes from the spread of first visits. Otherwise R is pooled within
+    For 0/1 rewards R is ``m (1 - m)``, Q is multiplied by ``16 (m (1 - m))^2`` and tau^2 comes from the spread of first
+    visits. Otherwise R is pooled within
     groups, and heavy tails switch to clipped rewards (:mod:`kalman_rl.beliefs.noise`). The first batch is baselined by
     leave-one-out shrinkage.
 
@@ -58,12 +58,13 @@ class RegressionBelief(TableBelief):
         forgetting: of the regression per step, in (0, 1].
         scale: divide advantages by the lagged pooled standard deviation.
         seed: of the projection.
-        expected_noise: for 0/1 rewards, count what is not known about a prompt as doubt and not as noise as well. In a
-            pool of hopeless and solved prompts the first three visits then tell more; where values stay, it errs more
-            from about the sixth on.
+        expected_noise: for 0/1 rewards, run the bank a second time with ``R = E[p (1 - p)] = m (1 - m) - P``, which
+            does not count the doubt about a prompt as noise as well. The two halves are weighed by how likely the
+            success rate that each predicted made the rewards. In a pool of hopeless and solved prompts the first
+            visits then tell more; where values lie close together, ``m (1 - m)`` wins.
 
-    State: 176 bytes per prompt with the default bank, features are not stored: pass them with every call.
-        An id called without features is not carried by the regression; a new one is expected at the
+    State: 176 bytes per prompt with the default bank (336 with ``expected_noise``), features are not stored: pass them
+        with every call. An id called without features is not carried by the regression; a new one is expected at the
         average.
 
     Raises: ConfigError for a setting outside its range.
@@ -97,20 +98,21 @@ class RegressionBelief(TableBelief):
                 raise ConfigError(
                     f"{name}: got {grid!r}, expected a list of one or more finite numbers {sign}"
                 )
-        bank = len(process_noise)
+        if not isinstance(expected_noise, bool):
+            raise ConfigError(f"expected_noise: got {expected_noise!r}, expected True or False")
+        self._rules = 1 + expected_noise  # for R of 0/1 rewards
+        bank = self._rules * len(process_noise)
         columns = {
             "levels": ((5, bank), torch.float32),
             "start": ((), torch.float32),
             "fit": ((), torch.float32),
         }
         super().__init__(PromptTable(columns), scale=scale)
-        if not isinstance(expected_noise, bool):
-            raise ConfigError(f"expected_noise: got {expected_noise!r}, expected True or False")
-        self._expected_noise = expected_noise
-        self._q = torch.tensor(list(process_noise), dtype=torch.float64)
+        self._q = torch.tensor(list(process_noise) * self._rules, dtype=torch.float64)
         self._tau2 = torch.tensor(list(prior_variance), dtype=torch.float64)
         # The first column is the tau^2 from moments, the others the grid; one of the two is in use.
         self._evidence = Evidence(torch.zeros(bank, 1 + len(prior_variance), dtype=torch.float64))
+        self._rule = Evidence(torch.zeros(self._rules, dtype=torch.float64))
         self._features = Features(dimension, seed)
         self._ridge = Ridge(forgetting)
         self._offset, self._unit = 0.0, 0.0  # mean and variance of rewards; 0 = not known yet
@@ -143,17 +145,18 @@ class RegressionBelief(TableBelief):
     @property
     def _options(self) -> dict[str, Any]:
         return {
-            "process_noise": self._q.tolist(),
+            "process_noise": self._q.chunk(self._rules)[0].tolist(),
             "prior_variance": self._tau2.tolist(),
             "forgetting": self._ridge.forgetting,
             "dimension": self._features.dimension,
             "seed": self._features.seed,
-            "expected_noise": self._expected_noise,
+            "expected_noise": self._rules == 2,
         }
 
     def _extra_state(self) -> dict[str, Any]:
         return {
             "evidence": self._evidence.state_dict(),
+            "rule": self._rule.state_dict(),
             "features": self._features.state_dict(),
             "ridge": self._ridge.state_dict(),
             "reward": [self._offset, self._unit, self._change.age, self._change.off],
@@ -162,11 +165,12 @@ class RegressionBelief(TableBelief):
         }
 
     def _load_extra(self, state: dict[str, Any]) -> None:
-        names = ("evidence", "features", "ridge", "reward", "first", "spread")
-        evidence, features, ridge, (offset, unit, age, off), first, spread = saved(
+        names = ("evidence", "rule", "features", "ridge", "reward", "first", "spread")
+        evidence, rule, features, ridge, (offset, unit, age, off), first, spread = saved(
             "belief state", state, *names
         )
-        evidence, features = self._evidence.checked(evidence), self._features.checked(features)
+        evidence, rule = self._evidence.checked(evidence), self._rule.checked(rule)
+        features = self._features.checked(features)
         numbers = is_real(offset, unit) and abs(offset) < MAX_SUM and 0 <= unit < MAX_SUM
         counts = is_whole(age) and is_whole(off, -MAX_WAIT)
         expect("belief state", "reward", numbers and counts, state["reward"], "offset, unit, age and off")
@@ -174,7 +178,7 @@ class RegressionBelief(TableBelief):
         expect("belief state", "first, spread", legal, (first, spread), "two finite numbers each")
         first, spread = first.clone(), spread.clone()
         ridge = self._ridge.checked(ridge)
-        self._evidence, self._features, self._ridge = evidence, features, ridge
+        self._evidence, self._rule, self._features, self._ridge = evidence, rule, features, ridge
         self._offset, self._unit, self._change = float(offset), float(unit), Change(age, off)
         self._first, self._spread = first, spread
 
@@ -198,7 +202,7 @@ class RegressionBelief(TableBelief):
         mean = mean + self._offset
         if self._noise.binary is True:
             mean = mean.clamp(0.0, 1.0)
-        return Prior(Gaussian(mean, variance), self._reward_noise(mean, variance))
+        return Prior(Gaussian(mean, variance), self._mean_noise(self._reward_noise(mean, variance)))
 
     def _absorb(self, groups: Groups, rows: Tensor, gap: Tensor, step: int, inputs: Tensor | None) -> None:
         self._features.fit(inputs)
@@ -214,13 +218,15 @@ class RegressionBelief(TableBelief):
             self._noise.learn(groups, *prior.value)
         x = self._features.standard(inputs, len(rows))
         y = shown.mean - self._offset
-        noise = self._reward_noise(*prior.value) / groups.size
+        rules = self._reward_noise(*prior.value) / groups.size[:, None]
+        noise, each = self._mean_noise(rules), self._of_settings(rules)
         if first_ever:  # then f comes first: residuals from a regression that knows nothing would be values
             self._learn_first(groups, rows, y, x, noise)
             self._ridge.learn(x, y, 1 / (noise + self.prior_variance), step)
         levels = self._levels(rows, gap.clamp(min=0), x, step)
         late = self._drift(levels) * (-gap).clamp(min=0)[:, None]
-        self._evidence.learn(self._log_likelihood(levels, y, noise[:, None] + late), step)
+        self._weigh_rules(levels, groups, step)
+        self._evidence.learn(self._log_likelihood(levels, y, each + late), step)
         mean, variance = self._mixture(levels)
         if not first_ever:
             new = self._unseen(rows)
@@ -229,8 +235,8 @@ class RegressionBelief(TableBelief):
             spread = torch.where(new, (variance - unsure).clamp(min=_MIN_TAU2 * self._unit2), variance)
             self._ridge.learn(x, y - (mean - fit), 1 / (noise + spread), step)
             self._noise.learn(groups, *prior.value)
-        self._learn_spread(levels.observed(y, noise[:, None] + late))
-        self._write(groups.ids, rows, levels.observed(y, noise[:, None] + late), x, step)
+        self._learn_spread(levels.observed(y, each + late))
+        self._write(groups.ids, rows, levels.observed(y, each + late), x, step)
 
     # ---- details
 
@@ -240,11 +246,37 @@ class RegressionBelief(TableBelief):
         return 1.0 if self._noise.binary is not False or not self._unit else self._unit
 
     def _reward_noise(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """(u,) R of one reward, where the value is thought to be N(mean, variance)."""
+        """(u, rules) R of one reward by each rule, where the value is thought to be N(mean, variance)."""
         noise = self._noise.of(mean, self._unit2)
-        if self._expected_noise and self._noise.binary is True:
-            noise = torch.maximum(noise - variance, _MIN_SHARE * noise).clamp(min=BINARY_FLOOR)
-        return noise
+        if self._rules == 1:
+            return noise[:, None]
+        less = noise
+        if self._noise.binary is True:
+            less = torch.maximum(noise - variance, _MIN_SHARE * noise).clamp(min=BINARY_FLOOR)
+        return torch.stack((noise, less), 1)
+
+    def _mean_noise(self, rules: Tensor) -> Tensor:
+        """(u,) of (u, rules)."""
+        first, last = rules[:, 0], rules[:, -1]
+        return first + self._rule.weights[-1] * (last - first)
+
+    def _of_settings(self, rules: Tensor) -> Tensor:
+        """(u, K) of (u, rules): what each filter of the bank is told."""
+        return rules.repeat_interleave(len(self._q) // self._rules, 1)
+
+    def _weigh_rules(self, levels: LocalLevels, groups: Groups, step: int) -> None:
+        """By the likelihood of the rewards under the success rate that each rule's half of the bank predicted.
+
+        Not by that of the bank, which is normal and would reward a rule for its variance as well.
+        """
+        if self._rules == 1 or self._noise.binary is not True:
+            return
+        means, weights = levels.moments(self._all_tau2())[0], self._weights()
+        gained = []
+        for half, share in zip(means.chunk(2, 1), weights.chunk(2)):
+            rate = self._offset + (half * share).sum((1, 2)) / share.sum()
+            gained.append(coin_log_likelihood(rate, groups).sum())
+        self._rule.learn(torch.stack(gained), step)
 
     def _set_unit(self, groups: Groups) -> bool:
         """Learn the unit from the first batch, and anew where later ones contradict it.
@@ -267,6 +299,7 @@ class RegressionBelief(TableBelief):
         """Forget all that depends on the unit; prompts keep their clocks."""
         self._noise.begin()
         self._evidence = Evidence(torch.zeros_like(self._evidence.log_likelihood))
+        self._rule = Evidence(torch.zeros_like(self._rule.log_likelihood))
         self._ridge = Ridge(self._ridge.forgetting)
         self._ridge.unit, self._ridge.spread = self._unit2, 0.1 * self._unit2
         self._first, self._spread = torch.zeros_like(self._first), torch.zeros_like(self._spread)
@@ -290,7 +323,10 @@ class RegressionBelief(TableBelief):
         by_moments = self._noise.binary is not False and bool(self._first[0])
         unused = slice(1, None) if by_moments else slice(0, 1)
         evidence[:, unused] = -math.inf
-        return torch.softmax(evidence.flatten(), 0).reshape(evidence.shape)
+        within = [
+            torch.softmax(half.flatten(), 0).reshape(half.shape) for half in evidence.chunk(self._rules)
+        ]
+        return torch.cat([share * half for share, half in zip(self._rule.weights, within)])
 
     def _drift(self, levels: LocalLevels) -> Tensor:
         """(u, K) Q per step in squared reward units."""

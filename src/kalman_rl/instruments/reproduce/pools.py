@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kalman_rl.instruments.reproduce.claim import Claim, difference, saved
+from kalman_rl.instruments.reproduce.claim import Claim, difference, saved, value
 from kalman_rl.instruments.reproduce.experiment import Experiment
 from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training
 
@@ -280,4 +280,41 @@ NOISE = Experiment(
     seeds=4,
 )
 
-POOLS = (BASELINE, STREAMED, CANDIDATES, OFFSETS, VISITS, HARD, NOISE)
+_EXPECTED = replace(TRACKED, belief=(("expected_noise", True),))
+EARLY = Experiment(
+    "early",
+    "Does a belief that makes more of the first visits train better?",
+    f"256 and 1024 questions, {BASE.partition(', ')[2]}, 128 a batch, 4 updates; `expected_noise` against the default",
+    {
+        f"{name}, {visits} visits": Training(setting, arm)
+        for visits, setting in ((8, _LARGE), (32, MATHS))
+        for name, arm in {"tracked": TRACKED, "expected noise": _EXPECTED}.items()
+    },
+    (
+        Claim(
+            "With 8 visits expected noise beats the default.",
+            "project",
+            difference("expected noise, 8 visits", "tracked, 8 visits"),
+            low=0.0,
+        ),
+        Claim(
+            "With 32 visits expected noise and the default are alike.",
+            "project",
+            difference("expected noise, 32 visits", "tracked, 32 visits"),
+            low=-0.02,
+            high=0.02,
+        ),
+        *(
+            Claim(
+                f"With {visits} visits squared errors are 0.9 to 1.1 of what the belief with expected noise expected.",
+                "project",
+                value(f"expected noise, {visits} visits", "calibration"),
+                low=0.9,
+                high=1.1,
+            )
+            for visits in (8, 32)
+        ),
+    ),
+)
+
+POOLS = (BASELINE, STREAMED, CANDIDATES, OFFSETS, VISITS, EARLY, HARD, NOISE)

@@ -264,6 +264,56 @@ SHARES_OFFSETS = Experiment(
     quick_seeds=1,
     model="smollm2",
 )
+SHARES_EARLY = Experiment(
+    "shares_early",
+    "On SmolLM2-135M, does a belief that makes more of the first visits train better?",
+    f"192 questions, {POOL}; 1920 completions, 64 a batch, 2 updates; `expected_noise` against the default, rates as "
+    "`shares` chose them",
+    {
+        "GRPO, groups of 8": Training(SETTING, GRPO),
+        "batch mean, single": Training(SETTING, BATCH_MEAN),
+        "tracked, single": Training(replace(SETTING, watched=WATCHED), TRACKED),
+        "stream, single": Training(SETTING, STREAM),
+        "tracked, expected noise": Training(SETTING, replace(TRACKED, belief=SHARP)),
+        "stream, expected noise": Training(SETTING, replace(STREAM, belief=SHARP)),
+    },
+    (
+        Claim(
+            "On SmolLM2 tracked with expected noise needs over 1.5 times fewer completions than GRPO.",
+            "project",
+            saved("tracked, expected noise", "GRPO, groups of 8"),
+            low=1.5,
+            factor=True,
+        ),
+        Claim(
+            "On SmolLM2 the stream with expected noise needs over 1.5 times fewer completions than GRPO.",
+            "project",
+            saved("stream, expected noise", "GRPO, groups of 8"),
+            low=1.5,
+            factor=True,
+        ),
+        Claim(
+            "On SmolLM2 tracked with expected noise beats the batch mean of single completions.",
+            "project",
+            difference("tracked, expected noise", "batch mean, single"),
+            low=0.0,
+        ),
+        Claim(
+            "On SmolLM2 expected noise adds to tracked.",
+            "project",
+            difference("tracked, expected noise", "tracked, single"),
+            low=0.0,
+        ),
+        Claim(
+            "On SmolLM2 expected noise adds to the stream.",
+            "project",
+            difference("stream, expected noise", "stream, single"),
+            low=0.0,
+        ),
+    ),
+    quick_seeds=1,
+    model="smollm2",
+)
 SHARES_VISITS = Experiment(
     "shares_visits",
     "On SmolLM2-135M, what do twice the visits change?",
@@ -306,4 +356,4 @@ SHARES_VISITS = Experiment(
     model="smollm2",
 )
 
-SMOLLM2 = (SHARES, SHARES_OFFSETS, SHARES_NOISE, SHARES_VISITS, SHARES_LARGE)
+SMOLLM2 = (SHARES, SHARES_EARLY, SHARES_OFFSETS, SHARES_NOISE, SHARES_VISITS, SHARES_LARGE)
