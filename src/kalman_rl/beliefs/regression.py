@@ -59,9 +59,9 @@ class RegressionBelief(TableBelief):
         scale: divide advantages by the lagged pooled standard deviation.
         seed: of the projection.
         expected_noise: for 0/1 rewards, run the bank a second time with ``R = E[p (1 - p)] = m (1 - m) - P``, which
-            does not count the doubt about a prompt as noise as well. The two halves are weighed by how likely the
-            success rate that each predicted made the rewards. In a pool of hopeless and solved prompts the first
-            visits then tell more; where values lie close together, ``m (1 - m)`` wins.
+            does not count the doubt about a prompt as noise as well. The halves are weighed by how likely the success
+            rate that each predicted made the rewards. In a pool of hopeless and solved prompts the first visits then
+            tell more; where values lie close together, ``m (1 - m)`` wins.
 
     State: 176 bytes per prompt with the default bank (336 with ``expected_noise``), features are not stored: pass them
         with every call. An id called without features is not carried by the regression; a new one is expected at the
@@ -271,12 +271,10 @@ class RegressionBelief(TableBelief):
         """
         if self._rules == 1 or self._noise.binary is not True:
             return
-        means, weights = levels.moments(self._all_tau2())[0], self._weights()
-        gained = []
-        for half, share in zip(means.chunk(2, 1), weights.chunk(2)):
-            rate = self._offset + (half * share).sum((1, 2)) / share.sum()
-            gained.append(coin_log_likelihood(rate, groups).sum())
-        self._rule.learn(torch.stack(gained), step)
+        halves = levels.moments(self._all_tau2())[0].chunk(self._rules, 1)
+        parts = zip(halves, self._within_rules())
+        rates = [self._offset + (means * weights).sum((1, 2)) for means, weights in parts]
+        self._rule.learn(torch.stack([coin_log_likelihood(rate, groups).sum() for rate in rates]), step)
 
     def _set_unit(self, groups: Groups) -> bool:
         """Learn the unit from the first batch, and anew where later ones contradict it.
@@ -299,7 +297,6 @@ class RegressionBelief(TableBelief):
         """Forget all that depends on the unit; prompts keep their clocks."""
         self._noise.begin()
         self._evidence = Evidence(torch.zeros_like(self._evidence.log_likelihood))
-        self._rule = Evidence(torch.zeros_like(self._rule.log_likelihood))
         self._ridge = Ridge(self._ridge.forgetting)
         self._ridge.unit, self._ridge.spread = self._unit2, 0.1 * self._unit2
         self._first, self._spread = torch.zeros_like(self._first), torch.zeros_like(self._spread)
@@ -318,15 +315,15 @@ class RegressionBelief(TableBelief):
         return torch.cat((self._tau2.new_tensor([moment]), self._tau2 * self._unit2))
 
     def _weights(self) -> Tensor:
-        """(K, 1 + T) weights: the moment column alone for 0/1 rewards in groups, the grid alone otherwise."""
+        """(K, 1 + T) weights of all settings, summing to 1."""
+        return torch.cat([share * within for share, within in zip(self._rule.weights, self._within_rules())])
+
+    def _within_rules(self) -> list[Tensor]:
+        """Weights within each rule's part: of the grid, for 0/1 rewards in groups of the moment column."""
         evidence = self._evidence.log_likelihood.clone()
         by_moments = self._noise.binary is not False and bool(self._first[0])
-        unused = slice(1, None) if by_moments else slice(0, 1)
-        evidence[:, unused] = -math.inf
-        within = [
-            torch.softmax(half.flatten(), 0).reshape(half.shape) for half in evidence.chunk(self._rules)
-        ]
-        return torch.cat([share * half for share, half in zip(self._rule.weights, within)])
+        evidence[:, slice(1, None) if by_moments else slice(0, 1)] = -math.inf
+        return [torch.softmax(part.flatten(), 0).reshape(part.shape) for part in evidence.chunk(self._rules)]
 
     def _drift(self, levels: LocalLevels) -> Tensor:
         """(u, K) Q per step in squared reward units."""
