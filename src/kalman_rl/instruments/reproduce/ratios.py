@@ -158,7 +158,6 @@ STRESS = Experiment(
             for other in ("grpo", "gspo")
         ),
     ),
-    seeds=3,
 )
 
 KPO = Experiment(
@@ -199,7 +198,6 @@ KPO = Experiment(
             high=0.03,
         ),
     ),
-    seeds=3,
 )
 
 RATIOS = (STALE, MISMATCH, STRESS, KPO)

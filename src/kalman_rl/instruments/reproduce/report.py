@@ -27,7 +27,7 @@ and clips were chosen on seeds {tuning}. Accuracy is the exact probability of th
 run where nothing else is said. "Fewer completions" compares the budget with the completions at which an arm first has
 the other's final accuracy; a noisy curve has its own final accuracy before its end too, which flatters such a factor a
 little. All of it is a tiny model of 113k parameters that sorts digits, unless a model is named: directions and factors,
-no promises for large models.
+no promises for large models. SmolLM2 computes in bfloat16: the same seed run again soon samples another reply.
 
 | experiment | claim | from | accepted | result | verdict | seeds |
 |---|---|---|---|---|---|---|
