@@ -46,7 +46,7 @@ def _curves(axis: Any, arms: Mapping[str, Mapping[str, Any]]) -> None:
         colour = PALETTE[i % len(PALETTE)]
         axis.plot(arm["spent"], mean, styles[i // len(PALETTE)], color=colour, label=name, lw=1.8)
         bands = [t_interval(point) for point in points]
-        if all(bands) and len(arms) <= 6:
+        if all(bands) and len(arms) <= 7:
             low, high = zip(*(band for band in bands if band is not None))
             axis.fill_between(arm["spent"], low, high, color=colour, alpha=0.12, lw=0)
     axis.set_title("exact accuracy on the pool")
