@@ -77,7 +77,7 @@ class TrainConfig(Budget, Subject):
 
     reward_noise: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """Standard deviation of Gaussian noise added to training rewards, to study noisy scorers."""
-    reward_timeout: Annotated[float, Interval(gt=0, le=1e6)] = 60.0
+    reward_timeout: Annotated[float, Interval(ge=0.01, le=1e6)] = 60.0
     """Seconds that one call of your reward function may take; a completion whose call fails twice has no reward."""
     reward_memory: Annotated[float, Interval(ge=0, le=1e6)] = 4.0
     """GiB that your reward function may use with its processes; 0: no limit."""
