@@ -37,6 +37,14 @@ class RunError(KalmanRLError, OSError):
     """A run directory cannot be created, read or continued."""
 
 
+class PlaceError(RunError):
+    """A path that somebody gave is no run, or no place where one can begin."""
+
+
+class NoSpaceError(RunError):
+    """A disk is full, or what is to be written does not fit on it."""
+
+
 class AdapterError(KalmanRLError, ImportError):
     """A host library (TRL, verl, a model package) is missing or of an untested version."""
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -24,7 +25,17 @@ from kalman_rl.methods import METHODS
 
 # Users' scripts depend on these: removing or renaming one is a breaking change.
 TRAIN_FLAGS = {
-    *("--help", "--config", "--dry-run", "--method", "--method-options", "--model", "--task", "--data"),
+    *(
+        "--help",
+        "--config",
+        "--overwrite",
+        "--dry-run",
+        "--method",
+        "--method-options",
+        "--model",
+        "--task",
+        "--data",
+    ),
     *("--reward", "--run", "--seed", "--steps", "--prompts-per-generation", "--completions-per-prompt"),
     *("--updates-per-generation", "--iterations", "--gradient-accumulation", "--learning-rate"),
     *("--warmup-steps", "--schedule", "--weight-decay", "--max-grad-norm", "--temperature"),
@@ -286,9 +297,10 @@ def test_bad_rows_and_rewards_leave_no_run(
 
 def test_train_refuses_an_existing_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--run", "x", "--quiet"]) == 0
-    assert main(["train", "--run", "x", "--quiet"]) == 1
+    assert main(["train", "--run", "x", "--quiet"]) == 2
     assert capsys.readouterr().err == (
-        "kalman-rl: x: exists; choose another --run, or continue it with `kalman-rl resume x`\n"
+        "kalman-rl: x: exists; continue it with `kalman-rl resume x`, replace it with --overwrite, or choose another "
+        "--run\n"
     )
     assert len(calls) == 1
 
@@ -311,10 +323,10 @@ def test_resume_reports_a_damaged_config(calls: Calls, capsys: pytest.CaptureFix
     Path("x/config.toml").write_text("steps = 5\nstpes = 6\n")
     assert main(["resume", "x"]) == 2
     assert capsys.readouterr().err.startswith("kalman-rl: x/config.toml: key: got 'stpes'")
-    assert main(["resume", "nothing"]) == 1
+    assert main(["resume", "nothing"]) == 2
     assert capsys.readouterr().err == "kalman-rl: nothing: no such run directory\n"
     Path("nothing").mkdir()
-    assert main(["resume", "nothing"]) == 1
+    assert main(["resume", "nothing"]) == 2
     told = (
         "kalman-rl: nothing: got no manifest.json, expected a run; give the directory that training wrote\n"
     )
@@ -473,7 +485,10 @@ def test_verify_on_a_device_that_is_not_there(
         (["trian"], "verb: got 'trian', expected one of board, demo, doctor"),
         (["trian"], "did you mean 'train'?"),
         (["resume"], "RUN: got nothing, expected a path; see `kalman-rl resume --help`"),
-        (["resume", "x", "--allow-change", "dta"], "allow_change: got 'dta', expected one of data"),
+        (
+            ["resume", "x", "--allow-change", "dta"],
+            "allow_change: got 'dta', expected one of collapse, data, ",
+        ),
         (["replay", "x"], "--method: got nothing, expected text; see `kalman-rl replay --help`"),
         (["replay", "x", "--method", "kpo", "--top", "2.5"], "top: got '2.5', expected a whole number"),
         (
@@ -529,16 +544,58 @@ def test_failures_are_one_line(
             main(["train", "--run", "y", "--quiet"])
 
 
+@pytest.mark.parametrize("turned", [ImportError("partially initialized module"), None])
+def test_ctrl_c_while_loading_exits_130(
+    turned: Exception | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an import makes an error of its own of it; without Ctrl-C the same error is one."""
+
+    def load(arguments: list[str]) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            if turned is None:
+                raise
+        assert turned is not None
+        raise turned
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("kalman_rl.cli.main._main", load)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "interrupted\n" and signal.getsignal(signal.SIGINT) is before
+
+
 def test_exit_codes_of_the_process() -> None:
     for arguments, code, message in (
         (["train", "--steps", "0"], 2, "kalman-rl: steps: got 0, expected at least 1\n"),
-        (["resume", "nothing"], 1, "kalman-rl: nothing: no such run directory\n"),
+        (["resume", "nothing"], 2, "kalman-rl: nothing: no such run directory\n"),
         (["--version"], 0, ""),
     ):
         done = command(*arguments)
         assert (done.returncode, done.stderr) == (code, message)
     shown = command("resume", "nothing", KALMAN_RL_TRACEBACK="1")
-    assert shown.returncode == 1 and "Traceback" in shown.stderr and "RunError" in shown.stderr
+    assert shown.returncode == 1 and "Traceback" in shown.stderr and "PlaceError" in shown.stderr
+
+
+@pytest.mark.parametrize("words", ["resume {}", "report {}", "board {}", "replay {} --method kpo"])
+def test_a_path_that_is_no_run_exits_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("starlette")
+    Path("folder").mkdir()
+    Path("file").write_text("x")
+    for place in ("nothing", "folder", "file"):
+        assert main(words.format(place).split()) == 2
+        assert capsys.readouterr().err.startswith("kalman-rl: ")
+
+
+def test_a_place_where_no_run_can_begin_exits_2(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("folder").mkdir()
+    Path("folder/mine.txt").write_text("x")
+    Path("file").write_text("x")
+    for place in ("file", "file/deep", "folder", "/proc/run", "a/../.hidden"):
+        for more in ([], ["--overwrite"]):
+            assert main(["train", "--run", place, *more]) == 2
+    assert calls == [] and Path("folder/mine.txt").read_text() == "x"
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_quiet() -> None:

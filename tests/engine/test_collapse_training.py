@@ -22,6 +22,7 @@ from kalman_rl.engine.config import TrainConfig, build, to_toml, validate
 from kalman_rl.engine.runs.reading import read_manifest, read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import Task
+from kalman_rl.errors import ConfigError
 
 SMALL: dict[str, Any] = {
     "dtype": "float32",
@@ -93,12 +94,11 @@ def test_stop_saves_and_exits_3_and_the_run_goes_on(
     assert "alarm: step 5: the reward has fallen" in said and f"kalman-rl resume {path}" in said
     with Run.open(path) as run:
         assert run.latest_checkpoint().name == "checkpoint-6"  # the end of the generation batch
-        assert (
-            train_module.train(
-                dataclasses.replace(config, collapse="off"), run, resume=True, task=falling(config, 3)
-            )
-            == 0
-        )
+        off, task = dataclasses.replace(config, collapse="off"), falling(config, 3)
+        with pytest.raises(ConfigError, match="^collapse: got 'off' in .*, expected 'stop'"):
+            train_module.train(off, run, resume=True, task=task)
+    with Run.open(path) as run:
+        assert train_module.train(off, run, resume=True, allow_change=["collapse"], task=task) == 0
     assert [row["step"] for row in read_metrics(path) if row["kind"] == "train"] == list(range(1, 13))
     assert read_alarms(path) == alarms
 

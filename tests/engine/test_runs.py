@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalman_rl.engine.runs.checkpoints import SEAL, verify_checkpoint
-from kalman_rl.engine.runs.reading import read_manifest, read_metrics
+from kalman_rl.engine.runs.reading import is_written, read_manifest, read_metrics, read_run
 from kalman_rl.engine.runs.run import Run, name_problem
 from kalman_rl.engine.runs.traces import NULLABLE, TRACE_COLUMNS
 from kalman_rl.errors import RunError, ShapeError
@@ -67,7 +68,8 @@ def test_new_run_has_config_and_manifest(run: Run) -> None:
 def test_existing_run_is_kept(run: Run) -> None:
     run.finish("finished")
     with pytest.raises(
-        RunError, match=r"exists; choose another --run, or continue it with `kalman-rl resume"
+        RunError,
+        match=r"exists; continue it with `kalman-rl resume .*`, replace it with --overwrite, or choose another --run",
     ):
         Run.create(run.path, "", {})
 
@@ -118,7 +120,7 @@ def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
 @given(st.text(min_size=1, max_size=120))
 def test_names_that_pass_are_plain(name: str) -> None:
     if name_problem(Path("runs") / name) is None:
-        last = Path(name).name
+        last = (Path("runs") / name).name  # "." is runs itself
         assert (
             last.isascii() and last[0] != "." and len(last) <= 100 and "/" not in last and last.isprintable()
         )
@@ -159,6 +161,53 @@ def test_links_out_of_a_run_are_not_followed(run: Run, tmp_path: Path) -> None:
         Run.open(run.path)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_beginning_that_was_cut_short_needs_no_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """Killed after any call that changes the folder: `train` takes the name again, or `resume` goes on."""
+    path = tmp_path / "run"
+    changes = [(os, "replace"), (os, "unlink"), (os, "mkdir"), (os, "rmdir"), (shutil, "rmtree")]
+    for cut in range(1, 40):
+        shutil.rmtree(path, ignore_errors=True)
+        if overwrite:
+            with Run.create(path, "seed = 3\n", LABELS) as run:
+                checkpoint(run, 2)
+                run.log("train", 2)
+                run.finish("interrupted")
+        done: list[str] = []
+        with monkeypatch.context() as patch:
+            for module, name in changes:
+                patch.setattr(module, name, dying(getattr(module, name), done, cut))
+            try:
+                Run.create(path, "seed = 4\n", LABELS, overwrite=overwrite).close()
+                break
+            except KeyboardInterrupt:
+                pass
+        try:  # the same command again, without --overwrite
+            Run.create(path, "seed = 5\n", LABELS).close()
+        except RunError as refused:
+            assert "--overwrite" in str(refused)
+            try:
+                Run.open(path).close()
+            except RunError as error:
+                assert "--overwrite" in str(error)
+        Run.create(path, "seed = 5\n", LABELS, overwrite=True).close()
+        assert (path / "config.toml").read_text() == "seed = 5\n" and not Run.open(path).checkpoints()
+    assert len(done) == cut - 1 > 3, "every one of them was tried"
+
+
+def dying(call: Any, done: list[str], cut: int) -> Any:
+    def called(*args: Any, **options: Any) -> Any:
+        result = call(*args, **options)
+        done.append(call.__name__)
+        if len(done) == cut:
+            raise KeyboardInterrupt
+        return result
+
+    return called
+
+
 # One writer
 
 
@@ -168,6 +217,20 @@ def test_second_writer_in_this_process(run: Run) -> None:
             attempt()
     run.close()
     Run.open(run.path).close()
+
+
+def test_a_run_whose_process_is_gone_is_shown_as_killed(run: Run) -> None:
+    """The lock tells, which the system takes back from a process however it ends."""
+    assert read_run(run.path).status == "running" and is_written(run.path)
+    run.close()
+    assert read_manifest(run.path)["status"] == "running"
+    assert read_run(run.path).status == "killed" and not read_run(run.path).finished
+    (run.path / ".lock").unlink()  # a copy may come without it
+    assert read_run(run.path).status == "killed"
+    with Run.open(run.path) as again:
+        assert read_run(run.path).status == "running"
+        again.finish("interrupted")
+    assert read_run(run.path).status == "interrupted"
 
 
 def test_second_writer_in_another_process(run: Run) -> None:
@@ -296,11 +359,29 @@ def test_truncate_drops_later_and_broken_rows(run: Run, caplog: pytest.LogCaptur
         file.write(b'{"kind": "tr\xff')
     run.close()
     with Run.open(run.path) as again:
-        assert again.truncate_metrics(3) == 2
+        assert again.truncate(3) == 2
         assert "dropped 1 unreadable line" in caplog.text
         again.log("train", 4, new=1)
     assert [row["step"] for row in read_metrics(run.path)] == [1, 2, 3, 4]
     assert read_metrics(run.path)[-1]["new"] == 1
+
+
+def test_truncate_drops_what_is_written_again(run: Run) -> None:
+    for step in range(4):  # rows of beliefs name the step before theirs
+        run.append("beliefs.jsonl", {"step": step, "id": []})
+        run.append("alarms.jsonl", {"step": step})
+        run.write_traces(step, trace())
+    with (run.path / "beliefs.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    run.truncate(2)
+    kept = {
+        name: [json.loads(line)["step"] for line in (run.path / name).read_text().splitlines()]
+        for name in ("beliefs.jsonl", "alarms.jsonl")
+    }
+    assert kept == {"beliefs.jsonl": [0, 1], "alarms.jsonl": [0, 1, 2]}
+    assert [file.name for file in sorted((run.path / "traces").iterdir())] == [
+        f"step-{step:06d}.parquet" for step in range(3)
+    ]
 
 
 ROW = b'{"kind": "train", "step": 1}'

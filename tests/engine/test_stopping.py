@@ -21,6 +21,7 @@ from kalman_rl.engine import train as train_module
 from kalman_rl.engine.config import TrainConfig, build, load_toml, to_toml, validate
 from kalman_rl.engine.runs.reading import read_manifest, read_metrics
 from kalman_rl.engine.runs.run import Run
+from kalman_rl.errors import ConfigError
 
 SMALL: dict[str, Any] = {
     "dtype": "float32",
@@ -94,11 +95,11 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None
         time.sleep(0.05)
 
 
-def resumed(path: Path, **changes: Any) -> int:
+def resumed(path: Path, allow_change: tuple[str, ...] = (), **changes: Any) -> int:
     config = build(TrainConfig, load_toml(path / "config.toml"))
-    config = dataclasses.replace(config, run=path, quiet=True, **changes)
+    config = dataclasses.replace(config, run=path, **{"quiet": True} | changes)
     with Run.open(path) as run:
-        return train_module.train(config, run, resume=True)
+        return train_module.train(config, run, resume=True, allow_change=allow_change)
 
 
 def start(model_path: str, path: Path, **changes: Any) -> int:
@@ -201,13 +202,38 @@ def test_stopped_while_the_model_is_loaded(
     assert read_manifest(tmp_path / "run")["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("wanted", [2, 4])
-def test_steps_at_or_below_the_checkpoint(model_path: str, tmp_path: Path, wanted: int) -> None:
+@pytest.mark.parametrize("lost", [True, False])
+def test_ctrl_c_that_a_library_turned_into_something_else(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Lazy imports make an error of it, callbacks of C code lose it: no step is trained either way."""
+    load = train_module.load_model
+
+    def turned(*args: Any, **options: Any) -> Any:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as error:
+            if not lost:
+                raise RuntimeError("Failed to import transformers.models") from error
+        return load(*args, **options)
+
+    monkeypatch.setattr(train_module, "load_model", turned)
+    assert start(model_path, tmp_path / "run") == 130
+    assert read_manifest(tmp_path / "run")["status"] == "interrupted"
+    assert steps(tmp_path / "run", "train") == []
+
+
+def test_steps_at_or_below_the_checkpoint(model_path: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
     assert start(model_path, path, lora_rank=2) == 0
     before = model(path, "adapter_model")
     shutil.rmtree(path / "model")
-    assert resumed(path, steps=wanted) == 0
+    with pytest.raises(
+        ConfigError, match="^steps: got 2, expected at least 4, the step of the newest checkpoint"
+    ):
+        resumed(path, ("steps",), steps=2)
+    assert read_manifest(path)["status"] == "finished" and not (path / "model").exists()
+    assert resumed(path) == 0
     assert model(path, "adapter_model") == before
     assert steps(path, "train") == [1, 2, 3, 4] and steps(path, "eval") == [0, 4]
 

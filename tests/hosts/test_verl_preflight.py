@@ -69,6 +69,9 @@ WRONG = {
     "option": ([KPO, TARGET, f"+{P}.options.proces_noise=1"], "did you mean 'process_noise'"),
     "clip": ([KPO, "actor_rollout_ref.actor.clip_ratio=0.1"], "actor.clip_ratio: got 0.1"),
     "clip with a class": ([KPO, TARGET, "actor_rollout_ref.actor.clip_ratio=0.1"], "actor.clip_ratio: got 0.1"),
+    "top-p": ([KPO, "actor_rollout_ref.rollout.top_p=0.9"], r"rollout.top_p: got 0.9 .*biases every weight"),
+    "top-k": ([KPO, TARGET, "actor_rollout_ref.rollout.top_k=20"], r"rollout.top_k: got 20 .*allow_biased_sampling"),
+    "penalty": ([KPO, "actor_rollout_ref.rollout.repetition_penalty=1.1"], "rollout.repetition_penalty: got 1.1"),
     "estimator": (["algorithm.adv_estimator=kalman_rl/trakced"], "adv_estimator: .*did you mean 'kalman_rl/tracked'"),
     "estimator without prefix": (["algorithm.adv_estimator=tracked"], "expected 'kalman_rl/tracked'"),
     "estimator's option": ([ESTIMATOR, "+algorithm.kalman_rl.epsilom=1"], "did you mean 'epsilon'"),
@@ -99,6 +102,8 @@ def test_one_sentence_before_anything_starts(case: str) -> None:
         ["algorithm.adv_estimator=grpo", f"{P}.loss_mode=gspo"],
         [f"{P}.loss_mode=my_own_loss", "algorithm.adv_estimator=my_own_estimator"],  # verl asks its workers
         [KPO, "algorithm.adv_estimator=kalman_rl/kpo"],
+        [f"{P}.loss_mode=kalman_rl/reinforce", "actor_rollout_ref.rollout.top_p=0.9"],  # no ratio
+        [KPO, TARGET, f"+{P}.allow_biased_sampling=true", "actor_rollout_ref.rollout.top_p=0.9"],
         ["trainer.v1.trainer_mode=my_own_mode", TRACKED],  # a subclass of our trainer
     ],
 )

@@ -14,4 +14,7 @@ def start() -> int:
     except AdapterError as error:
         tell(error, error=True)
         return 1
+    except KeyboardInterrupt:
+        tell("interrupted", error=True)
+        return 130
     return main()

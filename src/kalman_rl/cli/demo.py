@@ -39,7 +39,7 @@ def demo(config: DemoConfig) -> int:
 
     start = time.monotonic()
     if config.overwrite and (config.run / "main" / "manifest.json").is_file():
-        for part in PARTS:
+        for part in PARTS[1:]:  # as long as main is there, they are those of a demo
             shutil.rmtree(config.run / part, ignore_errors=True)
     cache = config.run.parent / ".cache"
     _say(
@@ -49,14 +49,14 @@ def demo(config: DemoConfig) -> int:
         run=config.run / "main", seed=config.seed, quiet=config.quiet, steps=10, eval_every=5, eval_samples=2
     )
     validate(main)
-    if code := run_one(main, cache):
+    if code := run_one(main, cache, overwrite=config.overwrite):
         return code
     _say(
         config,
         f"2/4  {COMPLETIONS:,} completions on a pool of solved and hopeless prompts (tiny model, sort_spread): "
         "groups of 8, and single ones where the belief expects to learn",
     )
-    if code := _spend(spending(config), cache):
+    if code := _spend(spending(config), cache, overwrite=config.overwrite):
         return code
     _say(config, "3/4  five objectives under off-policy stress (tiny model, sort16, conditions A and C)")
     study = StressConfig(
@@ -110,23 +110,27 @@ def spending(config: DemoConfig, completions: int = COMPLETIONS) -> list[TrainCo
     return plans
 
 
-def run_one(config: TrainConfig, cache: Path, prefix: str = "") -> int:
+def run_one(config: TrainConfig, cache: Path, prefix: str = "", *, overwrite: bool = False) -> int:
     """One run; returns its exit code."""
     from kalman_rl.engine.runs.run import Run
     from kalman_rl.engine.train import train
 
     assert config.run is not None
-    with Run.create(config.run, to_toml(config), labels(config)) as run:
+    with Run.create(config.run, to_toml(config), labels(config), overwrite=overwrite) as run:
         return train(config, run, cache=cache, prefix=prefix)
 
 
-def _spend(plans: list[TrainConfig], cache: Path) -> int:
+def _spend(plans: list[TrainConfig], cache: Path, *, overwrite: bool) -> int:
     """The runs side by side, one thread each; returns the highest exit code."""
     from kalman_rl.cli.stress import warm_start
 
     warm_start(plans[0].task, cache, quiet=plans[0].quiet)
     with ProcessPoolExecutor(len(plans), mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(run_one, plan, cache, f"{plan.run.name:<7} ") for plan in plans if plan.run]
+        running = [
+            pool.submit(run_one, plan, cache, f"{plan.run.name:<7} ", overwrite=overwrite)
+            for plan in plans
+            if plan.run
+        ]
         try:
             return max(done.result() for done in running)
         except KeyboardInterrupt:

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from kalman_rl.cli.words import parse
+from kalman_rl.cli.interrupts import Interrupts
+from kalman_rl.cli.words import changed, parse
 from kalman_rl.engine.config import (
     DemoConfig,
     StressConfig,
@@ -32,8 +33,9 @@ from kalman_rl.engine.config import (
     validate,
 )
 from kalman_rl.engine.runs.run import name_part
+from kalman_rl.engine.settings import Changeable
 from kalman_rl.engine.strict import Number, Text, read
-from kalman_rl.errors import ConfigError, KalmanRLError, one_line
+from kalman_rl.errors import ConfigError, KalmanRLError, PlaceError, one_line
 from kalman_rl.terminal import tell
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
@@ -51,6 +53,8 @@ class Train:
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """TOML file with settings, under the names of the flags with _ for -; may be given several times."""
+    overwrite: Switch = False
+    """Replace the run that is in the directory."""
     dry_run: Switch = False
     """Print the resolved settings as TOML and stop."""
 
@@ -75,7 +79,7 @@ class Train:
             from kalman_rl.engine.train import chosen_task
 
             task = chosen_task(config)  # bad rows or rewards leave no run behind
-        with Run.create(config.run, to_toml(config), labels(config)) as run:
+        with Run.create(config.run, to_toml(config), labels(config), overwrite=self.overwrite) as run:
             return train(config, run, task=task)
 
 
@@ -87,22 +91,23 @@ class Resume:
     """Directory of the run."""
     quiet: Switch = False
     """Print errors only."""
-    allow_change: tuple[Literal["data"], ...] = ()
-    """What may differ from the run's beginning: data, the rows and their split."""
+    allow_change: tuple[Changeable, ...] = ()
+    """What may differ from the run's beginning: data (the rows and their split), model (its weights), or a setting of
+    config.toml: steps, threads, and what is watched, reported and kept. All other settings stay as they were."""
 
     def __call__(self) -> int:
         _check_one_process()
+        from kalman_rl.engine.resume import changed_settings
         from kalman_rl.engine.runs.run import Run
+        from kalman_rl.engine.train import train
 
         with Run.open(self.run) as run:
-            if run.manifest.get("status") == "finished":
-                tell(f"{self.run}: this run is finished; there is nothing to continue", error=True)
-                return 0
             config = build(TrainConfig, settings_of(self.run))
             config = dataclasses.replace(config, run=self.run, quiet=config.quiet or self.quiet)
+            if run.manifest.get("status") == "finished" and not changed_settings(run, config):
+                tell(f"{self.run}: this run is finished; there is nothing to continue", error=True)
+                return 0
             validate(config)
-            from kalman_rl.engine.train import train
-
             return train(config, run, resume=True, allow_change=self.allow_change)
 
 
@@ -296,15 +301,17 @@ VERBS: tuple[type, ...] = (Train, Resume, Stress, Reproduce, Demo, Report, Board
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage or settings), 3 (a fallen
+    """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage, settings, data or paths), 3 (a fallen
     reward stopped the run), 130 (Ctrl-C).
 
     Errors are one line on stderr; the environment variable KALMAN_RL_TRACEBACK=1 lets them through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debugging = os.environ.get("KALMAN_RL_TRACEBACK") == "1"
+    interrupts = Interrupts()
     try:
-        return _main(arguments)
+        with interrupts:
+            return _main(arguments)
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
@@ -314,6 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if interrupts.came:
+            tell("interrupted", error=True)
+            return 130
         if debugging:
             raise
         expected = isinstance(error, KalmanRLError)
@@ -321,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             str(error) if expected else f"{type(error).__name__}: {error} (KALMAN_RL_TRACEBACK=1 shows where)"
         )
         tell("kalman-rl: " + one_line(text), error=True)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError | PlaceError) else 1
 
 
 def _check_one_process() -> None:
@@ -359,7 +369,7 @@ def _main(arguments: list[str]) -> int:
     base = build(TrainConfig, *layers) if layers else TrainConfig()
     verb = _parse(arguments, base)
     if isinstance(verb, Train):
-        flags = _changed(base, verb.settings)
+        flags = changed(base, verb.settings)
         verb = dataclasses.replace(verb, settings=build(TrainConfig, *layers, flags))
     code: int = read(type(verb), vars(verb))()
     return code
@@ -380,16 +390,6 @@ def _config_files(arguments: list[str]) -> list[Path]:
     spaced = [(i, word) for i, (flag, word) in enumerate(follows) if flag == "--config"]
     joined = [(i, word.partition("=")[2]) for i, word in enumerate(arguments) if word.startswith("--config=")]
     return [Path(word) for _, word in sorted(spaced + joined)] if arguments[0] == "train" else []
-
-
-def _changed(base: TrainConfig, settings: TrainConfig) -> dict[str, Any]:
-    """The settings that flags gave. Options given equal to the ones in a file were given all the same."""
-    return {
-        spec.name: value
-        for spec in dataclasses.fields(base)
-        if (value := getattr(settings, spec.name)) != (old := getattr(base, spec.name))
-        or (isinstance(value, dict) and value is not old)
-    }
 
 
 if __name__ == "__main__":

@@ -80,6 +80,16 @@ def parse(words: Sequence[str], verbs: Mapping[str, type], defaults: Mapping[str
     return found
 
 
+def changed(base: Any, settings: Any) -> dict[str, Any]:
+    """The settings that flags gave. Options given equal to the ones in a file were given all the same."""
+    return {
+        spec.name: value
+        for spec in dataclasses.fields(base)
+        if (value := getattr(settings, spec.name)) != (old := getattr(base, spec.name))
+        or (isinstance(value, dict) and value is not old)
+    }
+
+
 def _known(verb: str, word: str, flags: Sequence[str]) -> None:
     flag = word.partition("=")[0].replace("_", "-")
     if flag in flags or flag.replace("--no-", "--", 1) in flags:

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,19 +84,6 @@ class Evaluate(TrainerCallback):
             self.evaluate(state.global_step)
 
 
-class SealCheckpoints(TrainerCallback):
-    """Mark a checkpoint as complete, with checksums, once everything in it is written."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self.run.seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the current generation batch, save, stop. A second one stops at once.
 
@@ -107,12 +93,14 @@ class StopOnSignal(TrainerCallback):
 
     Attributes:
         requested: whether a signal came.
+        at_once: whether KeyboardInterrupt was raised for one, which a library may turn into an error of its own.
         step: optimizer steps done.
         ended: set when only the end is left to write down; signals are ignored from then on.
     """
 
     def __init__(self, cycle: int) -> None:
         self.cycle, self.requested, self.ended, self.step = cycle, False, False, 0
+        self.at_once = False
         self._training = False
         self._previous: dict[int, Any] = {}
 
@@ -132,7 +120,7 @@ class StopOnSignal(TrainerCallback):
         if self.ended:
             return
         if self.requested or not self._training:
-            self.requested = True
+            self.requested = self.at_once = True
             raise KeyboardInterrupt
         self.requested = True
         tell("\nstopping after this generation batch; once more to stop at once", error=True)
@@ -140,6 +128,8 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.at_once:  # and a library went on as if nothing had come
+            raise KeyboardInterrupt
         self._training, self.step = True, state.global_step
 
     def on_step_end(

@@ -11,6 +11,8 @@ from kalman_rl.engine.evaluation import prompt_tokens
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import Row, Task
 from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.objectives.loss import Method
+from kalman_rl.objectives.ratio.transforms import KalmanFiltered
 
 Say = Callable[[str], None]
 NAMED = 3  # rows or layers that a sentence names
@@ -18,8 +20,8 @@ NAMED = 3  # rows or layers that a sentence names
 
 def check_same_data(
     run: Run, task: Task, source: str, *, resume: bool, allow_change: Collection[str] = ()
-) -> None:
-    """Notes the digest of all rows in the manifest; a resumed run must find the same.
+) -> str:
+    """The digest of all rows; a resumed run must find the one in its manifest.
 
     Raises: RunError when rows or their split changed and ``allow_change`` does not name data.
     """
@@ -30,7 +32,7 @@ def check_same_data(
             f"data: got other rows in {source} than the run began with, expected the same, as prompts it trained on "
             "may now be held out; restore them, or resume with --allow-change data"
         )
-    run.update_manifest(data_sha256=digest)
+    return digest
 
 
 def fit_prompts(task: Task, tokenizer: Any, model: Any, most: int | None, max_tokens: int, say: Say) -> Task:
@@ -100,3 +102,17 @@ def check_lora_targets(model: Any, targets: Sequence[str], say: Say) -> None:
         f"lora_rank: got a model without any of {', '.join(targets)}, expected at least one to adapt; it has {found}; "
         "set lora_rank = 0 to train every weight"
     )
+
+
+def warn_short(method: Method, max_tokens: int, say: Say) -> None:
+    """Warn when a zero-start filter cannot leave ratio 1 within the completions."""
+    ratio = method.ratio
+    if isinstance(ratio, KalmanFiltered) and ratio.initial_variance == 0:
+        constants = ratio.time_constants(max_tokens)
+        if constants < 0.5:
+            say(
+                f"note: {method.name} with a zero start and Q/R = "
+                f"{ratio.process_noise / ratio.observation_noise:g} has {constants:.2g} filter time "
+                f"constants in {max_tokens} tokens (< 0.5): the ratio stays at 1 and the clip never "
+                "acts. kpo_diffuse, or a larger process_noise, avoids this"
+            )

@@ -23,6 +23,27 @@ REPORTERS = (
 )
 
 
+Changeable = Literal[
+    "data",
+    "model",
+    "steps",
+    "eval_every",
+    "eval_prompts",
+    "eval_samples",
+    "pool_prompts",
+    "save_every",
+    "traces_per_step",
+    "report_to",
+    "collapse",
+    "threads",
+    "log_every",
+    "reward_timeout",
+    "reward_memory",
+]
+"""What may change when a run is resumed, if it is named: what is watched and kept, how long it goes on, and rows and
+weights for those who know why. All else decides what has been trained."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is trained on what: the first settings of :class:`TrainConfig`."""

@@ -30,7 +30,6 @@ from kalman_rl.engine.callbacks import (
     Evaluate,
     NoSignal,
     Progress,
-    SealCheckpoints,
     StopOnSignal,
     TraceTokens,
     WriteBeliefs,
@@ -38,13 +37,22 @@ from kalman_rl.engine.callbacks import (
 )
 from kalman_rl.engine.collapse.callback import CollapseAlarm
 from kalman_rl.engine.config import TrainConfig
-from kalman_rl.engine.early import check_lora_targets, check_same_data, fit_prompts
+from kalman_rl.engine.early import check_lora_targets, check_same_data, fit_prompts, warn_short
 from kalman_rl.engine.evaluation import evaluate
 from kalman_rl.engine.method import chosen_method
 from kalman_rl.engine.models.load import LoadedModel, load_model
 from kalman_rl.engine.prior import measure_prior, prior_rows
+from kalman_rl.engine.resume import (
+    check_same_settings,
+    check_same_weights,
+    checkpoint_of,
+    note_machine,
+    plain_settings,
+)
+from kalman_rl.engine.runs.checkpoints import step_of
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
+from kalman_rl.engine.saving import RunTrainer, check_room
 from kalman_rl.engine.stale import StaleTrainer
 from kalman_rl.engine.tasks import (
     Task,
@@ -56,13 +64,12 @@ from kalman_rl.engine.tasks import (
     trainer_rows,
     with_noise,
 )
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, NoSpaceError
 from kalman_rl.hosts.rewards import RewardRecord, SupervisedReward
-from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, make_sinks
+from kalman_rl.hosts.trl import KalmanGRPOConfig, make_sinks
 from kalman_rl.hosts.trl.prompts import note_sources
 from kalman_rl.kernels.memory import keep_freed_memory
 from kalman_rl.objectives.loss import Method
-from kalman_rl.objectives.ratio.transforms import KalmanFiltered
 from kalman_rl.sampling.budget import Budget
 
 LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -83,7 +90,8 @@ def train(
     With ``resume`` it goes on from the newest checkpoint, or from the start where none was completed. At ``steps`` or
     beyond nothing is trained; the model is saved and evaluated.
 
-    The rows must be those that the run began with, unless ``allow_change`` names "data".
+    Settings, rows and weights must be those that the run began with, except for what ``allow_change`` names, see
+    :mod:`kalman_rl.engine.resume`.
 
     Converted and warm-started weights are kept in ``cache``, by default ``.cache`` beside the run. ``task`` is what
     :func:`chosen_task` gives, where it was called before.
@@ -93,7 +101,7 @@ def train(
     start = time.monotonic()
     progress = Progress(config.steps, quiet=config.quiet, prefix=prefix)
     stop = StopOnSignal(config.updates_per_generation * config.iterations)
-    code = 1
+    code, status = 1, "failed"
     with stop:
         try:
             with _quiet_third_parties():
@@ -107,11 +115,25 @@ def train(
                     cache=cache,
                     task=task,
                 )
+            status = "finished" if code == 0 else "interrupted"
         except KeyboardInterrupt:
-            code = 130
+            code, status = 130, "interrupted"
+        except NoSpaceError as error:
+            status = "stopped: disk"
+            raise NoSpaceError(
+                f"stopped: disk, at step {stop.step}: {error}; once there is room: kalman-rl resume {run.path}"
+            ) from error
+        except Exception:
+            if not stop.at_once:
+                raise
+            code, status = 130, "interrupted"
         finally:
             stop.ended = True
-            run.finish({0: "finished", 1: "failed"}.get(code, "interrupted"), time.monotonic() - start)
+            if run.manifest.get("status") == "running":
+                with contextlib.suppress(*([NoSpaceError] if status == "stopped: disk" else [])):
+                    run.finish(status, time.monotonic() - start)
+            else:  # refused before it went on: as it was
+                run.close()
     if code:
         progress.say(f"stopped at step {stop.step}; continue with: kalman-rl resume {run.path}")
     else:
@@ -132,11 +154,10 @@ def _train(
 ) -> int:
     """What :func:`train` guards: everything from the weights to the last evaluation. Returns the exit code."""
     say = progress.say
-    checkpoint = (
-        run.latest_checkpoint() if resume and run.checkpoints() else None
-    )  # before a model is loaded in vain
-    stop.step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    run.update_manifest(status="running")
+    if resume:  # before a model is loaded in vain
+        check_same_settings(run, config, allow_change)
+    checkpoint = checkpoint_of(run, config) if resume else None
+    stop.step = 0 if checkpoint is None else step_of(checkpoint)
     _no_telemetry()
     keep_freed_memory()
     if config.threads:
@@ -145,11 +166,18 @@ def _train(
     transformers.logging.disable_progress_bar()
     task = task or chosen_task(config)
     source = f"task {config.task!r}" if config.data is None else str(config.data)
-    check_same_data(run, task, source, resume=resume, allow_change=allow_change)
+    data = check_same_data(run, task, source, resume=resume, allow_change=allow_change)
+    machine = {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
     cache = cache or run.path.parent / ".cache"
     loaded = load_model(config.model, cache=cache, dtype=config.dtype, task=task, seed=0, progress=say)
     for note in loaded.notes:
         say(note)
+    weights = check_same_weights(run, loaded.model, config.model, resume=resume, allow_change=allow_change)
+    machine["dtype"] = str(loaded.dtype).removeprefix("torch.")
+    note_machine(run, machine, stop.step if resume else None, say)
+    run.update_manifest(
+        status="running", settings=plain_settings(config), data_sha256=data, model_sha256=weights
+    )
     method = chosen_method(
         config.method, config.method_options, config.advantage, config.belief, config.belief_options
     )
@@ -158,14 +186,8 @@ def _train(
     _check_rows(task, config)
     if config.lora_rank:
         check_lora_targets(loaded.model, LORA_TARGETS, say)
-    _warn_short(method, max_tokens, say)
-    run.update_manifest(
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        threads=torch.get_num_threads(),
-        train_rows=len(task.train),
-        test_rows=len(task.test),
-    )
+    warn_short(method, max_tokens, say)
+    run.update_manifest(train_rows=len(task.train), test_rows=len(task.test))
 
     trainer = build_trainer(config, method, task, loaded, run, max_tokens)
     if isinstance(task.reward, SupervisedReward):
@@ -175,6 +197,7 @@ def _train(
     if trainer.tracking is not None:
         trainer.tracking.observers.append(WriteBeliefs(run))
 
+    check_room(trainer, config.save_every > 0)
     held_out_reward = guard_reward(task.reward)
 
     def measure(step: int) -> None:
@@ -203,7 +226,6 @@ def _train(
         WriteMetrics(run, progress),
         NoSignal(say),
         Evaluate(measure, config.eval_every),
-        SealCheckpoints(run),
         stop,
     ):
         trainer.add_callback(callback)
@@ -212,7 +234,7 @@ def _train(
         trainer.add_callback(callback)
 
     if resume:
-        run.truncate_metrics(stop.step)
+        run.truncate(stop.step)
         say(f"continuing from step {stop.step}" + ("" if checkpoint else ", as no checkpoint was completed"))
     evaluated = {row["step"] for row in read_metrics(run.path) if row["kind"] == "eval"}
     if checkpoint is None and 0 not in evaluated:
@@ -238,8 +260,7 @@ def _train(
     else:  # trained already: what is left is to save and to evaluate
         trainer.state.global_step = stop.step
         trainer._load_from_checkpoint(str(checkpoint))
-    trainer.save_model(str(run.path / "model"))
-    loaded.tokenizer.save_pretrained(str(run.path / "model"))
+    trainer.save_trained(loaded.tokenizer)
     try:
         if stop.requested:
             raise KeyboardInterrupt
@@ -251,17 +272,15 @@ def _train(
     return 0
 
 
-def _keep_last_step(trainer: KalmanGRPOTrainer, run: Run) -> None:
+def _keep_last_step(trainer: RunTrainer, run: Run) -> None:
     """Save a checkpoint of the step that was reached, unless there is one: the evaluation goes on from it."""
-    folder = run.path / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
-    if folder not in run.checkpoints():
+    if run.path / "checkpoints" / f"checkpoint-{trainer.state.global_step}" not in run.checkpoints():
         trainer._save_checkpoint(trainer.model, trial=None)
-        run.seal_checkpoint(folder)
 
 
 def build_trainer(
     config: TrainConfig, method: Method, task: Task, loaded: LoadedModel, run: Run, max_tokens: int
-) -> KalmanGRPOTrainer:
+) -> RunTrainer:
     """The TRL trainer for a configuration: our words to TRL's, nothing else."""
     micro_batches = config.updates_per_generation * config.gradient_accumulation
     rollouts = config.prompts * config.group_size
@@ -305,7 +324,7 @@ def build_trainer(
         gradient_checkpointing=False,
         save_strategy="steps" if config.save_every else "no",
         save_steps=max(save_every, 1),
-        save_total_limit=3,
+        save_total_limit=None,  # older ones go by step, once the new one is sealed
         logging_steps=config.log_every,
         report_to="none",  # trackers come as guarded callbacks
         disable_tqdm=True,
@@ -323,10 +342,11 @@ def build_trainer(
         )
     plain = trainer_rows(task.train, *filter(None, [config.source_column]))
     dataset = [row | more for row, more in zip(plain, prior_rows(task.train, config.prior_column))]
-    kind: Any = KalmanGRPOTrainer
+    kind: Any = RunTrainer
     if config.sampler_lag or config.sampler_bits:
         kind = functools.partial(StaleTrainer, lag=config.sampler_lag, bits=config.sampler_bits)
-    trainer: KalmanGRPOTrainer = kind(
+    trainer: RunTrainer = kind(
+        run=run,
         model=loaded.model,
         reward_funcs=with_noise(by_row(guard_reward(task.reward), task.train), config.reward_noise),
         args=args,
@@ -366,20 +386,6 @@ def _check_rows(task: Task, config: TrainConfig) -> None:
     prior_rows(task.train, config.prior_column)
     if config.source_column is not None:
         note_sources(Sources("source_column"), config.source_column, task.train)
-
-
-def _warn_short(method: Method, max_tokens: int, say: Any) -> None:
-    """Warn when a zero-start filter cannot leave ratio 1 within the completions."""
-    ratio = method.ratio
-    if isinstance(ratio, KalmanFiltered) and ratio.initial_variance == 0:
-        constants = ratio.time_constants(max_tokens)
-        if constants < 0.5:
-            say(
-                f"note: {method.name} with a zero start and Q/R = "
-                f"{ratio.process_noise / ratio.observation_noise:g} has {constants:.2g} filter time "
-                f"constants in {max_tokens} tokens (< 0.5): the ratio stays at 1 and the clip never "
-                "acts. kpo_diffuse, or a larger process_noise, avoids this"
-            )
 
 
 def _no_telemetry() -> None:

@@ -23,9 +23,12 @@ from kalman_rl.engine.models.tiny import (
     warm_start_steps,
     warm_started,
 )
+from kalman_rl.engine.runs.checkpoints import SEAL, digests
 from kalman_rl.engine.runs.files import replacing
+from kalman_rl.engine.runs.received import read_json
 from kalman_rl.engine.tasks.task import Task
 from kalman_rl.errors import AdapterError, ConfigError, RunError, one_line, unknown_name
+from kalman_rl.hosts.sampling import drop_own_sampling
 from kalman_rl.hosts.trl.dropout import switch_off_dropout
 
 Progress = Callable[[str], None]
@@ -109,6 +112,9 @@ def load_model(
         notes.append(
             f"dropout up to {max(dropped.values()):g} is switched off: its noise would enter every log-ratio"
         )
+    if own := drop_own_sampling(model):
+        listed = ", ".join(f"{name} = {value}" for name, value in own.items())
+        notes.append(f"the model's own sampling settings are not used ({listed}): they bias every ratio")
     return LoadedModel(model.eval(), tokenizer, path, chosen, stop_token_ids, notes)
 
 
@@ -165,6 +171,7 @@ def _smollm2(cache: Path, task: Task | None, seed: int, progress: Progress) -> P
     if _complete(target):
         return target
     folder, file, version = _find_gguf()
+    _say_damaged(target, progress)
     progress(f"converting {file} of {SMOLLM2_PACKAGE} {version} to safetensors, once (about half a minute)")
     started = time.monotonic()
 
@@ -219,6 +226,7 @@ def _tiny(cache: Path, task: Task | None, seed: int, progress: Progress) -> Path
     target = cache / f"tiny-{task.name}-{seed}-{cache_key(task)}"
     if _complete(target):
         return target
+    _say_damaged(target, progress)
     progress(f"warm-starting the tiny model on {task.name}, once ({warm_start_steps(task)} supervised steps)")
     started = time.monotonic()
 
@@ -334,19 +342,29 @@ def stop_tokens(tokenizer: Any, stop: str) -> list[int]:
 
 
 def _complete(directory: Path) -> bool:
-    return all(
-        (directory / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")
-    )
+    """Whether a cached model is what was written: one flipped bit would change all that follows, silently."""
+    try:
+        files = read_json(directory, SEAL).get("files")
+        return isinstance(files, dict) and bool(files) and digests(directory) == files
+    except RunError:
+        return False
+
+
+def _say_damaged(directory: Path, progress: Progress) -> None:
+    if directory.exists():
+        progress(f"{directory}: changed since it was written there; it is made again")
 
 
 def _publish(build: Callable[[Path], None], target: Path) -> None:
-    """Builds a directory, whole or not at all; one that another process published meanwhile is as good as ours."""
+    """Builds a directory with its digests, whole or not at all, in the place of one that is damaged; one that another
+    process published meanwhile is as good as ours."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
             temporary.mkdir()
             with _quiet_transformers():
                 build(temporary)
+            (temporary / SEAL).write_text(json.dumps({"files": digests(temporary)}, indent=1))
             if not _complete(target) and target.exists():
                 shutil.rmtree(target)
     except OSError as error:

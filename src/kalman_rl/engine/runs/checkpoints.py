@@ -19,6 +19,15 @@ SEAL = "complete.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint.
+
+    >>> step_of(Path("checkpoint-20"))
+    20
+    """
+    return int(folder.name.rpartition("-")[2])
+
+
 def seal_checkpoint(folder: Path) -> None:
     """Sync every file of a checkpoint to disk, then write ``complete.json`` with their sizes and SHA-256.
 
@@ -62,6 +71,19 @@ def _checkpoint_content(folder: Path, *, flush: bool = False) -> bytes:
     match = CHECKPOINT.fullmatch(folder.name)
     if not match:
         raise RunError(f"{folder}: got the name {folder.name!r}, expected checkpoint-N")
+    files = digests(folder, flush=flush)
+    if "trainer_state.json" not in files:
+        raise RunError(f"{folder}: got no trainer_state.json, expected a complete checkpoint")
+    content = {"format": FORMAT, "step": int(match[1]), "files": files}
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def digests(folder: Path, *, flush: bool = False) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a folder but its seal, by name.
+
+    Args: flush: sync each file to disk.
+    Raises: RunError for something that is neither file nor directory.
+    """
     files: dict[str, dict[str, Any]] = {}
     with explained(folder, "read"):
         for path in sorted(folder.rglob("*")):
@@ -76,10 +98,7 @@ def _checkpoint_content(folder: Path, *, flush: bool = False) -> bytes:
                     if flush:
                         os.fsync(file.fileno())
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise RunError(f"{path}: got a link or device in a checkpoint, expected files only")
+                raise RunError(f"{path}: got a link or device in {folder.name}, expected files only")
             elif flush and stat.S_ISDIR(mode):
                 sync(path)
-    if "trainer_state.json" not in files:
-        raise RunError(f"{folder}: got no trainer_state.json, expected a complete checkpoint")
-    content = {"format": FORMAT, "step": int(match[1]), "files": files}
-    return (json.dumps(content, indent=1) + "\n").encode()
+    return files

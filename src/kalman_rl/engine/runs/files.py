@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -12,15 +13,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.errors import KalmanRLError, RunError
+from kalman_rl.errors import KalmanRLError, NoSpaceError, RunError
 
 FORMAT = 1
 """Version of the layout, in ``manifest.json`` and ``complete.json``."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The system's numbers for a disk without room, or a user without any left."""
+
 
 @contextlib.contextmanager
-def explained(path: Path, action: str, needed: int | None = None) -> Iterator[None]:
-    """Turn the operating system's errors into a RunError with path, reason and, for a write, free space."""
+def explained(
+    path: Path, action: str, needed: int | None = None, kind: type[RunError] = RunError
+) -> Iterator[None]:
+    """Turn the operating system's errors into a RunError with path, reason and, for a write, free space.
+
+    A full disk is a NoSpaceError, everything else of ``kind``.
+    """
     try:
         yield
     except KalmanRLError:
@@ -30,7 +39,9 @@ def explained(path: Path, action: str, needed: int | None = None) -> Iterator[No
         if needed is not None:
             with contextlib.suppress(OSError):
                 reason += f"; needed {needed:,} bytes, free {shutil.disk_usage(path.parent).free:,}"
-        raise RunError(f"{path}: cannot {action}: {reason}") from error
+        if getattr(error, "errno", None) in FULL:
+            kind = NoSpaceError
+        raise kind(f"{path}: cannot {action}: {reason}") from error
 
 
 @contextlib.contextmanager

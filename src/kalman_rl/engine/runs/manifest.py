@@ -27,7 +27,7 @@ def new_manifest(labels: Mapping[str, Any]) -> dict[str, Any]:
         "status": "running",
         "seed": labels.get("seed"),
         "labels": dict(labels),
-        "versions": _versions(),
+        "versions": versions(),
         "dtype": None,
         "device": None,
         "threads": None,
@@ -39,7 +39,8 @@ def new_manifest(labels: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that training rests on."""
     found = {"python": platform.python_version()}
     for package in ("kalman-rl", "torch", "transformers", "trl", "peft"):
         with contextlib.suppress(PackageNotFoundError):

@@ -6,6 +6,8 @@ report is most wanted when something went wrong: ``RunRecord.notes`` lists what 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import math
 import os
@@ -18,17 +20,21 @@ from typing import Any
 from kalman_rl.engine.runs.files import FORMAT, explained
 from kalman_rl.engine.runs.received import (
     MANIFEST,
+    MAX_JSON,
     MAX_TOML,
+    opened,
     parse_json,
     read_bytes,
     read_json,
     read_lines,
     run_folders,
 )
-from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.errors import ConfigError, PlaceError, RunError
 
 Row = dict[str, float]
-UNFINISHED = frozenset({"running", "interrupted", "failed"})
+UNFINISHED = frozenset({"running", "interrupted", "failed", "stopped: disk", "killed"})
+LOCK = ".lock"
+"""Held by the process that writes a run."""
 LARGEST = 1e100
 """Beyond it a number is as good as infinite, and differences of such numbers would be."""
 LARGEST_STEP = 2**52
@@ -86,12 +92,12 @@ def _visible(char: str) -> str:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The run's ``manifest.json``. Raises: RunError if there is none, or it is of a newer format."""
     path = Path(path)
-    with explained(path, "read"):
+    with explained(path, "read", kind=PlaceError):
         there = path.is_dir()
     if not there:
-        raise RunError(f"{path}: no such run directory")
+        raise PlaceError(f"{path}: no such run directory")
     if not os.path.lexists(path / MANIFEST):
-        raise RunError(
+        raise PlaceError(
             f"{path}: got no manifest.json, expected a run; give the directory that training wrote"
         )
     manifest = read_json(path, MANIFEST)
@@ -146,14 +152,14 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
         raise ConfigError("runs: got no run directory, expected at least one")
     found: dict[Path, RunRecord] = {}
     for path in map(Path, paths):
-        with explained(path, "read"):
+        with explained(path, "read", kind=PlaceError):
             there, is_folder = path.exists(), path.is_dir()
         if not is_folder:
             what = "a file" if there else "nothing there"
-            raise RunError(f"run directory: got {what}, expected a directory; {path}; check the path")
+            raise PlaceError(f"run directory: got {what}, expected a directory; {path}; check the path")
         folders = list(run_folders(path))
         if not folders:
-            raise RunError(
+            raise PlaceError(
                 f"run directory: got no manifest.json in {path} or below, expected a run; "
                 "give the directory that training wrote"
             )
@@ -179,7 +185,7 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         path=path,
         name=clean(name or path.name, 120),
         labels=labels,
-        status=clean(manifest.get("status", "unknown"), 20),
+        status=_status(path, manifest),
         seconds=number(manifest.get("seconds")),
         facts=facts,
         versions=_scalars(manifest.get("versions")),
@@ -188,6 +194,22 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         evals=evals,
         notes=notes,
     )
+
+
+def _status(path: Path, manifest: dict[str, Any]) -> str:
+    """As the manifest says; a process that was killed could not write down that the run no longer goes on."""
+    status = clean(manifest.get("status", "unknown"), 20)
+    return "killed" if status == "running" and not is_written(path) else status
+
+
+def is_written(path: Path) -> bool:
+    """Whether a process holds the lock of a run. Asked with a shared lock, given back at once."""
+    with contextlib.suppress(RunError), opened(path, LOCK, MAX_JSON) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def number(value: object) -> float | None:

@@ -14,20 +14,20 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.engine.runs.checkpoints import CHECKPOINT, SEAL, seal_checkpoint, verify_checkpoint
+from kalman_rl.engine.runs.checkpoints import CHECKPOINT, SEAL, seal_checkpoint, step_of, verify_checkpoint
 from kalman_rl.engine.runs.files import append_row, explained, replacing, write_all, write_file
+from kalman_rl.engine.runs.journals import drop_after
 from kalman_rl.engine.runs.manifest import new_manifest, redacted, redacted_toml
-from kalman_rl.engine.runs.reading import metrics_rows, read_manifest, read_metrics
+from kalman_rl.engine.runs.reading import LOCK, metrics_rows, read_manifest, read_metrics
 from kalman_rl.engine.runs.traces import trace_table
-from kalman_rl.errors import RunError
+from kalman_rl.errors import PlaceError, RunError
 
-STATUSES = ("running", "finished", "interrupted", "failed")
+STATUSES = ("running", "finished", "interrupted", "failed", "stopped: disk")
 
-_LOCK = ".lock"
 logger = logging.getLogger("kalman_rl")
 
 
@@ -46,6 +46,7 @@ class Run:
         self._before = 0.0  # seconds on the run's clock when this process took over
         self._start = time.monotonic()
         self._metrics: int | None = None
+        self._verified: set[Path] = set()  # checkpoints sealed by this process
 
     @classmethod
     def create(
@@ -57,30 +58,31 @@ class Run:
             path: its last part has 1 to 100 of A-Z a-z 0-9 . _ - and does not start with a dot.
             config_toml: the resolved configuration, kept as ``config.toml``.
             labels: what the report groups by, e.g. method, seed; the seed also becomes a separate entry.
-            overwrite: replace a run that is there; a directory that is no run is never replaced.
+            overwrite: replace a run that is there; a directory that is no run is never replaced, one whose beginning
+                was cut short always is.
 
         Raises: RunError if it exists, cannot be written, or another process writes it.
         """
         path = Path(path)
         if problem := name_problem(path):
-            raise RunError(f"run: {problem}")
+            raise PlaceError(f"run: {problem}")
         _refuse_existing(path, overwrite)
-        with explained(path, "create"):
+        with explained(path, "create", kind=PlaceError):
             path.mkdir(parents=True, exist_ok=True)
         lock = _acquire(path)
         try:
             _refuse_existing(path, overwrite)  # again: another process may have been quicker
             with explained(path, "create"):
-                for old in _contents(path):
-                    if (
-                        old.name != "manifest.json"
-                    ):  # replaced last, so that it stays a run that may be replaced
+                # What is there is a run from the manifest on, and one to continue from config.toml on.
+                (path / "config.toml").unlink(missing_ok=True)
+                for old in path.iterdir():
+                    if old.name not in (LOCK, "manifest.json"):
                         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
                 run = cls(path, new_manifest(labels), lock)
                 run.update_manifest()
-                write_file(path / "config.toml", redacted_toml(config_toml).encode())
                 (path / "checkpoints").mkdir()
                 run._open_metrics()
+                write_file(path / "config.toml", redacted_toml(config_toml).encode())
         except BaseException:
             lock.release()
             raise
@@ -94,6 +96,11 @@ class Run:
         """
         path = Path(path)
         read_manifest(path)
+        if not os.path.lexists(path / "config.toml"):
+            raise RunError(
+                f"{path}: got no config.toml, expected the settings of the run, whose beginning was cut short; begin "
+                f"it again with `kalman-rl train --run {path} --overwrite`"
+            )
         lock = _acquire(path)
         try:
             run = cls(path, read_manifest(path), lock)
@@ -172,7 +179,7 @@ class Run:
         self.manifest = manifest
 
     def finish(self, status: str, seconds: float | None = None) -> None:
-        """Record how the run ended ("finished", "interrupted" or "failed") and close it.
+        """Record how the run ended ("finished", "interrupted", "failed" or "stopped: disk") and close it.
 
         Args:
             status: how it ended.
@@ -208,37 +215,64 @@ class Run:
     def seal_checkpoint(self, folder: Path) -> None:
         """Mark ``checkpoints/checkpoint-N`` as complete; see :func:`seal_checkpoint`."""
         seal_checkpoint(folder)
+        self._verified.add(Path(folder))
+
+    def retain(self, keep: int, newest: Path) -> None:
+        """Delete checkpoints up to ``newest``, which was just sealed, but the last ``keep`` by step and the newest one
+        that verifies. What a save that was cut short left behind goes too.
+
+        By step, because clocks are set back and folders are copied; later ones are of a run that went further.
+        """
+        old = [each for each in self._folders() if step_of(each) <= step_of(newest)]
+        kept = [each for each in old if (each / SEAL).is_file()][-keep:]
+        if (good := self._newest_intact(old)) is not None:
+            kept.append(good)
+        for folder in old:
+            if folder not in kept:
+                with contextlib.suppress(OSError):
+                    (folder / SEAL).unlink()  # first, so that half a folder never counts
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _newest_intact(self, folders: Sequence[Path]) -> Path | None:
+        for folder in reversed(folders):
+            if folder in self._verified:
+                return folder
+            with contextlib.suppress(RunError):
+                verify_checkpoint(folder)
+                return folder
+        return None
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints that were completely written, oldest first; contents are not verified."""
         return [folder for folder in self._folders() if (folder / SEAL).is_file()]
 
-    def latest_checkpoint(self) -> Path:
+    def latest_checkpoint(self, serves: Callable[[int], bool] = lambda step: True) -> Path:
         """The newest checkpoint whose contents verify; reports which newer ones were skipped, and why.
 
+        Args: serves: whether a checkpoint of a step is wanted.
         Raises: RunError if there is none.
         """
-        for folder in reversed(self._folders()):
+        for folder in [each for each in reversed(self._folders()) if serves(step_of(each))]:
             try:
                 verify_checkpoint(folder)
                 return folder
             except RunError as error:
                 logger.warning("skipped a checkpoint: %s", error)
         raise RunError(
-            f"{self.path}: got no intact checkpoint, expected at least one to continue from; "
-            "start again with `kalman-rl train` and another --run"
+            f"{self.path}: got no intact checkpoint, expected at least one to continue from; begin again with "
+            f"`kalman-rl train --config {self.path / 'config.toml'} --run {self.path} --overwrite`"
         )
 
-    def truncate_metrics(self, step: int) -> int:
-        """Drop the rows after ``step``, which a run resumed there writes again; returns how many.
-
-        Also drops lines that are no rows, such as one cut short by a kill, and reports it.
+    def truncate(self, step: int) -> int:
+        """Drop what was written after ``step``, which a run resumed there writes again: rows, traces and lines that are
+        no rows, such as one cut short by a kill. Returns how many rows of metrics.
         """
         rows, bad = metrics_rows(self.path)
         kept = [row for row in rows if row["step"] <= step]
         if bad:
             logger.warning("%s: dropped %d unreadable line(s)", self.path / "metrics.jsonl", bad)
         write_file(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+        drop_after(self.path, step)
         with explained(self.path, "open"):
             self._open_metrics()
         self._before, self._start = float(kept[-1].get("time", 0)) if kept else 0.0, time.monotonic()
@@ -248,7 +282,7 @@ class Run:
         with explained(self.path, "read"):
             parent = self.path / "checkpoints"
             found = [path for path in parent.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+        return sorted(found, key=step_of)
 
     def _open_metrics(self) -> None:
         if self._metrics is not None:
@@ -286,25 +320,35 @@ def name_part(text: str) -> str:
 def _refuse_existing(path: Path, overwrite: bool) -> None:
     with explained(path, "create"):
         if path.exists() and not path.is_dir():
-            raise RunError(f"{path}: exists and is no directory; choose another --run")
+            raise PlaceError(f"{path}: exists and is no directory; choose another --run")
         there = _contents(path) if path.exists() else []
-    if there and not overwrite:
-        raise RunError(f"{path}: exists; choose another --run, or continue it with `kalman-rl resume {path}`")
-    if there and not (path / "manifest.json").is_file():
-        raise RunError(f"{path}: exists and is no run, so it is not replaced; choose another --run")
+        is_run = (path / "manifest.json").is_file()
+        began = (path / "config.toml").is_file() or any(path.glob("checkpoints/*"))
+    if not there or (is_run and not began):
+        return
+    if not overwrite:
+        replace = ", replace it with --overwrite" if is_run else ""
+        raise PlaceError(
+            f"{path}: exists; continue it with `kalman-rl resume {path}`{replace}, or choose another --run"
+            if is_run
+            else f"{path}: exists and is no run; choose another --run"
+        )
+    if not is_run:
+        raise PlaceError(f"{path}: exists and is no run, so it is not replaced; choose another --run")
 
 
 def _contents(path: Path) -> list[Path]:
-    return [entry for entry in path.iterdir() if entry.name != _LOCK]
+    """What lies in a run's folder, without the lock and without files that a killed process was writing."""
+    return [e for e in path.iterdir() if e.name != LOCK and not e.name.startswith(".tmp-")]
 
 
 def _acquire(path: Path) -> Any:
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path / _LOCK)
+    lock = FileLock(path / LOCK)
     with explained(path, "lock"):
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0.3, poll_interval=0.05)  # a reader may ask just now, see is_written
         except Timeout:
             try:
                 who = f"process {read_manifest(path).get('pid')}"

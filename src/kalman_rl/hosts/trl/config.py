@@ -90,6 +90,13 @@ class KalmanGRPOConfig(GRPOConfig):
         default_factory=dict,
         metadata={"help": 'Options of the method, for example {"process_noise": 1e-4}.'},
     )
+    allow_biased_sampling: bool = field(
+        default=False,
+        metadata={
+            "help": "Allow top_p, top_k, min_p, a repetition penalty and the like beside a method with a ratio: "
+            "completions then come from another distribution than the one whose probabilities the ratio divides."
+        },
+    )
     nonfinite: str = field(
         default="stop",
         metadata={

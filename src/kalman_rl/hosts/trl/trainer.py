@@ -35,6 +35,8 @@ from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
 from kalman_rl.hosts.trl.generation import make_tracking, note_advantages, tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards, check_finite, judge
 from kalman_rl.hosts.trl.prompts import check_names, check_prompts
+from kalman_rl.hosts.trl.retention import keep_newest
+from kalman_rl.hosts.trl.sampling import check_own_sampling, check_sampling
 from kalman_rl.hosts.trl.stream import NamedRows, look_ahead
 from kalman_rl.hosts.trl.supervise import supervised, watched
 from kalman_rl.hosts.trl.tally import Tally, sums_behind
@@ -127,6 +129,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         named = names_a_method(method, args)
         self.as_trl = not named and self.tracking is None
         check_combination(self.method, args, named=named)
+        check_sampling(self.method, args, named=not self.as_trl)
         self.prompt_pool: NamedRows | None = None
         if self.tracking is not None:
             dataset = more[0] if more else kwargs.get("train_dataset")
@@ -134,6 +137,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
         super().__init__(model, supervised(reward_funcs, args), args, *more, **kwargs)
         self.supervised = watched(self)
         self.failed_calls = 0
+        own = self.accelerator.unwrap_model(self.model)
+        check_own_sampling(self.method, args, own, named=not self.as_trl)
         if self.environment_factories is None:
             check_prompts(getattr(self.train_dataset, "column_names", None))
         if self.tracking is not None:
@@ -241,13 +246,19 @@ class KalmanGRPOTrainer(FiniteTrainer):
         return value
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # transformers deletes by modification time, and before our part is written.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         if self.accelerator.is_main_process and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             state = {"method": self.method.name, "learning": self.learning.state_dict()}
             if self.tracking is not None:
                 state["tracking"] = self.tracking.state_dict()
             save_state(folder, state)
+            keep_newest(folder, limit, best=self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

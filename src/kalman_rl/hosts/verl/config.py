@@ -37,6 +37,7 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
         low, high, dual: clip distances, as far as the method has them; None = its default.
         process_noise, observation_noise, initial_variance: Q, R, P0 of the filter, nats^2.
         aggregation: "verl", ``actor.loss_agg_mode`` decides; "method", as the method was published.
+        allow_biased_sampling: allow rollout.top_p, top_k or a repetition penalty beside a loss with a ratio.
         kalman_Q, kalman_R, is_clip: names of KPO's published fork: Q, R, and whether there is a clip.
 
     Raises: ConfigError at construction, see :func:`kalman_rl.hosts.verl.choice.choose`.
@@ -50,6 +51,7 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
     observation_noise: Optional[float] = None  # noqa: UP045
     initial_variance: Optional[float] = None  # noqa: UP045
     aggregation: str = "verl"
+    allow_biased_sampling: bool = False
     kalman_Q: Optional[float] = None  # noqa: UP045 the fork's names
     kalman_R: Optional[float] = None  # noqa: UP045
     is_clip: Optional[bool] = None  # noqa: UP045
@@ -64,8 +66,10 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
                 f"policy_loss.loss_mode: got {self.loss_mode!r} with KalmanPolicyLossConfig, expected {PREFIX}NAME "
                 "with a method's name; for verl's own losses leave policy_loss._target_ as it is"
             )
-        if not isinstance(self.is_clip, bool | None):  # Hydra reads `no` as a text, and a text is true
-            raise ConfigError(f"policy_loss.is_clip: got {self.is_clip!r}, expected true or false")
+        # Hydra reads `no` as a text, and a text is true.
+        for switch in ("allow_biased_sampling", "is_clip"):
+            if not isinstance(value := getattr(self, switch), bool | None):
+                raise ConfigError(f"policy_loss.{switch}: got {value!r}, expected true or false")
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"policy_loss.options: got {self.options!r}, expected options by name")
         name = self.loss_mode.removeprefix(PREFIX)

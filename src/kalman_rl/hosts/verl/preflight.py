@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.hosts.sampling import NEUTRAL, biased, refusals
 from kalman_rl.hosts.verl.choice import SelectedMethod, choose
 from kalman_rl.hosts.verl.estimators import (
     TRACKED,
@@ -24,6 +25,7 @@ from kalman_rl.hosts.verl.estimators import (
 )
 from kalman_rl.hosts.verl.settings import PREFIX, check_actor, check_algorithm, check_bypass
 from kalman_rl.hosts.verl.tracker import make_tracking, read_settings
+from kalman_rl.methods import make_method
 from kalman_rl.objectives.inputs import check_group_size
 
 MODE = "kalman_rl"
@@ -41,6 +43,7 @@ def check_run(config: Any) -> None:
     A run without any name of ours passes.
     """
     check_loss(config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout)
+    check_rollout(config.actor_rollout_ref)
     check_estimator(config)
     check_mode(config)
 
@@ -103,6 +106,18 @@ def check_loss(actor: Any, rollout: Any) -> None:
                 f"actor_rollout_ref.rollout.calculate_log_probs: got false with {PREFIX}{name}, expected true because "
                 "its ratio is to the policy that sampled"
             )
+
+
+def check_rollout(models: Any) -> None:
+    """The same for ``rollout``: a loss with a ratio needs samples from the whole distribution."""
+    policy = models.actor.policy_loss
+    loss = str(policy.loss_mode)
+    if not loss.startswith(PREFIX) or policy.get("allow_biased_sampling", False):
+        return
+    method = make_method(loss.removeprefix(PREFIX))
+    found = biased({name: models.rollout.get(name, None) for name in NEUTRAL})
+    for text in refusals(found, "actor_rollout_ref.rollout.", method):
+        raise ConfigError(f"{text}; leave it out, or set {TARGET} and policy_loss.allow_biased_sampling=true")
 
 
 def _built(policy: Any) -> SelectedMethod:

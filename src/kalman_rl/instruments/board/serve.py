@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import ConfigError, RunError, extra
+from kalman_rl.errors import ConfigError, PlaceError, extra
 from kalman_rl.instruments.board.app import BoardApp
 from kalman_rl.instruments.board.door import guarded
 from kalman_rl.instruments.board.source import Source
@@ -41,7 +41,7 @@ def serve(
         browser: open the page.
         say: what the address is given to.
 
-    Raises: ConfigError for a setting out of range; RunError without a run there; AdapterError without the server.
+    Raises: ConfigError for a setting out of range; PlaceError without a run there; AdapterError without the server.
     """
     sock = listen(host, port)
     with contextlib.closing(sock):
@@ -115,7 +115,7 @@ def _source(run: Path, every: float) -> Source:
         raise ConfigError(f"every: got {every!r}, expected 0.1 to 3600 seconds")
     source = Source(Path(run), least=every)
     if not source.look().version:
-        raise RunError(f"{run}: got no manifest.json there or below, expected the directory of a run")
+        raise PlaceError(f"{run}: got no manifest.json there or below, expected the directory of a run")
     return source
 
 
