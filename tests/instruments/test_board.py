@@ -22,6 +22,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
+from kalman_rl.engine.runs.run import Run  # noqa: E402
 from kalman_rl.errors import ConfigError, RunError  # noqa: E402
 from kalman_rl.instruments.board import BoardApp, door  # noqa: E402
 from kalman_rl.instruments.board.app import MAX_LISTENERS  # noqa: E402
@@ -146,6 +147,16 @@ def test_a_name_cannot_break_the_frame() -> None:
 
 
 # ---------------------------------------------------------------- following the run
+
+
+def test_the_page_is_made_anew_when_the_runs_process_ends(tmp_path: Path) -> None:
+    """A killed process changes no file; that its lock is free again shows on the page."""
+    with Run.create(tmp_path / "run", "", {}) as writer:
+        source = Source(writer.path, least=0.0)
+        written = source.look().version
+        assert b"<td>running</td>" in source.page()[1] and source.look().version == written
+        writer.close()
+        assert source.look().version != written and b"<td>killed</td>" in source.page()[1]
 
 
 def test_page_follows_the_run_and_is_made_once_per_change(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

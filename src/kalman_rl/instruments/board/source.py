@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kalman_rl.engine.runs.reading import is_written
 from kalman_rl.engine.runs.received import run_folders
 from kalman_rl.errors import KalmanRLError
 from kalman_rl.instruments.board.page import notice
@@ -28,7 +29,7 @@ class Seen:
 
 
 class Source:
-    """Reads a run's folder and never writes to it; takes no lock, so that training cannot wait for it.
+    """Reads a run's folder and never writes to it; keeps no lock, so that training does not wait for it.
 
     Args:
         run: directory of a run, or of a study.
@@ -80,8 +81,9 @@ class Source:
             return write_report([self.run], Path(folder) / "page.html").read_bytes()
 
     def _stamps(self) -> Iterator[tuple[str, int, int]]:
-        """(name, size, time of change) of the files that the page shows."""
+        """(name, size, time of change) of the files that the page shows, and whether a process writes them."""
         for folder in run_folders(self.run):
+            yield str(folder), int(is_written(folder)), 0
             for name in WATCHED_FILES:
                 try:
                     state = (folder / name).lstat()
