@@ -72,7 +72,15 @@ TRAIN_FLAGS = {
         "--completions-min",
         "--completions-max",
         "--coverage-steps",
-        *("--reward-noise", "--reward-noise-variance", "--reward-range", "--pool-prompts", "--collapse"),
+        *(
+            "--reward-timeout",
+            "--reward-memory",
+            "--reward-noise",
+            "--reward-noise-variance",
+            "--reward-range",
+            "--pool-prompts",
+            "--collapse",
+        ),
         *("--select", "--select-weights", "--select-floor", "--select-power"),
     ),
 }

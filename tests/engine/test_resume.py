@@ -20,14 +20,8 @@ from kalman_rl.engine.runs.reading import read_manifest
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.settings import Changeable
 from kalman_rl.errors import ConfigError, RunError
+from tests.engine.graded import GRADED
 from tests.engine.test_stopping import SMALL, model, resumed, start, steps
-
-GRADED: dict[str, Any] = {"reward": "tests.engine.test_resume:digits", "learning_rate": 1e-2}
-"""A reward with differences, so that weights move and bitwise equality says something."""
-
-
-def digits(completions: list[str], **columns: Any) -> list[float]:
-    return [sum(letter.isdigit() for letter in text) / 5 for text in completions]
 
 
 def killed_in(

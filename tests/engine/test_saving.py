@@ -23,7 +23,7 @@ from kalman_rl.engine.runs.checkpoints import SEAL
 from kalman_rl.engine.runs.reading import find_runs, read_manifest
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import NoSpaceError
-from tests.engine.test_resume import GRADED
+from tests.engine.graded import GRADED
 from tests.engine.test_runs import checkpoint
 from tests.engine.test_stopping import SMALL, model, resumed, start, steps
 
@@ -175,7 +175,7 @@ from pathlib import Path
 from kalman_rl.engine.runs.reading import read_manifest
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import NoSpaceError
-from tests.engine.test_resume import GRADED
+from tests.engine.graded import GRADED
 from tests.engine.test_stopping import model, resumed, start, steps
 
 disk, found, retain = Path(sys.argv[2]), {}, Run.retain
