@@ -9,9 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-import sys
 import time
-import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ from kalman_rl.engine.evaluation import evaluate
 from kalman_rl.engine.method import chosen_method
 from kalman_rl.engine.models.load import LoadedModel, load_model
 from kalman_rl.engine.prior import measure_prior, prior_rows
+from kalman_rl.engine.quiet import no_telemetry, quiet_third_parties
 from kalman_rl.engine.resume import (
     check_same_settings,
     check_same_weights,
@@ -104,7 +103,7 @@ def train(
     code, status = 1, "failed"
     with stop:
         try:
-            with _quiet_third_parties():
+            with quiet_third_parties():
                 code = _train(
                     config,
                     run,
@@ -158,7 +157,7 @@ def _train(
         check_same_settings(run, config, allow_change)
     checkpoint = checkpoint_of(run, config) if resume else None
     stop.step = 0 if checkpoint is None else step_of(checkpoint)
-    _no_telemetry()
+    no_telemetry()
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -386,18 +385,3 @@ def _check_rows(task: Task, config: TrainConfig) -> None:
     prior_rows(task.train, config.prior_column)
     if config.source_column is not None:
         note_sources(Sources("source_column"), config.source_column, task.train)
-
-
-def _no_telemetry() -> None:
-    """The environment variable comes too late where the hub's library was imported before this module."""
-    if hub := sys.modules.get("huggingface_hub.constants"):
-        hub.HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def _quiet_third_parties() -> Any:
-    """Keep known, harmless warnings of the host libraries off the user's screen."""
-    with warnings.catch_warnings():
-        for module in ("torch", "transformers", "trl", "peft", "accelerate"):
-            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
-        yield
