@@ -81,6 +81,7 @@ TRAIN_FLAGS = {
             "--pool-prompts",
             "--collapse",
         ),
+        *("--sampler-lag", "--sampler-bits"),
         *("--select", "--select-weights", "--select-floor", "--select-power"),
     ),
 }
