@@ -15,15 +15,16 @@ from transformers import TrainerCallback
 
 from kalman_rl.engine.models.weights import Weights, load_weights, rounded, trained_weights
 from kalman_rl.engine.saving import RunTrainer
+from kalman_rl.hosts.trl import KalmanGRPOTrainer
 
 
-class StaleTrainer(RunTrainer):
+class StaleTrainer(KalmanGRPOTrainer):
     """A trainer whose completions come from another policy.
 
     Args:
         lag: >= 0, optimizer steps by which the sampler is behind when it samples. It never is behind the start.
         bits: of the sampler's matrices, 2 or more; 0 = as they are.
-        Everything else as in RunTrainer. The older weights are not part of checkpoints.
+        Everything else as in KalmanGRPOTrainer. The older weights are not part of checkpoints.
     """
 
     def __init__(self, *args: Any, lag: int = 0, bits: int = 0, **kwargs: Any) -> None:
@@ -51,6 +52,10 @@ class StaleTrainer(RunTrainer):
     def _warn_noop(self, why: str) -> None:
         if not self.off_policy:
             super()._warn_noop(why)
+
+
+class StaleRunTrainer(StaleTrainer, RunTrainer):
+    """The same, as the trainer of a run."""
 
 
 class _Remember(TrainerCallback):

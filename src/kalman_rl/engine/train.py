@@ -52,7 +52,7 @@ from kalman_rl.engine.runs.checkpoints import step_of
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.saving import RunTrainer, check_room
-from kalman_rl.engine.stale import StaleTrainer
+from kalman_rl.engine.stale import StaleRunTrainer
 from kalman_rl.engine.tasks import (
     Task,
     by_row,
@@ -343,7 +343,7 @@ def build_trainer(
     dataset = [row | more for row, more in zip(plain, prior_rows(task.train, config.prior_column))]
     kind: Any = RunTrainer
     if config.sampler_lag or config.sampler_bits:
-        kind = functools.partial(StaleTrainer, lag=config.sampler_lag, bits=config.sampler_bits)
+        kind = functools.partial(StaleRunTrainer, lag=config.sampler_lag, bits=config.sampler_bits)
     trainer: RunTrainer = kind(
         run=run,
         model=loaded.model,
