@@ -87,6 +87,7 @@ class World:
             logp_behaviour=logp,
             top_behaviour=every,
             sum_pi_squared=every.exp().square().sum(-1),
+            lag=torch.zeros_like(logp),
         )
 
 
@@ -160,6 +161,7 @@ ADVANTAGES: dict[str, Estimator] = {
     "constant 0.5": plain_sum(advantage.ConstantBaseline(0.5)),
     "group_centred (Dr.GRPO)": plain_sum(advantage.group_centred),
     "group z-score (GRPO)": plain_sum(advantage.GroupZScore()),
+    "group relative (MaxRL)": plain_sum(advantage.group_relative),
     "rescaled (GPG)": plain_sum(advantage.Rescaled()),
     "rescaled by zeros (GPG, published)": plain_sum(advantage.Rescaled(by_zeros=True)),
     "length weighted (OPO)": plain_sum(advantage.LengthWeighted()),

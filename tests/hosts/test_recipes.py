@@ -322,7 +322,7 @@ def test_every_method_is_taken_or_refused_with_a_reason() -> None:
             refused.add(name)
             assert "train with TRL or verl" in str(error)
     assert refused == {
-        *("bapo", "bapo_published", "capo", "dppo_topk_kl", "dppo_topk_tv"),
+        *("bapo", "bapo_published", "m2po", "capo", "dppo_topk_kl", "dppo_topk_tv", "a3po"),
         *("kpo_auto", "kpo_noise", "kpo_robust"),
     }
 

@@ -25,6 +25,7 @@ from kalman_rl.hosts.state import STATE_FILE, load_state, save_state
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
 from kalman_rl.hosts.trl.config import check_combination
 from kalman_rl.hosts.trl.forward import head_moments, next_tokens
+from kalman_rl.objectives.inputs import inputs_of
 from kalman_rl.objectives.learning import LearnedState, step_statistics
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.objectives.trust.clip import Clip
@@ -114,13 +115,31 @@ def test_a_trust_region_with_bounds_of_its_own_needs_no_host(model_path: str, tm
         assert log["trust/bound_low"] == pytest.approx(1 - moved, rel=1e-6)
 
 
+TO_BEHAVIOUR = [
+    name
+    for name in METHODS
+    if "logp_behaviour" in inputs_of(make_method(name).ratio) and "top_logp" not in make_method(name).inputs
+]
+
+
 def test_vllm_passes_no_distributions_on(tmp_path: Path) -> None:
     config = KalmanGRPOConfig(**settings(tmp_path))
     check_combination(make_method("dppo_topk_tv"), config)
     config.use_vllm = True
     with pytest.raises(ConfigError, match=r"'dppo_topk_tv' for .* with vLLM, .* without top_behaviour \("):
         check_combination(make_method("dppo_topk_tv"), config)
+    config.vllm_importance_sampling_correction = False
     check_combination(make_method("dppo_tv"), config)
+
+
+@pytest.mark.parametrize("name", TO_BEHAVIOUR)
+def test_trls_correction_is_not_applied_on_top_of_a_ratio_to_vllm(name: str, tmp_path: Path) -> None:
+    """TRL corrects by default: what used to weigh the mismatch twice is refused, with both names."""
+    config = KalmanGRPOConfig(**settings(tmp_path))
+    config.use_vllm = True
+    message = rf"^vllm_importance_sampling_correction: got True beside the ratio .* for method '{name}'"
+    with pytest.raises(ConfigError, match=message):
+        check_combination(make_method(name), config)
 
 
 def test_bapo_refuses_steps_that_straddle_generations(model_path: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ none), and the losses ``clip_cov``, ``kl_cov``.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -193,8 +194,39 @@ CORRECTIONS: dict[str, tuple[str, str | float, Any]] = {
     "token, truncated": ("token", 1.05, correction.Truncated(1.05)),
     "sequence, truncated": ("sequence", 1.2, correction.Truncated(1.2, "sequence")),
     "token, masked": ("token", "0.95_1.05", correction.Masked(0.95, 1.05)),
+    "IcePop": ("token", "0.9_1.1", correction.icepop(0.9, 1.1)),
     "sequence, masked": ("sequence", "0.8_1.3", correction.Masked(0.8, 1.3, "sequence")),
 }
+
+
+REJECTIONS: dict[str, tuple[str, correction.Rejected]] = {
+    "token_k1": ("0.95_1.04", correction.Rejected("k1", "token", math.log(1.04), -math.log(0.95))),
+    "token_k2": ("0.001", correction.Rejected("k2", "token", 0.001)),
+    "token_k3": ("0.001", correction.Rejected("k3", "token", 0.001)),
+    "seq_sum_k1": ("0.9_1.2", correction.Rejected("k1", "sum", math.log(1.2), -math.log(0.9))),
+    "seq_sum_k2": ("0.03", correction.Rejected("k2", "sum", 0.03)),
+    "seq_sum_k3": ("0.03", correction.Rejected("k3", "sum", 0.03)),
+    "seq_mean_k1": ("0.99_1.01", correction.Rejected("k1", "mean", math.log(1.01), -math.log(0.99))),
+    "seq_mean_k2": ("0.0018", correction.Rejected("k2", "mean", 0.0018)),
+    "seq_mean_k3": ("0.0018", correction.Rejected("k3", "mean", 0.0018)),
+    "seq_max_k2": ("0.006", correction.Rejected("k2", "max", 0.006)),
+    "seq_max_k3": ("0.006", correction.Rejected("k3", "max", 0.006)),
+}
+"""verl's name of a rejection -> its threshold, and ours."""
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("name", list(REJECTIONS))
+def test_rejection_masks(name: str, holes: bool) -> None:
+    threshold, part = REJECTIONS[name]
+    batch = make_batch(78, 9, LENGTH, scale=0.6, holes=holes)
+    kept, _ = rollout_corr.compute_rollout_rejection_mask(
+        batch.logp_old - batch.behaviour, batch.mask.double(), name, threshold
+    )
+    factor = part(Rollouts(batch.logp_old, batch.mask, logp_behaviour=batch.behaviour))
+    assert torch.equal(torch.where(batch.mask, factor, 0.0), kept)
+    assert 0 < kept[batch.mask].mean() < 1, "choose bounds that act on some tokens"
+    assert set(REJECTIONS) == rollout_corr.SUPPORTED_ROLLOUT_RS_OPTIONS
 
 
 @pytest.mark.parametrize("holes", [False, True])

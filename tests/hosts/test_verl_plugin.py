@@ -45,7 +45,7 @@ from kalman_rl.objectives.trust.balance import Balance
 from tests.oracles.batches import Batch, make_batch
 
 LENGTH = 17
-REFUSED = ("dppo_topk_tv", "dppo_topk_kl", "capo")
+REFUSED = ("dppo_topk_tv", "dppo_topk_kl", "capo", "a3po")
 GIVEN = {"process_noise": 1e-3, "observation_noise": 0.5}
 RUNNABLE = [name for name in METHODS if name not in REFUSED]
 AGGREGATE: dict[str, Any] = {

@@ -27,7 +27,6 @@ from kalman_rl.instruments.reproduce.gradients import Enumeration
 from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training, drawn
 from kalman_rl.instruments.reproduce.policy import CausalPolicy, joined
 from kalman_rl.instruments.reproduce.pool import LENGTHS, World, draw_pool, questions
-from kalman_rl.instruments.reproduce.ratios import FilteredTruncated
 from kalman_rl.instruments.reproduce.smollm2 import WATCHED
 from kalman_rl.instruments.reproduce.warning import (
     Signalled,
@@ -37,7 +36,7 @@ from kalman_rl.instruments.reproduce.warning import (
     lost_size,
     share,
 )
-from kalman_rl.objectives.correction import Truncated
+from kalman_rl.objectives.correction import FilteredTruncated, Truncated
 from kalman_rl.objectives.rollouts import Rollouts
 
 # ---- verdicts
@@ -305,7 +304,7 @@ def test_a_filter_that_passes_everything_is_the_plain_correction() -> None:
     g = torch.Generator().manual_seed(0)
     old, behaviour = (-torch.rand(3, 6, generator=g) for _ in range(2))
     rollouts = Rollouts(old, torch.ones(3, 6), logp_behaviour=behaviour)
-    assert torch.allclose(FilteredTruncated(ratio=1e9)(rollouts), Truncated(2.0)(rollouts), atol=1e-5)
+    assert torch.allclose(FilteredTruncated(noise_ratio=1e9)(rollouts), Truncated(2.0)(rollouts), atol=1e-5)
     assert not torch.allclose(FilteredTruncated()(rollouts), Truncated(2.0)(rollouts), atol=1e-2)
 
 

@@ -12,7 +12,7 @@ import torch
 from kalman_rl.errors import ConfigError
 from kalman_rl.instruments.verify import golden, oracles, verify
 from kalman_rl.instruments.verify.check import Check, relative_error
-from kalman_rl.instruments.verify.definitions import example
+from kalman_rl.instruments.verify.example import example
 from kalman_rl.instruments.verify.place import SINGLE, Place, place_of
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import ratio, trust
@@ -22,7 +22,7 @@ from kalman_rl.objectives.rollouts import Rollouts
 
 RECORDED = set(
     "grpo dr_grpo dapo opo gpg spo k_grpo gspo gspo_token kpo kpo_unclipped cispo gmpo sapo dro "
-    "dppo_tv dppo_kl bapo_published".split()
+    "dppo_tv dppo_kl bapo_published maxrl vespo drpo cfpo cppo m2po vaco a3po".split()
 )
 """Methods with numbers of a published implementation; those without are compared by definition only."""
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test of a type compiles, 8 s 
 INF = math.inf
 COMPOSED = {
     "minpro", "minpro_clipped", "kpo_noise", "kpo_robust", "gmpo", "sapo", "dppo_tv", "dppo_kl", "dppo_topk_tv",
-    "dppo_topk_kl", "vespo", "bapo", "bapo_published", "capo",
+    "dppo_topk_kl", "vespo", "bapo", "bapo_published", "capo", "pnpo", "a3po", "vaco", "cppo", "drpo", "cfpo", "m2po",
 }  # fmt: skip
 every = pytest.mark.parametrize("name", list(CASES))
 some = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

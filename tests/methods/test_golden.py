@@ -45,7 +45,7 @@ def test_the_file_is_what_its_own_table_gives() -> None:
     again = packed(RECORDS)
     assert lzma.decompress(again) == lzma.decompress(data)
     assert again == packed(RECORDS)
-    assert len(again) <= 60_000
+    assert len(again) <= 65_000
 
 
 def test_what_is_rounded_away_is_a_hundredth_of_the_tolerance_at_most() -> None:

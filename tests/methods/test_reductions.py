@@ -117,6 +117,18 @@ def equal_score_norms(batch: Batch) -> dict[str, Any]:
     return {"sum_pi_squared": 2 * batch.logp_old.exp()}
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """PSPO's trust region (arXiv 2509.21282): the token's ratio to a mixture of both policies, ``(1 - a) w + a``."""
+
+    share: float
+
+    def __call__(self, ratio: Any, advantage: Tensor, current: Current, rollouts: Any) -> trust.Trust:
+        kept = trust.unclipped(ratio, advantage, current, rollouts)
+        mixed = (1 - self.share) * kept.weight + self.share
+        return trust.Trust(kept.keep, (1 - self.share) * kept.weight, -advantage * mixed)
+
+
 G = 3
 """Rows a group in every batch here."""
 OPEN = of("grpo", trust=trust.unclipped)
@@ -200,6 +212,48 @@ REDUCTIONS: dict[str, Reduction] = {
         make_method("cispo", high=INF),
         batch=short(1),
         tolerance={"rtol": 1e-6},
+    ),
+    "PNPO without band: KPO diffuse at Q = 0 without clip": Reduction(
+        make_method("pnpo", low=INF, high=INF),
+        of(
+            make_method("kpo_diffuse", process_noise=0.0),
+            trust=trust.unclipped,
+            aggregate=aggregate.token_mean,
+        ),
+    ),
+    "A-3PO, lag of one step: DAPO's clip on the ratio to the behaviour policy": Reduction(
+        TABLE["a3po"],
+        of(make_method("dapo", high=0.2), ratio=ratio.BehaviourToken()),
+        options=lambda batch: {"lag": torch.ones_like(batch.lag)},
+    ),
+    "A-3PO without clip and cap: the ratio to the behaviour policy": Reduction(
+        make_method("a3po", low=INF, high=INF, cap=INF),
+        of("cispo", ratio=ratio.BehaviourToken(), trust=trust.unclipped),
+    ),
+    "DRPO without bound: the ratio to the behaviour policy": Reduction(
+        make_method("drpo", bound=INF, length=7.0),
+        of(RAW, trust=trust.unclipped, aggregate=aggregate.SequenceSum(7.0)),
+    ),
+    "CFPO without bound: no clip": Reduction(make_method("cfpo", bound=INF), OPEN),
+    "PSPO's mixture pi -> (1 - a) pi + a mu, a = 1/4: no clip at 3/4 of the step": Reduction(
+        of(OPEN, trust=Mixture(0.25)), OPEN, gradient, factor=0.75
+    ),
+    "CPPO without bound: no clip": Reduction(
+        make_method("cppo", bound=INF),
+        of("dr_grpo", ratio=ratio.BehaviourToken(), trust=trust.unclipped, aggregate=aggregate.token_mean),
+    ),
+    "CPPO, one token: DPPO's total variation at the same bound": Reduction(
+        make_method("cppo", bound=0.05),
+        of(make_method("dppo_tv", low=0.05, high=0.05, cap=INF), aggregate=aggregate.token_mean),
+        gradient,
+        short(1),
+    ),
+    "M2PO without bound: no clip": Reduction(
+        make_method("m2po", bound=INF), of("cispo", ratio=ratio.BehaviourToken(), trust=trust.unclipped)
+    ),
+    "VACO without threshold: CISPO at its cap": Reduction(
+        make_method("vaco", low=INF, high=INF),
+        of(make_method("cispo", high=2.0), ratio=ratio.BehaviourToken()),
     ),
     "GRPO without band: no clip": Reduction(make_method("grpo", low=INF, high=INF), OPEN),
     "dual clip out of reach: GRPO": Reduction(make_method("grpo", dual=INF), TABLE["grpo"]),
@@ -381,6 +435,7 @@ def test_on_policy_identity(name: str, seed: int) -> None:
 ANTIDERIVATIVE = {
     *("grpo", "dr_grpo", "dapo", "opo", "otb", "gpg", "gpg_published", "krpo", "krpo_invariant", "k_score"),
     *("spo", "k_grpo"),
+    *("maxrl", "drpo", "cfpo", "cppo", "m2po"),
     *("gspo", "gspo_token", "luspo", "gmpo", "sapo", "dro", "bapo", "bapo_published", "capo"),
 }
 """Methods whose value, as a function of ``logp``, has the gradient that backward gives."""
@@ -404,6 +459,8 @@ def test_value_against_gradient(name: str) -> None:
     """Equal where the surrogate is a function of the policy; for the rest (detached weights) it must not be
     mistaken for one: their value is there to be looked at."""
     method, batch = TABLE[name], make_batch(12, 6, 5, scale=0.4)
+    if name == "a3po":  # its factor moves the value of clipped tokens only: clip some
+        method = make_method(name, low=0.05, high=0.05)
     out = run(method, batch)
     for shift in (1e-5, -1e-5):  # no kink near, whichever way a token moves
         moved = run(method, dataclasses.replace(batch, logp=batch.logp + shift)).loss.tokens.kept

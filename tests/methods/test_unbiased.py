@@ -51,6 +51,7 @@ VERDICTS: dict[str, tuple[str, str]] = {
     "constant 0.5": ("exact", "exact"),
     "group_centred (Dr.GRPO)": ("scaled", "scaled"),
     "group z-score (GRPO)": ("biased", "biased"),
+    "group relative (MaxRL)": ("biased", "biased"),  # by design: it climbs the log of the success rate
     "rescaled (GPG)": ("scaled", "biased"),  # alpha moves weight to the prompt that teaches more rarely
     "rescaled by zeros (GPG, published)": ("biased", "biased"),
     "length weighted (OPO)": ("biased", "biased"),
@@ -70,7 +71,7 @@ VERDICTS: dict[str, tuple[str, str]] = {
     "RLOO, token mean": ("biased", "biased"),
     "RLOO, sequence mean": ("biased", "biased"),
 }
-UNBIASED_METHODS = {"dr_grpo", "dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_kl"}
+UNBIASED_METHODS = {"dr_grpo", "drpo", "dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_kl"}
 """Methods whose whole composition keeps the direction on-policy: group mean over a constant length."""
 
 

@@ -15,7 +15,14 @@ from torch import Tensor
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.aggregate import sequence_mean, token_mean, totals_of
-from kalman_rl.objectives.correction import CORRECTIONS, Masked, Truncated, mismatch
+from kalman_rl.objectives.correction import (
+    CORRECTIONS,
+    FilteredTruncated,
+    Masked,
+    Rejected,
+    Truncated,
+    mismatch,
+)
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.objectives.ratio.transforms import BehaviourToken
@@ -119,6 +126,56 @@ def test_the_same_policy_costs_nothing(level: Any) -> None:
         assert (part(rollouts) == 1).all()
 
 
+def naive_statistic(d: float, name: str) -> float:
+    return {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[name]
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+@quick
+@given(seed=seeds, packed=st.booleans(), high=st.sampled_from([0.02, 0.1, 0.5]))
+def test_rejection_against_scalar_loops(name: Any, seed: int, packed: bool, high: float) -> None:
+    _, _, rollouts = case(seed, packed)
+    tokens, index = naive_mismatch(rollouts, "token"), rollouts.sequence_index
+    for over, of in (
+        ("token", None),
+        ("sum", math.fsum),
+        ("mean", lambda v: math.fsum(v) / len(v)),
+        ("max", max),
+    ):
+        if (name, over) == ("k1", "max"):
+            continue
+        found = Rejected(name, over, high, low=high / 2)(rollouts)
+        for i, t in rollouts.mask.nonzero().tolist():
+            same = (rollouts.mask & (index == index[i, t])).nonzero().tolist()
+            values = [naive_statistic(tokens[a][b], name) for a, b in (same if of else [(i, t)])]
+            value = of(values) if of else values[0]
+            if abs(value - high) > 1e-12 and abs(value + high / 2) > 1e-12:
+                assert found[i, t].item() == (-high / 2 <= value <= high)
+
+
+@quick
+@given(seed=seeds, packed=st.booleans(), q=st.sampled_from([0.0, 0.1, 3.0, math.inf]))
+def test_the_filtered_factor_against_the_recursion(seed: int, packed: bool, q: float) -> None:
+    """The scalar filter by hand; in its limits the token's own weight, and at the last token the geometric one."""
+    _, _, rollouts = case(seed, packed)
+    tokens, index = naive_mismatch(rollouts, "token"), rollouts.sequence_index
+    found, geometric = FilteredTruncated(q, 1.4)(rollouts), Truncated(1.4, "geometric")(rollouts)
+    for n in index[rollouts.mask].unique().tolist():
+        places = (rollouts.mask & (index == n)).nonzero().tolist()
+        mean, variance, last = 0.0, math.inf, places[0][1]
+        for i, t in places:
+            variance += q * (t - last) if t > last else 0.0
+            gain = 1.0 if math.isinf(variance) else variance / (variance + 1)
+            mean, variance, last = mean + gain * (tokens[i][t] - mean), gain, t
+            assert found[i, t].item() == pytest.approx(min(math.exp(mean), 1.4), rel=1e-9)
+        if q == 0:
+            assert found[i, t].item() == pytest.approx(geometric[i, t].item(), rel=1e-9)
+
+
+def test_icepop_is_a_masked_token_weight() -> None:
+    assert make("correction", CORRECTIONS, "icepop", {}) == Masked(0.5, 5.0, "token")
+
+
 # ---- in the objective
 
 
@@ -197,15 +254,18 @@ def test_metrics(level: Any) -> None:
 # ---- errors
 
 
-@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_kl"])
-@pytest.mark.parametrize("part", [Truncated(), Masked()])
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_kl", "drpo", "vaco"])
+@pytest.mark.parametrize("part", [Truncated(), Masked(), FilteredTruncated(), Rejected()])
 def test_a_ratio_to_the_sampler_is_not_corrected_again(name: str, part: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^correction: got .*expected None .*would count twice"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^correction: got .* beside the ratio BehaviourToken.*expected None .*would count twice",
+    ):
         dataclasses.replace(make_method(name), correction=part)
     assert make_method(name).ratio == BehaviourToken()
 
 
-@pytest.mark.parametrize("part", [Truncated(), Masked()])
+@pytest.mark.parametrize("part", [Truncated(), Masked(), FilteredTruncated(), Rejected()])
 def test_behaviour_is_asked_for_by_name(part: Any) -> None:
     method = dataclasses.replace(make_method("grpo"), correction=part)
     assert method.inputs == ("logp_behaviour",)
@@ -226,6 +286,18 @@ def test_behaviour_is_asked_for_by_name(part: Any) -> None:
         (Masked, {"low": math.inf, "high": math.inf}, NumericError, "low, high: got inf"),
         (Masked, {"high": math.nan}, NumericError, "low, high: got 0.5, nan"),
         (Masked, {"level": "mean"}, ConfigError, "level: got 'mean'"),
+        (
+            FilteredTruncated,
+            {"noise_ratio": -1.0},
+            NumericError,
+            "noise_ratio: got -1.0, expected Q / R >= 0",
+        ),
+        (FilteredTruncated, {"cap": 0.0}, NumericError, "cap: got 0.0"),
+        (Rejected, {"statistic": "k4"}, ConfigError, "statistic: got 'k4', expected one of k1, k2, k3"),
+        (Rejected, {"over": "row"}, ConfigError, "over: got 'row', expected one of token, sum, mean, max"),
+        (Rejected, {"statistic": "k1", "over": "max"}, ConfigError, "over: got 'max' with statistic 'k1'"),
+        (Rejected, {"high": -0.1}, NumericError, "high: got -0.1, expected a bound >= 0 in nats"),
+        (Rejected, {"low": math.nan}, NumericError, "low: got nan, expected a bound >= 0"),
     ],
 )
 def test_bad_settings(part: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

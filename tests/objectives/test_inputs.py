@@ -41,6 +41,7 @@ def test_methods_only_ask_for_what_can_be_supplied(name: str) -> None:
 
 
 WITHOUT = {"bapo": (), "otb": ("mask", "score_norm_squared"), "opo": ("length",), "capo": ("step",)}
+WITHOUT |= {"a3po": ("lag", "logp_behaviour"), "cppo": ("logp_behaviour",), "cfpo": ()}
 WITHOUT |= {"dppo_tv": ("logp_behaviour",), "dppo_topk_kl": ("logp_behaviour", "top_behaviour", "top_logp")}
 
 

@@ -27,7 +27,7 @@ def test_the_parts_of_a_method_are_its_fields() -> None:
 def test_what_learns_follows_from_the_parts(name: str) -> None:
     method = make_method(name)
     kinds = {"kpo_auto": {"ratio"}, "kpo_noise": {"ratio"}, "kpo_robust": {"ratio"}}
-    kinds |= {"bapo": {"trust"}, "bapo_published": {"trust"}}
+    kinds |= {"bapo": {"trust"}, "bapo_published": {"trust"}, "m2po": {"trust"}}
     assert set(method.learns) == kinds.get(name, set())
     for part in method.learns.values():
         assert part.fitted(part.initial()) is not None and 0 <= part.memory < 1

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.advantage import JamesStein, Tracked
-from kalman_rl.instruments.verify.definitions import LOOPS, LOSSES, Example, Terms, lookup
+from kalman_rl.instruments.verify.definitions import LOOPS, Known
+from kalman_rl.instruments.verify.example import Example
+from kalman_rl.instruments.verify.losses import LOSSES, Terms, lookup
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives import ratio
 from kalman_rl.objectives.advantage.filtered import BatchFilter, GroupFilter
 from kalman_rl.objectives.advantage.group import ConstantBaseline, batch_leave_one_out
 from kalman_rl.objectives.aggregate import SequenceSum, Totals, token_mean
-from kalman_rl.objectives.correction import Masked, Truncated
+from kalman_rl.objectives.correction import FilteredTruncated, Masked, Rejected, Truncated
 from kalman_rl.objectives.loss import Loss, Method, estimate_advantage, policy_loss
 from kalman_rl.objectives.penalty import KL, k2
 from kalman_rl.objectives.ratio.learned import AutoFiltered
@@ -48,6 +50,7 @@ CASES: dict[str, Method] = TABLE | {
     "gmpo+narrow": make_method("gmpo", low=0.05, high=0.1),
     "sapo+sharp": make_method("sapo", positive=4.0, negative=6.0),
     "vespo+steep": make_method("vespo", positive_power=0.5, positive_decay=1.0, negative_decay=6.0),
+    "vespo+behaviour": make_method("vespo", behaviour=True),
     "dppo_tv+strict": make_method("dppo_tv", low=0.01, high=0.02, cap=1.1),
     "dppo_topk_kl+strict": make_method("dppo_topk_kl", low=1e-3, high=1e-3),
     "minpro+inclusive": make_method("minpro", inclusive=True, capped=True),
@@ -60,13 +63,20 @@ CASES: dict[str, Method] = TABLE | {
     "kpo_robust+tight": make_method(
         "kpo_robust", observation_noise=0.05, process_noise=0.01, threshold=0.5, low=0.05
     ),
+    "drpo+tight": make_method("drpo", bound=0.02),
+    "cfpo+tight": make_method("cfpo", bound=0.1),
+    "cppo+tight": make_method("cppo", bound=0.05, rate=0.01, least=0.5),
+    "m2po+tight": make_method("m2po", bound=0.01),
+    "vaco+strict": make_method("vaco", low=0.1, high=0.15, cap=1.1),
     "grpo+truncated": dataclasses.replace(make_method("grpo"), correction=Truncated(1.02)),
+    "cispo+rejected": dataclasses.replace(make_method("cispo"), correction=Rejected("k2", "max", 2e-3)),
+    "kpo+filtered": dataclasses.replace(make_method("kpo"), correction=FilteredTruncated(0.1, 1.02)),
     "gspo+masked": dataclasses.replace(make_method("gspo"), correction=Masked(0.97, 1.05, "geometric")),
 }
 """``TABLE`` and a few compositions of the same parts."""
 
 
-TOKEN_FIELDS = ("logp_old", "logp", "reference", "behaviour", "share", "push")
+TOKEN_FIELDS = ("logp_old", "logp", "reference", "behaviour", "share", "push", "lag")
 """Fields of a batch with one number per token."""
 
 
@@ -83,6 +93,7 @@ class Batch:
     behaviour: Tensor
     share: Tensor  # (B, T) in (0, 1): how the mass beside the sampled token is split; see below
     push: Tensor  # (B, T) effect of the token's own optimizer step
+    lag: Tensor  # (B, T) optimizer steps since the token was sampled
     segment: Tensor | None = None
 
     def top(self, logp: Tensor) -> Tensor:
@@ -106,6 +117,7 @@ class Batch:
             "group": self.group,
             "logp_reference": self.reference,
             "segment": self.segment,
+            "lag": self.lag,
         }
         return Rollouts(**(values | changes))
 
@@ -148,6 +160,7 @@ def make_batch(
         behaviour=old + 0.1 * scale * normal(rows, length),
         share=torch.rand(rows, length, generator=g, dtype=torch.float64) * 0.8 + 0.1,
         push=normal(rows, length),
+        lag=torch.randint(4, (rows, length), generator=g).double(),
     )
 
 
@@ -256,11 +269,11 @@ def naive_log_weight(method: Method, batch: Batch) -> np.ndarray:
     """(B, T) log-weight of a method from its definition, 0 outside the mask."""
     mask = batch.mask.numpy()
     observed = naive_log_ratio(method, batch)
-    base = naive_base(method, batch).double().numpy()
+    base, lag = naive_base(method, batch).double().numpy(), batch.lag.double().numpy()
     loop, out = lookup(LOOPS, method.ratio), np.zeros_like(observed)
     for i, trained in enumerate(mask):
-        row, old = ({t: values[i, t] for t in np.flatnonzero(trained)} for values in (observed, base))
-        for t, value in loop(method.ratio, row, old).items():
+        row, *known = ({t: values[i, t] for t in np.flatnonzero(trained)} for values in (observed, base, lag))
+        for t, value in loop(method.ratio, row, Known(*known)).items():
             out[i, t] = value
     return out
 
@@ -273,7 +286,7 @@ def naive_log_ratio(method: Method, batch: Batch) -> np.ndarray:
 def naive_base(method: Method, batch: Batch) -> Tensor:
     """(B, T) log-probabilities of the policy that the ratio is taken to."""
     part = method.ratio
-    to_behaviour = isinstance(part, ratio.BehaviourToken) or getattr(part, "behaviour", False)
+    to_behaviour = isinstance(part, (ratio.BehaviourToken, ratio.Lagged)) or getattr(part, "behaviour", False)
     return batch.behaviour if to_behaviour else batch.logp_old
 
 
@@ -351,16 +364,21 @@ BY_HAND = {
 def by_autograd(
     method: Method, batch: Batch, log_weight: np.ndarray, a: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(B, T) weight and keep from the derivative of the loss as printed; a dropped token has no weight, and an
-    advantage of 0 counts as a positive one."""
+    """(B, T) weight and keep from the derivative of the loss as printed. A dropped token has the weight that the other
+    sign of its advantage would leave it, or that of its ratio; an advantage of 0 has no side, and the mean of both."""
     logp = batch.logp.detach().double().requires_grad_()
-    advantage = torch.from_numpy(np.where(a == 0, 1.0, a)).double()
     weight = (logp - logp.detach() + torch.from_numpy(log_weight)).exp()
     example = Example(batch.rollouts(), batch.logp, batch.top(batch.logp), batch.current(batch.logp).step)
-    loss = lookup(LOSSES, method.trust)(method.trust, Terms(logp, weight, advantage, example))
-    (slope,) = torch.autograd.grad(loss[batch.mask].sum(), logp)
-    found = torch.where(batch.mask, -slope / advantage, 0.0).numpy()
-    return found, found != 0
+    sides = []
+    for sign in (1.0, -1.0):
+        advantage = torch.from_numpy(sign * np.where(a == 0, 1.0, a)).double()
+        loss = lookup(LOSSES, method.trust)(method.trust, Terms(logp, weight, advantage, example))
+        (slope,) = torch.autograd.grad(loss[batch.mask].sum(), logp, retain_graph=True)
+        sides.append(torch.where(batch.mask, -slope / advantage, 0.0).numpy())
+    own, other = sides
+    either = np.where(own != 0, own, np.where(other != 0, other, np.exp(np.minimum(log_weight, 20.0))))
+    no_side = np.where((own != 0) & (other != 0), (own + other) / 2, either)
+    return np.where(a == 0, no_side, either), np.where(a == 0, (own != 0) | (other != 0), own != 0)
 
 
 def settled_by_hand(part: Balance, weight: np.ndarray, a: np.ndarray, mask: np.ndarray) -> Clip:

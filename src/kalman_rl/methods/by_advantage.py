@@ -66,6 +66,16 @@ def dapo(*, low: float = 0.2, high: float = 0.28, epsilon: float = 1e-4) -> Meth
     )
 
 
+def maxrl(*, low: float = 0.2, high: float = 0.2) -> Method:
+    """MaxRL: the group's mean reward divides the advantage, instead of its std. Source: arXiv 2602.02710.
+
+    For rewards >= 0. Ratio, clip and aggregation are GRPO's; the paper's are plain policy gradient's.
+    """
+    return Method(
+        "maxrl", advantage.group_relative, ratio.token, trust.Clip(low, high), aggregate.sequence_mean
+    )
+
+
 def opo(*, low: float = 0.2, high: float = 0.2) -> Method:
     """OPO: baseline weighted by completion length. Source: arXiv 2505.23585.
 

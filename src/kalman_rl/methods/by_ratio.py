@@ -7,6 +7,8 @@ deviation. NumericError for a value outside its range.
 
 from __future__ import annotations
 
+import math
+
 from kalman_rl.objectives import advantage, aggregate, ratio, trust
 from kalman_rl.objectives.loss import Method
 
@@ -78,6 +80,35 @@ def minpro_clipped(
         advantage.GroupZScore(epsilon),
         ratio.PrefixMinimum(inclusive, capped),
         trust.Clip(low, high),
+        aggregate.token_mean,
+    )
+
+
+def pnpo(*, low: float = 0.03, high: float = 0.03, epsilon: float = 1e-4) -> Method:
+    """PNPO: the geometric mean of the ratios so far, tokens outside a band rejected. Source: arXiv 2608.01418.
+
+    Reconstructed from the abstract. The prefix's geometric mean is :func:`kalman_rl.methods.by_filter.kpo_diffuse` at
+    Q = 0. ``low`` and ``high`` in nats, ours.
+    """
+    return Method(
+        "pnpo",
+        advantage.GroupZScore(epsilon),
+        ratio.KalmanFiltered(0.0, 1.0, math.inf),
+        trust.Band(low, high),
+        aggregate.token_mean,
+    )
+
+
+def a3po(*, low: float = 0.2, high: float = 0.2, cap: float = 5.0, epsilon: float = 1e-4) -> Method:
+    """A-3PO: clip the change since the last step, guessed from the lag, and weigh by the rest. arXiv 2512.06547.
+
+    ``cap`` bounds the weight of the rest. Needs the ``lag`` of every token in optimizer steps.
+    """
+    return Method(
+        "a3po",
+        advantage.GroupZScore(epsilon),
+        ratio.Lagged(),
+        trust.Decoupled(trust.Clip(low, high), cap),
         aggregate.token_mean,
     )
 

@@ -2,7 +2,7 @@
 
 Options of most: ``epsilon`` >= 0, reward units, added to the group's standard deviation. ``low`` and ``high`` mean
 what the method bounds: distances from a ratio of 1 (capo), of the log-ratio from 0 (gmpo), the bounds of the weight
-themselves (cispo), divergence (dppo_*). NumericError for a value outside its range.
+themselves (cispo), divergence (dppo_*, vaco). NumericError for a value outside its range.
 """
 
 from __future__ import annotations
@@ -49,16 +49,18 @@ def vespo(
     positive_decay: float = 3.0,
     negative_power: float = 3.0,
     negative_decay: float = 2.0,
+    behaviour: bool = False,
     epsilon: float = 1e-4,
 ) -> Method:
     """VESPO: a Gamma-shaped weight of the whole sequence's ratio instead of a clip. Source: arXiv 2602.10693.
 
+    With ``behaviour`` the ratios are to the behaviour policy, so a sampler's mismatch is inside the product.
     ``*_power`` and ``*_decay`` are k and lambda of :class:`kalman_rl.objectives.trust.Gamma`.
     """
     return Method(
         "vespo",
         advantage.GroupZScore(epsilon),
-        ratio.token,
+        ratio.BehaviourToken() if behaviour else ratio.token,
         trust.Gamma(positive_power, positive_decay, negative_power, negative_decay),
         aggregate.token_mean,
     )
@@ -120,6 +122,74 @@ def dppo_topk_kl(
 ) -> Method:
     """DPPO, KL on the behaviour policy's top tokens and the rest, nats. arXiv 2602.04879. See :func:`dppo_topk_tv`."""
     return _dppo("dppo_topk_kl", trust.top_k_kl, low, high, cap, length)
+
+
+def vaco(*, low: float = 0.2, high: float = 0.2, cap: float = 2.0, epsilon: float = 1e-4) -> Method:
+    """VACO: as DPPO, with the whole sequence's mean ``|w - 1|`` for the divergence. Source: arXiv 2603.01365.
+
+    A token that moves towards the behaviour policy is never dropped. The form for language models is open-instruct's.
+    """
+    return Method(
+        "vaco",
+        advantage.GroupZScore(epsilon),
+        ratio.BehaviourToken(),
+        trust.DivergenceMask(trust.Averaged(trust.ratio_distance), low, high, cap),
+        aggregate.token_mean,
+    )
+
+
+def cppo(*, bound: float = 0.2, rate: float = 0.02, least: float = 0.8) -> Method:
+    """CPPO: as DPPO with TV, less for early tokens and with a budget for the prefix. Source: arXiv 2606.10968."""
+    return Method(
+        "cppo",
+        advantage.group_centred,
+        ratio.BehaviourToken(),
+        trust.PrefixBudget(bound, rate, least),
+        aggregate.token_mean,
+    )
+
+
+def drpo(*, bound: float = 12.5, length: float = 1024.0) -> Method:
+    """DRPO: a quadratic price on the probability a token moved instead of a clip. Source: arXiv 2606.09821.
+
+    Probabilities differ by less than 1, so the published ``bound`` of 12.5 never reverses a token; 0.2 does.
+    """
+    return Method(
+        "drpo",
+        advantage.group_centred,
+        ratio.BehaviourToken(),
+        trust.Quadratic(bound, by_probability=True),
+        aggregate.SequenceSum(length),
+    )
+
+
+def cfpo(*, bound: float = 0.2, epsilon: float = 1e-4) -> Method:
+    """CFPO: a quadratic price on the ratio instead of a clip. Source: arXiv 2601.22801.
+
+    The loss is that of Simple Policy Optimization (arXiv 2401.16025); :func:`kalman_rl.methods.by_advantage.spo` is
+    another method with the same letters.
+    """
+    return Method(
+        "cfpo",
+        advantage.GroupZScore(epsilon),
+        ratio.token,
+        trust.Quadratic(bound),
+        aggregate.sequence_mean,
+    )
+
+
+def m2po(*, bound: float = 0.04, epsilon: float = 1e-4) -> Method:
+    """M2PO: drop the tokens that moved farthest until the rest has a small mean square. Source: arXiv 2510.01161.
+
+    ``bound`` in nats squared, on the log-ratios to the behaviour policy of the whole optimizer step.
+    """
+    return Method(
+        "m2po",
+        advantage.GroupZScore(epsilon),
+        ratio.BehaviourToken(),
+        trust.SecondMoment(bound),
+        aggregate.token_mean,
+    )
 
 
 def bapo(

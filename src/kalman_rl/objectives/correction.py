@@ -4,16 +4,18 @@
                                                level sequence:  D = sum_u d_u      of the token's sequence
                                                level geometric: D = mean_u d_u
 
-:class:`Truncated` weights by ``min(exp D, cap)``, :class:`Masked` by ``exp D`` in a band and 0 outside.
+:class:`Truncated` weighs by ``min(exp D, cap)``, :class:`Masked` by ``exp D`` in a band and 0 outside, and
+:class:`FilteredTruncated` as Truncated by a filtered d. :class:`Rejected` weighs nothing: 1 in a band, 0 outside.
 The factor multiplies coefficient and surrogate of every objective; denominators keep their counts, and
 penalties are left alone. A method whose ratio is already taken to the behaviour policy refuses a correction.
 
-Source: truncated importance sampling and its masked variants as in TRL 1.16 and verl 0.9.1.
+Source: truncated importance sampling, its masked variants and rejection as in TRL 1.16 and verl 0.9.1.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -21,11 +23,14 @@ import torch
 from torch import Tensor
 
 from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.rollouts import Rollouts
-from kalman_rl.objectives.trust.clip import weight_of
+from kalman_rl.objectives.trust.clip import LOG_WEIGHT_CAP, weight_of
 
 Level = Literal["token", "sequence", "geometric"]
+Statistic = Literal["k1", "k2", "k3"]
+Over = Literal["token", "sum", "mean", "max"]
 
 
 def mismatch(rollouts: Rollouts, level: Level) -> Tensor:
@@ -102,5 +107,99 @@ class Masked:
         return torch.where((weight >= self.low) & (weight <= self.high), weight, 0.0)
 
 
-CORRECTIONS = {"truncated": Truncated, "masked": Masked}
+def icepop(low: float = 0.5, high: float = 5.0) -> Masked:
+    """IcePop: a token's own weight in [low, high], else 0. Source: arXiv 2510.18855, as in verl ("0.5_5.0")."""
+    return Masked(low, high, "token")
+
+
+@dataclass(frozen=True)
+class FilteredTruncated:
+    """``min(exp x_t, cap)``, x the mismatch d filtered along the sequence: rounding averages out before it is cut off.
+
+        x_t = x_{t-1} + w_t,  Var w = Q;    d_t = x_t + v_t,  Var v = R;    diffuse start
+
+    Args:
+        noise_ratio: Q / R >= 0. inf: x = d, truncation at the token; 0: the mean of d so far, at the last token the
+            geometric level.
+        cap: > 0.
+
+    Needs: ``logp_behaviour``. Raises: NumericError for a value outside its range.
+    Source: ours. Mismatch of weights is no noise; then :class:`Truncated` is better (docs/evidence.md, mismatch).
+    """
+
+    noise_ratio: float = 0.1
+    cap: float = 2.0
+    inputs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
+
+    def __post_init__(self) -> None:
+        Truncated(self.cap)
+        if not self.noise_ratio >= 0:
+            raise NumericError(f"noise_ratio: got {self.noise_ratio}, expected Q / R >= 0, or inf")
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        state, _ = causal_filter(
+            mismatch(rollouts, "token"),
+            rollouts.mask,
+            process_noise=self.noise_ratio,
+            observation_noise=1.0,
+            initial_variance=math.inf,
+            segment=rollouts.segment,
+        )
+        return weight_of(torch.where(rollouts.mask, state.mean, 0.0)).clamp(max=self.cap)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """1 where ``-low <= K <= high``, else 0: a token or a whole sequence that drifted is left out, none is weighted.
+
+        k1 = -d,   k2 = d^2 / 2,   k3 = e^d - 1 - d;     K = k of the token, or its sum, mean or max over the sequence
+
+    Args:
+        statistic: k1, k2 or k3: estimates of KL(behaviour || old) in nats, k1 signed.
+        over: token, sum, mean or max; max not with k1, whose sign tells two directions.
+        high, low: >= 0 in nats; ``low`` matters to k1 only.
+
+    Log-ratios are held in [-20, 20]. verl's bounds of k1 are ratios: ``high = log upper``, ``low = -log lower``.
+    Needs: ``logp_behaviour``. Raises: NumericError, ConfigError for a value outside its range.
+    """
+
+    statistic: Statistic = "k3"
+    over: Over = "mean"
+    high: float = 0.01
+    low: float = math.inf
+    inputs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("statistic", Statistic), ("over", Over)):
+            if getattr(self, name) not in get_args(kinds):
+                known = ", ".join(get_args(kinds))
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {known}")
+        if (self.statistic, self.over) == ("k1", "max"):
+            raise ConfigError("over: got 'max' with statistic 'k1', expected k2 or k3 because k1 has a sign")
+        for name in ("low", "high"):
+            if not getattr(self, name) >= 0:
+                raise NumericError(f"{name}: got {getattr(self, name)}, expected a bound >= 0 in nats")
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        d = mismatch(rollouts, "token").clamp(-LOG_WEIGHT_CAP, LOG_WEIGHT_CAP)
+        value = {"k1": -d, "k2": d.square() / 2, "k3": torch.expm1(d) - d}[self.statistic]
+        if self.over in ("sum", "mean"):
+            value = rollouts.per_sequence_sum(value)
+        if self.over == "mean":
+            value = value / rollouts.lengths.clamp(min=1.0)
+        if self.over == "max":
+            value = torch.where(rollouts.mask, value, 0.0)  # sizes: nothing is below 0
+            index = rollouts.sequence_index.flatten()
+            largest = value.new_zeros(value.numel()).scatter_reduce(0, index, value.flatten(), "amax")
+            value = largest[index].reshape(value.shape)
+        return ((value >= -self.low) & (value <= self.high)).to(value.dtype)
+
+
+CORRECTIONS: dict[str, Callable[..., Callable[[Rollouts], Tensor]]] = {
+    "truncated": Truncated,
+    "masked": Masked,
+    "icepop": icepop,
+    "filtered": FilteredTruncated,
+    "rejected": Rejected,
+}
 """Corrections by name, for configuration files."""

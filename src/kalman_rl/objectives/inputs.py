@@ -38,6 +38,8 @@ INPUTS: dict[str, str] = {
     "top_behaviour=...), made with divergence.top_k_with_sampled. KalmanGRPOTrainer does so without vLLM",
     "top_logp": "(B, T, k) current log-probabilities of the tokens behind top_behaviour; pass "
     "Current(logp, top_logp=...) for logp. KalmanGRPOTrainer does so",
+    "lag": "(B, T) optimizer steps from the behaviour policy to the current one; pass Rollouts(lag=...). "
+    "KalmanGRPOTrainer counts them",
     "step": "the effect of each token's own optimizer step on the last layer; pass Current(logp, "
     "step=curvature.last_layer_step(...)) for logp. KalmanGRPOTrainer does so",
     "reward": "one number per completion (B,) for advantages; put reward into Rollouts, or pass advantage=",

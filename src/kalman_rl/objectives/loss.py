@@ -51,8 +51,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.correction is not None and "logp_behaviour" in inputs_of(self.ratio):
             raise ConfigError(
-                f"correction: got {self.correction} for {self.name}, expected None because its ratio is "
-                "already taken to the behaviour policy; the mismatch would count twice"
+                f"correction: got {self.correction} beside the ratio {self.ratio} of {self.name}, expected None "
+                "because that ratio is already taken to the behaviour policy; the mismatch would count twice"
             )
 
         trust = self.learns.get("trust")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
 
-_OPTIONAL = "reward group logp_behaviour logp_reference top_behaviour sum_pi_squared segment".split()
+_OPTIONAL = "reward group logp_behaviour logp_reference top_behaviour sum_pi_squared lag segment".split()
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Rollouts:
         top_behaviour: (B, T, k) log-probabilities under the behaviour policy of k different tokens, the sampled one
             among them (:func:`kalman_rl.objectives.trust.top_k_with_sampled`), for top-k trust regions.
         sum_pi_squared: (B, T) ``sum_v pi_old(v)^2`` at each position, for the optimal token baseline.
+        lag: (B, T) optimizer steps >= 0 from the behaviour policy to the current one, for ratios that look at it.
         segment: (B, T) integers for packed rows: a change of value along T starts a new sequence.
         allow_empty: accept rows without any trained token; they contribute nothing.
 
@@ -56,6 +57,7 @@ class Rollouts:
     logp_reference: Tensor | None = None
     top_behaviour: Tensor | None = None
     sum_pi_squared: Tensor | None = None
+    lag: Tensor | None = None
     segment: Tensor | None = None
     allow_empty: bool = False
 
@@ -86,6 +88,8 @@ class Rollouts:
             self._store("top_behaviour", checked_top("top_behaviour", self.top_behaviour, mask))
         if self.sum_pi_squared is not None:
             self._store("sum_pi_squared", _checked_sum_pi_squared(self.sum_pi_squared, mask))
+        if self.lag is not None:
+            self._store("lag", _checked_lag(self.lag, mask))
         for name in ("reward", "group"):
             value = getattr(self, name)
             if value is not None and value.shape != shape[:1]:
@@ -274,6 +278,18 @@ def _checked_sum_pi_squared(sum_pi_squared: Tensor, mask: Tensor) -> Tensor:
         row, token = bad.nonzero()[0].tolist()
         got = f"{values[row, token].item()} at row {row}, token {token} ({int(bad.sum())} such tokens)"
         raise NumericError(f"sum_pi_squared: got {got}, expected {expected}")
+    return values
+
+
+def _checked_lag(lag: Tensor, mask: Tensor) -> Tensor:
+    """Lags as :func:`masked_finite` values, refusing negative ones."""
+    expected = "optimizer steps >= 0 since the token was sampled, where the mask is True"
+    values = masked_finite("lag", lag.detach(), mask, expected)
+    if (values < 0).any():
+        row, token = (values < 0).nonzero()[0].tolist()
+        raise NumericError(
+            f"lag: got {values[row, token].item()} at row {row}, token {token}, expected {expected}"
+        )
     return values
 
 

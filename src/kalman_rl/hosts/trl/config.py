@@ -17,7 +17,7 @@ from kalman_rl.hosts.trl.hooks import TORCH, TRANSFORMERS, TRL
 from kalman_rl.hosts.trl.translate import DEFAULTS, check_settings, translated
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.correction import CORRECTIONS
-from kalman_rl.objectives.inputs import INPUTS, check_group_size, check_provided
+from kalman_rl.objectives.inputs import INPUTS, check_group_size, check_provided, inputs_of
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.penalty import KL
 from kalman_rl.registry import make
@@ -122,7 +122,8 @@ class KalmanGRPOConfig(GRPOConfig):
     correction: str | None = field(
         default=None,
         metadata={
-            "help": "Importance correction for a behaviour policy that is not the old policy: truncated or masked. "
+            "help": "Correction for a behaviour policy that is not the old policy: truncated, masked, icepop, "
+            "filtered or rejected. "
             "With vLLM, TRL's own correction must then be off (vllm_importance_sampling_correction=False)."
         },
     )
@@ -287,6 +288,15 @@ def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -
     if args.use_vllm:  # it does not pass on the behaviour policy's distributions
         advice = "take the binary form (dppo_tv, dppo_kl), or train without vLLM"
         check_provided(method, PROVIDED - {"top_behaviour"}, "KalmanGRPOTrainer with vLLM", advice)
+    if (
+        args.use_vllm
+        and args.vllm_importance_sampling_correction
+        and "logp_behaviour" in inputs_of(method.ratio)
+    ):
+        raise ConfigError(
+            f"vllm_importance_sampling_correction: got True beside the ratio {method.ratio} {where}, expected False "
+            "because that ratio is already taken to vLLM's policy; the mismatch would count twice"
+        )
     check_provided(method, PROVIDED, "KalmanGRPOTrainer", f"known inputs are {', '.join(sorted(PROVIDED))}")
     share = args.gradient_accumulation_steps
     if "trust" in method.learns and (args.steps_per_generation or share) % share:

@@ -207,6 +207,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
             advantage = torch.where(mask, advantage, 0.0).sum(1) / mask.sum(1).clamp(min=1)
         note_advantages(self, self.accelerator.gather(advantage).tolist())
         output["rewards"] = rewards[local]
+        if "lag" in self.method.inputs:
+            output["sampled_at"] = torch.full_like(output["rewards"], self.state.global_step)
         output["prompt"] = [row.get("prompt") for row in inputs]  # an environment may bring it later
         output["prompt_id"] = [row.get("prompt_id") for row in inputs]
         return self._counted(output)
@@ -303,9 +305,12 @@ class KalmanGRPOTrainer(FiniteTrainer):
         logp_behaviour = inputs.get("sampling_per_token_logps")
         if logp_behaviour is None and "logp_behaviour" in self.method.inputs:
             logp_behaviour = old  # transformers samples from the very model that is trained
+        sampled_at = inputs.get("sampled_at")
+        lag = None if sampled_at is None else self.state.global_step - sampled_at
         return Rollouts(
             logp_old=old,
             mask=self._loss_mask(inputs),
+            lag=None if lag is None else lag[:, None].expand_as(old),
             reward=inputs["rewards"],
             logp_behaviour=logp_behaviour,
             logp_reference=inputs.get("ref_per_token_logps"),

@@ -83,7 +83,8 @@ def translated(args: GRPOConfig) -> Method:
     if kind == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
         raise ConfigError(
             "vllm_importance_sampling_correction: got True with loss_type='vespo', expected False because TRL's "
-            "factor inside the sequence's weight is not composed here; set it to False and correction='truncated'"
+            "factor inside the sequence's weight is not composed here; set it to False and method='vespo' with "
+            "method_options={'behaviour': True}, which takes the whole ratio to vLLM's policy"
         )
     make: Any = AGGREGATE[kind]
     if make is aggregate.SequenceSum:

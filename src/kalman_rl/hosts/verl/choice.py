@@ -21,6 +21,7 @@ AGGREGATIONS = ("verl", "method")
 
 ADVICE = {
     "top_behaviour": "take kalman_rl/dppo_tv or kalman_rl/dppo_kl, which look at the sampled token only",
+    "lag": "verl does not tell the loss how many steps ago a token was sampled",
     "past_steps": "verl's loss does not see where an optimizer step ends, so nothing is learned there",
 }
 """What a method may ask for and verl's loss does not get -> what to do."""

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
-
-from torch import Tensor
+from dataclasses import replace
 
 from kalman_rl.instruments.reproduce.claim import Claim, difference, value
 from kalman_rl.instruments.reproduce.experiment import Experiment
 from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training, clipped
-from kalman_rl.objectives.correction import Truncated
-from kalman_rl.objectives.ratio import KalmanFiltered
-from kalman_rl.objectives.rollouts import Rollouts
+from kalman_rl.objectives.correction import FilteredTruncated, Truncated
 
 TEACHING = (0.1, 0.8, 0.1)
 PLENTY = "256 questions, 10 % hopeless, 80 % in between, 10 % solved"
-
-
-@dataclass(frozen=True)
-class FilteredTruncated:
-    """Truncated importance sampling with the mismatch filtered first: ``min(exp(filtered d), cap)``.
-
-    Args: ratio: Q / R of the filter, from a diffuse start. cap: > 0.
-    """
-
-    ratio: float = 0.1
-    cap: float = 2.0
-    inputs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
-
-    def __call__(self, rollouts: Rollouts) -> Tensor:
-        assert rollouts.logp_behaviour is not None
-        behaviour = replace(rollouts, logp_old=rollouts.logp_behaviour)
-        filtered = KalmanFiltered(self.ratio, 1.0, float("inf"))(rollouts.logp_old, behaviour)
-        return filtered.log_weight.exp().clamp(max=self.cap)
 
 
 CLIPS = (0.01, 0.03, 0.1, 0.2)

@@ -27,6 +27,10 @@ def _leave_one_out(part: Any, reward: float, group: list[float]) -> float:
     return reward - (sum(group) - reward) / (len(group) - 1)
 
 
+def _relative(part: Any, reward: float, group: list[float]) -> float:
+    return (reward - statistics.fmean(group)) / statistics.fmean(group)
+
+
 def _constant(part: advantage.ConstantBaseline, reward: float, group: list[float]) -> float:
     return reward - part.value
 
@@ -35,6 +39,7 @@ BY_GROUP: dict[Any, Callable[[Any, float, list[float]], float]] = {
     advantage.GroupZScore: _z_score,
     advantage.group_centred: _centred,
     advantage.leave_one_out: _leave_one_out,
+    advantage.group_relative: _relative,
     advantage.ConstantBaseline: _constant,
 }
 """Advantages that look at one reward and the rewards of its group."""

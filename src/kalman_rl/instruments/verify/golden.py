@@ -18,7 +18,13 @@ from kalman_rl.instruments.verify.check import Check, relative_error
 from kalman_rl.instruments.verify.place import CPU, Place
 from kalman_rl.instruments.verify.record import TOLERANCE, Record, precision, records
 from kalman_rl.objectives import aggregate, penalty, ratio, trust
-from kalman_rl.objectives.advantage.group import GroupZScore, LengthWeighted, group_centred, leave_one_out
+from kalman_rl.objectives.advantage.group import (
+    GroupZScore,
+    LengthWeighted,
+    group_centred,
+    group_relative,
+    leave_one_out,
+)
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
 
@@ -51,6 +57,12 @@ def _dppo(distance: trust.Divergence) -> Callable[[Record], tuple[Any, Any]]:
     )
 
 
+def _vaco(config: Record) -> tuple[Any, Any]:
+    bound, cap = config["rho_mask_upper_bound"], config["rho_clamp_upper_bound"]
+    distance = trust.Averaged(trust.ratio_distance)
+    return ratio.BehaviourToken(), trust.DivergenceMask(distance, bound, bound, cap)
+
+
 def _bapo(config: Record) -> tuple[Any, Any]:
     ends = {
         f"{ours}{suffix}": config[f"ratio_{theirs}_{key}"]
@@ -59,6 +71,12 @@ def _bapo(config: Record) -> tuple[Any, Any]:
     }
     dual = config["clip_ratio_c"]
     return ratio.token, trust.Balance(config["adv_ratio_target"], "quotient", "low", dual=dual, **ends)
+
+
+def _quadratic(config: Record) -> tuple[Any, Any]:
+    by_probability = config["penalty_mu_weighted"]
+    transform = ratio.BehaviourToken() if by_probability else ratio.token
+    return transform, trust.Quadratic(config["drpo_epsilon"], by_probability)
 
 
 PARTS: dict[str, Callable[[Record], tuple[Any, Any]]] = {
@@ -76,6 +94,22 @@ PARTS: dict[str, Callable[[Record], tuple[Any, Any]]] = {
     "dppo_tv": _dppo(trust.binary_tv),
     "dppo_kl": _dppo(trust.binary_kl),
     "bapo": _bapo,
+    "vespo": lambda config: (
+        ratio.token,
+        trust.Gamma(config["k_pos"], config["lambda_pos"], config["k_neg"], config["lambda_neg"]),
+    ),
+    "drpo": _quadratic,
+    "cfpo": _quadratic,
+    "cppo": lambda config: (
+        ratio.BehaviourToken(),
+        trust.PrefixBudget(config["cppo_delta"], config["cppo_delta_b"], config["cppo_w_min"]),
+    ),
+    "m2po": lambda config: (ratio.BehaviourToken(), trust.SecondMoment(config["m2_threshold"])),
+    "vaco": _vaco,
+    "a3po": lambda config: (
+        ratio.Lagged(),
+        trust.Decoupled(trust.Clip(config["eps_clip"], config["eps_clip"]), config["upper"]),
+    ),
 }
 """Recorded method -> our ratio transform and trust region."""
 
@@ -87,11 +121,15 @@ AGGREGATE: dict[str, Callable[[int], Any]] = {
 }
 """Recorded aggregation, given the width of the batch, -> ours."""
 
+OTHER_AGGREGATION = ("dppo_tv", "dppo_kl", "cfpo")
+"""Recorded with another aggregation than the method's only."""
+
 ADVANTAGE: dict[str, Callable[..., Tensor]] = {
     "grpo": GroupZScore(epsilon=1e-6),
     "dr_grpo": group_centred,
     "rloo": leave_one_out,
     "opo": LengthWeighted(),
+    "maxrl": group_relative,
 }
 """Recorded advantage -> ours. The record's completions all have the same length."""
 
@@ -128,9 +166,10 @@ def compare_loss(record: Record, place: Place = CPU) -> Comparison:
         return place.put(torch.tensor(record[key], dtype=torch.float64))
 
     old = tensor("old_log_prob")
-    rollouts = Rollouts(
-        old, tensor("mask"), logp_behaviour=old
-    )  # recorded with behaviour policy = old policy
+    period = record["config"].get("lag_period", 1)
+    lag = torch.arange(old.shape[1], device=old.device).remainder(period).expand_as(old)
+    # recorded with behaviour policy = old policy
+    rollouts = Rollouts(old, tensor("mask"), logp_behaviour=old, lag=lag)
     logp = tensor("log_prob").requires_grad_()
     loss = policy_loss(composition(record), rollouts, logp, advantage=tensor("advantages"))
     loss.value.backward()
@@ -185,8 +224,8 @@ def records_for(method: Method) -> list[Record]:
             kind_of(getattr(ours, part)) == kind_of(getattr(method, part))
             for part in ("ratio", "trust", "aggregate", "penalty")
         )
-        divergent = record["method"].startswith("dppo")  # recorded with another aggregation only
-        if same or (divergent and kind_of(ours.trust) == kind_of(method.trust)):
+        elsewhere = record["method"] in OTHER_AGGREGATION
+        if same or (elsewhere and kind_of(ours.trust) == kind_of(method.trust)):
             found.append(record)
     return found
 

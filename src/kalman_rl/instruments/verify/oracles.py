@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kalman_rl.instruments.verify.advantages import by_definition
 from kalman_rl.instruments.verify.check import Check, relative_error
-from kalman_rl.instruments.verify.definitions import Example, example, literal_loss, log_weights
+from kalman_rl.instruments.verify.definitions import literal_loss, log_weights
+from kalman_rl.instruments.verify.example import Example, example
 from kalman_rl.instruments.verify.place import CPU, Place
 from kalman_rl.methods import METHODS
 from kalman_rl.objectives import aggregate, ratio, trust
@@ -60,7 +61,7 @@ def gradient(method: Method, batch: Example, advantage: Tensor | None = None) ->
 def _ratio_error(method: Method, batch: Example) -> float:
     expected = log_weights(method, batch, batch.logp)
     if expected is None:
-        return math.nan  # verify/literal.py has no loop for this transform yet
+        return math.nan  # verify/definitions.py has no loop for this transform yet
     masked = torch.where(batch.rollouts.mask, batch.logp, 0.0)
     return relative_error(method.ratio(masked, batch.rollouts).log_weight, expected)
 
@@ -77,7 +78,7 @@ def _literal_error(method: Method, batch: Example) -> float:
     logp = batch.logp.clone().requires_grad_()
     value = literal_loss(method, batch, logp, advantage)
     if value is None:
-        return math.nan  # verify/literal.py has no loss for this composition yet
+        return math.nan  # verify/losses.py has no loss for this composition yet
     (expected,) = torch.autograd.grad(value, logp)
     return relative_error(gradient(method, batch, advantage), expected)
 
@@ -156,6 +157,23 @@ def _proportional(first: Method, second: Method) -> Limit:
     return error
 
 
+def _by_group(first: Method, second: Method) -> Limit:
+    """Advantages that differ by the mean reward of the group alone, whatever the group."""
+
+    def error(place: Place) -> float:
+        errors = []
+        for seed in SEEDS:
+            batch = example(seed, place=place)
+            reward, group = batch.rollouts.reward, batch.rollouts.group
+            assert reward is not None and group is not None
+            same = (group[:, None] == group).to(reward)
+            mean = (same @ reward / same.sum(1))[:, None]
+            errors.append(relative_error(advantage_of(first, batch) * mean, advantage_of(second, batch)))
+        return max(errors)
+
+    return error
+
+
 def _last_token(method: Method, other: Method) -> Limit:
     """Log-weights of two methods at the last trained token of each row."""
 
@@ -208,6 +226,7 @@ def _advantage_limits() -> Table:
                 make("dapo", high=0.2), _with("grpo", make("grpo"), aggregate=aggregate.token_mean)
             )
         },
+        "maxrl": {"advantage is Dr.GRPO's over the group's mean": _by_group(make("maxrl"), make("dr_grpo"))},
         "dr_grpo": {"advantage is RLOO's up to (G-1)/G": _proportional(make("dr_grpo"), make("rloo"))},
         "krpo_invariant": {
             "P0 -> inf is RLOO up to scale": _proportional(
@@ -281,6 +300,24 @@ def _ratio_limits() -> Table:
                 _with("gspo", make("gspo"), aggregate=aggregate.SequenceSum(1.0)),
             )
         },
+        "pnpo": {
+            "the prefix's geometric mean is kpo_diffuse at Q = 0": _same(
+                _with("pnpo", make("pnpo"), trust=trust.unclipped),
+                _with(
+                    "kpo",
+                    make("kpo_diffuse", process_noise=0.0),
+                    trust=trust.unclipped,
+                    aggregate=aggregate.token_mean,
+                ),
+            ),
+            "ends in GSPO's sequence ratio": _last_token(make("pnpo"), make("gspo")),
+        },
+        "a3po": {
+            "no clip: the truncated ratio to the behaviour policy": _same(
+                make("a3po", low=inf, high=inf, cap=inf),
+                _with("token", token, ratio=ratio.BehaviourToken(), aggregate=aggregate.token_mean),
+            ),
+        },
         "minpro": {"second token: the exact prefix ratio": _second_token(make("minpro"))},
         "minpro_clipped": {"second token: the exact prefix ratio": _second_token(make("minpro_clipped"))},
     }
@@ -308,6 +345,26 @@ def _trust_limits() -> Table:
             "tau -> 0 is the token ratio": _same(
                 make("sapo", positive=1e-9, negative=1e-9),
                 _with("token", token, aggregate=aggregate.sequence_mean),
+            )
+        },
+    }
+    mu = _with("mu", token, ratio=ratio.BehaviourToken())
+    table |= {
+        "drpo": {
+            "no bound: the ratio to the behaviour policy": _same(
+                _with("drpo", make("drpo", bound=inf), aggregate=aggregate.token_mean), mu
+            ),
+        },
+        "cfpo": {
+            "no bound: the token ratio": _same(
+                _with("cfpo", make("cfpo", bound=inf), aggregate=aggregate.token_mean), token
+            )
+        },
+        "cppo": {"no bound: the ratio to the behaviour policy": _same(make("cppo", bound=inf), mu)},
+        "m2po": {"no bound: the ratio to the behaviour policy": _same(make("m2po", bound=inf), mu)},
+        "vaco": {
+            "no threshold: the truncated ratio": _same(
+                make("vaco", low=inf, high=inf), _with("cap", make("cispo", high=2.0), ratio=mu.ratio)
             )
         },
     }

@@ -134,7 +134,19 @@ def leave_one_out(reward: Tensor, group: Tensor) -> Tensor:
     return _finish(scale * s.deviation, reward, s.spread > 0)
 
 
-for _part in (group_centred, leave_one_out):
+def group_relative(reward: Tensor, group: Tensor) -> Tensor:
+    """``A = (r - mean) / mean`` within the group; 0 for a group of one, and where the mean is not positive.
+
+    For rewards >= 0: a prompt solved with rate p weighs 1/p, so rare successes count most.
+    Source: MaxRL (arXiv 2602.02710).
+    """
+    s = group_statistics(reward, group)
+    positive = s.mean > 0
+    scaled = s.deviation / torch.where(positive, s.mean, 1.0)
+    return _finish(scaled, reward, positive & (s.spread > 0))
+
+
+for _part in (group_centred, leave_one_out, group_relative):
     _part.needs_groups = True  # type: ignore[attr-defined]
 
 

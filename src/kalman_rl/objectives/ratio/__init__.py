@@ -7,7 +7,7 @@ from kalman_rl.objectives.ratio.learned import (
     innovation_sums,
     observed_series,
 )
-from kalman_rl.objectives.ratio.robust import BINS, LOG_RANGE, NORMAL_MEDIAN, RobustFiltered, clipped
+from kalman_rl.objectives.ratio.robust import BINS, NORMAL_MEDIAN, RobustFiltered, clipped
 from kalman_rl.objectives.ratio.token_noise import (
     NoiseFiltered,
     NoiseModel,
@@ -18,6 +18,7 @@ from kalman_rl.objectives.ratio.token_noise import (
 from kalman_rl.objectives.ratio.transforms import (
     BehaviourToken,
     KalmanFiltered,
+    Lagged,
     PrefixMinimum,
     Ratio,
     behaviour,
@@ -29,11 +30,11 @@ from kalman_rl.objectives.ratio.transforms import (
 
 __all__ = [
     "BINS",
-    "LOG_RANGE",
     "NORMAL_MEDIAN",
     "AutoFiltered",
     "BehaviourToken",
     "KalmanFiltered",
+    "Lagged",
     "NoiseFiltered",
     "NoiseModel",
     "PrefixMinimum",

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError
 from kalman_rl.numerics.kalman import Filtered, Gaussian, causal_filter
+from kalman_rl.numerics.log_bins import bin_of, counted, edge
 from kalman_rl.objectives.ratio.learned import check_memory, observed_series
 from kalman_rl.objectives.ratio.transforms import KalmanFiltered, Ratio, token_log_ratio
 from kalman_rl.objectives.rollouts import Rollouts
 
 BINS = 256
-LOG_RANGE = (math.log(1e-9), math.log(1e3))
-"""Sizes of a step between neighbouring log-ratios that the histogram tells apart, in nats."""
+"""Bins of the size of a step between neighbouring log-ratios, in nats."""
 NORMAL_MEDIAN = 0.6744897501960817
 """Median of |x| for a standard normal x."""
 
@@ -104,9 +104,7 @@ class RobustFiltered:
             return self.initial().to(value.device)
         alive_at = value.new_tensor(alive)[1:, None] > torch.arange(value.shape[1], device=value.device)
         size = value.diff(dim=0).abs()[alive_at & (gap[1:] == 1)]
-        low, high = LOG_RANGE
-        place = ((size.log() - low) / (high - low) * BINS).clamp(0, BINS - 1).long()
-        return torch.bincount(place, minlength=BINS).double()
+        return counted(bin_of(size, BINS), torch.ones_like(size), BINS)
 
     def fitted(self, state: Tensor) -> RobustFiltered:
         """The filter with all variances moved to the learned R; itself where the state does not determine R."""
@@ -119,8 +117,7 @@ class RobustFiltered:
         if bin_ in (0, BINS - 1):  # most steps are 0, or beyond reason
             return self
         inside = 1 - (below[bin_].item() - total / 2) / counts[bin_].item()
-        low, high = LOG_RANGE
-        deviation = math.exp(low + (bin_ + inside) / BINS * (high - low)) / NORMAL_MEDIAN
+        deviation = edge(bin_ + inside, BINS) / NORMAL_MEDIAN
         factor = deviation**2 / (2 * self.observation_noise + self.process_noise)
         return dataclasses.replace(
             self,

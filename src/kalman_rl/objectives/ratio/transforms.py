@@ -59,6 +59,25 @@ class BehaviourToken:
         return Ratio(log_ratio, log_ratio)
 
 
+@dataclass(frozen=True)
+class Lagged:
+    """Token ratio to the policy of one step ago, guessed between the behaviour policy and the current one.
+
+        log pi_near = log mu + a (log pi - log mu),   a = (k - 1) / k for a lag of k steps
+        s_t = log pi - log pi_near = l_t / max(k, 1),   l_t = logp_t - logp_behaviour_t
+
+    No forward pass is spent on the old policy. :class:`kalman_rl.objectives.trust.Decoupled` takes back the rest.
+    Needs: ``logp_behaviour``, ``lag``. Source: A-3PO (arXiv 2512.06547), log-linear.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("logp_behaviour", "lag")
+
+    def __call__(self, logp: Tensor, rollouts: Rollouts) -> Ratio:
+        lag = required("lag", rollouts.lag, "a ratio to a policy between two versions").to(logp.dtype)
+        log_ratio = torch.where(rollouts.mask, logp.detach() - behaviour(rollouts), 0.0)
+        return Ratio(log_ratio, log_ratio / lag.clamp(min=1.0))
+
+
 def one(logp: Tensor, rollouts: Rollouts) -> Ratio:
     """Ratio := 1, ``s_t = 0``: plain policy gradient, and the control for every claim about ratios."""
     log_ratio = token_log_ratio(logp, rollouts)

@@ -3,6 +3,7 @@
 from kalman_rl.objectives.trust.balance import MAX_POINTS, Balance, First, Measure
 from kalman_rl.objectives.trust.clip import (
     LOG_WEIGHT_CAP,
+    Band,
     Cap,
     Clip,
     GeometricClip,
@@ -21,18 +22,24 @@ from kalman_rl.objectives.trust.curvature import (
     last_layer_step,
     predicted_effect,
 )
+from kalman_rl.objectives.trust.decoupled import Decoupled
 from kalman_rl.objectives.trust.divergence import (
+    Averaged,
     Divergence,
     DivergenceMask,
     binary_kl,
     binary_tv,
     log_complement,
     log_probabilities,
+    ratio_distance,
     top_k_kl,
     top_k_tv,
     top_k_with_sampled,
 )
 from kalman_rl.objectives.trust.gamma import LOG_FLOOR, Gamma
+from kalman_rl.objectives.trust.moment import SecondMoment
+from kalman_rl.objectives.trust.prefix import PrefixBudget
+from kalman_rl.objectives.trust.quadratic import Quadratic
 
 __all__ = [
     "CHUNK_NUMBERS",
@@ -40,16 +47,22 @@ __all__ = [
     "LOG_WEIGHT_CAP",
     "MAX_POINTS",
     "Adam",
+    "Averaged",
     "Balance",
+    "Band",
     "Cap",
     "Clip",
     "CurvatureMask",
+    "Decoupled",
     "Divergence",
     "DivergenceMask",
     "First",
     "Gamma",
     "GeometricClip",
     "Measure",
+    "PrefixBudget",
+    "Quadratic",
+    "SecondMoment",
     "SoftGate",
     "Trust",
     "TrustRegion",
@@ -61,6 +74,7 @@ __all__ = [
     "log_likelihood",
     "log_probabilities",
     "predicted_effect",
+    "ratio_distance",
     "top_k_kl",
     "top_k_tv",
     "top_k_with_sampled",

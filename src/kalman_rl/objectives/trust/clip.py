@@ -3,7 +3,8 @@
 A trust region is a callable ``(ratio, advantage, current, rollouts) -> Trust``, everything (B, T) and
 detached. It turns the log-weight into the coefficient ``c_t = keep_t * weight_t`` and reports the surrogate
 loss that TRL and verl would print, so that curves can be compared. Those that look at more than the ratio
-have separate files: ``divergence`` (DPPO), ``balance`` (BAPO), ``curvature`` (CAPO).
+have separate files: ``divergence`` (DPPO, VACO), ``prefix`` (CPPO), ``balance`` (BAPO), ``moment`` (M2PO),
+``curvature`` (CAPO).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ LOG_WEIGHT_CAP = 20.0
 
 
 class Trust(NamedTuple):
-    """``keep`` (B, T) bool, ``weight`` (B, T) >= 0, ``surrogate`` (B, T) loss per token; all detached."""
+    """``keep`` (B, T) bool, ``weight`` (B, T), ``surrogate`` (B, T) loss per token; all detached.
+
+    The weight may be any finite number: negative, it pushes a token against its advantage."""
 
     keep: Tensor
     weight: Tensor
@@ -128,6 +131,37 @@ class Cap:
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         weight = weight_of(ratio.log_weight).clamp(self.low, self.high)
         return Trust(everything(weight), weight, -advantage * weight * current.logp)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keep a token while its log-weight lies in ``[-low, high]``, whatever its advantage: ``loss_t = -A w_t``, else 0.
+
+    Args:
+        low, high: >= 0 in nats; inf for no bound.
+
+    Raises: NumericError for a value outside its range.
+    Source: hard rejection, as in IcePop (arXiv 2510.18855) and M2PO (arXiv 2510.01161).
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise NumericError(f"{name}: got {value}, expected a distance >= 0 of the log-weight from 0")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The ends of the band, as log-weights."""
+        return {"low": -self.low, "high": self.high}
+
+    def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
+        keep = (ratio.log_weight >= -self.low) & (ratio.log_weight <= self.high)
+        weight = weight_of(ratio.log_weight)
+        return Trust(keep, weight, -advantage * torch.where(keep, weight, 0.0))
 
 
 @dataclass(frozen=True)

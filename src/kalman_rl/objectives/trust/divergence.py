@@ -7,9 +7,9 @@ D is a divergence between the behaviour policy ``mu`` and the current policy ``p
 the vocabulary: {sampled token, rest} (binary) or {k tokens, rest} (top-k). A finer partition never gives a
 smaller divergence: binary <= top-k <= whole vocabulary.
 
-Source: DPPO (arXiv 2602.04879). Deviations: ``log(1 - p)`` is taken without cancellation and without an added
-constant; the k tokens contain the sampled one exactly once; the rest's mass is not taken below its rounding
-error; thresholds have separate names.
+Source: DPPO (arXiv 2602.04879), VACO (arXiv 2603.01365). Deviations: ``log(1 - p)`` is taken without cancellation and
+without an added constant; the k tokens contain the sampled one exactly once; the rest's mass is not taken below its
+rounding error; thresholds have separate names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kalman_rl.errors import NumericError, ShapeError
 from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.ratio.transforms import Ratio, behaviour
 from kalman_rl.objectives.rollouts import Current, Rollouts
-from kalman_rl.objectives.trust.clip import Trust, weight_of
+from kalman_rl.objectives.trust.clip import LOG_WEIGHT_CAP, Trust, weight_of
 
 Divergence = Callable[[Current, Rollouts], Tensor]
 
@@ -52,6 +52,11 @@ def binary_tv(current: Current, rollouts: Rollouts) -> Tensor:
     """Total variation on {sampled, rest}: ``|pi(y) - mu(y)|`` (B, T), in [0, 1]."""
     mu, pi = behaviour(rollouts).clamp(max=0.0), current.logp.clamp(max=0.0)
     return (pi.exp() - mu.exp()).abs()
+
+
+def ratio_distance(current: Current, rollouts: Rollouts) -> Tensor:
+    """``|w - 1|`` (B, T), in [0, inf): its mean under the behaviour policy is twice the total variation."""
+    return torch.expm1((current.logp - behaviour(rollouts)).clamp(max=LOG_WEIGHT_CAP)).abs()
 
 
 def binary_kl(current: Current, rollouts: Rollouts) -> Tensor:
@@ -95,6 +100,17 @@ def top_k_kl(current: Current, rollouts: Rollouts) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Averaged:
+    """A divergence averaged over the trained tokens of each sequence, the same (B, T) at all of them."""
+
+    divergence: Divergence
+
+    def __call__(self, current: Current, rollouts: Rollouts) -> Tensor:
+        total = rollouts.per_sequence_sum(self.divergence(current, rollouts))
+        return total / rollouts.lengths.clamp(min=1.0)
+
+
+@dataclass(frozen=True)
 class DivergenceMask:
     """Keep a token unless it moves away from the behaviour policy and its divergence exceeds a threshold.
 
@@ -102,7 +118,7 @@ class DivergenceMask:
 
     Args:
         divergence: one of this module's: :func:`binary_tv`, :func:`binary_kl`, :func:`top_k_tv`,
-            :func:`top_k_kl`.
+            :func:`top_k_kl`, :func:`ratio_distance`; or one of them :class:`Averaged` over the sequence.
         low, high: thresholds >= 0, in probability (TV) or nats (KL); inf drops nothing.
         cap: upper bound > 0 of the weight.
 
@@ -124,7 +140,8 @@ class DivergenceMask:
                 raise NumericError(f"{name}: got {value}, expected a divergence threshold >= 0")
         if not self.cap > 0:
             raise NumericError(f"cap: got {self.cap}, expected an upper bound > 0 of the weight")
-        top = ("top_behaviour", "top_logp") if self.divergence in (top_k_tv, top_k_kl) else ()
+        inner = self.divergence.divergence if isinstance(self.divergence, Averaged) else self.divergence
+        top = ("top_behaviour", "top_logp") if inner in (top_k_tv, top_k_kl) else ()
         object.__setattr__(self, "inputs", ("logp_behaviour", *top))
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
