@@ -600,10 +600,13 @@ def test_a_place_where_no_run_can_begin_exits_2(calls: Calls, capsys: pytest.Cap
     Path("folder").mkdir()
     Path("folder/mine.txt").write_text("x")
     Path("file").write_text("x")
-    for place in ("file", "file/deep", "folder", "/proc/run", "a/../.hidden"):
+    Path("mine").mkdir()
+    Path("mine/config.toml").write_text("steps = 3  # a note\n")
+    for place in ("file", "file/deep", "folder", "mine", "/proc/run", "a/../.hidden"):
         for more in ([], ["--overwrite"]):
             assert main(["train", "--run", place, *more]) == 2
     assert calls == [] and Path("folder/mine.txt").read_text() == "x"
+    assert Path("mine/config.toml").read_text() == "steps = 3  # a note\n"
     assert "Traceback" not in capsys.readouterr().err
 
 

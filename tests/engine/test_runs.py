@@ -184,6 +184,11 @@ def test_a_beginning_that_was_cut_short_needs_no_hand(
                 break
             except KeyboardInterrupt:
                 pass
+        if not overwrite:  # what a user does next, and no more
+            if (path / "manifest.json").exists():
+                Run.open(path).close()
+            else:
+                Run.create(path, "seed = 4\n", LABELS).close()
         try:  # the same command again, without --overwrite
             Run.create(path, "seed = 5\n", LABELS).close()
         except RunError as refused:

@@ -73,16 +73,17 @@ class Run:
         try:
             _refuse_existing(path, overwrite)  # again: another process may have been quicker
             with explained(path, "create"):
-                # What is there is a run from the manifest on, and one to continue from config.toml on.
+                # The manifest goes last, so that what is left may still be replaced, and comes last: a folder that has
+                # one is a run that resumes.
                 (path / "config.toml").unlink(missing_ok=True)
-                for old in path.iterdir():
-                    if old.name not in (LOCK, "manifest.json"):
+                for old in sorted(path.iterdir(), key=lambda old: old.name == "manifest.json"):
+                    if old.name != LOCK:
                         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
                 run = cls(path, new_manifest(labels), lock)
-                run.update_manifest()
                 (path / "checkpoints").mkdir()
                 run._open_metrics()
                 write_file(path / "config.toml", redacted_toml(config_toml).encode())
+                run.update_manifest()
         except BaseException:
             lock.release()
             raise
@@ -323,8 +324,9 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
             raise PlaceError(f"{path}: exists and is no directory; choose another --run")
         there = _contents(path) if path.exists() else []
         is_run = (path / "manifest.json").is_file()
+        empty = all(map(_is_beginning, there)) and [e.name for e in there] != ["config.toml"]
         began = (path / "config.toml").is_file() or any(path.glob("checkpoints/*"))
-    if not there or (is_run and not began):
+    if (is_run and not began) or (not is_run and empty):
         return
     if not overwrite:
         replace = ", replace it with --overwrite" if is_run else ""
@@ -335,6 +337,13 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
         )
     if not is_run:
         raise PlaceError(f"{path}: exists and is no run, so it is not replaced; choose another --run")
+
+
+def _is_beginning(entry: Path) -> bool:
+    """Whether a beginning that was cut short may have left this, with nothing of a user in it."""
+    if entry.name == "checkpoints":
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.name == "config.toml" or (entry.name == "metrics.jsonl" and not entry.stat().st_size)
 
 
 def _contents(path: Path) -> list[Path]:
