@@ -39,6 +39,8 @@ from kalman_rl.errors import ConfigError, KalmanRLError, PlaceError, one_line
 from kalman_rl.terminal import tell
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
+LONGEST = 3000
+"""Characters of an error; a path may have 4096."""
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 
@@ -330,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = (
             str(error) if expected else f"{type(error).__name__}: {error} (KALMAN_RL_TRACEBACK=1 shows where)"
         )
-        tell("kalman-rl: " + one_line(text), error=True)
+        tell("kalman-rl: " + one_line(text, LONGEST), error=True)
         return 2 if isinstance(error, ConfigError | PlaceError) else 1
 
 
