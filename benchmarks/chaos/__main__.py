@@ -43,7 +43,7 @@ def main() -> int:
     outcomes = []
     for kind in options.kinds or KINDS:
         outcomes.append(outcome := one(kind, seed, size))
-        print(outcome.line(), *(f"  lost: {loss}" for loss in outcome.lost), sep="\n", flush=True)
+        print(outcome.line(), *(f"  lost: {loss}" for loss in outcome.lost[:20]), sep="\n", flush=True)
     if options.output is not None:
         words = shlex.join([arg for arg in sys.argv[1:] if not arg.startswith("--output")])
         options.output.write_text(page(outcomes, words, seed), encoding="utf-8")
