@@ -95,6 +95,8 @@ def train_configs(draw: st.DrawFn) -> TrainConfig:
     else:  # these methods compare completions of one prompt, and no belief begins with anything
         values["measure_prior"] = 0
         values["completions_per_prompt"] = max(values["completions_per_prompt"] or 8, 2)
+    values["sampler_bits"] = draw(st.just(0) | st.integers(2, 16))
+    values["sampler_lag"] *= values["save_every"] == 0
     updates, micro = values["updates_per_generation"], values["gradient_accumulation"]
     values |= {"updates_per_generation": updates % 4 + 1, "gradient_accumulation": micro % 4 + 1}
     values["prompts_per_generation"] = values["updates_per_generation"] * values["gradient_accumulation"]

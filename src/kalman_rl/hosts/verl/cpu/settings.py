@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from kalman_rl.errors import ConfigError
+from kalman_rl.terminal import tell
 
 ENGINE = "transformers"
 """Name of our rollout in ``rollout.name``."""
@@ -67,4 +68,4 @@ def fit(config: Any) -> None:
             OmegaConf.update(config, place, value, force_add=True)
             replaced.append(f"{place}={value}" + ("" if before is None else f" (was {before})"))
     if replaced:
-        print("\n  ".join(["kalman_rl: VERL_PLATFORM=cpu sets", *replaced]), flush=True)
+        tell("\n  ".join(["kalman_rl: VERL_PLATFORM=cpu sets", *replaced]))
