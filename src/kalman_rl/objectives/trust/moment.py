@@ -37,7 +37,7 @@ class SecondMoment:
     """
 
     memory: ClassVar[float] = 0.0
-    learned: ClassVar[tuple[str, ...]] = ("limit",)
+    learned: ClassVar[tuple[str, ...]] = ()
 
     bound: float = 0.04
 
