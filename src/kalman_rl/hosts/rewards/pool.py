@@ -186,7 +186,7 @@ class Worker:
             self.channel = None
 
 
-class Pool:
+class WorkerPool:
     """Up to ``workers`` processes that call one function.
 
     Args:

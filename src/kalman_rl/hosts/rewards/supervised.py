@@ -14,7 +14,7 @@ from typing import Any
 
 from kalman_rl.checks import is_real
 from kalman_rl.errors import ConfigError, RewardError
-from kalman_rl.hosts.rewards.pool import Outcome, Pool
+from kalman_rl.hosts.rewards.pool import Outcome, WorkerPool
 from kalman_rl.hosts.rewards.record import RewardRecord, digest
 from kalman_rl.terminal import printable
 
@@ -77,7 +77,7 @@ class SupervisedReward:
         self.record: RewardRecord | None = None
         self._printed, self._line, self._slow = 0, b"", False
         hear = weakref.WeakMethod(self._hear)  # the pool must not keep alive what ends it
-        self._pool = Pool(
+        self._pool = WorkerPool(
             make,
             seconds=seconds,
             memory=round(memory * 2**30),
