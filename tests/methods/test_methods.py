@@ -163,7 +163,14 @@ def test_methods_travel_between_processes(name: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong, near",
-    [("kpoo", "kpo"), ("GRPO", None), ("dr-grpo", "dr_grpo"), ("kpo_difuse", "kpo_diffuse"), ("", None)],
+    [
+        ("kpoo", "kpo"),
+        ("GRPO", "grpo"),
+        ("KPO", "kpo"),
+        ("dr-grpo", "dr_grpo"),
+        ("kpo_difuse", "kpo_diffuse"),
+        ("", None),
+    ],
 )
 def test_unknown_method(wrong: str, near: str | None) -> None:
     with pytest.raises(ConfigError, match=rf"^method: got {wrong!r}, expected one of a3po, .*rloo") as caught:

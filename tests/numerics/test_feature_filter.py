@@ -262,3 +262,10 @@ def test_bad_batches_change_nothing(phi, y, mask, error, message) -> None:
 def test_bad_settings(options: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, NumericError), match=f"^{next(iter(options))}: got"):
         KalmanPreferenceTracker(**options)
+
+
+def test_a_tracker_shows_its_settings_and_what_it_saw() -> None:
+    tracker = KalmanPreferenceTracker(dim=2, noise_strength=None)
+    tracker.update(torch.ones(3, 2), torch.ones(3))
+    shown = "<KalmanPreferenceTracker(dim=2, Q_val=1e-05, R_val=1, P_val=1), rewards: 3, R: 1>"
+    assert repr(tracker) == shown

@@ -23,6 +23,7 @@ from kalman_rl.numerics.kalman import (
     Info,
     causal_filter,
     causal_filter_loop,
+    causal_mean,
     predict,
     update,
 )
@@ -615,3 +616,11 @@ def test_bad_input_is_named(run, change, error, message):
     arguments = {**GOOD, **change}
     with pytest.raises(error, match=message):
         run(arguments.pop("observation"), arguments.pop("mask"), **arguments)
+
+
+@pytest.mark.parametrize("function", [causal_filter, causal_filter_loop, causal_mean])
+def test_no_mask_means_all_observed(function: Any) -> None:
+    z = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    noises = {"process_noise": 0.1, "observation_noise": 1.0}
+    plain, masked = function(z, **noises), function(z, torch.ones(3, 5, dtype=torch.bool), **noises)
+    assert str(plain) == str(masked)

@@ -224,3 +224,7 @@ def test_empty_rows_on_request() -> None:
 def test_unknown_names_point_at_the_nearest() -> None:
     assert "did you mean 'kpo'?" in str(unknown_name("method", "kop", ["kpo", "grpo"]))
     assert "did you mean" not in str(unknown_name("method", "zzzzzz", ["kpo", "grpo"]))
+
+
+def test_no_mask_means_all_trained() -> None:
+    assert Rollouts(torch.zeros(2, 3)).mask.tolist() == [[True] * 3] * 2

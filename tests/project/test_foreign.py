@@ -24,6 +24,7 @@ from kalman_rl.engine.config import TrainConfig, validate
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import ConfigError
+from kalman_rl.instruments.contract import contract
 from kalman_rl.methods import METHODS, cards, make_method
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -278,6 +279,18 @@ def test_the_documented_example_runs_as_written(tmp_path: Path, capsys: pytest.C
     assert "GRPO without a clip" in said[1] and "self-check: pass: my_methods:soft" in said[2]
     page = (tmp_path / "runs" / "soft" / "report.html").read_text()
     assert "imports nothing that its files name" in page, "reading a run runs no code that the run names"
+
+
+def test_the_documented_example_keeps_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_methods.py").write_text(blocks("extending.md", "python")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_methods", raising=False)
+    lines = [shlex.split(line, comments=True) for line in blocks("extending.md", "bash")[1].splitlines()]
+    found = [contract(name) for *command, name in lines if command == ["kalman-rl", "contract"]]
+    assert [each.kind for each in found] == ["method", "belief", "trust region"]
+    assert all(promise.kept for each in found for promise in each.promises)
+    monkeypatch.delitem(sys.modules, "my_methods")
 
 
 # ---- where the package is missing

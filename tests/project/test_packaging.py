@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
+import pydoc
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -32,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("objectives", "beliefs"),
     ("sampling",),
     ("methods",),
-    ("hosts",),
+    ("hosts", "plot"),
     ("engine",),
     ("instruments",),
     ("cli", "__main__"),
@@ -42,6 +45,7 @@ NUMERIC = {name for row in LAYERS[:6] for name in row} - {"kernels"}  # they com
 EXTRAS: dict[str, tuple[str, ...]] = {
     "": (),
     "kernels": ("fast",),
+    "plot.py": ("plot",),
     "hosts/recipes": (),
     "hosts/rewards": (),
     "hosts/trl": ("trl",),
@@ -210,6 +214,9 @@ def test_base_import_is_light() -> None:
         ("from kalman_rl.hosts.trl import KalmanGRPOTrainer", "kalman_rl.hosts.trl", "trl"),
         ("from kalman_rl.hosts.verl import KalmanPPOTrainer", "kalman_rl.hosts.verl", "verl"),
         ("from kalman_rl.instruments.board import serve", "kalman-rl board", "board"),
+        ("from kalman_rl.instruments.report import write_report", "kalman_rl.instruments.report", "app"),
+        ("from kalman_rl.engine.tasks import load_task", "kalman_rl.engine", "app"),
+        ("from kalman_rl import plot", "kalman_rl.plot", "plot"),
     ],
 )
 def test_a_missing_extra_is_named(call: str, user: str, name: str) -> None:
@@ -221,10 +228,55 @@ def test_a_missing_extra_is_named(call: str, user: str, name: str) -> None:
 
 def test_the_command_without_its_extra_is_one_sentence() -> None:
     script = pyproject()["project"]["scripts"]["kalman-rl"].replace(":", " import ")
-    code = torch_alone() + f"sys.stderr = sys.stdout\nfrom {script} as main\nprint(main())"
-    sentence, code_ = run_python(code).splitlines()
+    code = torch_alone() + (
+        f"import runpy; sys.stderr = sys.stdout\nfrom {script} as main\nprint(main())\n"
+        "try:\n    runpy.run_module('kalman_rl', run_name='__main__')\nexcept SystemExit as stop:\n    print(stop.code)"
+    )
+    sentence, code_, again, other = run_python(code).splitlines()
     assert re.fullmatch(r"kalman-rl: got no package '\w+', .*; pip install 'kalman-rl\[app\]'", sentence)
-    assert code_ == "1"
+    assert again == sentence and code_ == other == "1"
+
+
+def test_the_doctor_of_a_base_install_names_real_extras() -> None:
+    """Every check runs with torch alone, and whatever it advises to install exists."""
+    code = torch_alone() + (
+        "import importlib.util as util; from pathlib import Path\n"
+        "there = util.find_spec\n"
+        "def find(name, package=None):\n"
+        "    return None if name.partition('.')[0] in refused else there(name, package)\n"
+        "util.find_spec = find\n"
+        "import importlib.metadata as metadata; known = metadata.version\n"
+        "def version(name):\n"
+        "    if name in refused: raise metadata.PackageNotFoundError(name)\n"
+        "    return known(name)\n"
+        "metadata.version = version\n"
+        "from kalman_rl.instruments.doctor.checks import CHECKS\n"
+        "from kalman_rl.instruments.doctor import PlannedRun\n"
+        "for name, check in CHECKS:\n"
+        "    for finding in check(PlannedRun()): print(json.dumps(vars(finding)))\n"
+    )
+    findings = [json.loads(line) for line in run_python(code).splitlines()]
+    assert {"python", "torch", "trl", "disk", "reward"} <= {finding["check"] for finding in findings}
+    assert not [finding for finding in findings if finding["status"] == "problem"]
+    extras = pyproject()["project"]["optional-dependencies"]
+    said = " ".join(finding["advice"] + finding["found"] for finding in findings)
+    named = set(re.findall(r"kalman-rl\[(\w+)\]", said))
+    assert {"trl", "verl", "fast"} <= named <= set(extras)
+    (trl,) = [finding for finding in findings if finding["check"] == "trl"]
+    assert (trl["status"], trl["advice"]) == ("warning", "pip install 'kalman-rl[trl]'")
+
+
+def test_public_names_are_shown() -> None:
+    assert set(kalman_rl.__all__) <= set(dir(kalman_rl))
+    assert {name for name in dir(kalman_rl) if not name.startswith("__")} == set(kalman_rl.__all__) - {
+        "__version__"
+    }
+    page = pydoc.render_doc(kalman_rl, renderer=pydoc.plaintext)
+    assert all(name in page for name in set(kalman_rl.__all__) - {"__version__"})
+    mean = kalman_rl.causal_mean(
+        torch.tensor([[1.0, 3.0]]), process_noise=0.0, observation_noise=1.0, initial_variance=math.inf
+    )
+    assert mean.tolist() == [[1.0, 2.0]], "without a mask every token is observed"
 
 
 def test_version_has_one_source() -> None:

@@ -61,6 +61,10 @@ class TableBelief(ABC):
         """Number of prompts that were visited."""
         return len(self._table)
 
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"<{type(self).__name__}({options}), prompts: {len(self)}>"
+
     @property
     def bytes_per_prompt(self) -> int:
         """Bytes of tensor data per visited prompt; the dictionary of ids comes on top (see PromptTable)."""

@@ -40,6 +40,9 @@ class BySource:
         self.sources: dict[Hashable, TableBelief] = {}
         self._unseen = make()
 
+    def __repr__(self) -> str:
+        return f"<BySource({self._unseen!r}), sources: {len(self.sources)}, prompts: {len(self)}>"
+
     def __len__(self) -> int:
         """Number of prompts that were visited."""
         return sum(len(belief) for belief in self.sources.values())

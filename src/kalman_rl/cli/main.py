@@ -58,7 +58,7 @@ class Train:
     overwrite: Switch = False
     """Replace the run that is in the directory."""
     dry_run: Switch = False
-    """Print the resolved settings as TOML and stop."""
+    """Print the resolved settings as TOML, try your reward on three of your rows, and stop; 1 if it fails."""
 
     def __call__(self) -> int:
         _check_one_process()
@@ -71,11 +71,13 @@ class Train:
                 tell(f"note: {note}", error=True)
         if self.dry_run:
             tell(to_toml(config), end="")
-            return 0
+            return _tried(config)
+        from kalman_rl.engine.models.load import check_available
         from kalman_rl.engine.runs.run import Run
         from kalman_rl.engine.train import train
 
         assert config.run is not None
+        check_available(config.model, config.run.parent / ".cache")
         task = None
         if config.data is not None or config.reward is not None:
             from kalman_rl.engine.train import chosen_task
@@ -135,6 +137,9 @@ class Demo:
     def __call__(self) -> int:
         validate(self.settings)
         from kalman_rl.cli.demo import demo
+        from kalman_rl.engine.models.load import check_available
+
+        check_available("smollm2", self.settings.run.parent / ".cache")
 
         return demo(self.settings)
 
@@ -256,6 +261,23 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Contract:
+    """Check your reward, method, belief or trust region against what the trainers rely on; exit code 1 if one fails."""
+
+    name: tyro.conf.Positional[str]
+    """MODULE:FUNCTION, or a method or belief by name. Its code is run."""
+    data: Path | None = None
+    """JSONL or Parquet file with rows for a reward. Unset: three made-up products."""
+    json: Switch = False
+    """Print JSON."""
+
+    def __call__(self) -> int:
+        from kalman_rl.cli.contract import show_contract
+
+        return show_contract(self.name, self.data, self.json)
+
+
+@dataclass(frozen=True)
 class Reproduce:
     """Run the experiments behind the claims and write verdicts, figures and a table; a second call goes on.
 
@@ -299,7 +321,19 @@ class Reproduce:
         return 0
 
 
-VERBS: tuple[type, ...] = (Train, Resume, Stress, Reproduce, Demo, Report, Board, Replay, Methods, Doctor)
+VERBS: tuple[type, ...] = (
+    Train,
+    Resume,
+    Stress,
+    Reproduce,
+    Demo,
+    Report,
+    Board,
+    Replay,
+    Methods,
+    Contract,
+    Doctor,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -334,6 +368,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         tell("kalman-rl: " + one_line(text, LONGEST), error=True)
         return 2 if isinstance(error, ConfigError | PlaceError) else 1
+
+
+def _tried(config: TrainConfig) -> int:
+    """Read the user's rows and score three of them, the findings on stderr; 1 if training would fail on them."""
+    if config.data is None and config.reward is None:
+        return 0
+    from kalman_rl.instruments.doctor.finding import PlannedRun
+    from kalman_rl.instruments.doctor.reward import dry_run
+
+    task = config.task if config.data is None else None
+    findings = list(dry_run(PlannedRun(task=task, data=config.data, reward=config.reward)))
+    for finding in findings:
+        tell(finding.text(), error=True)
+    return int(any(finding.status == "problem" for finding in findings))
 
 
 def _check_one_process() -> None:

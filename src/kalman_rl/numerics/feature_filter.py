@@ -95,6 +95,10 @@ class KalmanPreferenceTracker:
         self._surprise = self._seen = 0.0
         self._absorber: Absorber | None = None  # the same mean and root, changed in place
 
+    def __repr__(self) -> str:
+        settings = f"dim={self.dim}, Q_val={self.Q_val:g}, R_val={self.R_val:g}, P_val={self.P_val:g}"
+        return f"<KalmanPreferenceTracker({settings}), rewards: {self._seen:g}, R: {self.noise:.3g}>"
+
     # ---- time and rewards
 
     def predict(self, gap: float = 1.0) -> None:

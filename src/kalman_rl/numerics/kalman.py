@@ -110,7 +110,7 @@ def update(state: Gaussian, observation: Tensor, observation_noise: Noise) -> tu
 
 def causal_filter(
     observation: Tensor,
-    mask: Tensor,
+    mask: Tensor | None = None,
     *,
     process_noise: Noise,
     observation_noise: Noise,
@@ -129,7 +129,7 @@ def causal_filter(
 
     Args:
         observation: z (B, T), any floating type; the values under the mask are never read.
-        mask: (B, T) bool, True = observed.
+        mask: (B, T) bool, True = observed; None = all of them.
         process_noise: Q in [0, inf], a number or broadcastable to (B, T); inf = follow the observations.
         observation_noise: R in (0, inf], likewise, in units of z squared; inf = missing.
         initial_mean: mean of the prior.
@@ -151,6 +151,7 @@ def causal_filter(
     >>> causal_filter(z, z.isfinite(), **diffuse).state.mean  # of a constant: the running mean
     tensor([[1., 2., 2., 4.]])
     """
+    mask = _all_if_none(observation, mask)
     model = process_noise, observation_noise, initial_mean, initial_variance
     initial_mean, initial_variance = _check_types(observation, mask, segment, *model)
     model = process_noise, observation_noise, initial_mean, initial_variance
@@ -181,7 +182,7 @@ def causal_filter(
 
 def causal_mean(
     observation: Tensor,
-    mask: Tensor,
+    mask: Tensor | None = None,
     *,
     process_noise: Noise,
     observation_noise: Noise,
@@ -200,6 +201,7 @@ def causal_mean(
     >>> causal_mean(z, z > 0, process_noise=1.0, observation_noise=1.0, initial_variance=1.0)
     tensor([[2.6667, 2.6667, 6.5455]])
     """
+    mask = _all_if_none(observation, mask)
     noises = process_noise, observation_noise
     prior = _check_types(observation, mask, segment, *noises, initial_mean, initial_variance)
     initial_mean, initial_variance = prior
@@ -225,7 +227,7 @@ def causal_mean(
 
 def causal_filter_loop(
     observation: Tensor,
-    mask: Tensor,
+    mask: Tensor | None = None,
     *,
     process_noise: Noise,
     observation_noise: Noise,
@@ -234,6 +236,7 @@ def causal_filter_loop(
     segment: Tensor | None = None,
 ) -> Filtered:
     """The definition of :func:`causal_filter`: same arguments, same result, one token after another."""
+    mask = _all_if_none(observation, mask)
     noises = process_noise, observation_noise
     start = _check_types(observation, mask, segment, *noises, initial_mean, initial_variance)
     tokens = _prepare(observation, mask, process_noise, observation_noise, segment)
@@ -258,6 +261,12 @@ class _Tokens(NamedTuple):
     restart: Tensor  # first token of a segment
     hole: Tensor  # masked between observed tokens of its segment
     earlier: Tensor  # number of observed tokens before it in its segment
+
+
+def _all_if_none(observation: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None and isinstance(observation, Tensor):
+        return torch.ones(observation.shape, dtype=torch.bool, device=observation.device)
+    return mask  # what is no tensor is refused where types are checked
 
 
 def _wants_gradient(*values: Noise) -> bool:

@@ -23,7 +23,7 @@ class Rollouts:
             policy at the start of the update. Stored in float32 at least, because a ratio such as
             ``exp(3e-4)`` is exactly 1 in bfloat16; positions outside the mask are stored as 0.
         mask: (B, T) bool or {0, 1}; True = token written by the model and trained. May have holes
-            (tool output in the middle of a turn) and padding on either side.
+            (tool output in the middle of a turn) and padding on either side. None = all tokens.
         reward: (B,) one number per completion; NaN = missing (not zero).
         group: (B,) integers; completions of the same prompt share a number.
         prompt_id: B stable prompt names, for beliefs that live longer than the batch.
@@ -49,7 +49,7 @@ class Rollouts:
     """
 
     logp_old: Tensor
-    mask: Tensor
+    mask: Tensor = None  # type: ignore[assignment]  # a tensor once it is checked
     reward: Tensor | None = None
     group: Tensor | None = None
     prompt_id: Sequence[str] | None = None
@@ -62,6 +62,8 @@ class Rollouts:
     allow_empty: bool = False
 
     def __post_init__(self) -> None:
+        if self.mask is None and isinstance(self.logp_old, Tensor):
+            self._store("mask", torch.ones_like(self.logp_old, dtype=torch.bool))
         for name in ("logp_old", "mask", *_OPTIONAL):
             value = getattr(self, name)
             if not (isinstance(value, Tensor) or (value is None and name in _OPTIONAL)):

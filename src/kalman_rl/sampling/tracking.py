@@ -51,10 +51,10 @@ class Tracking:
     last_step: int = -1
     stream: PromptStream | None = None
     coverage: Coverage = field(init=False)
-    skipped: set[Hashable] = field(default_factory=set)
-    features: dict[Hashable, Tensor] = field(default_factory=dict)
+    skipped: set[Hashable] = field(default_factory=set, repr=False)
+    features: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
     observers: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
-    written: set[Hashable] = field(default_factory=set)
+    written: set[Hashable] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         self.coverage = Coverage(self.budget.coverage_steps, COVERAGE_SHARE)

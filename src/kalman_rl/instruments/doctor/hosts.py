@@ -7,15 +7,25 @@ import os
 from collections.abc import Iterator
 from importlib import metadata
 
-from kalman_rl.engine import hooks as engine
-from kalman_rl.hooks import moved
+from kalman_rl.errors import AdapterError
+from kalman_rl.hooks import Host, moved
 from kalman_rl.hosts.trl import hooks as trl
 from kalman_rl.hosts.verl import hooks as verl
 from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 from kalman_rl.kernels import hooks as kernels
 
+
+def _of_the_engine() -> tuple[Host, ...]:
+    """Nothing where the extra of the engine is not installed."""
+    try:
+        from kalman_rl.engine import hooks
+    except AdapterError:
+        return ()
+    return (hooks.TORCH,)
+
+
 HOOKS = {
-    "torch": (trl.TORCH, kernels.TORCH, engine.TORCH),
+    "torch": (trl.TORCH, kernels.TORCH, *_of_the_engine()),
     "transformers": (trl.TRANSFORMERS,),
     "trl": (trl.TRL,),
     "verl": (verl.VERL, verl.TRAINER, verl.CPU),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import AdapterError, ConfigError
 from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
 
@@ -13,13 +13,19 @@ def model(plan: PlannedRun) -> Iterator[Finding]:
     """What ``kalman-rl train`` would refuse or change of the model that the settings name."""
     settings = plan.settings
     if settings is None:
+        yield from default_model(plan)
         return
     from kalman_rl.engine.early import check_lora_targets, fit_prompts
-    from kalman_rl.engine.models.load import EMBEDDED
+    from kalman_rl.engine.models.load import EMBEDDED, check_available
     from kalman_rl.engine.models.tiny import check_template
     from kalman_rl.engine.train import LORA_TARGETS, chosen_task
 
     if settings.model in EMBEDDED:
+        try:
+            check_available(settings.model, (settings.run.parent if settings.run else plan.run) / ".cache")
+        except AdapterError as error:
+            yield Finding("model", "problem", str(error))
+            return
         yield Finding("model", "ok", f"{settings.model} is made when a run begins, to fit the task")
         return
     try:
@@ -42,6 +48,21 @@ def model(plan: PlannedRun) -> Iterator[Finding]:
         yield Finding("model", "problem", str(error))
     yield from (Finding("model", "warning", note) for note in notes)
     yield from dropout(empty)
+
+
+def default_model(plan: PlannedRun) -> Iterator[Finding]:
+    """Whether the model that ``kalman-rl train`` takes by default is there; silent without the extra ``app``."""
+    try:
+        from kalman_rl.engine.models.load import check_available
+        from kalman_rl.engine.settings import TrainConfig
+
+        name = TrainConfig().model
+        check_available(name, plan.run / ".cache")
+    except AdapterError as error:
+        if str(error).startswith("smollm2"):
+            yield Finding("model", "warning", f"{error}; kalman-rl train takes it where no model is named")
+        return
+    yield Finding("model", "ok", f"{name}, which kalman-rl train takes where no model is named, is there")
 
 
 def dropout(module: Any) -> Iterator[Finding]:

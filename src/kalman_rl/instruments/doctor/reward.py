@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kalman_rl.errors import ConfigError, RewardError, one_line
@@ -63,6 +64,8 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("reward", "problem", str(error))
         return
+    if plan.data is not None:
+        yield columns([*task.train, *task.test])
     rows = task.train[:ROWS]
     known = all(row.get("answer") for row in rows)
     replies = [task.target(row) if known else "42" for row in rows]
@@ -108,6 +111,42 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
     else:
         advice = "training waits for it; score several completions at a time"
         yield Finding("reward", "warning", found, advice)
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> Finding:
+    """The kinds of values in each column that a reward is given; a column of several kinds is a warning.
+
+    >>> columns([{"prompt": "a", "answer": "7"}, {"prompt": "b", "answer": 7}]).found
+    'answer: text (1), number (1)'
+    """
+    kinds = {
+        name: Counter(_kind(row[name]) for row in rows)
+        for name in rows[0]
+        if name not in ("prompt", "prompt_id")
+    }
+    mixed = {name: count for name, count in kinds.items() if len(count) > 1}
+    if not mixed:
+        return Finding(
+            "columns", "ok", ", ".join(f"{name}: {next(iter(count))}" for name, count in kinds.items())
+        )
+    found = "; ".join(
+        f"{name}: " + ", ".join(f"{kind} ({number})" for kind, number in count.items())
+        for name, count in mixed.items()
+    )
+    advice = "give each column one kind, or let your reward take all of them: it sees every value as the file has it"
+    return Finding("columns", "warning", found, advice)
+
+
+def _kind(value: object) -> str:
+    names: dict[type, str] = {
+        bool: "true or false",
+        int: "number",
+        float: "number",
+        str: "text",
+        type(None): "missing",
+    }
+    names |= {list: "list", dict: "object"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _task(plan: PlannedRun) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import zip_longest
 from typing import NamedTuple
 
 from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
@@ -18,10 +20,10 @@ EXTRAS = ("", "trl", "verl", "fast", "test")  # what a library may be needed for
 
 
 class Need(NamedTuple):
-    """Range of a library as declared ("" if none), and the extra that asks for it ("": always needed)."""
+    """Range of a library as declared ("" if none), and the extra that asks for it ("": always needed; None: no one)."""
 
     range: str
-    extra: str
+    extra: str | None
 
 
 def python(plan: PlannedRun) -> Iterator[Finding]:
@@ -45,7 +47,9 @@ def declared(name: str, plan: PlannedRun) -> Iterator[Finding]:
     need, installed = declared_need(name), _installed(name)
     if installed is None and importlib.util.find_spec(name) is None:
         extra = f"pip install '{PACKAGE}[{need.extra}]'"
-        if not need.extra:
+        if need.extra is None:
+            yield Finding(name, "ok", "not installed; optional")
+        elif not need.extra:
             yield Finding(name, "problem", "not installed", f"pip install '{name}{need.range}'")
         elif need.extra == "trl":
             yield Finding(name, "warning", "not installed; training through TRL needs it", extra)
@@ -84,32 +88,59 @@ def imported(name: str, plan: PlannedRun) -> Iterator[Finding]:
 def declared_need(name: str) -> Need:
     """What the installed metadata of this package asks of a library."""
     try:
-        from packaging.requirements import Requirement
-
         lines = metadata.metadata(PACKAGE).get_all("Requires-Dist") or []
-        needs = [need for need in map(Requirement, lines) if need.name == name]
-    except Exception:  # no packaging or no metadata: the check of Python says so once
-        return Need("", "unknown")
-    for extra in EXTRAS:
-        for need in needs:
-            if need.marker is None or need.marker.evaluate({"extra": extra}):
-                return Need(str(need.specifier), extra)
-    return Need("", "unknown")
+    except Exception:  # no metadata: the check of Python says so once
+        lines = []
+    needs: dict[str, str] = {}
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        found = re.match(r"([\w.-]+)\s*(?:\[.*\])?\s*(.*)", requirement)
+        extra = re.search(r"""extra\s*==\s*['"]([\w-]+)""", marker)
+        if found is not None and found[1] == name:
+            needs.setdefault(extra[1] if extra else "", found[2].strip())
+    return next((Need(needs[extra], extra) for extra in EXTRAS if extra in needs), Need("", None))
 
 
 def inside(version: str, declared: str) -> bool | None:
-    """Whether a version lies in a range; None if that cannot be told.
+    """Whether a version lies in a range; None if that cannot be told. A pre-release counts as its release.
+
+    Read here because the base install has no package for it.
 
     >>> inside("2.13.0+cpu", ">=2.7"), inside("1.17.0", "==1.16.*"), inside("?", ">=1")
     (True, False, None)
     """
-    try:
-        from packaging.specifiers import SpecifierSet
-        from packaging.version import Version
-
-        return SpecifierSet(declared).contains(Version(version), prereleases=True)
-    except Exception:  # no packaging, or not a version
+    release = re.match(r"\d+(?:\.\d+)*", version)
+    clauses = [
+        re.fullmatch(r"(>=|<=|==|!=|<|>)\s*(\d+(?:\.\d+)*)(\.\*)?", part.strip())
+        for part in declared.split(",")
+    ]
+    if not declared:
+        clauses = []
+    if release is None or None in clauses:
         return None
+    got = _numbers(release[0])
+    return all(_satisfies(got, *clause.groups()) for clause in clauses if clause is not None)
+
+
+def _numbers(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
+
+
+def _satisfies(got: list[int], sign: str, bound: str, star: str | None) -> bool:
+    """One clause of a range, such as ``>=2.7`` or ``==1.16.*``."""
+    wanted = _numbers(bound)
+    if star:
+        got = got[: len(wanted)]
+    pairs = list(zip_longest(got, wanted, fillvalue=0))
+    left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return {
+        ">=": left >= right,
+        "<=": left <= right,
+        "==": left == right,
+        "!=": left != right,
+        "<": left < right,
+        ">": left > right,
+    }[sign]
 
 
 def _installed(name: str) -> str | None:
