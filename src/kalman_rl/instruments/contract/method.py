@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.instruments.contract.promise import Promise, tried
-from kalman_rl.instruments.verify.definitions import Example, example
+from kalman_rl.instruments.verify.example import Example, example
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.aggregate import totals_of
 from kalman_rl.objectives.loss import Loss, Method, estimate_advantage, policy_loss
