@@ -19,7 +19,7 @@ from kalman_rl.objectives.rollouts import LastLayerStep, Rollouts
 
 TOLERANCE = 1e-9
 FAR = 40.0  # nats between the old policy and the new one
-TOKENS = ("logp_old", "logp_behaviour", "logp_reference", "top_behaviour", "sum_pi_squared")
+TOKENS = ("logp_old", "logp_behaviour", "logp_reference", "top_behaviour", "sum_pi_squared", "lag")
 ROWS = ("mask", "reward", "group", *TOKENS)
 
 
