@@ -493,7 +493,7 @@ def test_verify_on_a_device_that_is_not_there(
         (["train", "extra"], "argument: got 'extra', expected none; see `kalman-rl train --help`"),
         (["train", "-q"], "argument: got '-q', expected none; see `kalman-rl train --help`"),
         (["train", "--quiet=3"], "argument: got '3', expected none"),
-        (["trian"], "verb: got 'trian', expected one of board, demo, doctor"),
+        (["trian"], "verb: got 'trian', expected one of board, contract, demo, doctor"),
         (["trian"], "did you mean 'train'?"),
         (["resume"], "RUN: got nothing, expected a path; see `kalman-rl resume --help`"),
         (

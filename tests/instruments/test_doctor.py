@@ -324,7 +324,8 @@ def test_a_reward_that_ends_or_blocks_its_process(
     ):
         found = list(reward.dry_run(PlannedRun(data=data, reward=rewards(tmp_path, name, code))))
         (problem,) = [f for f in found if f.status == "problem"]
-        assert why in problem.found and found[1].found.endswith("-> None; empty reply -> None"), found
+        rows = [f for f in found if f.check == "reward"]
+        assert why in problem.found and rows[1].found.endswith("-> None; empty reply -> None"), found
 
 
 def test_rewards_that_cannot_be_tried(data: Path) -> None:
@@ -376,7 +377,8 @@ def test_dropout_and_template_are_shown(data: Path, tmp_path: Path) -> None:
     assert dropout.found.startswith("dropout model.layers.0.self_attn.attention_dropout = 0.1 and 1 more")
     (none,) = model.dropout(tiny_llama.model())
     assert (none.status, none.found) == ("ok", "no dropout")
-    assert list(model.model(PlannedRun())) == []
+    (default,) = model.model(PlannedRun())
+    assert default.check == "model" and default.found.startswith("smollm2")
 
 
 def test_prompts_that_do_not_fit_are_shown(data: Path, tmp_path: Path) -> None:
