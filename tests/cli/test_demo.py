@@ -48,7 +48,7 @@ def test_parts_come_in_order_and_a_failing_one_is_the_last(
     done: list[str] = []
 
     def part(name: str) -> Any:
-        def entry(*args: Any) -> int:
+        def entry(*args: Any, **options: Any) -> int:
             done.append(name)
             return 130 if name == failing else 0
 

@@ -18,19 +18,19 @@ from kalman_rl.methods import METHODS
 from kalman_rl.objectives.loss import Method
 from kalman_rl.registry import imported
 
-__all__ = ["Contract", "Promise", "contract"]
+__all__ = ["Contracted", "Promise", "contract"]
 
 ROWS = 3  # of the user's file
 
 
-class Contract(NamedTuple):
+class Contracted(NamedTuple):
     """What a name turned out to be (``"reward"``, ``"method"``, ``"belief"``, ``"trust region"``), and its promises."""
 
     kind: str
     promises: list[Promise]
 
 
-def contract(name: str, data: Path | None = None) -> Contract:
+def contract(name: str, data: Path | None = None) -> Contracted:
     """Check what ``name`` leads to.
 
     Args:
@@ -45,16 +45,16 @@ def contract(name: str, data: Path | None = None) -> Contract:
     """
     function = _found(name)
     if _is_reward(function):
-        return Contract("reward", list(reward.promises(_reward(name), _rows(data))))
+        return Contracted("reward", list(reward.promises(_reward(name), _rows(data))))
     if _is_trust(function):
-        return Contract("trust region", list(method.trust_promises(function)))
+        return Contracted("trust region", list(method.trust_promises(function)))
     made = _made(name, function)
     if isinstance(made, Method):
-        return Contract("method", list(method.promises(made)))
+        return Contracted("method", list(method.promises(made)))
     if isinstance(made, Belief):
-        return Contract("belief", list(belief.promises(lambda: _made(name, function))))
+        return Contracted("belief", list(belief.promises(lambda: _made(name, function))))
     if callable(made) and _is_trust(made):
-        return Contract("trust region", list(method.trust_promises(made)))
+        return Contracted("trust region", list(method.trust_promises(made)))
     raise ConfigError(
         f"contract: got {name!r}, which gives a {type(made).__name__}; expected a reward (it takes completions), a "
         "trust region (it takes ratio, advantage, current and rollouts), or what gives a Method or a Belief"
