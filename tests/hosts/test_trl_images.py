@@ -39,6 +39,8 @@ class Trainer:
         self._logs: Any = {"advantages": []}
         self._last_rewards = torch.zeros(0)
         self.missing, self.reward_func_names = MissingRewards(), ["made"]
+        self.supervised: list[Any] = []
+        self.as_trl, self.failed_calls = False, 0
         self.calls, self.num_generations = 0, 4
 
     def generate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
