@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 from typing import Any
 
@@ -23,6 +24,10 @@ collect_ignore = [
     "kernels/triton_interpreted.py",
     "kernels/triton_compiled.py",
 ]  # for processes of their own
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell leaves it to what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 if PARALLEL:  # for subprocesses too
     os.environ["OMP_NUM_THREADS"] = "1"

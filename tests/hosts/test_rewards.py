@@ -159,9 +159,11 @@ def chatty(completions: list[str], **columns: Any) -> list[float]:
 
 @pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="processes are counted in /proc")
 def test_processes_are_limited_and_their_memory_counts_together() -> None:
-    reward = supervise(hostile, seconds=600, memory=1.0)
+    reward = supervise(hostile, seconds=600, memory=8.0)  # so many processes are over 1 GiB together
     assert reward(["fine"]) == [1.0]
     assert reward(["bomb"]) == [None] and reward.reasons == {f"had more than {pool.PROCESSES} processes": 1}
+    reward.close()
+    reward = supervise(hostile, seconds=600, memory=1.0)
     assert reward(["together"]) == [None] and reward.reasons["used more than 1 GiB"] == 1
     reward.close()
 
