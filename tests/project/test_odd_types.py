@@ -250,7 +250,7 @@ def test_every_argument_of_another_kind(name: str) -> None:
         ("initial_mean", [1.0], NumericError, r"initial_mean: got \[1.0\], expected a number"),
         ("initial_variance", "inf", NumericError, "initial_variance: got 'inf'"),
         ("observation", [[1.0, 2.0]], ShapeError, "observation: got list, expected a tensor"),
-        ("mask", None, ShapeError, "mask: got NoneType"),
+        ("mask", [[True, True]], ShapeError, "mask: got list"),
         ("segment", [[0, 0]], ShapeError, "segment: got list"),
     ],
 )
