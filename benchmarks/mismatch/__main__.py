@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "mismatch"
 SAMPLERS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
-    "float16": {"dtype": "float16"},
     "bfloat16, fp8 cache": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
     "fp8 weights": {"dtype": "bfloat16", "quantization": "fp8"},
 }
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", type=Path, default=ROOT / ".venv" / "engines" / "bin" / "python")
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--longest", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1000)
@@ -179,7 +179,7 @@ def main() -> None:
             results.append(study(name, rows, prompts, loaded, [answer for _, answer in asked]))
         print(f"mismatch: {name} done", flush=True)
     args.output.mkdir(parents=True, exist_ok=True)
-    command = "python -m benchmarks.mismatch"
+    command = " ".join(["python -m benchmarks.mismatch", *sys.argv[1:]])
     (args.output / "mismatch.json").write_text(json.dumps({"command": command, "results": results}, indent=1))
     (args.output / "mismatch.md").write_text(f"`{command}`\n\n" + tables(results))
     print(tables(results))
