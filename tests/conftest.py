@@ -93,24 +93,6 @@ def no_network() -> Any:
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a language model of one layer and its tokenizer of characters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from benchmarks.chaos.made import tiny_model
 
-    from kalman_rl.engine.models.tiny import character_tokenizer
-
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = character_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return str(tiny_model(tmp_path_factory.mktemp("model")))

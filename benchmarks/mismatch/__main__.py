@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.mismatch import measure
 from kalman_rl.engine.models.load import load_model
+from kalman_rl.instruments.reproduce.smollm2 import LEAD
 from kalman_rl.objectives.advantage.group import leave_one_out
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,6 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "bfloat16, fp8 cache": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
     "fp8 weights": {"dtype": "bfloat16", "quantization": "fp8"},
 }
-LEAD = "9 * 6 = 54\n12 * 7 = 84\n"
 
 
 def questions(number: int, seed: int) -> list[tuple[str, str]]:

@@ -38,30 +38,30 @@ class Sampled:
         return torch.where(self.mask, self.logp_trainer.double() - self.logp_sampler.double(), 0.0)
 
 
-def batches(
-    prompts: list[list[int]], tokens: list[list[int]], rows: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Right-padded ids and attention (rows, L) of prompt and completion, and the first row's number."""
+def completion_logp(
+    model: Any, prompts: list[list[int]], tokens: list[list[int]], rows: int = 16
+) -> Iterator[tuple[slice, Tensor]]:
+    """Log-probabilities (rows, T) of the completions under ``model``, a batch at a time, and which rows they are of.
+
+    What stands behind a completion's end is finite and means nothing.
+    """
+    width = torch.arange(max(map(len, tokens)))
     for start in range(0, len(tokens), rows):
-        whole = [
-            p + t for p, t in zip(prompts[start : start + rows], tokens[start : start + rows], strict=True)
-        ]
+        part = slice(start, start + rows)
+        whole = [p + t for p, t in zip(prompts[part], tokens[part], strict=True)]
         longest = max(map(len, whole))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in whole])
-        yield ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in whole]), start
+        attention = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in whole])
+        logits = model(ids, attention_mask=attention).logits[:, :-1].float()
+        logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        place = torch.tensor([len(row) - 1 for row in prompts[part]])[:, None] + width
+        yield part, logp.gather(1, place.clamp(max=longest - 2))
 
 
-def trainer_logp(model: Any, prompts: list[list[int]], tokens: list[list[int]], rows: int = 16) -> Tensor:
+def trainer_logp(model: Any, prompts: list[list[int]], tokens: list[list[int]]) -> Tensor:
     """(B, T) log-probabilities of the completions under ``model``, without gradient."""
-    found = torch.zeros(len(tokens), max(map(len, tokens)))
     with torch.no_grad():
-        for ids, attention, start in batches(prompts, tokens, rows):
-            logits = model(ids, attention_mask=attention).logits[:, :-1].float()
-            logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-            for row, values in enumerate(logp, start):
-                begin, length = len(prompts[row]) - 1, len(tokens[row])
-                found[row, :length] = values[begin : begin + length]
-    return found
+        return torch.cat([logp for _, logp in completion_logp(model, prompts, tokens)])
 
 
 def by_bin(values: Tensor, of: Tensor, edges: tuple[float, ...]) -> list[dict[str, float]]:
@@ -168,20 +168,14 @@ def weights(sampled: Sampled) -> dict[str, Tensor]:
 
 
 def gradients(
-    model: Any, sampled: Sampled, advantage: Tensor, factors: dict[str, Tensor], rows: int = 16
+    model: Any, sampled: Sampled, advantage: Tensor, factors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """``sum_i A_i sum_t w_it grad log p(token)`` for each factor w, over the parameters of ``model`` that want one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = {name: torch.zeros(sum(p.numel() for p in parameters)) for name in factors}
-    for ids, attention, start in batches(sampled.prompts, sampled.tokens, rows):
-        logits = model(ids, attention_mask=attention).logits[:, :-1].float()
-        logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    for part, logp in completion_logp(model, sampled.prompts, sampled.tokens):
         for name, factor in factors.items():
-            coefficient = torch.zeros_like(logp)
-            for row in range(len(logp)):
-                begin, length = len(sampled.prompts[start + row]) - 1, len(sampled.tokens[start + row])
-                part = factor[start + row, :length] * advantage[start + row]
-                coefficient[row, begin : begin + length] = part
+            coefficient = torch.where(sampled.mask[part], factor[part] * advantage[part, None], 0.0)
             got = torch.autograd.grad((coefficient * logp).sum(), parameters, retain_graph=True)
             total[name] += torch.cat([g.flatten() for g in got])
     return total

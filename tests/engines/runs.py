@@ -6,31 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kalman_rl.hosts.trl import KalmanGRPOConfig, KalmanGRPOTrainer, TokenBatch
 from tests.engines.vllm_cpu import Engines
 from tests.hosts.test_trl import History, run, settings
-from tests.hosts.tiny_llama import tokenizer
+from tests.hosts.tiny_llama import model, tokenizer
 
 
 def save_model(path: Path) -> str:
     """A random Llama with heads of size 32, the smallest that vLLM's CPU attention takes."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=14,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    model(hidden_size=64, intermediate_size=64, max_position_embeddings=64).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -17,16 +19,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model() -> LlamaForCausalLM:
+def model(**changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=14,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    } | changes
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=14, pad_token_id=0, eos_token_id=1, initializer_range=0.2, **shape)
     )
-    return LlamaForCausalLM(config)

@@ -216,26 +216,28 @@ SHARES_LARGE = Experiment(
 )
 
 _SINGLES = ("GRPO, groups of 8", "batch mean, single", "tracked, single")
+
+
+def _beats(where: str, source: str) -> tuple[Claim, ...]:
+    """The tracked baseline beats GRPO, and the batch mean of single completions."""
+    return tuple(
+        Claim(
+            f"On SmolLM2 {where} the tracked baseline beats {name}.",
+            source,
+            difference("tracked, single", other),
+            low=0.0,
+        )
+        for name, other in (("GRPO", "GRPO, groups of 8"), ("the batch mean", "batch mean, single"))
+    )
+
+
 SHARES_NOISE = Experiment(
     "shares_noise",
     "On SmolLM2-135M, what is left of it under reward noise?",
     f"192 questions, {POOL}; 1920 completions, 64 a batch, 2 updates; N(0, 0.5) is added to every 0/1 reward; rates "
     "as `shares` chose them",
     {name: Training(replace(SETTING, noise=0.5), ARMS[name]) for name in _SINGLES},
-    (
-        Claim(
-            "On SmolLM2 at reward noise of sd 0.5 the tracked baseline beats GRPO.",
-            "K-GRPO",
-            difference("tracked, single", "GRPO, groups of 8"),
-            low=0.0,
-        ),
-        Claim(
-            "On SmolLM2 at reward noise of sd 0.5 the tracked baseline beats the batch mean.",
-            "K-GRPO",
-            difference("tracked, single", "batch mean, single"),
-            low=0.0,
-        ),
-    ),
+    _beats("at reward noise of sd 0.5", "K-GRPO"),
     seeds=3,
     quick_seeds=1,
     model="smollm2",
@@ -246,20 +248,7 @@ SHARES_OFFSETS = Experiment(
     f"192 questions, {POOL}; 1920 completions, 64 a batch, 2 updates; a constant N(0, 1) per question is added to its "
     "reward; rates as `shares` chose them",
     {name: Training(replace(SETTING, offset=1.0), ARMS[name]) for name in _SINGLES},
-    (
-        Claim(
-            "On SmolLM2 with offsets the tracked baseline beats GRPO.",
-            "project",
-            difference("tracked, single", "GRPO, groups of 8"),
-            low=0.0,
-        ),
-        Claim(
-            "On SmolLM2 with offsets the tracked baseline beats the batch mean.",
-            "project",
-            difference("tracked, single", "batch mean, single"),
-            low=0.0,
-        ),
-    ),
+    _beats("with offsets", "project"),
     seeds=3,
     quick_seeds=1,
     model="smollm2",

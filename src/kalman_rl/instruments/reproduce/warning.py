@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,25 @@ _SIGNALS: dict[str, tuple[str, Signal]] = {
     "a rising gradient norm": ("VCPO", gradient_norm),
     "the falling reward itself": ("project", lost_reward),
 }
+
+
+def _claims(limits: str, known: tuple[str, ...], calm: tuple[str, ...], these: str) -> Iterator[Claim]:
+    """For each signal: is it ahead of the collapses, and quiet in the runs ``calm``, with limits from ``known``?"""
+    for name, (source, signal) in _SIGNALS.items():
+        yield Claim(
+            f"With limits from {limits}, {name} is 10 updates ahead of over half of the collapses.",
+            source,
+            share(signal, known, tuple(_ALL), ahead),
+            low=0.5,
+        )
+        yield Claim(
+            f"With limits from {limits}, {name} alarms in under 0.2 of {these}.",
+            source,
+            share(signal, known, calm, false_alarm),
+            high=0.2,
+        )
+
+
 WARNING = Experiment(
     "warning",
     "Does a falling effective sample size or a rising gradient norm announce a collapse ten updates ahead?",
@@ -118,41 +137,7 @@ WARNING = Experiment(
     "that held",
     {name: Signalled(Setting(mix=TEACHING), arm) for name, arm in _ALL.items()},
     (
-        *(
-            claim
-            for name, (source, signal) in _SIGNALS.items()
-            for claim in (
-                Claim(
-                    f"With limits from all runs that hold, {name} is 10 updates ahead of over half of the collapses.",
-                    source,
-                    share(signal, tuple(_ALL), tuple(_ALL), ahead),
-                    low=0.5,
-                ),
-                Claim(
-                    f"With limits from all runs that hold, {name} alarms in under 0.2 of them.",
-                    source,
-                    share(signal, tuple(_ALL), tuple(_ALL), false_alarm),
-                    high=0.2,
-                ),
-            )
-        ),
-        *(
-            claim
-            for name, (source, signal) in _SIGNALS.items()
-            for claim in (
-                Claim(
-                    f"With limits from the slow runs alone, {name} is 10 updates ahead of over half of the collapses.",
-                    source,
-                    share(signal, tuple(_SLOW), tuple(_ALL), ahead),
-                    low=0.5,
-                ),
-                Claim(
-                    f"With limits from the slow runs alone, {name} alarms in under 0.2 of the fast runs that hold.",
-                    source,
-                    share(signal, tuple(_SLOW), tuple(_FAST), false_alarm),
-                    high=0.2,
-                ),
-            )
-        ),
+        *_claims("all runs that hold", tuple(_ALL), tuple(_ALL), "them"),
+        *_claims("the slow runs alone", tuple(_SLOW), tuple(_FAST), "the fast runs that hold"),
     ),
 )
