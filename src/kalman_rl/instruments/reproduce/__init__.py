@@ -17,7 +17,7 @@ from kalman_rl.instruments.reproduce.experiment import (
     progress,
     run_all,
 )
-from kalman_rl.instruments.reproduce.exploration import EXPLORATION
+from kalman_rl.instruments.reproduce.exploration import CONCENTRATION, EXPLORATION
 from kalman_rl.instruments.reproduce.gradients import GRADIENTS
 from kalman_rl.instruments.reproduce.long import long_world
 from kalman_rl.instruments.reproduce.off_policy import OFF_POLICY
@@ -34,6 +34,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         *POOLS,
         EXPLORATION,
+        CONCENTRATION,
         *GRADIENTS,
         *RATIOS,
         *OFF_POLICY,

@@ -1,6 +1,6 @@
-"""Experiment where few questions teach: does the stream find them faster with a score that explores?
+"""Experiments on the stream's draws where few questions teach: a score that explores, and draws that concentrate.
 
-The variants live here, not in ``sampling``: none of them has won.
+The scores live here, not in ``sampling``: none of them has won.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kalman_rl.engine.tasks.task import Row
 from kalman_rl.instruments.reproduce.claim import Claim, Measure, difference
 from kalman_rl.instruments.reproduce.experiment import Experiment
 from kalman_rl.instruments.reproduce.loop import FLOOR, Training
-from kalman_rl.instruments.reproduce.pools import HARD_POOL, STREAM, TRUE, small
+from kalman_rl.instruments.reproduce.pools import HARD_POOL, MATHS, STREAM, TRUE, small
 from kalman_rl.sampling.stream import PromptStream
 
 Rule = Literal["mean", "thompson", "doubt", "gain"]
@@ -134,4 +134,33 @@ EXPLORATION = Experiment(
         ),
     ),
     tuning_seeds=(900, 901, 902, 903),
+)
+
+MOST = 32
+"""Draws of one question in a batch, the package's default."""
+CONCENTRATION = Experiment(
+    "concentration",
+    f"Does it pay to draw one question up to {MOST} times a batch?",
+    "256 questions, 30 % solved, 10 % (harder pool) or 30 % (mixed pool) in between, the others hopeless; 8192 "
+    "completions, 64 a batch, 4 updates; rate 1e-4",
+    {
+        f"{name}, {where} pool": Training(setting, replace(ARM, draw=draw))
+        for where, setting in {"harder": HARD_POOL, "mixed": MATHS}.items()
+        for name, draw in {"different questions": Explored(), f"up to {MOST}": Explored(most=MOST)}.items()
+    },
+    (
+        Claim(
+            f"In the harder pool up to {MOST} draws of one question beat draws of different questions.",
+            "project",
+            difference(f"up to {MOST}, harder pool", "different questions, harder pool"),
+            low=0.0,
+        ),
+        Claim(
+            "In the mixed pool the two are alike.",
+            "project",
+            difference(f"up to {MOST}, mixed pool", "different questions, mixed pool"),
+            low=-0.02,
+            high=0.02,
+        ),
+    ),
 )
