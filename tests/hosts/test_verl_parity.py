@@ -229,6 +229,24 @@ def test_rejection_masks(name: str, holes: bool) -> None:
     assert set(REJECTIONS) == rollout_corr.SUPPORTED_ROLLOUT_RS_OPTIONS
 
 
+@pytest.mark.parametrize("name", list(REJECTIONS))
+def test_weights_with_rejection(name: str) -> None:
+    """verl's two steps at once, with ``rollout_is`` and ``rollout_rs``."""
+    threshold, part = REJECTIONS[name]
+    batch = make_batch(80, 9, LENGTH, scale=0.6)
+    found, kept, _ = rollout_corr.compute_rollout_correction_and_rejection_mask(
+        batch.logp_old, batch.behaviour, batch.mask.double(), "token", 1.05, False, name, threshold
+    )
+    both = correction.TruncatedRejected(
+        1.05, "token", part.statistic, part.over, high=part.high, low=part.low
+    )
+    factor = both(Rollouts(batch.logp_old, batch.mask, logp_behaviour=batch.behaviour))
+    expected = found.batch["rollout_is_weights"] * kept
+    torch.testing.assert_close(torch.where(batch.mask, factor, 0.0), expected, rtol=1e-12, atol=0.0)
+    assert len(expected[batch.mask].unique()) > 2, "choose bounds where some are kept and some are not"
+    assert 0 < kept[batch.mask].mean() < 1
+
+
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("name", list(CORRECTIONS))
 def test_correction_weights(name: str, holes: bool) -> None:

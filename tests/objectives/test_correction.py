@@ -21,6 +21,7 @@ from kalman_rl.objectives.correction import (
     Masked,
     Rejected,
     Truncated,
+    TruncatedRejected,
     mismatch,
 )
 from kalman_rl.objectives.loss import policy_loss
@@ -255,7 +256,9 @@ def test_metrics(level: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_kl", "drpo", "vaco"])
-@pytest.mark.parametrize("part", [Truncated(), Masked(), FilteredTruncated(), Rejected()])
+@pytest.mark.parametrize(
+    "part", [Truncated(), Masked(), FilteredTruncated(), Rejected(), TruncatedRejected()]
+)
 def test_a_ratio_to_the_sampler_is_not_corrected_again(name: str, part: Any) -> None:
     with pytest.raises(
         ConfigError,
@@ -265,7 +268,9 @@ def test_a_ratio_to_the_sampler_is_not_corrected_again(name: str, part: Any) -> 
     assert make_method(name).ratio == BehaviourToken()
 
 
-@pytest.mark.parametrize("part", [Truncated(), Masked(), FilteredTruncated(), Rejected()])
+@pytest.mark.parametrize(
+    "part", [Truncated(), Masked(), FilteredTruncated(), Rejected(), TruncatedRejected()]
+)
 def test_behaviour_is_asked_for_by_name(part: Any) -> None:
     method = dataclasses.replace(make_method("grpo"), correction=part)
     assert method.inputs == ("logp_behaviour",)
@@ -297,6 +302,8 @@ def test_behaviour_is_asked_for_by_name(part: Any) -> None:
         (Rejected, {"over": "row"}, ConfigError, "over: got 'row', expected one of token, sum, mean, max"),
         (Rejected, {"statistic": "k1", "over": "max"}, ConfigError, "over: got 'max' with statistic 'k1'"),
         (Rejected, {"high": -0.1}, NumericError, "high: got -0.1, expected a bound >= 0 in nats"),
+        (TruncatedRejected, {"cap": 0.0}, NumericError, "cap: got 0.0"),
+        (TruncatedRejected, {"over": "row"}, ConfigError, "over: got 'row', expected one of token, sum"),
         (Rejected, {"low": math.nan}, NumericError, "low: got nan, expected a bound >= 0"),
     ],
 )

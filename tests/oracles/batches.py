@@ -20,7 +20,7 @@ from kalman_rl.objectives import ratio
 from kalman_rl.objectives.advantage.filtered import BatchFilter, GroupFilter
 from kalman_rl.objectives.advantage.group import ConstantBaseline, batch_leave_one_out
 from kalman_rl.objectives.aggregate import SequenceSum, Totals, token_mean
-from kalman_rl.objectives.correction import FilteredTruncated, Masked, Rejected, Truncated
+from kalman_rl.objectives.correction import FilteredTruncated, Masked, Rejected, Truncated, TruncatedRejected
 from kalman_rl.objectives.loss import Loss, Method, estimate_advantage, policy_loss
 from kalman_rl.objectives.penalty import KL, k2
 from kalman_rl.objectives.ratio.learned import AutoFiltered
@@ -70,6 +70,9 @@ CASES: dict[str, Method] = TABLE | {
     "vaco+strict": make_method("vaco", low=0.1, high=0.15, cap=1.1),
     "grpo+truncated": dataclasses.replace(make_method("grpo"), correction=Truncated(1.02)),
     "cispo+rejected": dataclasses.replace(make_method("cispo"), correction=Rejected("k2", "max", 2e-3)),
+    "grpo+both": dataclasses.replace(
+        make_method("grpo"), correction=TruncatedRejected(1.02, "token", "k2", "max", 2e-3)
+    ),
     "kpo+filtered": dataclasses.replace(make_method("kpo"), correction=FilteredTruncated(0.1, 1.02)),
     "gspo+masked": dataclasses.replace(make_method("gspo"), correction=Masked(0.97, 1.05, "geometric")),
 }

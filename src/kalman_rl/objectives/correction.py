@@ -5,9 +5,10 @@
                                                level geometric: D = mean_u d_u
 
 :class:`Truncated` weighs by ``min(exp D, cap)``, :class:`Masked` by ``exp D`` in a band and 0 outside, and
-:class:`FilteredTruncated` as Truncated by a filtered d. :class:`Rejected` weighs nothing: 1 in a band, 0 outside.
-The factor multiplies coefficient and surrogate of every objective; denominators keep their counts, and
-penalties are left alone. A method whose ratio is already taken to the behaviour policy refuses a correction.
+:class:`FilteredTruncated` as Truncated by a filtered d. :class:`Rejected` weighs nothing: 1 in a band, 0 outside;
+:class:`TruncatedRejected` is both. The factor multiplies coefficient and surrogate of every objective; denominators
+keep their counts, and penalties are left alone. A method whose ratio is already taken to the behaviour policy refuses
+a correction.
 
 Source: truncated importance sampling, its masked variants and rejection as in TRL 1.16 and verl 0.9.1.
 """
@@ -195,11 +196,41 @@ class Rejected:
         return ((value >= -self.low) & (value <= self.high)).to(value.dtype)
 
 
+@dataclass(frozen=True)
+class TruncatedRejected:
+    """``min(exp D, cap)`` where the rejection's K is in its band, else 0: what is kept is weighed, once.
+
+    Args: as of the two parts: ``cap``, ``level`` of :class:`Truncated`, the others of :class:`Rejected`.
+
+    Needs: ``logp_behaviour``. Raises: NumericError, ConfigError as the parts do.
+    Source: verl's ``rollout_is`` with ``rollout_rs``; verl's rejected tokens leave the denominators, ours are counted.
+    """
+
+    cap: float = 2.0
+    level: Level = "token"
+    statistic: Statistic = "k3"
+    over: Over = "mean"
+    high: float = 0.01
+    low: float = math.inf
+    inputs: ClassVar[tuple[str, ...]] = ("logp_behaviour",)
+
+    def __post_init__(self) -> None:
+        self._parts()
+
+    def _parts(self) -> tuple[Truncated, Rejected]:
+        return Truncated(self.cap, self.level), Rejected(self.statistic, self.over, self.high, self.low)
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        weight, rejection = self._parts()
+        return weight(rollouts) * rejection(rollouts)
+
+
 CORRECTIONS: dict[str, Callable[..., Callable[[Rollouts], Tensor]]] = {
     "truncated": Truncated,
     "masked": Masked,
     "icepop": icepop,
     "filtered": FilteredTruncated,
     "rejected": Rejected,
+    "truncated_rejected": TruncatedRejected,
 }
 """Corrections by name, for configuration files."""

@@ -123,7 +123,7 @@ class KalmanGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Correction for a behaviour policy that is not the old policy: truncated, masked, icepop, "
-            "filtered or rejected. "
+            "filtered, rejected or truncated_rejected. "
             "With vLLM, TRL's own correction must then be off (vllm_importance_sampling_correction=False)."
         },
     )
