@@ -17,6 +17,7 @@ from kalman_rl import KalmanPreferenceTracker
 from kalman_rl.beliefs import Sources, make_belief
 from kalman_rl.errors import ConfigError, KalmanRLError, ShapeError
 from kalman_rl.hosts.state import load_state, save_state
+from kalman_rl.kinematic import KinematicTokenizer
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.price import Price
@@ -53,6 +54,13 @@ def tracking() -> Tracking:
     return made
 
 
+def tokenizer() -> KinematicTokenizer:
+    made = KinematicTokenizer(lag=2).fit(torch.randn(2, 9, generator=torch.Generator().manual_seed(0)))
+    for value in (0.5, 0.7, 0.1, 0.4):
+        made.update(torch.tensor([value, -value]))
+    return made
+
+
 def visited() -> Coverage:
     made = Coverage(4)
     made.visit(["a", ("b", 1)], step=3)
@@ -69,6 +77,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "tracker": lambda: tracker(4),
     "tracker, wide": lambda: tracker(9),
     "tracking": tracking,
+    "tokenizer": tokenizer,
     "coverage": visited,
     "selector": lambda: PromptSelector(taught("beta"), ["a", "b", "c"], 2, every=3),
     "stream": lambda: PromptStream(taught("beta"), ["a", "b", "c"], 2),

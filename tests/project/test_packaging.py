@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "terminal", "checks", "registry", "hooks"),
     ("kernels",),
     ("numerics",),
+    ("kinematic",),
     ("objectives", "beliefs"),
     ("sampling",),
     ("methods",),
@@ -40,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("instruments",),
     ("cli", "__main__"),
 )
-NUMERIC = {name for row in LAYERS[:6] for name in row} - {"kernels"}  # they compile with numba and Triton
+NUMERIC = {name for row in LAYERS[:7] for name in row} - {"kernels"}  # they compile with numba and Triton
 # Folder to the extras whose packages it may import, inside functions too. Longest match decides; "" is what is left.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "": (),

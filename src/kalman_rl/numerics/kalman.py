@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect_tensor, is_real
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError
 from kalman_rl.kernels import triton_support
 from kalman_rl.kernels.filter import cpu as filter_cpu
+from kalman_rl.numerics.arguments import expect_shape, expect_values
 
 Noise = Tensor | float  # a variance: one number, or one per token
 
@@ -391,23 +392,27 @@ def _prepare(z: Tensor, mask: Tensor, q: Noise, r: Noise, segment: Tensor | None
     """Check the input and find segments, holes and padding."""
     shape = z.shape
     matrix = z.is_floating_point() and len(shape) == 2 and shape[1] > 0
-    _expect("observation", z, matrix, "floating point (B, T), T >= 1; one row per sequence")
+    expect_shape("observation", z, matrix, "floating point (B, T), T >= 1; one row per sequence")
     boolean = mask.dtype == torch.bool and mask.shape == shape
-    _expect("mask", mask, boolean, f"torch.bool {tuple(shape)} as observation; True = observed token")
+    expect_shape("mask", mask, boolean, f"torch.bool {tuple(shape)} as observation; True = observed token")
     restart = torch.zeros_like(mask)
     restart[:, 0] = True
     if segment is not None:
         integer = not segment.is_floating_point() and segment.shape == shape
-        _expect("segment", segment, integer, f"integers {tuple(shape)} as observation; number the segments")
+        expect_shape(
+            "segment", segment, integer, f"integers {tuple(shape)} as observation; number the segments"
+        )
         restart[:, 1:] = segment[:, 1:] != segment[:, :-1]
     z = torch.where(mask, z, 0.0).double()
     q, r = (torch.as_tensor(noise, dtype=z.dtype, device=z.device) for noise in (q, r))
     for name, noise in (("process_noise", q), ("observation_noise", r)):
         fits = noise.ndim <= 2 and all(n in (1, m) for n, m in zip(noise.shape[::-1], shape[::-1]))
-        _expect(name, noise, fits, f"a number or a tensor broadcastable to {tuple(shape)}; reshape it")
-    _demand("observation", z, z.isfinite(), "a finite number where observed", "mask the token out")
-    _demand("process_noise", q, q >= 0, "[0, inf]", "use 0.0 for a constant latent value")
-    _demand("observation_noise", r, r > 0, "(0, inf]", "use process_noise=inf to follow the observations")
+        expect_shape(name, noise, fits, f"a number or a tensor broadcastable to {tuple(shape)}; reshape it")
+    expect_values("observation", z, z.isfinite(), "a finite number where observed", "mask the token out")
+    expect_values("process_noise", q, q >= 0, "[0, inf]", "use 0.0 for a constant latent value")
+    expect_values(
+        "observation_noise", r, r > 0, "(0, inf]", "use process_noise=inf to follow the observations"
+    )
     earlier = _count_before(mask, restart)
     later = _count_before(mask.flip(-1), restart.roll(-1, -1).flip(-1)).flip(-1)
     hole = ~mask & (earlier > 0) & (later > 0)
@@ -419,15 +424,3 @@ def _count_before(observed: Tensor, restart: Tensor) -> Tensor:
     """How many tokens of the same segment were observed before each token."""
     count = observed.cumsum(-1) - observed.long()
     return count - torch.where(restart, count, 0).cummax(-1).values
-
-
-def _expect(name: str, tensor: Tensor, fits: bool, expected: str) -> None:
-    if not fits:
-        raise ShapeError(f"{name}: got {tensor.dtype}, shape {tuple(tensor.shape)}, expected {expected}")
-
-
-def _demand(name: str, values: Tensor, fits: Tensor, expected: str, advice: str) -> None:
-    if not fits.all():
-        place = tuple((~fits).nonzero()[0].tolist())
-        where = f"; (row, token) = {place}" if place else ""
-        raise NumericError(f"{name}: got {values[place].item()}, expected {expected}{where}; {advice}")
