@@ -13,11 +13,12 @@ from torch import Tensor
 
 from kalman_rl.errors import extra
 from kalman_rl.numerics.kalman import Filtered, Gaussian, causal_mean
+from kalman_rl.palette import LIGHT, MUTED
 
 with extra("plot", __name__):
     from matplotlib import pyplot as plt
 
-OBSERVED, BELIEVED, SECOND = "#8a8f98", "#2f5fb3", "#d97a1f"
+OBSERVED, BELIEVED, SECOND = MUTED, LIGHT[0], LIGHT[1]
 
 
 def posterior(filtered: Filtered, observation: Tensor, *, row: int = 0, ax: Any = None) -> Any:

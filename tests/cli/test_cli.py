@@ -93,6 +93,7 @@ FLAGS = {
     "board": {"--help", "--port", "--host", "--every", "--open"},
     "methods": {"--help", "--cite", "--verify", "--device", "--json"},
     "replay": {"--help", "--method", "--options", "--against", "--steps", "--top", "--json"},
+    "inspect": {"--help", "--output", "--tokenizer"},
     "doctor": {"--help", "--task", "--data", "--reward", "--config", "--run", "--json"},
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def write_trace(
     scale: float = 0.2,
     prompt: str = "7 * 6 =",
     sequences: int = 2,
+    answer: str | None = None,
 ) -> None:
     """One Parquet file of sequences with the given tokens, encouraged and discouraged in turn."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -127,7 +129,7 @@ def write_trace(
                     "logp_old": -1.0, "logp_behaviour": None, "logp": -1.0 + raw, "log_ratio": raw,
                     "filtered_log_ratio": raw / (position + 1), "gain": None,
                     "coefficient": math.exp(raw) if kept else 0.0, "kept": kept, "advantage": advantage,
-                    "reward": None,
+                    "reward": None, "answer": answer,
                 }
             )  # fmt: skip
     (folder / "traces").mkdir(exist_ok=True)
@@ -237,6 +239,22 @@ HOSTILE = [
     "a\r\nSet-Cookie: x",
     "{0.__class__}{}",
 ]
+
+
+def charts_of(html: str) -> list[dict[str, Any]]:
+    """What each chart of a page shows."""
+    found = re.findall(r'data-chart role="img"><script type="application/json">(.*?)</script>', html)
+    return [json.loads(text) for text in found]
+
+
+def shown_at(html: str, name: str, x_label: str) -> dict[float, list[float | None]]:
+    """Values of the lines of a name over their places, from all charts with this x axis."""
+    values: dict[float, list[float | None]] = {}
+    for chart in charts_of(html):
+        for line in chart.get("lines", []) if chart["x"] == x_label else []:
+            for x, y in zip(*line["points"]) if line["name"] == name else ():
+                values.setdefault(x, []).append(y)
+    return values
 
 
 def hostile_payloads() -> list[str]:

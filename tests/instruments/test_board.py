@@ -26,7 +26,8 @@ from kalman_rl.engine.runs.run import Run  # noqa: E402
 from kalman_rl.errors import ConfigError, RunError  # noqa: E402
 from kalman_rl.instruments.board import BoardApp, door  # noqa: E402
 from kalman_rl.instruments.board.app import MAX_LISTENERS  # noqa: E402
-from kalman_rl.instruments.board.page import POLICY, SCRIPT, shell  # noqa: E402
+from kalman_rl.instruments.board.page import POLICY, SCRIPT, WAITING, shell  # noqa: E402
+from kalman_rl.instruments.board.progress import progress_of  # noqa: E402
 from kalman_rl.instruments.board.serve import accepted_hosts, listen, serve, server_of  # noqa: E402
 from kalman_rl.instruments.board.source import Source  # noqa: E402
 from tests.instruments.report_runs import write_run  # noqa: E402
@@ -142,8 +143,68 @@ def test_bad_settings(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_name_cannot_break_the_frame() -> None:
-    frame = shell("</title><script>alert(1)</script>", '"><script>')
+    frame = shell("</title><script>alert(1)</script>", '"><script>', "<script>alert(1)</script>")
     assert frame.count("<script>") == 1 and "alert(1)</script>" not in frame.replace(SCRIPT, "")
+
+
+# ---------------------------------------------------------------- how far the run is
+
+
+def test_step_share_and_time_left(run: Path) -> None:
+    (run / "config.toml").write_text("steps = 200\n")
+    found = progress_of(run)  # 40 steps of 1.5 s
+    assert found and (found.step, found.steps, found.share, found.seconds) == (40, 200, 0.2, 60.0)
+    assert found.pace == pytest.approx(1.5)
+    said = found.text(going=True)
+    assert "step 40 of 200 (20%)" in said and "1 min 0 s so far, 1.5 s a step, about 4 min 0 s left" in said
+    assert "left" not in found.text(going=False)
+    with (run / "metrics.jsonl").open("a") as file:  # what a kill leaves behind
+        file.write('{"kind": "train", "step": 41, "time": 70')
+    assert progress_of(run) == found
+
+
+def test_the_time_is_the_runs_own_after_a_resume(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run", "steps = 4\n", {}) as first:
+        first.log("train", 1, reward=0.5)
+        first.log("train", 2, reward=0.5)
+    for place in (0, 1):  # as if the first process had trained for a hundred seconds, days ago
+        rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        rows[place]["time"] = 50.0 * (place + 1)
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Run.open(tmp_path / "run") as second:
+        second.log("train", 3, reward=0.75)
+        found = progress_of(second.path)
+    assert found and found.step == 3 and found.reward == 0.75
+    assert 100.0 <= found.seconds < 130.0 and found.pace == pytest.approx((found.seconds - 50.0) / 2)
+
+
+def test_the_first_answer_needs_no_report(run: Path, app: BoardApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making the report may take a minute on a busy machine; how far the run is stands there at once."""
+    monkeypatch.setattr(app.source, "page", lambda: pytest.fail("made a report"))
+    (run / "config.toml").write_text("steps = 80\n")
+    frame = ask(app, f"/{TOKEN}/").text
+    assert "step 40 of 80 (50%)" in frame and 'value="0.5000"' in frame and WAITING in frame
+
+
+def test_progress_of_odd_files(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {}, updates=0, evaluations=1)
+    assert progress_of(folder) is None
+    (folder / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": -3, "time": 1}\n[1]\n{"kind": "train", "step": 1e400, "time": 1}\nx\n'
+        '{"kind": "train", "step": "<b>", "time": 2}\n{"kind": "train", "step": 7, "time": 3, "reward": NaN}\n'
+    )
+    (folder / "config.toml").write_text('steps = "<script>"\n')
+    found = progress_of(folder)
+    assert found and (found.step, found.steps, found.share, found.reward) == (7, 0, 0.0, None)
+    assert found.text(going=True) == "step 7, 3.0 s so far"
+    assert progress_of(tmp_path / "nothing") is None
+
+
+def test_progress_of_a_study(tmp_path: Path) -> None:
+    for name, steps in (("a", 40), ("b", 80)):
+        (write_run(tmp_path / "study" / name, {}) / "config.toml").write_text(f"steps = {steps}\n")
+    seen = Source(tmp_path / "study").look()
+    assert "2 runs, 1 through all steps, 0 going on" in seen.text and seen.share == 0.75
 
 
 # ---------------------------------------------------------------- following the run

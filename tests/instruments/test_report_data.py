@@ -33,7 +33,7 @@ from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.records import LEVELS, MAX_PROMPTS, belief_record
 from kalman_rl.sampling.tracking import Tracking
-from tests.instruments.report_runs import write_beliefs, write_run, write_trace
+from tests.instruments.report_runs import charts_of, write_beliefs, write_run, write_trace
 
 # ---------------------------------------------------------------- seeds
 
@@ -63,7 +63,10 @@ def test_runs_that_differ_only_by_seed_are_one(tmp_path: Path) -> None:
     ]
     text = page([tmp_path / name for name in ("a0", "a1", "a2", "b")])
     assert "kpo (three seeds)" in text and "95% interval of the mean" in text
-    assert text.count('class="band f') >= 4
+    lines = [line for chart in charts_of(text) for line in chart.get("lines", [])]
+    pooled_lines = [line for line in lines if "band" in line]
+    assert len(pooled_lines) >= 4 and all(len(line["behind"]) == 3 for line in pooled_lines)
+    assert "4 runs compared" in text
 
 
 def test_bands_over_seeds_are_students_intervals() -> None:
@@ -338,7 +341,9 @@ def test_no_completion_is_shown_twice(tmp_path: Path) -> None:
 def test_gradient_by_position(traced: Path) -> None:
     groups = pooled([read_run(traced)])
     figure = position_figure(groups, {groups[0].name: 0})
-    assert figure and figure.title == "Gradient by position" and "as trained" in figure.chart
+    assert (
+        figure and figure.title == "Gradient by position" and figure.chart["lines"][0]["name"] == "as trained"
+    )
     assert position_figure(pooled([read_run(write_run(traced.parent / "bare", {}))]), {}) is None
 
 

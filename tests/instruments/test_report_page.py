@@ -87,12 +87,12 @@ def opened(browser: Any, written: Path) -> Iterator[Opened]:
 
 def test_everything_is_there(opened: Opened) -> None:
     page = opened.page
-    assert opened.texts("h2") == ["The run", "Beliefs and budget", "Token by token", "Details"]
+    assert opened.texts("h2") == ["The run", "Beliefs and budget", "Token by token", "Completions", "Details"]
     assert page.locator("#inspector").is_visible() and not page.locator("#inspector-off").is_visible()
     assert page.locator("#completions li").count() == 6
     assert "".join(opened.texts("#tokens span")) == "".join(WORDS).replace("\n", "↵\n")
     assert page.locator("#strips svg").count() == 3  # the traces hold no gain
-    assert page.locator("table.prompts svg.spark").count() == 12
+    assert page.locator("table.prompts .chart canvas").count() == 12
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow == 0
 
@@ -176,6 +176,49 @@ def test_lists_are_sorted(opened: Opened) -> None:
         assert values == sorted(values, reverse=reverse)
 
 
+def test_completions_are_searched_and_sorted(opened: Opened) -> None:
+    page = opened.page
+    rows = page.locator("#listed-table tbody tr")
+    assert rows.count() == 6 and page.locator("#listed-count").inner_text() == "6 of 6"
+    assert opened.texts("#listed-table th") == [
+        "step",
+        "prompt",
+        "completion",
+        "reward",
+        "advantage",
+        "tokens",
+    ]
+
+    def column(place: int) -> list[float]:
+        cells = opened.texts(f"#listed-table tbody td:nth-child({place})")
+        return [float(cell.replace("−", "-")) for cell in cells]
+
+    page.locator("#listed-table th button", has_text="advantage").click()
+    assert column(5) == [1.2] * 3 + [-0.8] * 3
+    page.locator("#listed-table th button", has_text="advantage").click()
+    assert column(5) == [-0.8] * 3 + [1.2] * 3 and column(6) == [15] * 6
+    page.locator("#listed-search").fill("BECAUSE 6")
+    assert rows.count() == 6
+    page.locator("#listed-search").fill("because nothing")
+    assert rows.count() == 0 and page.locator("#listed-count").inner_text() == "0 of 6"
+    page.locator("#listed-search").fill("")
+    step = rows.nth(4).locator("td").first.inner_text()
+    rows.nth(4).locator("button").click()
+    assert f"step {step} · " in page.locator("#earned").inner_text()
+    assert "advantage +1.2" in page.locator("#earned").inner_text()
+
+
+def test_the_inspector_shows_the_expected_answer(browser: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"method": "kpo_diffuse"}, updates=12)
+    write_trace(run, WORDS, prompt="What is 6 × 7?", answer="42")
+    context = browser.new_context()
+    opened = Opened(context, write_report([run]))
+    assert opened.page.locator("#expected").inner_text() == "42"
+    assert opened.texts("#listed-table td:nth-child(4)") == ["42", "42"]
+    assert not opened.trouble
+    context.close()
+
+
 def test_keyboard_alone_is_enough(opened: Opened) -> None:
     page = opened.page
     seen: list[str] = []
@@ -252,7 +295,7 @@ def test_small_screens_and_no_scripts(browser: Any, written: Path) -> None:
     context.close()
     context = browser.new_context(java_script_enabled=False)
     page = Opened(context, written).page
-    assert page.locator("#inspector-off").is_visible() and page.locator("svg.chart").count() > 8
+    assert page.locator("#inspector-off").is_visible() and page.locator("#scripts-off").is_visible()
     context.close()
 
 
@@ -281,7 +324,7 @@ def test_hostile_text_never_runs(browser: Any, tmp_path: Path) -> None:
         run = write_run(
             tmp_path / f"r{index}", labels, updates=3, evaluations=2, config=json.dumps(text), status=text
         )
-        write_trace(run, part, prompt=" ".join(part)[:5_000])
+        write_trace(run, part, prompt=" ".join(part)[:5_000], answer=tokens[index])
         write_beliefs(run, prompts=12, batches=6, texts=payloads[index * 12 :])
         runs.append(run)
     context = browser.new_context()
@@ -295,6 +338,10 @@ def test_hostile_text_never_runs(browser: Any, tmp_path: Path) -> None:
             page.locator(f"label[for=mode-{mode}]").click()
         page.locator("#tokens span").nth(place).hover()
     page.locator("#changed .jump").first.click()
+    page.locator("#listed-search").fill("<script>")
+    page.locator("#listed-table th button").first.click()
+    for box in page.locator(".names input").all()[:6]:
+        box.uncheck()
     for text in HOSTILE[:8]:
         assert text[:190] in shown
     assert "\\u{202e}gnp.exe" in shown and "\\u{1b}[31mred" in shown and "\\u{0}" in shown

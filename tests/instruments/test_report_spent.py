@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +15,7 @@ from kalman_rl.instruments.report.page import page
 from kalman_rl.instruments.report.sections.spending import by_difficulty, informative, reliability
 from kalman_rl.instruments.report.stats.pool import pooled
 from kalman_rl.instruments.report.stats.spent import by_completions, completions
-from tests.instruments.report_runs import write_beliefs, write_run
+from tests.instruments.report_runs import shown_at, write_beliefs, write_run
 
 
 def settings(prompts: int, each: int, updates: int = 4) -> str:
@@ -67,9 +67,9 @@ def test_runs_with_different_batches_are_compared_by_completions(tmp_path: Path)
     assert axis and [spent(run.steps) for spent, run in zip(axis, map(read_run, runs, "ab"))] == [512, 512]
     html = page(runs)
     assert "compared by the completions they had sampled" in html
-    assert re.search(r"grpo: 0\.6 at completions 512", html) and "at step" not in html
+    assert shown_at(html, "grpo", "completions")[512][0] == 0.6 and not shown_at(html, "grpo", "step")
     equal = page(two_runs(tmp_path / "equal", each=2))
-    assert "compared by the completions" not in equal and "grpo: 0.6 at step 16" in equal
+    assert "compared by the completions" not in equal and shown_at(equal, "grpo", "step")[16][0] == 0.6
 
 
 def test_runs_on_different_tasks_stand_apart(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_accuracy_on_the_training_prompts_is_shown_where_it_was_measured(tmp_pat
                 row |= pool | {"pool/sampled_accuracy": 0.25, "pool/count": 100.0}
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     html = page(runs)
-    assert "Accuracy on the training prompts" in html and "grpo: 0.25 at completions 512" in html
+    assert "Accuracy on the training prompts" in html and 0.25 in shown_at(html, "grpo", "completions")[512]
     assert "grpo at 0.25 (0.18 to 0.34) and stream at 0.25 (0.18 to 0.34)" in html  # Wilson, 100 answers
     pytest.importorskip("matplotlib")
     picture = write_figure(runs, tmp_path / "figure.svg").read_text()
@@ -107,17 +107,24 @@ def batch(**visits: tuple[float, float, float]) -> Beliefs:
     return Beliefs([BeliefBatch(0.0, n, len(made), n, len(made), 0, 0, {}, made)])
 
 
+def points_of(chart: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    return {line["name"]: list(zip(*line["points"])) for line in chart["lines"]}
+
+
 def test_what_completions_were_spent_on() -> None:
     beliefs = batch(hard=(1, 0.0, 0.1), between=(5, 0.4, 0.5), easy=(2, 1.0, 0.9))
     figure = by_difficulty(beliefs)
     assert figure and "62% of all went to those at 0.2 to 0.8" in figure.note
-    for line in ("below 0.2: 0.125", "0.2 to 0.8: 0.625", "above 0.8: 0.25", "0.2 to 0.8, evenly: 0.3333"):
-        assert f"<title>{line} at step 0</title>" in figure.chart
+    expected = {"below 0.2": 0.125, "0.2 to 0.8": 0.625, "above 0.8": 0.25, "0.2 to 0.8, evenly": 0.333333}
+    assert points_of(figure.chart) == {name: [(0, value)] for name, value in expected.items()}
     figure = informative(beliefs)  # 4 p (1 - p): 0.36, 1 and 0.36
-    assert figure and "as drawn: 0.76 at" in figure.chart and "evenly: 0.5733 at" in figure.chart
+    assert figure
+    assert points_of(figure.chart) == {
+        "as drawn": [(0, pytest.approx(0.76, abs=1e-5))],
+        "evenly": [(0, pytest.approx(0.57333, abs=1e-4))],
+    }
     figure = reliability(batch(a=(6, 0.5, 0.55), b=(4, 1.0, 0.6), few=(9, 0.0, 0.1)))
-    assert figure and "observed: 0.7 at predicted success rate, % 57" in figure.chart
-    assert figure.chart.count("<circle") == 1
+    assert figure and points_of(figure.chart)["observed"] == [(57, 0.7)]
 
 
 @pytest.mark.parametrize("each", [1, 8])

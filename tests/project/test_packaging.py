@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("objectives", "beliefs"),
     ("sampling",),
     ("methods",),
-    ("hosts", "plot"),
+    ("hosts", "plot", "palette"),
     ("engine",),
     ("instruments",),
     ("cli", "__main__"),

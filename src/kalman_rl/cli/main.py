@@ -235,6 +235,24 @@ class Board:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Show a file of another trainer as a page: prime-rl's token export (JSONL), TRL's completions (Parquet)."""
+
+    file: tyro.conf.Positional[Path]
+    """File to show, as token_exports/step_5/rank_0.jsonl or completions/completions_00010.parquet."""
+    output: Path | None = None
+    """Page to write. Unset: beside the file, with its name."""
+    tokenizer: str | None = None
+    """Folder or name of the tokenizer, where a file has tokens by number only."""
+
+    def __call__(self) -> int:
+        from kalman_rl.instruments.foreign import inspect_file
+
+        tell(inspect_file(self.file, self.output, tokenizer=self.tokenizer))
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Look at versions, hooks of the hosts, disk and your reward before a run; exit code 1 if something will fail."""
 
@@ -330,6 +348,7 @@ VERBS: tuple[type, ...] = (
     Report,
     Board,
     Replay,
+    Inspect,
     Methods,
     Contract,
     Doctor,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,9 +42,21 @@ class WriteMetrics(TrainerCallback):
         if not logs or "train_runtime" in logs:
             return
         numbers = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
+        numbers |= used_memory()
         if state.is_world_process_zero:
             self.run.log("train", state.global_step, **numbers)
             self.show(state.global_step, numbers)
+
+
+def used_memory() -> dict[str, float]:
+    """Memory in GB, by the names of metrics: of this process now (on Linux), the most that tensors took on a GPU."""
+    used = {}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used["memory/process"] = pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        used["memory/device_most"] = torch.cuda.max_memory_allocated() / 1e9
+    return used
 
 
 class NoSignal(TrainerCallback):
@@ -193,10 +208,21 @@ class Progress:
 
 
 class TraceTokens:
-    """Observer of the trainer: keep a few completions per step, token by token, and write them as Parquet."""
+    """Observer of the trainer: keep a few completions per step, token by token, and write them as Parquet.
 
-    def __init__(self, run: Run, tokenizer: Any, per_step: int, every: int = 1) -> None:
+    Args: answers: what is expected of a prompt, by its ``prompt_id``, where that is known.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        tokenizer: Any,
+        per_step: int,
+        every: int = 1,
+        answers: Mapping[str, str] | None = None,
+    ) -> None:
         self.run, self.tokenizer, self.per_step, self.every = run, tokenizer, per_step, max(every, 1)
+        self.answers = answers or {}
         self.step = -1
 
     def __call__(self, batch: TokenBatch) -> None:
@@ -237,6 +263,7 @@ class TraceTokens:
             "kept": pick(tokens.kept),
             "advantage": [float(batch.inputs["advantages"][row].float().flatten()[0])] * len(ids),
             "reward": [None if math.isnan(reward) else reward] * len(ids),
+            "answer": [self.answers.get(str(batch.inputs["prompt_id"][row])) or None] * len(ids),
         }
 
 

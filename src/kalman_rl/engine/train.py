@@ -192,7 +192,8 @@ def _train(
     if isinstance(task.reward, SupervisedReward):
         task.reward.say, task.reward.record = say, RewardRecord(run.path / "rewards.jsonl", keep=resume)
         trainer.supervised.append(task.reward)
-    trainer.observers.append(TraceTokens(run, loaded.tokenizer, config.traces_per_step))
+    answers = {str(row["prompt_id"]): str(row.get("answer") or "") for row in task.train}
+    trainer.observers.append(TraceTokens(run, loaded.tokenizer, config.traces_per_step, answers=answers))
     if trainer.tracking is not None:
         trainer.tracking.observers.append(WriteBeliefs(run))
 

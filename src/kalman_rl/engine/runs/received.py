@@ -100,15 +100,15 @@ def read_bytes(run: Path, name: str, limit: int) -> bytes:
     return data
 
 
-def read_lines(run: Path, name: str, limit: int = MAX_ROWS) -> Iterator[bytes]:
-    """Lines of a file of a run, one at a time; one above ``MAX_LINE`` is cut. Raises: RunError as :func:`opened`."""
+def read_lines(run: Path, name: str, limit: int = MAX_ROWS, longest: int = MAX_LINE) -> Iterator[bytes]:
+    """Lines of a file of a run, one at a time; one above ``longest`` is cut. Raises: RunError as :func:`opened`."""
     with opened(run, name, limit) as file:
         left = limit
-        while left > 0 and (line := file.readline(MAX_LINE)):
+        while left > 0 and (line := file.readline(longest)):
             left -= len(line)
             yield line
-            while left > 0 and len(line) == MAX_LINE and not line.endswith(b"\n"):
-                line = file.readline(MAX_LINE)
+            while left > 0 and len(line) == longest and not line.endswith(b"\n"):
+                line = file.readline(longest)
                 left -= len(line)
 
 

@@ -22,7 +22,7 @@ TRACE_COLUMNS: dict[str, str] = {
     name: kind
     for kind, names in {
         "int64": "step sequence position token_id",
-        "string": "prompt_id prompt completion token",
+        "string": "prompt_id prompt completion token answer",
         "float32": "logp_old logp_behaviour logp log_ratio filtered_log_ratio gain coefficient "
         "advantage reward",
         "bool": "kept",
@@ -31,7 +31,7 @@ TRACE_COLUMNS: dict[str, str] = {
 }
 """Columns of a trace file and their Arrow types; one row per token."""
 
-NULLABLE = {"logp_behaviour", "gain", "reward"}
+NULLABLE = {"logp_behaviour", "gain", "reward", "answer"}
 """Columns whose values may be missing (null)."""
 
 
@@ -48,6 +48,7 @@ def read(
     *,
     optional: Sequence[str] = (),
     limit: int | None = None,
+    first_of: str = "",
 ) -> Table | None:
     """Columns of a trace file as lists, with the types of ``TRACE_COLUMNS``; None if the file is damaged.
 
@@ -58,9 +59,11 @@ def read(
         problems: receives why the file is damaged.
         optional: those that are read if they are there.
         limit: rows to read; None = all.
+        first_of: a column of which only the first row of every value is given, with how many rows have it as ``rows``.
     """
     try:
-        from pyarrow import ArrowException, BufferReader, parquet, type_for_alias
+        import numpy as np
+        from pyarrow import ArrowException, BufferReader, array, parquet, type_for_alias
     except ImportError:
         problems.append("cannot read: got no package pyarrow; pip install pyarrow")
         return None
@@ -76,7 +79,12 @@ def read(
         batch = next(source.iter_batches(max(rows, 1), columns=names), None)
         if not batch:
             raise ValueError("got no rows")
-        return {name: batch[name].cast(type_for_alias(TRACE_COLUMNS[name])).to_pylist() for name in names}
+        counts: list[int] = []
+        if first_of:
+            _, places, counted = np.unique(batch[first_of].to_numpy(), return_index=True, return_counts=True)
+            batch, counts = batch.take(array(places)), counted.tolist()
+        table = {name: batch[name].cast(type_for_alias(TRACE_COLUMNS[name])).to_pylist() for name in names}
+        return table | ({"rows": counts} if first_of else {})
     except RunError as error:
         problems.append(str(error).removeprefix(f"{path}: "))
     except (ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:

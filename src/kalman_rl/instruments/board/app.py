@@ -96,7 +96,8 @@ class BoardApp:
         if name == "":
             version = await asyncio.to_thread(self.source.look)
             return HTMLResponse(
-                shell(self.source.run.name, version.version), headers={"Content-Security-Policy": POLICY}
+                shell(self.source.run.name, version.version, version.text, version.share),
+                headers={"Content-Security-Policy": POLICY},
             )
         if name == "page":
             status, page = await asyncio.to_thread(self.source.page)
@@ -119,7 +120,7 @@ class BoardApp:
                 return
             if seen.version != last:
                 last, spoke = seen.version, loop.time()
-                yield _event("changed", {"version": seen.version, "text": seen.text})
+                yield _event("changed", {"version": seen.version, "text": seen.text, "share": seen.share})
             elif loop.time() - spoke > HEARTBEAT:
                 spoke = loop.time()
                 yield ": still here\n\n"
@@ -132,5 +133,5 @@ class BoardApp:
             left -= 0.25
 
 
-def _event(name: str, data: dict[str, str]) -> str:
+def _event(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
+
+from kalman_rl.instruments.policy import policy
 
 STYLE = """
 :root { color-scheme: light dark; }
 body { margin: 0; display: flex; flex-direction: column; height: 100vh; font: 14px/1.4 system-ui, sans-serif; }
-p { margin: 0; padding: 4px 12px; border-bottom: 1px solid #8888; }
+header { padding: 4px 12px; border-bottom: 1px solid #8888; display: flex; flex-wrap: wrap; }
+header { gap: 4px 14px; align-items: center; }
+p { margin: 0; overflow-wrap: anywhere; min-width: 0; }
+progress { flex: 1 1 120px; max-width: 300px; height: 8px; accent-color: #0072b2; }
 main { flex: 1; position: relative; }
+main p { padding: 40px 12px; }
 iframe { position: absolute; inset: 0; width: 100%; height: 100%; border: 0; }
 iframe[data-next] { visibility: hidden; }
 """
@@ -18,8 +22,12 @@ iframe[data-next] { visibility: hidden; }
 SCRIPT = """
 "use strict";
 const root = location.pathname.replace(/[^/]*$/, "");
-const main = document.querySelector("main"), line = document.querySelector("p");
+const main = document.querySelector("main"), line = document.querySelector("header p");
+const bar = document.querySelector("progress");
 let frame = document.querySelector("iframe"), loading = false, again = false;
+function came() { delete frame.dataset.next; main.querySelector("p")?.remove(); }
+if (frame.contentDocument?.readyState === "complete" && frame.contentDocument.URL !== "about:blank") came();
+else frame.addEventListener("load", came);
 
 function say(text) { line.textContent = text; }
 
@@ -58,8 +66,8 @@ function renew() {
   next.addEventListener("load", () => {
     try { restore(next.contentDocument, place(frame.contentDocument)); } catch { /* a page that did not load */ }
     frame.remove();
-    delete next.dataset.next;
     frame = next;
+    came();
     loading = false;
     if (again) { again = false; renew(); }
   });
@@ -71,6 +79,7 @@ const events = new EventSource(root + "events");
 events.addEventListener("changed", event => {
   const news = JSON.parse(event.data);
   say(news.text);
+  bar.value = news.share;
   if (news.version !== shown) { shown = news.version; renew(); }
 });
 events.addEventListener("gone", event => { say(JSON.parse(event.data).text); events.close(); });
@@ -80,27 +89,23 @@ events.onerror = () => {
 """
 
 
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-POLICY = (
-    f"default-src 'none'; script-src '{_hash(SCRIPT)}'; style-src '{_hash(STYLE)}'; connect-src 'self'; "
-    "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+WAITING = "The report is being made. Training goes first, so this takes a while on a busy machine."
+POLICY = policy([SCRIPT], STYLE, "connect-src 'self'", "frame-src 'self'", "frame-ancestors 'none'")
 """Content security policy of the frame; the report inside has its own."""
 PAGE_POLICY = "frame-ancestors 'self'"
 """What the server adds to the report's own policy."""
 
 
-def shell(name: str, version: str) -> str:
-    """The frame of a run."""
+def shell(name: str, version: str, text: str = "", share: float = 0.0) -> str:
+    """The frame of a run: how far it is at once, and its report as soon as that is made."""
     title = html.escape(f"Board: {name}")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f'<body><p role="status">{title}</p><main data-version="{html.escape(version)}">'
-        f'<iframe title="Report" src="page"></iframe></main><script>{SCRIPT}</script></body></html>'
+        f'<body><header><p role="status">{html.escape(text) or title}</p>'
+        f'<progress max="1" value="{share:.4f}" aria-label="Part of the run that is done"></progress></header>'
+        f'<main data-version="{html.escape(version)}"><p>{WAITING}</p>'
+        f'<iframe title="Report" src="page" data-next></iframe></main><script>{SCRIPT}</script></body></html>'
     )
 
 

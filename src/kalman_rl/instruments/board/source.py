@@ -13,19 +13,24 @@ from kalman_rl.engine.runs.reading import is_written
 from kalman_rl.engine.runs.received import run_folders
 from kalman_rl.errors import KalmanRLError
 from kalman_rl.instruments.board.page import notice
+from kalman_rl.instruments.board.progress import progress_of
 from kalman_rl.instruments.report import write_report
 
 WATCHED_FILES = ("manifest.json", "metrics.jsonl", "alarms.jsonl", "config.toml")
+MAX_RUNS = 100
+"""Of a study whose progress is read; the others are counted."""
 SHARE = 0.1
 """Of one processor's time that making pages may take while a run goes on."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """State of the run's files at one look: ``version`` changes when they do; empty = the run is gone."""
+    """State of the run's files at one look: ``version`` changes when they do; empty = the run is gone. ``share`` is
+    the part of it that is done."""
 
     version: str
     text: str
+    share: float = 0.0
 
 
 class Source:
@@ -49,10 +54,26 @@ class Source:
             return Seen(
                 "", f"{self.run}: the run folder is gone, or holds no run any more; nothing more will come"
             )
-        size = sum(stamp[1] for stamp in stamps if stamp[0].endswith("metrics.jsonl"))
         clock = time.strftime("%H:%M:%S", time.localtime(max(stamp[2] for stamp in stamps) / 1e9))
-        text = f"{self.run.name}: last change {clock}, {size:,} bytes of metrics"
-        return Seen(f"{hash(tuple(stamps)) & 0xFFFFFFFFFFFF:x}", text)
+        text, share = self._progress()
+        return Seen(
+            f"{hash(tuple(stamps)) & 0xFFFFFFFFFFFF:x}",
+            f"{self.run.name}: {text} · last change {clock}",
+            share,
+        )
+
+    def _progress(self) -> tuple[str, float]:
+        """How far the run is, or the runs of a study are, in words and as a part."""
+        folders = list(run_folders(self.run))
+        found = [(progress_of(folder), is_written(folder)) for folder in folders[:MAX_RUNS]]
+        if len(folders) == 1:
+            only, going = found[0]
+            begun = "preparing: no step is done yet" if going else "no step was done"
+            return (only.text(going=going), only.share) if only else (begun, 0.0)
+        done = [progress.share if progress else 0.0 for progress, _ in found]
+        through, live = sum(share == 1 for share in done), sum(going for _, going in found)
+        said = f"{len(folders)} runs, {through} through all steps, {live} going on"
+        return said, sum(done) / len(done)
 
     def page(self) -> tuple[int, bytes]:
         """Status and the report's bytes: 200, 410 if the run is gone, 503 if it cannot be shown now."""

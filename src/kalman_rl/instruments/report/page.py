@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,17 @@ from markupsafe import Markup
 from kalman_rl.engine.runs.files import replacing_file
 from kalman_rl.engine.runs.reading import RunRecord, find_runs
 from kalman_rl.errors import RunError, extra
+from kalman_rl.instruments.policy import policy
 from kalman_rl.instruments.report import sections
 from kalman_rl.instruments.report.sections import Context
 from kalman_rl.instruments.report.stats.study import ACCURACIES, noop_share
 from kalman_rl.instruments.report.words import decimal, duration, listing, signed
+from kalman_rl.palette import DARK, LIGHT
 
 TEMPLATES = Path(__file__).parent / "templates"
-SCRIPTS = ("common.js", "strips.js", "inspector.js")
+UPLOT = Path(__file__).parent / "uplot"
+SCRIPTS = ("common.js", "charts.js", "strips.js", "inspector.js", "completions.js")
+"""The page's own scripts, in order; uPlot goes before them."""
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
@@ -34,9 +37,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     Raises: ConfigError for an empty list; RunError for a path without a run or a page that cannot be written.
     """
     text = page(runs)
-    target = Path(output) if output is not None else Path(runs[0]) / "report.html"
-    _write(target, text)
-    return target
+    return _write(Path(output) if output is not None else Path(runs[0]) / "report.html", text)
 
 
 def page(run_paths: Sequence[Path]) -> str:
@@ -45,42 +46,61 @@ def page(run_paths: Sequence[Path]) -> str:
     Raises: ConfigError, RunError as :func:`write_report`; AdapterError without jinja2.
     """
     runs = find_runs(run_paths)
-    environment = _environment()
-    scripts = [_source(name) for name in SCRIPTS]
-    style = environment.get_template("page.css").render()
     context = Context.of(runs)
-    contents, bodies = _sections(environment, context)
+    bodies = []
+    for section in sections.SECTIONS:
+        built = section.build(context)
+        if built is not None:
+            bodies.append((section.title, section.anchor, section.template, built))
+        elif section.absent:
+            context.absent.append(section.absent)
+    eyebrow = f"Training report · {_subtitle(runs)}"
+    return _rendered(
+        PageParts(_title(context), eyebrow, context.summary.lead, bodies, context.data, _key_figures(context))
+    )
+
+
+@dataclass(frozen=True)
+class PageParts:
+    """Of what a page is made: ``bodies`` are (title, anchor, template, what it shows), ``data`` is for the scripts."""
+
+    title: str
+    eyebrow: str
+    lead: Sequence[str]
+    bodies: Sequence[tuple[str, str, str, Any]]
+    data: Mapping[str, Any]
+    key_figures: Sequence[dict[str, str]] = ()
+
+
+def write_page(parts: PageParts, target: Path) -> Path:
+    """Write a page of these parts, with the scripts and the policy of every page. Raises: as :func:`write_report`."""
+    return _write(target, _rendered(parts))
+
+
+def _rendered(parts: PageParts) -> str:
+    environment = _environment()
+    scripts = [uplot(), *((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)]
+    css = (UPLOT / "uPlot.min.css").read_text(encoding="utf-8")
+    style = environment.get_template("page.css").render(uplot=Markup(css), light=LIGHT, dark=DARK)
     return environment.get_template("page.html").render(
-        title=_title(context),
-        subtitle=_subtitle(runs),
-        lead=context.summary.lead,
-        key_figures=_key_figures(context),
-        contents=contents,
-        sections=bodies,
-        data={name: as_json(value) for name, value in context.data.items()},
+        parts=parts,
+        sections=[
+            Markup(environment.get_template(template).render(section=shown))
+            for _, _, template, shown in parts.bodies
+        ],
+        data={name: as_json(value) for name, value in parts.data.items()},
         style=Markup(style),
         scripts=[Markup(text) for text in scripts],
         policy=Markup(policy(scripts, style)),
     )
 
 
-def _sections(environment: Any, context: Context) -> tuple[list[tuple[str, str]], list[Markup]]:
-    """(title, anchor) of every section there is something for, and their HTML, in the order of the list."""
-    contents, bodies = [], []
-    for section in sections.SECTIONS:
-        built = section.build(context)
-        if built is not None:
-            contents.append((section.title, section.anchor))
-            bodies.append(Markup(environment.get_template(section.template).render(section=built)))
-        elif section.absent:
-            context.absent.append(section.absent)
-    return contents, bodies
-
-
-def policy(scripts: Sequence[str], style: str) -> str:
-    """The page's content security policy: nothing is loaded, and only these scripts and this style count."""
-    hashes = " ".join(_hash(text) for text in scripts)
-    return f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+def uplot() -> str:
+    """The script of the charts' library, under its licence."""
+    licence, script = (
+        (UPLOT / name).read_text(encoding="utf-8") for name in ("LICENSE", "uPlot.iife.min.js")
+    )
+    return f"/*!\n{licence}\n*/\n{script}"
 
 
 def as_json(data: Any) -> Markup:
@@ -98,21 +118,15 @@ def as_json(data: Any) -> Markup:
 def _environment() -> Any:
     with extra("app", "kalman-rl report"):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _source(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    environment.filters["json"] = as_json
+    return environment
 
 
 def _title(context: Context) -> str:
@@ -122,9 +136,9 @@ def _title(context: Context) -> str:
     labels = main[0].labels
     subject = labels.get("model") or main[0].name
     if len(context.subjects) > 1 and all(context.subjects):
-        return listing(list(context.subjects)) if len(context.subjects) < 4 else f"{len(main)} runs"
+        return listing(list(context.subjects)) if len(context.subjects) < 4 else f"{len(context.main)} runs"
     if len(main) > 1:
-        return f"{len(main)} runs compared"
+        return f"{len(context.main)} runs compared"
     return f"{subject} on {labels['task']}" if "task" in labels else subject
 
 
@@ -173,11 +187,12 @@ def _key_figures(context: Context) -> list[dict[str, str]]:
     return figures
 
 
-def _write(target: Path, page: str) -> None:
+def _write(target: Path, page: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(target) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
+        return target
     except RunError:
         raise
     except OSError as error:

@@ -10,7 +10,6 @@ from typing import Any
 from kalman_rl.engine.runs.files import replacing_file
 from kalman_rl.engine.runs.reading import RunRecord, find_runs
 from kalman_rl.errors import AdapterError, RunError
-from kalman_rl.instruments.report.charts.chart import spread
 from kalman_rl.instruments.report.sections.stress import learning_lines
 from kalman_rl.instruments.report.sections.training import palette_of
 from kalman_rl.instruments.report.stats.intervals import wilson
@@ -27,9 +26,8 @@ from kalman_rl.instruments.report.stats.study import (
     evaluations,
     split,
 )
+from kalman_rl.palette import INK, LIGHT, MUTED, RULE
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#a79a00", "#3b3f46")
-INK, MUTED, RULE = "#1f2328", "#5f6670", "#e3ded2"
 PREFERRED = ("A", "C")
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -126,10 +124,10 @@ def _spending(axes: Any, groups: Sequence[Group]) -> None:
             band = [(row["step"], *wilson(row[key], n)) for row in runs[0] if (n := answers(row, key))]
         index = palette[group.name]
         points = [(spent(step), value) for step, value in line]
-        axes.plot(*zip(*points), color=PALETTE[index], marker="o", markersize=3.5, lw=1.8)
+        axes.plot(*zip(*points), color=LIGHT[index], marker="o", markersize=3.5, lw=1.8)
         if band:
             edges = [(spent(step), low, high) for step, low, high in band]
-            axes.fill_between(*zip(*edges), color=PALETTE[index], alpha=0.13, lw=0)
+            axes.fill_between(*zip(*edges), color=LIGHT[index], alpha=0.13, lw=0)
         ends.append((line[-1][1], group.name, index))
     side = "on the training prompts" if key == POOL_SAMPLED else "held out"
     axes.set(title=groups[0].subject, xlabel="completions spent", ylabel=f"accuracy {side}")
@@ -154,7 +152,7 @@ def _main(axes: Any, run: RunRecord) -> None:
             axes.plot(
                 steps,
                 values,
-                color=PALETTE[index],
+                color=LIGHT[index],
                 marker="o",
                 markersize=3.5,
                 lw=1.8,
@@ -162,10 +160,10 @@ def _main(axes: Any, run: RunRecord) -> None:
             )
             known = [(row["step"], *wilson(row[key], count)) for row in rows if (count := answers(row, key))]
             if known:
-                axes.fill_between(*zip(*known), color=PALETTE[index], alpha=0.13, lw=0)
+                axes.fill_between(*zip(*known), color=LIGHT[index], alpha=0.13, lw=0)
             ends.append((values[-1], kind, index))
     axes.set(title=" on ".join(run.labels[k] for k in ("model", "task") if k in run.labels) or run.name,
-             xlabel="update", ylabel="held-out accuracy", ylim=(0, 1))  # fmt: skip
+             xlabel="update", ylabel="held-out accuracy",)  # fmt: skip
     _finish(axes, ends)
 
 
@@ -176,7 +174,7 @@ def _stress(axes: Sequence[Any], study: Study, conditions: Sequence[str]) -> Non
         what, lines = learning_lines(study, condition, palette)
         ends = []
         for line in lines:
-            colour = PALETTE[line.colour]
+            colour = LIGHT[line.colour]
             panel.plot(*zip(*line.points), color=colour, lw=1.8, ls="--" if line.dashed else "-")
             if line.band:
                 panel.fill_between(*zip(*line.band), color=colour, alpha=0.13, lw=0)
@@ -193,6 +191,30 @@ def _stress(axes: Sequence[Any], study: Study, conditions: Sequence[str]) -> Non
         _finish(panel, panel.ends)
 
 
+def spread(places: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
+    """Sorted places moved as little as needed to be ``gap`` apart, kept inside ``[top, bottom]`` if they fit.
+
+    >>> spread([10.0, 11.0, 50.0], 14.0, 0.0, 100.0)
+    [3.5, 17.5, 50.0]
+    """
+    groups: list[list[float]] = []  # [sum of (place - offset), size]
+    for place in places:
+        groups.append([place, 1])
+        while len(groups) > 1:
+            (sum_a, n_a), (sum_b, n_b) = groups[-2:]
+            start_a, start_b = sum_a / n_a, sum_b / n_b
+            if start_a + gap * n_a <= start_b:
+                break
+            groups[-2:] = [[sum_a + sum_b - gap * n_a * n_b, n_a + n_b]]
+    result: list[float] = []
+    for total, size in groups:
+        start = min(max(total / size, top), max(top, bottom - gap * (size - 1)))
+        result += [start + gap * index for index in range(int(size))]
+    for index in range(1, len(result)):
+        result[index] = max(result[index], result[index - 1] + gap)
+    return result
+
+
 def _finish(axes: Any, ends: list[tuple[float, str, int]]) -> None:
     """Light grid, and names beside the line ends."""
     axes.grid(axis="y", color=RULE, lw=0.8)
@@ -207,6 +229,6 @@ def _finish(axes: Any, ends: list[tuple[float, str, int]]) -> None:
             xycoords=("axes fraction", "data"),
             va="center",
             fontsize=9.5,
-            color=PALETTE[colour],
+            color=LIGHT[colour],
             annotation_clip=False,
         )

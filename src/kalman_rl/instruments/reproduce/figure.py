@@ -9,8 +9,9 @@ from typing import Any
 
 from kalman_rl.engine.runs.files import replacing
 from kalman_rl.errors import extra
-from kalman_rl.instruments.report.picture import MUTED, PALETTE, STYLE
+from kalman_rl.instruments.report.picture import STYLE
 from kalman_rl.instruments.report.stats.intervals import t_interval
+from kalman_rl.palette import LIGHT, MUTED
 
 COLOURS = {"reproduced": "#009e73", "refuted": "#d55e00", "not decided": MUTED}
 FARTHEST = 8
@@ -43,8 +44,8 @@ def _curves(axis: Any, arms: Mapping[str, Mapping[str, Any]]) -> None:
     for i, (name, arm) in enumerate(arms.items()):
         points = list(zip(*arm["accuracy"]))
         mean = [sum(point) / len(point) for point in points]
-        colour = PALETTE[i % len(PALETTE)]
-        axis.plot(arm["spent"], mean, styles[i // len(PALETTE)], color=colour, label=name, lw=1.8)
+        colour = LIGHT[i % len(LIGHT)]
+        axis.plot(arm["spent"], mean, styles[i // len(LIGHT)], color=colour, label=name, lw=1.8)
         bands = [t_interval(point) for point in points]
         if all(bands) and len(arms) <= 7:
             low, high = zip(*(band for band in bands if band is not None))

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from kalman_rl.instruments.report.sections import beliefs, collapse, details, stress, tokens, training
+from kalman_rl.instruments.report.sections import (
+    beliefs,
+    collapse,
+    completions,
+    details,
+    stress,
+    tokens,
+    training,
+)
 from kalman_rl.instruments.report.sections.section import Context, Section
 
 __all__ = ["SECTIONS", "Context", "Section"]
@@ -14,6 +22,7 @@ SECTIONS: list[Section] = [
     Section("Beliefs and budget", "beliefs", "beliefs.html", beliefs.build,
             "No run tracked beliefs about its prompts, so there are none to show."),
     Section("Token by token", "tokens-section", "inspector.html", tokens.build),
+    Section("Completions", "completions-section", "completions.html", completions.build),
     Section("Stress study", "stress", "stress.html", stress.build,
             "No stress study was given, so methods are not compared under stress here."),
     Section("Details", "details", "details.html", details.build),

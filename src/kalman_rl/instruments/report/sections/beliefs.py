@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from markupsafe import Markup
-
 from kalman_rl.engine.runs.beliefs import BANDS, HOPELESS, LEARNED, Beliefs, Visit, read_beliefs
 from kalman_rl.engine.runs.reading import RunRecord, clean
-from kalman_rl.instruments.report.charts.chart import ChartLine, lines_chart
-from kalman_rl.instruments.report.charts.sparkline import belief_line
+from kalman_rl.instruments.report.charts.chart import ChartLine, Spec, belief_chart, lines_chart
 from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.sections.spending import by_difficulty, informative, reliability
 from kalman_rl.instruments.report.stats.intervals import wilson
@@ -36,7 +33,7 @@ class PromptRow:
     """One prompt as the table shows it."""
 
     text: str
-    line: Markup
+    line: Spec
     mean: str
     interval: str
     band: str
@@ -152,7 +149,9 @@ def _bands(beliefs: Beliefs) -> Figure | str:
     )
     drawn = [ChartLine(band, points, BAND_COLOURS[band]) for band, points in lines.items()]
     return Figure(
-        "Learned, undecided, hopeless", note, lines_chart(drawn, y_label="share of prompts", y_range=(0, 1))
+        "Learned, undecided, hopeless",
+        note,
+        lines_chart(drawn, y_label="share of prompts", limits=(0.0, 1.0)),
     )
 
 
@@ -178,7 +177,7 @@ def _calibration(beliefs: Beliefs) -> Figure | str:
         ChartLine("ideal", ideal, 7, dashed=True),
         ChartLine("observed", points, 0, whiskers=bars, dots=True),
     ]
-    chart = lines_chart(lines, y_label="share inside", x_label="predicted interval, %", y_range=(0.4, 1.0))
+    chart = lines_chart(lines, y_label="share inside", x_label="predicted interval, %", limits=(0.0, 1.0))
     return Figure("Calibration", note, chart)
 
 
@@ -205,8 +204,8 @@ def _allocation(beliefs: Beliefs) -> Figure | str:
     )
     lines = [ChartLine("mean", points, 0, whiskers=bars, dots=True)]
     chart = lines_chart(
-        lines, y_label="completions", x_label="predicted success rate, %", y_range=(0.0,),
-        reference=(fixed, f"fixed: {fixed:.3g}"), labels=False,
+        lines, y_label="completions", x_label="predicted success rate, %", limits=(0.0,),
+        reference=(fixed, f"fixed: {fixed:.3g}"),
     )  # fmt: skip
     return Figure("Where completions went", note, chart)
 
@@ -226,12 +225,12 @@ def _informative(beliefs: Beliefs) -> Figure | str:
     if not observed:
         return ""
     window = window_of(len(observed))
-    lines = [ChartLine("as drawn", smooth(observed, window), 0, behind=observed if window > 1 else [])]
+    lines = [ChartLine("as drawn", smooth(observed, window), 0, behind=[observed] if window > 1 else [])]
     note = "Prompts of a batch whose completions earned different rewards, so that they teach something."
     if beliefs.allocation != "fixed":
         lines.append(ChartLine("fixed, expected", smooth(expected, window), 7, dashed=True))
         note += " Dashed: expected from the beliefs had the batch been shared out evenly."
-    chart = lines_chart(lines, y_label="share of prompts", y_range=(0.0, 1.0), labels=len(lines) > 1)
+    chart = lines_chart(lines, y_label="share of prompts", limits=(0.0, 1.0))
     return Figure("Informative groups", note, chart)
 
 
@@ -275,7 +274,7 @@ def _row(
         low, high = max(0.0, low), min(1.0, high)
     return PromptRow(
         text=text,
-        line=belief_line(visits, steps, limits, text),
+        line=belief_chart(visits, steps, limits),
         mean=decimal(last.after),
         interval=f"{decimal(low)} to {decimal(high)}",
         band=last.band if unit else "",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from kalman_rl.engine.runs.reading import clean
 from kalman_rl.errors import KalmanRLError, one_line
-from kalman_rl.instruments.replay import Field, TraceBatch, batch_of, field_of, own_method
+from kalman_rl.instruments.replay import Field, TraceBatch, batch_of, field_of
 from kalman_rl.methods import METHODS
 from kalman_rl.objectives.loss import Method
 
@@ -23,27 +22,29 @@ BELOW, ABOVE = "l", "h"
 """Marks of a dropped token whose weight is below or above 1; a kept token has ``1``."""
 
 
-def on_tokens(run: Path, completions: Sequence[dict[str, list[Any]]]) -> tuple[dict[str, Any], list[str]]:
+def on_tokens(
+    completions: Sequence[dict[str, list[Any]]], own: Method | None, notes: list[str]
+) -> tuple[dict[str, Any], list[str]]:
     """Adds ``by`` (one entry per method: log-weights, coefficients, marks), and what the run's filter believed
     (``deviation`` of the posterior, ``innovation``) to each completion.
 
+    Args: own, notes: of :func:`kalman_rl.instruments.replay.own_method`.
     Returns: ``{"methods": [...]}`` with a name and the clip's bounds for each, the recorded one first; and notes.
     """
-    own, notes = own_method(run)
     names = [name for name in COMPARED if own is None or name != own.name]
     recorded = {"name": own.name if own else "recorded", "recorded": True, **_bounds(own)}
     others = [METHODS.table[name]() for name in names]
     methods = [recorded, *({"name": method.name, **_bounds(method)} for method in others)]
+    for columns in completions:
+        columns["by"] = [_as_recorded(columns)]
     try:
         batch = batch_of(_joined(completions))
-        fields = [batch.stored, *(field_of(method, batch) for method in others)]
+        fields = [field_of(method, batch) for method in others]
     except (KalmanRLError, ValueError, TypeError, KeyError) as error:
-        for columns in completions:
-            columns["by"] = [_as_recorded(columns)]
         why = clean(one_line(error), 160)
         return {"methods": methods[:1]}, [f"Other methods are not shown: the traces lack something ({why})."]
-    for field, method in zip(fields, [own, *others]):
-        _deal(field, completions, method)
+    for field in fields:
+        _deal(field, completions)
     if own is not None:
         _believed(own, batch, completions)
     return {"methods": methods}, [_said(notes)] if notes else []
@@ -83,17 +84,20 @@ def _joined(completions: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]
 
 
 def _absent(name: str, size: int) -> list[Any]:
-    if name != "logp_behaviour":
-        raise ValueError(f"got no {name}")
-    return [None] * size
+    """What stands in for a column that no other method reads. Raises: ValueError where one would."""
+    if name == "logp_behaviour":
+        return [None] * size
+    if name in ("filtered_log_ratio", "coefficient"):
+        return [0.0] * size
+    raise ValueError(f"got no {name}")
 
 
-def _deal(field: Field, completions: Sequence[dict[str, list[Any]]], method: Method | None) -> None:
+def _deal(field: Field, completions: Sequence[dict[str, list[Any]]]) -> None:
     start = 0
     for columns in completions:
         end = start + len(columns["token"])
         weight, coefficient, kept = (values[start:end].tolist() for values in field)
-        columns.setdefault("by", []).append(_entry(weight, coefficient, kept))
+        columns["by"].append(_entry(weight, coefficient, kept))
         start = end
 
 

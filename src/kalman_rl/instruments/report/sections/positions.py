@@ -58,9 +58,7 @@ def position_figure(groups: Sequence[Group], palette: dict[str, int]) -> Figure 
         "Part of the gradient's size (advantage times coefficient) by position. Dashed: if every token were kept "
         f"at coefficient 1. From traced completions of {counted(files, 'step')}."
     )
-    chart = lines_chart(
-        lines, y_label="share of the gradient", x_label="token", y_range=(0.0,), labels=single
-    )
+    chart = lines_chart(lines, y_label="share of the gradient", x_label="token", limits=(0.0, 1.0))
     return Figure("Gradient by position", note, chart)
 
 

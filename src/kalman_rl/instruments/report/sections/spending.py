@@ -53,7 +53,7 @@ def by_difficulty(beliefs: Beliefs) -> Figure | None:
         f"Completions by the success rate predicted for their prompt; {share:.0%} of all went to those at {middle}. "
         "Dashed: had all prompts seen so far been drawn evenly."
     )
-    chart = lines_chart(drawn, y_label="share of completions", y_range=(0.0, 1.0))
+    chart = lines_chart(drawn, y_label="share of completions", limits=(0.0, 1.0))
     return Figure("Completions by difficulty", note, chart)
 
 
@@ -78,14 +78,14 @@ def informative(beliefs: Beliefs) -> Figure | None:
             evenly.append((batch.step, total / len(known)))
     window = window_of(len(drawn))
     lines = [
-        ChartLine("as drawn", smooth(drawn, window), 0, behind=drawn if window > 1 else []),
+        ChartLine("as drawn", smooth(drawn, window), 0, behind=[drawn] if window > 1 else []),
         ChartLine("evenly", smooth(evenly, window), 7, dashed=True),
     ]
     note = (
         "4 E[p (1 - p)] under the belief: 1 for a completion at success rate 1/2, 0 at hopeless and solved prompts. "
         "Dashed: had all prompts seen so far been drawn evenly."
     )
-    chart = lines_chart(lines, y_label="mean over completions", y_range=(0.0, 1.0))
+    chart = lines_chart(lines, y_label="mean over completions", limits=(0.0, 1.0))
     return Figure("Informative completions", note, chart)
 
 
@@ -112,5 +112,5 @@ def reliability(beliefs: Beliefs) -> Figure | None:
     )
     ideal = ChartLine("ideal", [(0.0, 0.0), (100.0, 1.0)], 7, dashed=True)
     lines = [ideal, ChartLine("observed", points, 0, whiskers=bars, dots=True)]
-    chart = lines_chart(lines, y_label="mean reward", x_label="predicted success rate, %", y_range=(0.0, 1.0))
+    chart = lines_chart(lines, y_label="mean reward", x_label="predicted success rate, %", limits=(0.0, 1.0))
     return Figure("Calibration", note, chart)

@@ -39,7 +39,6 @@ class StressSection:
     """Learning curves, finals with intervals, small multiples, the table."""
 
     settings: dict[str, dict[str, str]] = field(default_factory=dict)
-    legend: list[tuple[str, int, bool]] = field(default_factory=list)
     finals: list[Figure] = field(default_factory=list)
     learning: list[Figure] = field(default_factory=list)
     learning_note: str = ""
@@ -60,7 +59,6 @@ def build(context: Context) -> StressSection | None:
     section.findings = context.summary.findings
     if study.seeds[0] > 1:
         section.t_factor = decimal(t_quantile(study.seeds[0] - 1))
-    section.legend = [(name, palette[name], dashed(name)) for name in study.methods]
     section.finals = [
         figure for condition in study.conditions if (figure := _finals(study, condition, palette))
     ]
@@ -109,14 +107,19 @@ def learning(study: Study, palette: dict[str, int]) -> tuple[str, list[Figure]]:
         for _, *ys in (*line.points, *line.band)
         for value in ys
     ]
-    highest = [max(every)] if every else []
+    known = [value for value in every if math.isfinite(value)]
+    span = (min(known), max(known)) if known else ()
     for condition, (what, lines) in tables.items():
         start = _start(study, condition) if what == "accuracy" else None
         if lines:
             chart = lines_chart(
-                lines, height=280, y_label="sampled accuracy" if what == "accuracy" else "training reward",
-                y_range=(0.0, *highest), reference=(start, "start") if start is not None else None,
-            )  # fmt: skip
+                lines,
+                height=280,
+                y_label="sampled accuracy" if what == "accuracy" else "training reward",
+                include=span,
+                reference=(start, "start") if start is not None else None,
+                limits=(0.0, 1.0) if what == "accuracy" else (),
+            )
             figures.append(Figure(f"Condition {condition}", "", chart))
     note = (
         "Sampled held-out accuracy over training." if what == "accuracy" else "Training reward, moving mean."
@@ -147,7 +150,7 @@ def _finals(study: Study, condition: str, palette: dict[str, int]) -> Figure | N
     chart = dots_chart(
         rows,
         unit=f"{arms[0].kind} accuracy at the end",
-        x_range=(0.0, max(everything)),
+        include=everything,
         reference=(start, "start") if start is not None else None,
     )
     return Figure(f"Condition {condition}", "", chart)
@@ -176,12 +179,12 @@ def _multiples(study: Study, metric: Metric, palette: dict[str, int]) -> list[Fi
         for _, value in line.points
         if math.isfinite(value)
     ]
-    limits = (min(shared), max(shared), *metric.y_range) if shared else ()
+    span = (min(shared), max(shared)) if shared else ()
     return [
         Figure(
             f"Condition {condition}",
             "",
-            lines_chart(lines, height=210, y_label=metric.unit, log=metric.log, y_range=limits, labels=False),
+            lines_chart(lines, y_label=metric.unit, log=metric.log, limits=metric.limits, include=span),
         )
         for condition, lines in tables.items()
     ]

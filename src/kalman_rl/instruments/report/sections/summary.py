@@ -87,7 +87,9 @@ def _many(names: Sequence[str], arms: Sequence[StudyArm]) -> str:
     for name, arm in zip(names, arms):
         groups.setdefault(arm.main.verdict if arm.main else "unknown", []).append(name)
     told = [f"{listing(groups[verdict])} {words}" for verdict, words in VERDICTS.items() if verdict in groups]
-    return f"Of {len(names)} runs, {'; '.join(told)}."
+    runs = sum(len(arm.runs) + arm.unfinished for arm in arms)
+    what = f"{runs} runs" if runs == len(names) else f"{len(names)} settings with {runs} runs"
+    return f"Of {what}, {'; '.join(told)}."
 
 
 def _main_sentences(run: RunRecord, arm: StudyArm, name: str, *, alone: bool) -> list[str]:

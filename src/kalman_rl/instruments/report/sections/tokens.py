@@ -16,13 +16,14 @@ from typing import Any
 from kalman_rl.engine.runs import traces
 from kalman_rl.engine.runs.reading import RunRecord, clean
 from kalman_rl.engine.runs.traces import Table
+from kalman_rl.instruments.replay import own_method
 from kalman_rl.instruments.report.sections.other_methods import on_tokens
 from kalman_rl.instruments.report.sections.section import Context
 from kalman_rl.instruments.report.words import counted
 
 NEEDED = ("sequence", "token", "log_ratio")
 OPTIONAL = ("prompt", "position", "token_id", "logp_old", "logp_behaviour", "logp", "filtered_log_ratio", "gain",
-            "coefficient", "kept", "advantage", "reward")  # fmt: skip
+            "coefficient", "kept", "advantage", "reward", "answer")  # fmt: skip
 MAX_ROWS = 200_000
 MAX_TOKENS = 12_000
 """Tokens of all completions on a page together; about 100 bytes each."""
@@ -73,10 +74,11 @@ def inspected(runs: Sequence[RunRecord]) -> Inspected:
         chosen, there = _of_run(files, room, problems)
         if not chosen:
             continue
-        other, notes = on_tokens(run.path, chosen)
+        own, notes = own_method(run.path)
+        other, notes = on_tokens(chosen, own, notes)
         methods.append({"run": clean(run.name, 60), **other})
         said += notes
-        completions += [_completion(columns, len(methods) - 1) for columns in chosen]
+        completions += [shown_completion(columns, len(methods) - 1) for columns in chosen]
         said.append(_sampled(run, chosen, files, there))
     if not completions:
         return Inspected(problems[0] if problems else "The token traces hold no completion.")
@@ -178,7 +180,7 @@ def _most_moved_first(found: list[list[int]], table: Table) -> Iterator[list[int
     yield from sides[0]
 
 
-def _completion(columns: Table, run: int) -> dict[str, Any]:
+def shown_completion(columns: Table, run: int) -> dict[str, Any]:
     """One completion for the page: texts cleaned, numbers rounded; what was computed for it is in ``by``.
 
     A long one is cut here, after the methods saw all of it.
@@ -195,6 +197,7 @@ def _completion(columns: Table, run: int) -> dict[str, Any]:
         "step": columns["step"][0],
         "sequence": clean(columns["sequence"][0], 20),
         "prompt": clean(prompt, MAX_PROMPT, breaks=True),
+        "answer": clean(columns["answer"][0] or "", MAX_TOKEN, breaks=True) if "answer" in columns else "",
         "reward": rounded(columns["reward"][0]) if "reward" in columns else None,
         "advantage": rounded(columns["advantage"][0]) if "advantage" in columns else None,
         "cut": max(0, len(columns["token"]) - end),

@@ -46,7 +46,6 @@ from kalman_rl.instruments.report.stats.study import (
 )
 from kalman_rl.instruments.report.words import counted, decimal, duration, listing, signed
 
-WIDE, FULL, NARROW = 660, 1056, 344
 MAX_DOTS = 16
 IN_TRAINING = {
     "reward": "Training reward",
@@ -83,7 +82,7 @@ class MainSection:
     spent: list[tuple[str, list[str]]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     several: bool = False
-    legend: list[tuple[str, int]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pooled: bool = False
 
@@ -112,7 +111,7 @@ def moved(line: ChartLine, spent: Spent) -> ChartLine:
     return replace(
         line,
         points=[(spent(x), y) for x, y in line.points],
-        behind=[(spent(x), y) for x, y in line.behind],
+        behind=[[(spent(x), y) for x, y in points] for points in line.behind],
         band=[(spent(x), low, high) for x, low, high in line.band],
         whiskers=[(spent(x), low, high) for x, low, high in line.whiskers],
     )
@@ -134,7 +133,7 @@ def _section(groups: Sequence[Group], arms: Sequence[StudyArm], subject: str, nu
     section = MainSection(title, f"runs-{number + 1}" if number else "runs", several=not drawn.single)
     section.pooled = any(group.seeds > 1 for group in groups)
     section.notes = [note for note in (_axis(drawn), _bands(groups)) if note]
-    section.legend = list(drawn.palette.items()) if section.several else []
+    section.names = [group.name for group in groups]
     section.figure = _accuracies(drawn, "Held-out accuracy", ACCURACIES)
     section.pool = _accuracies(drawn, "Accuracy on the training prompts", POOL_ACCURACIES)
     if section.figure is None:
@@ -189,7 +188,8 @@ def _bands(groups: Sequence[Group]) -> str:
     told = [f"{_with_seeds(group)}" for group in groups if group.seeds > 1]
     kind = "95% interval of the mean by Student's t"
     pair = " (of two seeds: their range)" if 2 in sizes else ""
-    return f"Runs that differ only by seed are one line, the mean: {listing(told)}. Band: {kind}{pair}."
+    text = f"Runs that differ only by seed are one line, the mean: {listing(told)}"
+    return f"{text}. Thin: the single seeds. Band: {kind}{pair}."
 
 
 def _accuracies(drawn: Compared, title: str, keys: Mapping[str, str]) -> Figure | None:
@@ -204,11 +204,12 @@ def _accuracies(drawn: Compared, title: str, keys: Mapping[str, str]) -> Figure 
                 continue
             counts |= {f"{count:.0f}" for rows in many for row in rows if (count := answers(row, key))}
             whiskers: list[Band] = []
+            seeds = [[(row["step"], row[key]) for row in rows] for rows in many]
             if len(many) > 1:
-                points, band = with_interval([[(row["step"], row[key]) for row in rows] for rows in many])
+                points, band = with_interval(seeds)
                 band = [(step, max(0.0, low), min(1.0, high)) for step, low, high in band]
             else:
-                points, band = [(row["step"], row[key]) for row in many[0]], []
+                points, band, seeds = seeds[0], [], []
                 spread = [(row["step"], *wilson(row[key], n)) for row in many[0] if (n := answers(row, key))]
                 few = len(points) <= MAX_DOTS
                 whiskers, band = (spread, []) if few and single else ([], spread if single else [])
@@ -218,18 +219,17 @@ def _accuracies(drawn: Compared, title: str, keys: Mapping[str, str]) -> Figure 
                 index if single else drawn.palette[group.name],
                 band=band,
                 whiskers=whiskers,
+                behind=seeds,
                 dashed=index > 0,
                 dots=len(points) <= MAX_DOTS,
             )
             lines.append(drawn.line(group, line))
     if not lines:
         return None
-    label = "share of correct answers"
-    width = WIDE if single else FULL
-    shape = {"y_label": label, "y_range": (0.0, 1.0), "x_label": drawn.x_label}
-    wide = lines_chart(lines, width=width, height=350, names=34, **shape)  # type: ignore[arg-type]
-    narrow = lines_chart(lines, width=NARROW, height=270, labels=single, **shape)  # type: ignore[arg-type]
-    return Figure(title, _accuracies_note(drawn.groups, counts), wide, narrow)
+    chart = lines_chart(
+        lines, height=320, y_label="share of correct answers", x_label=drawn.x_label, limits=(0.0, 1.0)
+    )
+    return Figure(title, _accuracies_note(drawn.groups, counts), chart)
 
 
 def _accuracies_note(groups: Sequence[Group], counts: set[str]) -> str:
@@ -254,12 +254,14 @@ def _small(metric: Metric, drawn: Compared) -> Figure | None:
             name = panel.name if single else group.name if index == 0 else f"{group.name}, {panel.name}"
             colour = index if single else drawn.palette[group.name]
             if len(many) > 1:
-                points, band = with_interval([points for points, _ in many], log=metric.log)
+                seeds = [points for points, _ in many]
+                points, band = with_interval(seeds, log=metric.log)
                 band = [(step, *metric.inside(low, high)) for step, low, high in band]
-                line = ChartLine(name, points, colour, band=band, dashed=panel.dashed)
+                line = ChartLine(name, points, colour, band=band, behind=seeds, dashed=panel.dashed)
             else:
                 points, raw = many[0]
-                line = ChartLine(name, points, colour, behind=raw if single else [], dashed=panel.dashed)
+                behind = [raw] if single and raw else []
+                line = ChartLine(name, points, colour, behind=behind, dashed=panel.dashed)
             lines.append(drawn.line(group, line))
     if not lines:
         return None
@@ -267,13 +269,7 @@ def _small(metric: Metric, drawn: Compared) -> Figure | None:
     if metric.of_ratio and any(noop_share(run) for group in drawn.groups for run in group.runs):
         note += f" {RATIO_NOTE}"
     chart = lines_chart(
-        lines,
-        width=NARROW,
-        y_label=metric.unit,
-        x_label=drawn.x_label,
-        log=metric.log,
-        y_range=metric.y_range,
-        labels=single and len(lines) > 1,
+        lines, y_label=metric.unit, x_label=drawn.x_label, log=metric.log, limits=metric.limits
     )
     return Figure(metric.title, note, chart)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from markupsafe import Markup
+from typing import Any
 
 from kalman_rl.instruments.report.stats.series import complement, same
 
@@ -16,12 +15,11 @@ OF_RATIO = ("ratio/", "trust/", "policy/", "effective_sample_size/")
 
 @dataclass(frozen=True)
 class Figure:
-    """A titled chart; ``narrow`` is the same chart drawn for small screens."""
+    """A titled chart, as data."""
 
     title: str
     note: str
-    chart: Markup
-    narrow: Markup | None = None
+    chart: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Metric:
-    """A small chart of the training log; ``y_range`` are values that the axis must include."""
+    """A small chart of the training log; ``limits`` are the least and, if there is one, the greatest value."""
 
     title: str
     note: str
     unit: str
     panels: Sequence[Panel]
     log: bool = False
-    y_range: Sequence[float] = ()
+    limits: Sequence[float] = ()
 
     @property
     def of_ratio(self) -> bool:
@@ -52,8 +50,7 @@ class Metric:
 
     def inside(self, low: float, high: float) -> tuple[float, float]:
         """An interval cut to the values the metric can have."""
-        floor = 0.0 if self.y_range and self.y_range[0] == 0 else -math.inf
-        ceiling = 1.0 if self.unit.startswith("share") else math.inf
+        floor, ceiling = (*self.limits, *(-math.inf, math.inf)[len(self.limits) :])
         return max(low, floor), min(high, ceiling)
 
 
@@ -62,25 +59,24 @@ REWARD = Metric(
     "Mean reward of the completions drawn for each update.",
     "reward",
     [Panel("reward", "reward")],
-    y_range=(0.0,),
 )
 ENTROPY = Metric(
     "Entropy",
     "Mean entropy of the next token; near zero, sampling has become deterministic.",
     "nats per token",
     [Panel("entropy", "entropy")],
-    y_range=(0.0,),
+    limits=(0.0,),
 )
 KL = Metric(
     "KL to the old policy",
     "How far the policy has moved since its batch was started (k3 estimate).",
     "nats per token",
     [Panel("KL", "policy/kl_old")],
-    y_range=(0.0,),
+    limits=(0.0,),
 )
 VARIANCE = Metric(
     "Variance of the log-ratio",
-    "Before and after the method's transform. Log scale; zero has a separate row.",
+    "Before and after the method's transform. Log scale; zero lies on the floor.",
     "nats²",
     [
         Panel("filtered", "ratio/filtered_log_variance"),
@@ -96,7 +92,7 @@ SAMPLE_SIZE = Metric(
         Panel("after the method", "effective_sample_size/tokens"),
         Panel("raw", "effective_sample_size/tokens_raw", dashed=True),
     ],
-    y_range=(0.0, 1.0),
+    limits=(0.0, 1.0),
 )
 SEQUENCE_SIZE = Metric(
     "Effective sample size of sequences",
@@ -107,18 +103,18 @@ SEQUENCE_SIZE = Metric(
         Panel("after the method", "effective_sample_size/sequences"),
         Panel("raw", "effective_sample_size/sequences_raw", dashed=True),
     ],
-    y_range=(0.0, 1.0),
+    limits=(0.0, 1.0),
 )
 CLIPPED = Metric(
     "Clipped share",
     "Tokens without gradient because they left the trust region.",
     "share of tokens",
     [Panel("clipped", "trust/kept", complement)],
-    y_range=(0.0,),
+    limits=(0.0, 1.0),
 )
 FILTERED = Metric(
     "Variance of the filtered log-ratio",
-    "After the method's transform. Log scale; zero has a separate row.",
+    "After the method's transform. Log scale; zero lies on the floor.",
     "nats²",
     VARIANCE.panels[:1],
     log=True,
@@ -132,47 +128,62 @@ SIGN_SWITCH = Metric(
         Panel("filtered", "ratio/filtered_sign_switch"),
         Panel("raw", "ratio/raw_sign_switch", dashed=True),
     ],
-    y_range=(0.0,),
+    limits=(0.0, 1.0),
 )
 REFERENCE = Metric(
     "KL to the reference",
     "How far the policy is from the model that training started with (k3 estimate).",
     "nats per token",
     [Panel("KL", "kl")],
-    y_range=(0.0,),
+    limits=(0.0,),
 )
 LARGEST = Metric(
     "Largest log-ratio",
     "The single token whose probability moved most in each update.",
     "nats",
     [Panel("largest", "ratio/max_abs_log_ratio")],
-    y_range=(0.0,),
+    limits=(0.0,),
 )
 LENGTH = Metric(
     "Completion length",
     "Mean number of tokens of the completions drawn for each update.",
     "tokens",
     [Panel("length", "completions/mean_length")],
-    y_range=(0.0,),
+    limits=(0.0,),
 )
 TOKENS = Metric(
     "Tokens sampled",
     "Prompt and completion tokens so far, as the trainer counts them.",
     "tokens",
     [Panel("tokens", "num_tokens")],
-    y_range=(0.0,),
+    limits=(0.0,),
 )
 CLOCK = Metric(
     "Time",
     "On the run's clock, evaluations and checkpoints included.",
     "seconds",
     [Panel("time", "time")],
-    y_range=(0.0,),
+    limits=(0.0,),
+)
+
+PACE = Metric(
+    "Time of a step",
+    "Of an optimizer step, with the sampling before it; without evaluations and checkpoints.",
+    "seconds",
+    [Panel("step", "step_time")],
+    limits=(0.0,),
+)
+MEMORY = Metric(
+    "Memory",
+    "Of the training process now; on a GPU, the most that its tensors took so far.",
+    "GB",
+    [Panel("process", "memory/process"), Panel("GPU", "memory/device_most", dashed=True)],
+    limits=(0.0,),
 )
 
 LEARNING = (REWARD, ENTROPY, LENGTH)
 RATIOS = (VARIANCE, SAMPLE_SIZE, SEQUENCE_SIZE, CLIPPED, SIGN_SWITCH, LARGEST, KL, REFERENCE)
-COSTS = (CLOCK, TOKENS)
-CUMULATIVE = frozenset({"num_tokens", "time"})
-"""Series that only grow: never smoothed."""
+COSTS = (CLOCK, PACE, TOKENS, MEMORY)
+CUMULATIVE = frozenset({"num_tokens", "time", "memory/process", "memory/device_most"})
+"""Series that grow or stand: never smoothed."""
 STRESS = (FILTERED, CLIPPED, KL)

@@ -85,6 +85,8 @@
   function showText() {
     const c = current();
     K.byId("prompt").textContent = c.prompt;
+    K.byId("expected").textContent = c.answer;
+    K.byId("expected").hidden = !c.answer;
     const told = ["step " + c.step, "completion " + c.sequence];
     if (data.runs.length > 1) told.unshift(data.runs[c.run].run);
     if (K.known(c.reward)) told.push("reward " + K.short(c.reward));
@@ -133,6 +135,7 @@
     const at = mark(c, i, m);
     const rule = methods(c)[Math.min(m, methods(c).length - 1)];
     if (at === "1") return c.advantage === 0 ? "kept, but the advantage is 0" : "kept";
+    if (!K.known(weight(c, i, m))) return "dropped, as recorded";
     const w = Math.exp(weight(c, i, m));
     if (K.known(rule.dual) && c.advantage < 0 && w > rule.dual) return "clipped: weight " + K.short(w) + " above the dual bound " + K.short(rule.dual);
     if (K.known(rule.high) && at === "h") return "clipped: advantage > 0 and weight " + w.toPrecision(5) + " above " + (1 + rule.high).toPrecision(5);
@@ -216,8 +219,8 @@
   }
 
   function disagreement(c, i) {
-    const all = c.by.map((_, m) => coefficient(c, i, m) ?? 0);
-    return Math.max(...all) - Math.min(...all);
+    const all = c.by.map((_, m) => coefficient(c, i, m)).filter(K.known);
+    return all.length ? Math.max(...all) - Math.min(...all) : 0;
   }
 
   // ---- moving about
@@ -323,9 +326,12 @@
   root.hidden = false;
   K.byId("inspector-off").hidden = true;
   root.dataset.mode = state.mode;
-  state.completion = data.completions.map((_, i) => i).sort((a, b) => ORDERS.changed[1](b) - ORDERS.changed[1](a))[0];
+  if (!facts.some((fact) => fact.changed)) { state.order = "largest"; state.rank = "ratio"; K.byId("order").value = "largest"; }
+  const [, rank] = ORDERS[state.order];
+  state.completion = data.completions.map((_, i) => i).sort((a, b) => rank(b) - rank(a))[0];
   fillList();
   fillChanged();
-  const first = changes(current());
-  open(state.completion, first.indexOf(Math.max(...first)));
+  const c = current();
+  const moved = state.rank === "ratio" ? c.token.map((_, i) => Math.abs(raw(c, i) ?? 0)) : changes(c);
+  open(state.completion, moved.indexOf(Math.max(...moved)));
 })();

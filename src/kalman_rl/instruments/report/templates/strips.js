@@ -41,7 +41,7 @@ const KStrips = (() => {
   }
 
   function frame(holder, width, height, name, description) {
-    const svg = K.draw(holder, "svg", { class: "chart strip-chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": description });
+    const svg = K.draw(holder, "svg", { class: "strip-chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": description });
     svg.style.setProperty("height", height + "px");
     if (name) K.draw(svg, "text", { class: "unit", x: 0, y: 13 }, name);
     cursors.push(K.draw(svg, "line", { class: "cursor", y1: TOP - 6, y2: height - 2, x1: -9, x2: -9 }));
