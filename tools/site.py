@@ -6,6 +6,7 @@ outside docs/ is its words, a picture there becomes part of the site.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -43,6 +44,8 @@ REFERENCE = {
     "Errors and names": "errors registry",
 }
 """Page of the reference -> its modules."""
+MOST_FIGURES = 2
+"""Of experiments on a method's page."""
 ROLE = re.compile(r":(?:func|class|mod|meth|attr|data):<code>~?([\w.]+)</code>")
 
 
@@ -61,7 +64,8 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Add what is generated, and the pictures outside docs/ that a page shows."""
     pages = {"index.md": _front()}
-    pages |= {f"methods/{name}.md": f"# {cards.as_markdown(name)[3:]}\n{SYMBOLS}" for name in METHODS.table}
+    for name in METHODS.table:
+        pages[f"methods/{name}.md"] = f"# {cards.as_markdown(name)[3:]}\n{SYMBOLS}{_measured(name)}"
     for title, modules in REFERENCE.items():
         body = "\n\n".join(f"::: kalman_rl.{module}" for module in modules.split())
         pages[f"reference/{_slug(title)}.md"] = f"# {title}\n\n{body}\n"
@@ -94,6 +98,26 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
     """Roles of docstrings are words in the page's own type."""
     html = ROLE.sub(lambda match: f"<code>{match[1].rpartition('.')[2]}</code>", html)
     return html.replace("::</p>", ":</p>") if page.file.src_uri.startswith("reference/") else html
+
+
+def _measured(name: str) -> str:
+    """Figures of the experiments in which a method was trained, those with the fewest arms first."""
+    arm = re.compile(rf"(method|advantage)='{re.escape(name)}'")
+    found = []
+    for path in sorted((DOCS / "evidence").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        arms = {title: of for title, of in result["arms"].items() if "accuracy" in of}
+        mine = [title for title, of in arms.items() if arm.search(of["trial"])]
+        if mine and path.with_suffix(".png").exists():
+            found.append((len(arms), path.stem, mine, result["question"]))
+    if not found:
+        return ""
+    parts = ["\n## Measured\n"]
+    for _, stem, mine, question in sorted(found)[:MOST_FIGURES]:
+        curves = ", ".join(f"*{title}*" for title in mine)
+        parts.append(f"{question} Here: {curves}. [All claims](../evidence.md#{stem.partition('-')[0]})\n")
+        parts.append(f"![Curves of the experiment {stem}](../evidence/{stem}.png)\n")
+    return "\n".join(parts)
 
 
 def _front() -> str:

@@ -45,7 +45,7 @@ ATTRIBUTES = set(
     lang charset name content http-equiv class title colspan role aria-label aria-hidden viewbox
     cx cy r open
     id type hidden href for value checked aria-orientation aria-live data-sortable data-sort data-value data-rank
-    data-chart
+    data-chart placeholder
     """.split()
 )
 

@@ -23,6 +23,7 @@ from kalman_rl.instruments.report.page import as_json, page
 from kalman_rl.instruments.report.sections.collapse import MAX_ALARMS
 from kalman_rl.instruments.report.sections.positions import position_figure
 from kalman_rl.instruments.report.sections.tokens import MAX_OF_COMPLETION, inspected, spread_out
+from kalman_rl.instruments.report.sections.versus import seed_by_seed
 from kalman_rl.instruments.report.stats.pool import pooled
 from kalman_rl.instruments.report.stats.savings import mixed_share, savings
 from kalman_rl.instruments.report.stats.series import with_interval
@@ -67,6 +68,29 @@ def test_runs_that_differ_only_by_seed_are_one(tmp_path: Path) -> None:
     pooled_lines = [line for line in lines if "band" in line]
     assert len(pooled_lines) >= 4 and all(len(line["behind"]) == 3 for line in pooled_lines)
     assert "4 runs compared" in text
+
+
+def test_groups_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    ends = {"kpo": [0.3, 0.4, 0.6], "grpo": [0.5, 0.45, 0.75], "alone": [0.2]}
+    for method, values in ends.items():
+        for seed, end in enumerate(values):
+            config = f'method = "{method}"\nseed = {seed}\n'
+            labels = {"method": method, "seed": seed}
+            write_run(
+                tmp_path / f"{method}{seed}", labels, end=(end, end), updates=4, seed=seed, config=config
+            )
+    runs = [
+        read_run(folder) for folder in sorted(tmp_path.iterdir(), key=lambda f: (f.name[0] != "k", f.name))
+    ]
+    compared = seed_by_seed(pooled(runs))
+    assert compared and (compared.what, compared.first) == ("final sampled accuracy", "kpo")
+    (row,) = compared.rows  # one seed alone has no difference with an interval
+    interval = stats.ttest_rel(ends["grpo"], ends["kpo"]).confidence_interval(0.95)
+    assert (row.name, row.seeds, row.difference, row.higher) == ("grpo", 3, "+0.13", "3 of 3")
+    assert row.interval == f"{interval.low:.2f} to +{interval.high:.2f}".replace("-", "−")
+    assert "Seed by seed" in page(sorted(tmp_path.iterdir()))
+    assert seed_by_seed(pooled(runs[:3])) is None
 
 
 def test_bands_over_seeds_are_students_intervals() -> None:

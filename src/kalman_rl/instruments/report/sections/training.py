@@ -10,6 +10,7 @@ from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.instruments.report.charts.chart import COLOURS, ChartLine, lines_chart
 from kalman_rl.instruments.report.sections.positions import position_figure
 from kalman_rl.instruments.report.sections.section import Context
+from kalman_rl.instruments.report.sections.versus import SeedBySeed, seed_by_seed
 from kalman_rl.instruments.report.stats.intervals import wilson
 from kalman_rl.instruments.report.stats.metrics import (
     COSTS,
@@ -83,6 +84,7 @@ class MainSection:
     missing: list[str] = field(default_factory=list)
     several: bool = False
     names: list[str] = field(default_factory=list)
+    versus: SeedBySeed | None = None
     notes: list[str] = field(default_factory=list)
     pooled: bool = False
 
@@ -134,6 +136,7 @@ def _section(groups: Sequence[Group], arms: Sequence[StudyArm], subject: str, nu
     section.pooled = any(group.seeds > 1 for group in groups)
     section.notes = [note for note in (_axis(drawn), _bands(groups)) if note]
     section.names = [group.name for group in groups]
+    section.versus = seed_by_seed(groups)
     section.figure = _accuracies(drawn, "Held-out accuracy", ACCURACIES)
     section.pool = _accuracies(drawn, "Accuracy on the training prompts", POOL_ACCURACIES)
     if section.figure is None:
