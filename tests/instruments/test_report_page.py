@@ -91,7 +91,7 @@ def test_everything_is_there(opened: Opened) -> None:
     assert page.locator("#inspector").is_visible() and not page.locator("#inspector-off").is_visible()
     assert page.locator("#completions li").count() == 6
     assert "".join(opened.texts("#tokens span")) == "".join(WORDS).replace("\n", "↵\n")
-    assert page.locator("#strips svg").count() == 3  # the traces hold no gain
+    assert page.locator("#strips .uplot").count() == 3  # the traces hold no gain
     assert page.locator("table.prompts .chart canvas").count() == 12
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow == 0
@@ -134,7 +134,10 @@ def test_hovering_and_clicking_show_a_token(opened: Opened) -> None:
     page.locator("#tokens span").nth(9).click()
     page.mouse.move(5, 5)  # away: the chosen token stays
     assert "token 10 of 15" in page.locator("#token").inner_text()
-    page.locator("#strips svg").first.hover(position={"x": 100, "y": 60})
+    page.locator("#strips .u-over").first.hover(position={"x": 8, "y": 60})
+    assert "token 1 of 15" in page.locator("#token").inner_text()
+    page.locator("#strips .u-over").nth(1).click(position={"x": 8, "y": 20})
+    page.mouse.move(5, 5)
     assert "token 1 of 15" in page.locator("#token").inner_text()
 
 

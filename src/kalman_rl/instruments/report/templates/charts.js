@@ -1,5 +1,5 @@
 // Charts: uPlot draws them. Here is what it is told, and around it the names with values and switches, and downloads.
-(() => {
+const KCharts = (() => {
   const FONT = '12px -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif';
   const NICE = [...Array(31).keys()].flatMap((k) => [1, 2, 5].map((m) => Number(`${m}e${k - 15}`)));
   const UP = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
@@ -62,7 +62,7 @@
     return null;
   }
 
-  function stroke(u, kind, width, alpha, draw) {
+  function paint(u, kind, width, alpha, draw) {
     const c = u.ctx;
     c.save();
     c.globalAlpha = alpha;
@@ -76,7 +76,7 @@
   function reference(u, spec, across) {
     if (!spec.reference) return;
     const { left, top, width, height } = u.bbox, at = u.valToPos(spec.reference[0], "y", true);
-    stroke(u, "muted", 1, 1, (c, ratio) => {
+    paint(u, "muted", 1, 1, (c, ratio) => {
       c.setLineDash([2 * ratio, 3 * ratio]);
       if (across) { c.moveTo(at, top); c.lineTo(at, top + height); } else { c.moveTo(left, at); c.lineTo(left + width, at); }
       c.stroke();
@@ -133,7 +133,7 @@
   function whiskers(u, line, shown) {
     if (!line.whiskers || !shown) return;
     const [xs, lows, highs] = line.whiskers;
-    stroke(u, "c" + line.colour, 2, 0.5, (c) => {
+    paint(u, "c" + line.colour, 2, 0.5, (c) => {
       xs.forEach((x, i) => {
         const at = u.valToPos(x, "x", true);
         c.moveTo(at, u.valToPos(lows[i], "y", true));
@@ -160,9 +160,9 @@
       rows.forEach((row, i) => {
         const y = u.valToPos(i, "x", true), x = (value) => u.valToPos(value, "y", true);
         const ring = (c, value, size) => { c.moveTo(x(value) + size, y); c.arc(x(value), y, size, 0, 7); };
-        if (row.interval.length) stroke(u, "c" + row.colour, 2, 0.5, (c) => { c.moveTo(x(row.interval[0]), y); c.lineTo(x(row.interval[1]), y); c.stroke(); });
-        stroke(u, "c" + row.colour, 1.2, 0.75, (c, ratio) => { row.values.filter(K.known).forEach((value) => ring(c, value, 3 * ratio)); c.stroke(); });
-        stroke(u, "c" + row.colour, 1, 1, (c, ratio) => { ring(c, row.mean, 4.6 * ratio); c.fill(); });
+        if (row.interval.length) paint(u, "c" + row.colour, 2, 0.5, (c) => { c.moveTo(x(row.interval[0]), y); c.lineTo(x(row.interval[1]), y); c.stroke(); });
+        paint(u, "c" + row.colour, 1.2, 0.75, (c, ratio) => { row.values.filter(K.known).forEach((value) => ring(c, value, 3 * ratio)); c.stroke(); });
+        paint(u, "c" + row.colour, 1, 1, (c, ratio) => { ring(c, row.mean, 4.6 * ratio); c.fill(); });
       });
     };
     return {
@@ -190,7 +190,7 @@
     made.options.scales = { x: { time: false, range: spec.steps[1] > spec.steps[0] ? spec.steps : [spec.steps[0] - 1, spec.steps[0] + 1] }, y: { range: [spec.limits[0] - pad, spec.limits[1] + pad] } };
     made.options.padding = [0, 4, 0, 4];
     made.options.hooks = {
-      draw: [(u) => stroke(u, "c1", 1, 0.62, (c, ratio) => {
+      draw: [(u) => paint(u, "c1", 1, 0.62, (c, ratio) => {
         xs.forEach((x, i) => {
           if (!K.known(rewards[i])) return;
           const [at, y] = [u.valToPos(x, "x", true), u.valToPos(rewards[i], "y", true)];
@@ -361,4 +361,6 @@
   const again = () => redraws.forEach((redraw) => redraw());
   new MutationObserver(again).observe(document.documentElement, { attributeFilter: ["data-theme"] });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+
+  return { axis, css, paint, tick, whenTheme: (redraw) => redraws.push(redraw) };
 })();
