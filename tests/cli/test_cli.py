@@ -190,6 +190,7 @@ def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         "report",
         "board",
         "replay",
+        "inspect",
         "methods",
         "contract",
         "doctor",

@@ -14,6 +14,7 @@ import pytest
 from kalman_rl.cli.main import main
 from kalman_rl.errors import RunError
 from kalman_rl.instruments.foreign import inspect_file
+from kalman_rl.instruments.report.page import SCRIPTS
 from kalman_rl.instruments.report.sections.tokens import MAX_TOKENS
 from tests.instruments.report_runs import hostile_payloads
 
@@ -147,7 +148,7 @@ def test_a_file_may_say_anything(tmp_path: Path) -> None:
     page = inspect_file(write_lines(tmp_path / "rank_0.jsonl", rows))
     text = page.read_text(encoding="utf-8")
     assert "<script>alert" not in text and "onerror=alert(1)>" not in text and len(text) < 3_000_000
-    assert text.count("<script>") == 7  # uPlot and the page's own
+    assert text.count("<script>") == 1 + len(SCRIPTS)  # uPlot and the page's own
     pandas.DataFrame({"prompt": payloads, "completion": payloads, payloads[2]: 1.0}).map(
         lambda value: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
     ).to_parquet(tmp_path / "c.parquet")

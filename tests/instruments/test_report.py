@@ -120,7 +120,8 @@ def test_the_page_is_one_closed_file(demo: Path) -> None:
     assert text.count(uplot()) == 1
     assert page.links and all(link.startswith("#") for link in page.links)
     charts = charts_of(text)
-    assert text.count("</script>") == 1 + len(SCRIPTS) + len(charts) + 1
+    data = len(re.findall(r'<script type="application/json" id="', text))  # tokens, completions
+    assert data == 2 and text.count("</script>") == 1 + len(SCRIPTS) + len(charts) + data
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
     assert policy and re.fullmatch(
         r"default-src 'none'; script-src( 'sha256-[\w+/=]{44}'){5}; style-src 'sha256-[\w+/=]{44}'; "
