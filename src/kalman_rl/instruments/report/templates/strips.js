@@ -27,7 +27,7 @@ const KStrips = (() => {
       width: Math.max(200, holder.clientWidth), height, legend: { show: false }, padding: [4, 10, 4, 0],
       cursor: { y: false, points: { show: false }, sync: { key: "strips", scales: ["x", null] }, drag: { dist: 6 } },
       scales: { x: { time: false, range: (u, low, high) => (low === 0 && high === count - 1 ? [-0.5, count - 0.5] : [low, high]) }, y: { range, dir: down ? -1 : 1 } },
-      axes: [{ show: false }, KCharts.axis({ scale: "y", size: LEFT, splits: () => splits, values: values || ((u, all) => all.map((value) => KCharts.tick(Number(value.toPrecision(3))))), grid: { show: !down, stroke: () => KCharts.css("rule"), width: 1 } })],
+      axes: [{ show: false }, KCharts.axis({ scale: "y", size: LEFT, space: 18, ...(splits ? { splits: () => splits } : {}), values: values || ((u, all) => all.map((value) => KCharts.tick(Number(value.toPrecision(3))))), grid: { show: !down, stroke: () => KCharts.css("rule"), width: 1 } })],
       series: [{}, ...series], bands: bands || [],
       hooks: { ready: [(u) => mark(u)], drawClear: draw?.below ? [draw.below] : [], draw: draw?.above ? [draw.above] : [] },
     }, [[...Array(count).keys()], ...data], place);
@@ -56,14 +56,13 @@ const KStrips = (() => {
     const ordered = [...widths].sort((a, b) => a - b);
     const most = Math.max(1.1 * seen, Math.min(2.5 * seen, 1.05 * (ordered[Math.floor(0.8 * ordered.length)] || 0)));
     const [low, high] = uPlot.rangeNum(-most, most, 0, true);
-    const step = high / 2;
     const edge = (sign) => weight.map((w, i) => (K.known(w) && deviation && K.known(deviation[i]) ? w + sign * 2 * deviation[i] : null));
     const hidden = { stroke: "transparent", points: { show: false } };
     return {
       series: [hidden, hidden, line("c0"), dots("c1", weight.length)],
       data: [edge(1), edge(-1), weight, raw || weight.map(() => null)],
       bands: [{ series: [1, 2], fill: () => KCharts.css("c0") + "2b" }],
-      range: [low, high], splits: [-step, 0, step],
+      range: [low, high],
     };
   }
 
@@ -77,7 +76,6 @@ const KStrips = (() => {
     const shown = values.filter((value, i) => kept[i] && K.known(value));
     let [low, high] = [Math.min(1, ...shown), Math.max(1, ...shown)];
     const pad = Math.max(0.15 * (high - low), 1e-3);
-    const splits = [...new Set([low, 1, high])].filter((value) => value === 1 || Math.abs(value - 1) > 0.25 * (high - low + 2 * pad));
     const below = (u) => kept.forEach((keep, i) => {
       if (keep || !inside(u, i)) return;
       const [x, width] = box(u, i);
@@ -95,13 +93,13 @@ const KStrips = (() => {
     });
     return {
       series: [dots("c2", values.length)], data: [values.map((value, i) => (kept[i] ? value : null))],
-      range: [low - pad, high + pad], splits, draw: { below, above },
+      range: [low - pad, high + pad], draw: { below, above },
     };
   }
 
   function gain({ gain: values }) {
     const full = size(values) > 0.5 ? 1 : size(values) || 1e-9;
-    return { series: [line("c4")], data: [values], range: [0, full * 1.04], splits: [0, full] };
+    return { series: [line("c4")], data: [values], range: [0, full * 1.04] };
   }
 
   function methods({ rows }) {
