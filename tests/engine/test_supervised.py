@@ -52,7 +52,7 @@ def resumed(model_path: str, path: Path, **changes: Any) -> int:
 
 
 def numbers(path: Path) -> list[dict[str, Any]]:
-    clock = {"time", "step_time"}
+    clock = {"time", "step_time", "memory/process"}
     rows = [row for row in read_metrics(path) if row["kind"] == "train"]
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
