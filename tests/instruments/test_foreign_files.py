@@ -149,9 +149,9 @@ def test_a_file_may_say_anything(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "<script>alert" not in text and "onerror=alert(1)>" not in text and len(text) < 3_000_000
     assert text.count("<script>") == 1 + len(SCRIPTS)  # uPlot and the page's own
-    pandas.DataFrame({"prompt": payloads, "completion": payloads, payloads[2]: 1.0}).map(
-        lambda value: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-    ).to_parquet(tmp_path / "c.parquet")
+    texts = [text.encode("utf-8", "replace").decode() for text in payloads]
+    table = {"prompt": texts, "completion": texts, texts[2]: [1.0] * len(texts)}
+    pandas.DataFrame(table).to_parquet(tmp_path / "c.parquet")
     page = inspect_file(tmp_path / "c.parquet")
     text = page.read_text(encoding="utf-8")
     assert "<script>alert" not in text and "onerror=alert(1)>" not in text and len(text) < 3_000_000

@@ -19,7 +19,7 @@ RECENT = 20
 
 
 @dataclass(frozen=True)
-class Progress:
+class Standing:
     """``step`` of ``steps``, ``seconds`` on the run's clock, which stands still while nobody trains, and as ``pace``
     the seconds of a step; 0 is unknown."""
 
@@ -47,7 +47,7 @@ class Progress:
         return ", ".join(parts)
 
 
-def progress_of(run: Path) -> Progress | None:
+def progress_of(run: Path) -> Standing | None:
     """Progress of a run, None before its first row of training."""
     rows = []
     for line in _tail(run):
@@ -61,7 +61,7 @@ def progress_of(run: Path) -> Progress | None:
     (first, began, _), (step, seconds, _) = rows[-RECENT:][0], rows[-1]
     pace = (seconds - began) / (step - first) if step > first else 0.0
     reward = next((value for _, _, value in reversed(rows) if value is not None), None)
-    return Progress(step, _steps(run), seconds, max(pace, 0.0), reward)
+    return Standing(step, _steps(run), seconds, max(pace, 0.0), reward)
 
 
 def _tail(run: Path) -> list[bytes]:

@@ -17,7 +17,7 @@ End = Callable[[RunRecord], float | None]
 
 @dataclass(frozen=True)
 class Versus:
-    """A group less the first one, at the seeds that both have."""
+    """A group less the one it is compared with, at the seeds that both have."""
 
     name: str
     seeds: int
@@ -28,7 +28,7 @@ class Versus:
 
 @dataclass(frozen=True)
 class SeedBySeed:
-    """``what`` is compared with the group ``first``."""
+    """``what`` of every other group is compared with that of the group ``first``."""
 
     what: str
     first: str
@@ -36,12 +36,16 @@ class SeedBySeed:
 
 
 def seed_by_seed(groups: Sequence[Group]) -> SeedBySeed | None:
-    """Final values of each group less those of the first, paired by seed; None where no two seeds are shared."""
+    """Final values of each group less those of the first of those with most seeds, paired by seed; None where no two
+    seeds are shared."""
     what, end = _compared(groups)
     tables = [{run.labels.get("seed", run.name): end(run) for run in group.runs} for group in groups]
     rows = []
-    for group, table in zip(groups[1:], tables[1:]):
-        pairs = [(table[seed], value) for seed, value in tables[0].items() if seed in table]
+    base = max(range(len(groups)), key=lambda place: groups[place].seeds)
+    for group, table in zip(groups, tables):
+        if group is groups[base]:
+            continue
+        pairs = [(table[seed], value) for seed, value in tables[base].items() if seed in table]
         changes = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
         if len(changes) > 1:
             interval = t_interval(changes)
@@ -54,7 +58,7 @@ def seed_by_seed(groups: Sequence[Group]) -> SeedBySeed | None:
                     f"{sum(change > 0 for change in changes)} of {len(changes)}",
                 )
             )
-    return SeedBySeed(what, groups[0].name, rows) if rows else None
+    return SeedBySeed(what, groups[base].name, rows) if rows else None
 
 
 def _compared(groups: Sequence[Group]) -> tuple[str, End]:
