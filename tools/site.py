@@ -35,7 +35,7 @@ REFERENCE = {
     "Methods": "methods methods.by_advantage methods.by_ratio methods.by_filter methods.by_trust",
     "Beliefs": "beliefs beliefs.protocol beliefs.regression beliefs.gaussian beliefs.beta beliefs.spo "
     "beliefs.by_source",
-    "Sampling": "sampling.allocate sampling.budget sampling.rounds sampling.prompts sampling.stream sampling.tracking "
+    "Sampling": "sampling.allocate sampling.budget sampling.rounds sampling.sage sampling.stream sampling.tracking "
     "sampling.one_prompt.loop sampling.one_prompt.environment sampling.one_prompt.language_model",
     "TRL": "hosts.trl.config hosts.trl.trainer",
     "verl": "hosts.verl.config hosts.verl.plugin hosts.verl.trainer",

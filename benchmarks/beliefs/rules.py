@@ -7,15 +7,17 @@ hence "-like"; the last three classes are the package's gains and allocation, ca
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 
 from kalman_rl.sampling.divide import divide, gradient_gains
-from kalman_rl.sampling.gains import beta_signal, gradient_gain, half_width, mixed_group_gain
+from kalman_rl.sampling.gains import beta_signal, gradient_gain, mixed_group_gain
 
 MAX_SAMPLES = 32
+NORMAL = NormalDist()
 
 
 class Draws:
@@ -224,7 +226,7 @@ class Price(Rule):
             wins, losses = torch.from_numpy(draws.wins), torch.from_numpy(draws.n - draws.wins)
             return mixed_group_gain(a, b, wins, losses, k).numpy()
         variance = a * b / ((a + b) ** 2 * (a + b + 1))
-        return half_width(variance).numpy()
+        return NORMAL.inv_cdf(0.975) * variance.sqrt().numpy()  # half of the value's 95 % interval
 
 
 class Predictive(Rule):

@@ -37,14 +37,8 @@ from kalman_rl.sampling.gains import mixed_group_gain
 from kalman_rl.sampling.one_prompt.environment import SimulatedPreferenceEnv
 from kalman_rl.sampling.one_prompt.loop import run_adaptive_sampling
 from kalman_rl.sampling.price import Price
-from kalman_rl.sampling.prompts import (
-    PromptSelector,
-    best_mixture,
-    draw_beta,
-    information_directed,
-    theta_variance,
-)
 from kalman_rl.sampling.rounds import RoundPlan
+from kalman_rl.sampling.stream import PromptStream
 from kalman_rl.sampling.tracking import Tracking
 
 tensor = torch.tensor
@@ -146,8 +140,8 @@ def test_batches_of_the_tracker(phi: Any, y: Any, mask: Any, message: str) -> No
     assert tracker.state_dict()["seen"] == 0
 
 
-def _selector() -> PromptSelector:
-    return PromptSelector(GaussianBelief(), ["a", "b"], 1)
+def _stream(pool: Any = ("a", "b")) -> PromptStream:
+    return PromptStream(GaussianBelief(), pool, 1)
 
 
 def _bought() -> Price:
@@ -176,7 +170,7 @@ def _tracked() -> KalmanPreferenceTracker:
 
 
 KEEPERS = {
-    "selector": _selector,
+    "stream": _stream,
     "price": _bought,
     "coverage": _covered,
     "tracker": _tracked,
@@ -226,16 +220,9 @@ SAMPLING: dict[str, tuple[type[KalmanRLError], str, Call]] = {
     "plan's max_rounds": (ConfigError, "max_rounds: got 1.5", lambda: asked(max_rounds=1.5)),
     "plan's features": (ShapeError, r"features: got torch.float32 \(1, 1\)", lambda: asked(features=GAINS)),
     "told": (ShapeError, "ids: got a name that cannot", lambda: asked().tell([["a"]], ONE)),
-    "pool": (ShapeError, "pool: got str", lambda: PromptSelector(GaussianBelief(), "ab", 1)),
-    "no pool": (ShapeError, "pool: got NoneType", lambda: PromptSelector(GaussianBelief(), None, 1)),
-    "every": (ConfigError, "every: got 2.5", lambda: PromptSelector(GaussianBelief(), ["a"], 1, every=2.5)),
-    "selector's features": (ShapeError, "features: got", lambda: _selector().select(step=0, features=GAINS)),
-    "no action": (ShapeError, r"regret: got \(0,\)", lambda: best_mixture(tensor([]), tensor([]))),
-    "regret": (NumericError, "regret: got nan", lambda: best_mixture(tensor([math.nan]), ONE)),
-    "information": (ShapeError, r"information: got \(1,\)", lambda: best_mixture(tensor([1.0, 2.0]), ONE)),
-    "count": (ConfigError, "count: got 2", lambda: information_directed(ONE, ONE, 2, torch.Generator())),
-    "theta": (NumericError, "a: got -1.0", lambda: theta_variance(-ONE, ONE)),
-    "draws": (NumericError, "b: got -1.0", lambda: draw_beta(ONE, -ONE, 3, torch.Generator())),
+    "pool": (ShapeError, "pool: got str", lambda: _stream("ab")),
+    "no pool": (ShapeError, "pool: got NoneType", lambda: _stream(None)),
+    "stream's features": (ConfigError, "features: got Tensor", lambda: _stream().draw(step=0, features=GAINS)),
     "cost": (ConfigError, "budget: got 'x'", lambda: Price("x")),
     "gains": (ShapeError, "gains: got list", lambda: divide([[1.0]], 1, tensor([0]), tensor([1]))),
     "least": (ShapeError, "least: got list", lambda: divide(GAINS, 1, [0], tensor([1]))),

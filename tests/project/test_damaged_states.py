@@ -21,7 +21,6 @@ from kalman_rl.kinematic import KinematicTokenizer
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.price import Price
-from kalman_rl.sampling.prompts import PromptSelector
 from kalman_rl.sampling.stream import PromptStream
 from kalman_rl.sampling.tracking import Tracking
 
@@ -79,7 +78,6 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "tracking": tracking,
     "tokenizer": tokenizer,
     "coverage": visited,
-    "selector": lambda: PromptSelector(taught("beta"), ["a", "b", "c"], 2, every=3),
     "stream": lambda: PromptStream(taught("beta"), ["a", "b", "c"], 2),
     "price": lambda: Price(8.0, value=0.1, balance=2.0, steps=3),
 }

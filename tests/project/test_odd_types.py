@@ -19,7 +19,7 @@ from kalman_rl.numerics.hadamard import SRHT, hadamard_transform
 from kalman_rl.objectives.advantage import group as advantages
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
-from kalman_rl.sampling import divide, gains, prompts, stream
+from kalman_rl.sampling import divide, gains, sage, stream
 from kalman_rl.sampling.allocate import allocate
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.coverage import Coverage
@@ -165,28 +165,13 @@ CALLS: dict[str, Call] = {
     "gradient_gains": (divide.gradient_gains, {"signal": PAIR, "n_max": 3}),
     "mixed_group_gains": (divide.mixed_group_gains, {**BETA, "n_max": 3}),
     "beta_signal": (gains.beta_signal, BETA),
-    "beta_information": (gains.beta_information, BETA),
     "noisy_signal": (gains.noisy_signal, {"reward_variance": PAIR, "noise_variance": 0.1}),
     "gradient_gain": (gains.gradient_gain, {"signal": PAIR, "n": PAIR, "k": 1}),
     "mixed_group_gain": (gains.mixed_group_gain, COUNTS),
     "remaining_mixed_group_gains": (gains.remaining_mixed_group_gains, COUNTS),
-    "half_width": (gains.half_width, {"variance": PAIR, "level": 0.9}),
-    "gaussian_information": (gains.gaussian_information, {"variance": PAIR, "noise": 1.0, "k": 1}),
-    "theta_variance": (prompts.theta_variance, BETA),
-    "best_mixture": (prompts.best_mixture, {"regret": PAIR, "information": PAIR}),
-    "success_margin": (prompts.success_margin, {"mean": PAIR / 2}),
-    "log_score": (prompts.log_score, {"margin": PAIR, "damping": 0.1}),
-    "score": (prompts.score, {**defaults(prompts.score), "margin": PAIR, "variance": PAIR}),
-    "quantile_pools": (prompts.quantile_pools, {"difficulty": PAIR, "count": 2}),
-    "select": (prompts.select, {"scores": PAIR, "pool": LEAST, "fraction": 0.5}),
-    "draw_beta": (
-        lambda **given: prompts.draw_beta(**given, generator=torch.Generator()),
-        {**BETA, "draws": 2},
-    ),
-    "PromptSelector": (
-        lambda **given: prompts.PromptSelector(GaussianBelief(), **given),
-        {"pool": ["a", "b"], "count": 1, "every": 2, "seed": 0},
-    ),
+    "success_margin": (sage.success_margin, {"mean": PAIR / 2}),
+    "log_score": (sage.log_score, {"margin": PAIR, "damping": 0.1}),
+    "score": (sage.score, {**defaults(sage.score), "margin": PAIR, "variance": PAIR}),
     "PromptStream": (
         lambda **given: stream.PromptStream(GaussianBelief(), **given),
         {**defaults(stream.PromptStream), "pool": ["a", "b"], "count": 1},

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from scipy.special import entr
 from torch import Tensor
 
 from kalman_rl.beliefs.beta import BetaBelief
@@ -24,13 +23,6 @@ from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import divide, divide_at_price, gradient_gains, mixed_group_gains
 from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.price import Price
-from kalman_rl.sampling.prompts import (
-    PromptSelector,
-    best_mixture,
-    draw_beta,
-    information_directed,
-    theta_variance,
-)
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 shape = st.floats(0.1, 40.0)
@@ -99,22 +91,6 @@ def test_mixed_group_gains_add_up_to_the_probability_of_a_mixed_group(a: float, 
     assert gains[0] == 0 and (gains[1:].diff() <= 1e-15).all()
 
 
-@betas
-def test_beta_information_by_quadrature(a: float, b: float) -> None:
-    """Entropy of the next reward minus its expected entropy once p is known."""
-    brute = stats.bernoulli(a / (a + b)).entropy() - expect(a, b, lambda p: entr(p) + entr(1 - p))
-    assert number(gain.beta_information(a, b)) == pytest.approx(brute, rel=1e-6)
-
-
-def test_gaussian_information_and_half_width() -> None:
-    prior, noise, k = 0.7, 0.3, 5
-    after = 1 / (1 / prior + k / noise)
-    entropy = stats.norm(scale=math.sqrt(prior)).entropy() - stats.norm(scale=math.sqrt(after)).entropy()
-    assert number(gain.gaussian_information(prior, noise, k)) == pytest.approx(entropy, rel=1e-12)
-    low, high = stats.norm(scale=math.sqrt(prior)).interval(0.9)
-    assert number(gain.half_width(prior, 0.9)) == pytest.approx((high - low) / 2, rel=1e-9)
-
-
 @quick
 @given(a=shape, b=shape)
 def test_a_beta_comes_back_from_its_moments(a: float, b: float) -> None:
@@ -157,9 +133,6 @@ def test_noisy_signal_and_its_reading_from_a_belief() -> None:
         lambda: gain.gradient_gain(0.1, 2, 0),
         lambda: gain.mixed_group_gain(1.0, 1.0, -1, 0, 1),
         lambda: gain.mixed_group_gain(1.0, 1.0, 0, 0, 0),
-        lambda: gain.half_width(-1.0),
-        lambda: gain.half_width(1.0, 1.0),
-        lambda: gain.gaussian_information(1.0, 0.0),
         lambda: gain.noisy_signal(math.inf),
         lambda: gain.beta_from_moments(Gaussian(torch.tensor(math.nan), torch.tensor(1.0))),
     ],
@@ -419,112 +392,3 @@ def test_price_state_and_bad_input() -> None:
 def test_allocations_that_cannot_be(ids: list[str], options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         allocate(BetaBelief(), ids, step=0, **options)
-
-
-# ---- selection
-
-
-@betas
-def test_moments_of_theta(a: float, b: float) -> None:
-    brute = expect(a, b, lambda p: (p * (1 - p)) ** 2) - expect(a, b, lambda p: p * (1 - p)) ** 2
-    x = torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64)
-    assert theta_variance(*x).item() == pytest.approx(brute, rel=1e-5)
-    draws = draw_beta(*x, 20000, torch.Generator().manual_seed(0))
-    assert draws.mean().item() == pytest.approx(
-        a / (a + b), abs=4 * math.sqrt(stats.beta(a, b).var() / 20000)
-    )
-
-
-@quick
-@given(actions=st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 1)), min_size=1, max_size=6))
-def test_best_mixture_against_a_grid_over_all_pairs(actions: list[tuple[float, float]]) -> None:
-    regret, information = torch.tensor(actions, dtype=torch.float64).T
-
-    def ratio(i: int, j: int, q: float) -> float:
-        top = q * regret[i] + (1 - q) * regret[j]
-        return (top**2 / (q * information[i] + (1 - q) * information[j])).item()
-
-    pairs = itertools.product(range(len(actions)), repeat=2)
-    grid = min(ratio(i, j, q) for i, j in pairs for q in np.linspace(0, 1, 41))
-    assert ratio(*best_mixture(regret, information)) <= grid + 1e-12
-
-
-def test_information_directed_takes_different_actions() -> None:
-    generator = torch.Generator().manual_seed(0)
-    regret, information = torch.rand(2, 30, generator=generator, dtype=torch.float64)
-    chosen = information_directed(regret, information, 30, generator)
-    assert sorted(chosen.tolist()) == list(range(30))
-
-
-def simulate_selection(
-    method: str, every: int | None, pool: int = 384, steps: int = 48
-) -> tuple[float, float]:
-    """Mean 4 p (1 - p) of the chosen in the second half, and the share of the pool ever chosen."""
-    world = np.random.default_rng(0)
-    logit = 4 * world.standard_normal(pool)
-    belief, seen, signal = BetaBelief(), set(), []
-    selector = PromptSelector(belief, range(pool), 12, method=method, every=every, seed=1)
-    for step in range(steps):
-        logit += 0.3 / math.sqrt(32) * world.standard_normal(pool)
-        p = 1 / (1 + np.exp(-logit))
-        chosen = selector.select(step=step)
-        seen.update(chosen)
-        signal.append(np.mean(4 * p[chosen] * (1 - p[chosen])))
-        rows = np.repeat(chosen, 8)
-        belief.update(rows.tolist(), torch.tensor((world.random(len(rows)) < p[rows]) * 1.0), step=step)
-    return float(np.mean(signal[steps // 2 :])), len(seen) / pool
-
-
-def test_selection_methods_order_as_in_the_large_simulation() -> None:
-    """There (64 of 2048, 96 steps): uniform .30 < weights .39 < Thompson .67 < IDS .70 < greedy .86."""
-    result = {
-        name: simulate_selection(name, 0) for name in ("uniform", "weights", "thompson", "ids", "greedy")
-    }
-    signal = {name: value[0] for name, value in result.items()}
-    cover = {name: value[1] for name, value in result.items()}
-    assert signal["uniform"] + 0.03 < signal["weights"] < signal["thompson"] < signal["greedy"]
-    assert signal["uniform"] + 0.15 < signal["ids"]
-    assert cover["greedy"] + 0.15 < min(cover["thompson"], cover["uniform"], cover["weights"])
-
-
-def test_the_floor_gives_greedy_coverage_and_no_prompt_waits_longer() -> None:
-    floor = simulate_selection("greedy", 40)
-    assert floor[1] == 1.0
-    assert simulate_selection("uniform", 0)[0] + 0.1 < floor[0]
-    selector = PromptSelector(BetaBelief(prior=(1.0, 1.0)), range(50), 7, every=8, seed=3)
-    last = dict.fromkeys(range(50), -1)
-    for call in range(60):
-        for name in selector.select(step=call):
-            last[name] = call
-        assert call - min(last.values()) <= 8
-
-
-@pytest.mark.parametrize("method", ["greedy", "thompson", "ids", "weights", "uniform"])
-def test_selection_repeats_itself_and_resumes(method: str) -> None:
-    belief, ids, _ = taught()
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    one, two = (PromptSelector(belief, ids, 3, method=method, seed=4) for _ in range(2))
-    first = [one.select(step=6) for _ in range(8)]
-    assert first == [two.select(step=6) for _ in range(8)]
-    assert all(len(set(chosen)) == 3 for chosen in first)
-    three = PromptSelector(belief, ids, 3, method=method, seed=99)
-    three.load_state_dict(one.state_dict())
-    assert [one.select(step=6) for _ in range(5)] == [three.select(step=6) for _ in range(5)]
-    assert torch.equal(torch.get_rng_state(), state), "the global generator is not ours"
-
-
-@pytest.mark.parametrize(
-    "pool, count, options, message",
-    [
-        ([], 1, {}, "pool: got no ids"),
-        (["a", "a"], 1, {}, "pool: got 2 ids, 1 different"),
-        (["a"], 2, {}, "count: got 2"),
-        (["a"], 0, {}, "count: got 0"),
-        (["a"], 1, {"method": "greddy"}, "did you mean 'greedy'"),
-        (list(range(9)), 2, {"every": 4}, "every: got 4 calls, expected at least 5"),
-    ],
-)
-def test_selectors_that_cannot_be(pool: list, count: int, options: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        PromptSelector(BetaBelief(), pool, count, **options)

@@ -3,8 +3,7 @@
 Two aims, and no rule serves both. *Gradient*: cut the error of the prompt's policy gradient, which is spent
 on prompts with success probability p near 1/2. *Mixed groups*: make the group mixed, so that it teaches anything
 under a group baseline, which is spent on hard but solvable prompts. Both read the rewards through the
-posterior Beta(a, b) of p. Two more are kept for comparison: the half-width of the value's credible interval,
-and the expected information, whose Gaussian form reads no reward at all.
+posterior Beta(a, b) of p.
 
 All arguments broadcast; all results are float64 and detached.
 """
@@ -16,7 +15,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import is_real, is_whole
+from kalman_rl.checks import is_whole
 from kalman_rl.errors import NumericError, ShapeError
 from kalman_rl.numerics.kalman import Gaussian
 
@@ -131,58 +130,6 @@ def remaining_mixed_group_gains(a: Number, b: Number, successes: Number, failure
     some_success, some_failure = (successes > 0)[..., None], (failures > 0)[..., None]
     gains = torch.where(some_success, failure, torch.where(some_failure, success, from_nothing))
     return torch.where(some_success & some_failure, 0.0, gains)
-
-
-def half_width(variance: Number, level: float = 0.95) -> Tensor:
-    """Half of the central credible interval of a Gaussian value: ``z sqrt(P)``, in reward units.
-
-    Args: variance: P in [0, inf]. level: probability inside the interval, in (0, 1).
-    Raises: NumericError for a value outside its range.
-
-    >>> half_width(0.25)
-    tensor(0.9800, dtype=torch.float64)
-    """
-    (variance,) = _doubles(variance=variance)
-    _expect("variance", variance >= 0, "a variance in [0, inf]", variance)
-    if not (is_real(level) and 0 < level < 1):
-        raise NumericError(f"level: got {level!r:.80}, expected a probability in (0, 1), such as 0.95")
-    return NormalDist().inv_cdf(0.5 + level / 2) * variance.sqrt()
-
-
-def gaussian_information(variance: Number, noise: Number, k: Number = 1) -> Tensor:
-    """Information in nats that k rewards of noise variance R give about a Gaussian value: ``log(1 + k P/R) /
-    2``.
-
-    It depends on variances only, never on a reward. A rule on it stops every prompt after the same number of
-    completions whatever its difficulty; kept as the baseline that data-dependent rules are compared with.
-
-    Raises: NumericError unless P >= 0, R > 0 and k >= 1.
-    """
-    variance, noise, k = _doubles(variance=variance, noise=noise, k=k)
-    _expect("variance", variance >= 0, "a variance >= 0", variance)
-    _expect("noise", noise > 0, "a variance > 0", noise)
-    _expect("k", k >= 1, "a count >= 1", k)
-    return 0.5 * torch.log1p(k * variance / noise)
-
-
-def beta_information(a: Number, b: Number) -> Tensor:
-    """Information in nats that the next 0/1 reward gives about p: entropy of the prediction minus the
-    expected
-    entropy given p.
-
-    With ``m = a/(a+b)`` and the digamma function psi,
-    ``-m log m - (1-m) log(1-m) + m (psi(a+1) - psi(a+b+1)) + (1-m) (psi(b+1) - psi(a+b+1))``.
-
-    Raises: NumericError unless a, b > 0.
-
-    >>> beta_information(1.0, 1.0)  # log 2 - 1/2
-    tensor(0.1931, dtype=torch.float64)
-    """
-    a, b = beta_parameters(a, b)
-    inside = torch.digamma(a + b + 1)
-    success = a / (a + b) * (torch.digamma(a + 1) - inside - torch.log(a / (a + b)))
-    failure = b / (a + b) * (torch.digamma(b + 1) - inside - torch.log(b / (a + b)))
-    return (success + failure).clamp(min=0.0)
 
 
 def _first_change(a: Tensor, b: Tensor, k: int) -> Tensor:

@@ -18,7 +18,7 @@ from kalman_rl.checks import expect, expect_tensor, is_whole, reading, saved
 from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
 from kalman_rl.sampling.budget import check_select, check_shares
 from kalman_rl.sampling.learnability import read_signal
-from kalman_rl.sampling.prompts import score, success_margin
+from kalman_rl.sampling.sage import score, success_margin
 
 SCORES = ("stream", "sage")
 CANDIDATES = 16
@@ -49,7 +49,7 @@ class PromptStream:
     ``reward_range="unit"`` that is bounded by ``m (1 - m) - P`` from the belief N(m, P); with "real" it is the belief's
     R, which ``auto`` pools over the prompts of a source, so that the stream then tells sources apart and no more.
 
-    The score ``sage`` is :func:`~kalman_rl.sampling.prompts.score` at the margin ``log(m / (1 - m))``, with the
+    The score ``sage`` is :func:`~kalman_rl.sampling.sage.score` at the margin ``log(m / (1 - m))``, with the
     variance of the logit of ``Beta(a, b)``, ``psi'(a) + psi'(b)``, and 0 for errors of more than 3 logits.
 
     In a pool of more than 16 B prompts, 16 B candidates are drawn at random first and N stands for their number.
@@ -129,11 +129,15 @@ class PromptStream:
             count: prompts of this batch; None = as set.
             features: of prompts by id, (n, F), where the belief reads them.
 
-        Raises: ConfigError for another count, and what the belief raises.
+        Raises: ConfigError for another count or features that are no function, and what the belief raises.
         """
         count = self.count if count is None else count
         if not is_whole(count, 1, len(self.pool)):
             raise ConfigError(f"count: got {count!r}, expected 1 to the pool's {len(self.pool)} prompts")
+        if not callable(features) and features is not None:
+            raise ConfigError(
+                f"features: got {type(features).__name__}, expected a function of ids that returns (n, F) numbers"
+            )
         candidate = some_of(len(self.pool), CANDIDATES * count, self._generator)
         ids = [self.pool[i] for i in candidate.tolist()]
         taught = self._scores(ids, step, None if features is None else features(ids)) ** self.power

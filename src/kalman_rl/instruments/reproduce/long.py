@@ -24,4 +24,4 @@ def long_world(cache: Path, progress: Progress) -> World:
         loaded.model, loaded.tokenizer, end=loaded.tokenizer.eos_token_id, longest=task.max_completion_tokens
     )
     parts = [policy.success(task.test[i : i + CHUNK]) for i in range(0, BANK, CHUNK)]
-    return World(policy, policy.state(), list(task.test), torch.cat(parts), Limits(between=(0.05, 0.9)))
+    return World(policy, policy.state(), list(task.test), torch.cat(parts), Limits(between=(0.05, 0.55)))

@@ -1,4 +1,4 @@
-"""Scores and pools of prompts against mpmath, autograd and brute force; and what wrong labels do to them."""
+"""SAGE's score against mpmath and autograd; and what wrong labels do to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
-from kalman_rl.sampling import prompts as sl
+from kalman_rl.sampling import sage as sl
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -123,8 +123,8 @@ def noisy_pairs(seed: int, rows: int = 20_000, wrong: float = 0.1) -> tuple[Tens
 
 def share_of_wrong(margin: Tensor, flipped: Tensor, fraction: float, **options: float) -> float:
     scores = sl.score(margin, **options)
-    keep = sl.select(scores, torch.zeros(len(margin)).long(), fraction).keep
-    return flipped[keep].double().mean().item()
+    best = scores.argsort(descending=True, stable=True)[: math.ceil(fraction * len(scores))]
+    return flipped[best].double().mean().item()
 
 
 def expected_share(fraction: float, limit: float, wrong: float = 0.1) -> float:
@@ -161,71 +161,6 @@ def test_every_order_of_one_score_has_the_same_wrong_labels() -> None:
     assert len(shares) == 1
 
 
-# ---- pools
-
-
-@quick
-@given(seed=seeds, count=st.integers(1, 6), levels=st.sampled_from([3, 10_000]))
-def test_quantile_pools(seed: int, count: int, levels: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    values = torch.randint(levels, (23,), generator=g).double()
-    pool = sl.quantile_pools(values, count)
-    assert pool.min() >= 0 and pool.max() < count and pool.shape == values.shape
-    order = values.argsort()
-    assert (pool[order].diff() >= 0).all()
-    for value in values.unique():
-        assert len(pool[values == value].unique()) == 1
-    if len(values.unique()) == len(values):
-        sizes = torch.bincount(pool, minlength=count)
-        assert sizes.max() - sizes.min() <= 1
-
-
-def test_infinite_difficulties_have_pools_of_their_own_end() -> None:
-    values = double([math.inf, 0.0, -math.inf, 1.0])
-    assert sl.quantile_pools(values, 2).tolist() == [1, 0, 0, 1]
-
-
-# ---- selection
-
-
-@quick
-@given(
-    seed=seeds,
-    rows=st.integers(1, 24),
-    fraction=st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.7, 1.0]),
-    levels=st.sampled_from([1, 3, 1000]),
-)
-def test_select_by_brute_force(seed: int, rows: int, fraction: float, levels: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    scores = torch.randint(levels, (rows,), generator=g).double()
-    pool = torch.randint(-1, 3, (rows,), generator=g)
-    keep, weight = sl.select(scores, pool, fraction)
-    assert weight.sum().item() == pytest.approx(rows, rel=1e-12)
-    if (scores == 0).all():
-        assert keep.all() and (weight == 1).all()
-        return
-    expected, shares = [], {}
-    for own in set(pool.tolist()):
-        members = [i for i in range(rows) if pool[i] == own]
-        count = math.ceil(round(fraction * len(members), 9))
-        best = [i for i in sorted(members, key=lambda i: (-scores[i].item(), i))[:count] if scores[i] > 0]
-        expected += best
-        shares |= {i: len(members) / len(best) for i in best}
-    assert keep.nonzero().flatten().tolist() == sorted(expected)
-    total = math.fsum(shares.values())
-    for i in range(rows):
-        assert weight[i].item() == pytest.approx(shares.get(i, 0.0) * rows / total, rel=1e-12)
-
-
-def test_everything_kept_is_uniform_and_an_empty_pool_gives_its_share_away() -> None:
-    pool = torch.tensor([0, 0, 1, 1, 1])
-    assert (sl.select(torch.rand(5) + 0.1, pool, 1.0).weight == 1).all()
-    keep, weight = sl.select(torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0]), pool, 0.5)
-    assert keep.tolist() == [True, False, False, False, False] and weight.tolist() == [5.0, 0, 0, 0, 0]
-    empty = sl.select(torch.zeros(0), torch.zeros(0).long(), 0.5)
-    assert empty.keep.shape == empty.weight.shape == (0,)
-
-
 # ---- errors
 
 ONE = torch.ones(3)
@@ -245,12 +180,6 @@ HOLE = torch.tensor([1.0, math.nan, 1.0])
         (lambda: sl.score(ONE, variance=HOLE), "variance: got nan at row 1"),
         (lambda: sl.success_margin(2 * ONE), "mean: got 2.0 at row 0"),
         (lambda: sl.success_margin(HOLE), "mean: got nan at row 1"),
-        (lambda: sl.quantile_pools(HOLE, 2), "difficulty: got nan at row 1"),
-        (lambda: sl.quantile_pools(ONE, 0), "count: got 0"),
-        (lambda: sl.select(HOLE, torch.zeros(3), 0.5), "scores: got nan at row 1"),
-        (lambda: sl.select(math.inf * ONE, torch.zeros(3), 0.5), "scores: got inf .*set damping > 0"),
-        (lambda: sl.select(ONE, torch.zeros(3), 0.0), "fraction: got 0.0"),
-        (lambda: sl.select(ONE, torch.zeros(3), 1.1), "fraction: got 1.1"),
     ],
 )
 def test_bad_numbers(call: Any, message: str) -> None:
@@ -263,7 +192,6 @@ def test_bad_numbers(call: Any, message: str) -> None:
     [
         (lambda: sl.log_score(torch.ones(3, 1)), r"margin: got shape \(3, 1\), expected \(N,\)"),
         (lambda: sl.score(ONE, variance=torch.ones(2)), r"variance: got shape \(2,\), expected \(3,\)"),
-        (lambda: sl.select(ONE, torch.zeros(2), 0.5), r"pool: got shape \(2,\), expected \(3,\) like scores"),
     ],
 )
 def test_bad_shapes(call: Any, message: str) -> None:
