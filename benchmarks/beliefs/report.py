@@ -211,25 +211,6 @@ def _log_det(results: Row) -> list[str]:
     return out
 
 
-def _selection(results: Row) -> list[str]:
-    tasks = _of(results, "selection")
-    if not tasks:
-        return []
-    names = list(tasks[0]["rows"])
-    rows = [
-        [
-            t["name"],
-            *(
-                f"{_cell(t['rows'][n]['signal'], digits=3)}, cover {t['rows'][n]['cover'][0]:.2f}"
-                for n in names
-            ),
-        ]
-        for t in tasks
-    ]
-    title = "Prompt selection: mean 4p(1-p) of the chosen, share of the pool ever chosen (ids: 3 worlds)"
-    return _section(title, ["pool, drift, mean logit", *names], rows)
-
-
 _PARTS: tuple[Callable[[Row], list[str]], ...] = (
     _clean,
     _long,
@@ -240,7 +221,6 @@ _PARTS: tuple[Callable[[Row], list[str]], ...] = (
     _training,
     _allocation,
     _log_det,
-    _selection,
 )
 
 

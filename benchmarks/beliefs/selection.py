@@ -1,16 +1,33 @@
-"""Section 6, last table: which prompts of a pool to visit, 64 of 2048 a step, 8 completions each."""
+"""Which prompts of a pool to draw: the stream and rules that take the best, at equal budget.
+
+    python -m benchmarks.beliefs.selection         # 20 worlds, about two minutes; writes selection.json, selection.md
+
+64 draws a step among 2048 prompts, 8 completions a draw, 96 steps, enough for three passes. Every logit is
+N(center, 5^2) and walks; all rules read the same Beta belief. Rules that take the best, Thompson draws among them, are
+our own short ones; the oracle knows every p.
+
+- ``signal``: mean 4 p (1 - p) of what was drawn.
+- ``cover``: share of the pool that was ever drawn.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.intervals import Mean, over_seeds, text
 from kalman_rl.beliefs.beta import BetaBelief
 from kalman_rl.sampling.learnability import read_signal
-from kalman_rl.sampling.prompts import PromptSelector
+from kalman_rl.sampling.stream import PromptStream
+
+RESULTS = Path(__file__).parents[1] / "results" / "beliefs"
 
 
 @dataclass(frozen=True)
@@ -27,32 +44,34 @@ class Bank:
 
     @property
     def name(self) -> str:
-        return f"{self.prompts}, q={self.walk:g}, {self.center:g}"
+        return f"mean logit {self.center:g}, walk {self.walk:g}"
 
 
 BANKS = (Bank(), Bank(walk=1.0), Bank(center=-4.0))
-METHODS = ("uniform", "weights", "greedy", "greedy+floor", "thompson", "ucb", "ids", "oracle")
+STREAMS = {
+    "uniform": {"power": 0.0},
+    "stream": {},
+    "stream, power 2": {"power": 2.0},
+    "SAGE's score": {"score": "sage"},
+}
+RULES = (*STREAMS, "Thompson", "upper bound", "greedy", "oracle")
 
 
-def play(method: str, bank: Bank, seed: int) -> tuple[float, float]:
-    """Mean ``4 p (1 - p)`` of the chosen prompts over all steps, and the share of the pool ever chosen."""
+def play(rule: str, bank: Bank, seed: int) -> tuple[float, float]:
+    """``signal`` and ``cover`` of one world."""
     rng = np.random.default_rng([seed, 9])
     logit = bank.center + bank.spread * rng.normal(size=bank.prompts)
     belief = BetaBelief(scale=False)
-    known = method in ("uniform", "weights", "greedy", "thompson", "ids")
-    kind = method if known else "greedy"
-    every = None if method == "greedy+floor" else 0
-    selector = PromptSelector(belief, range(bank.prompts), bank.count, method=kind, every=every, seed=seed)
+    stream = PromptStream(belief, range(bank.prompts), bank.count, seed=seed, **STREAMS.get(rule, {}))
     signal, seen = [], np.zeros(bank.prompts, dtype=bool)
     for step in range(bank.steps):
         logit = logit + bank.walk * np.sqrt(bank.count / bank.prompts) * rng.normal(size=bank.prompts)
         p = 1 / (1 + np.exp(-logit))
-        if method == "oracle":
-            ids = np.argsort(-p * (1 - p))[: bank.count]
-        elif method == "ucb":
-            ids = _upper(belief, bank, step)
+        if rule in STREAMS:
+            ids = stream.draw(step=step).place.numpy()
         else:
-            ids = np.array(selector.select(step=step))
+            score = p * (1 - p) if rule == "oracle" else _scores(rule, belief, bank, step, rng)
+            ids = np.argsort(-score, kind="stable")[: bank.count]
         reward = torch.from_numpy((rng.random((bank.count, bank.group)) < p[ids, None]).astype(float).ravel())
         belief.update(np.repeat(ids, bank.group).tolist(), reward, step=step)
         signal.append(float((4 * p[ids] * (1 - p[ids])).mean()))
@@ -60,19 +79,68 @@ def play(method: str, bank: Bank, seed: int) -> tuple[float, float]:
     return float(np.mean(signal)), float(seen.mean())
 
 
-def _upper(belief: BetaBelief, bank: Bank, step: int) -> np.ndarray:
-    """The largest p (1 - p) that one posterior standard deviation of p towards 1/2 allows."""
+def _scores(rule: str, belief: BetaBelief, bank: Bank, step: int, rng: np.random.Generator) -> np.ndarray:
+    """p (1 - p): its mean, at a draw of p, or the largest that one standard deviation of p towards 1/2 allows."""
     read = read_signal(belief, range(bank.prompts), step=step)
     assert read.a is not None and read.b is not None
     a, b = read.a.numpy(), read.b.numpy()
-    mean = a / (a + b)
-    width = np.sqrt(mean * (1 - mean) / (a + b + 1))
-    near = np.clip(0.5, mean - width, mean + width)
-    return np.argsort(-near * (1 - near), kind="stable")[: bank.count]
+    if rule == "greedy":
+        return read.variance.numpy()
+    if rule == "Thompson":
+        p = rng.beta(a, b)
+    else:
+        mean = a / (a + b)
+        width = np.sqrt(mean * (1 - mean) / (a + b + 1))
+        p = np.clip(0.5, mean - width, mean + width)
+    return p * (1 - p)
 
 
-def table(seeds: Sequence[int], banks: Sequence[Bank] = BANKS) -> dict[str, dict[str, np.ndarray]]:
-    """Per bank and method (seeds, 2): signal and coverage."""
-    return {
-        bank.name: {m: np.array([play(m, bank, seed) for seed in seeds]) for m in METHODS} for bank in banks
-    }
+def measure(seeds: Sequence[int], banks: Sequence[Bank] = BANKS) -> list[dict[str, object]]:
+    """A row for each bank and rule: mean and half of the 95 % interval over worlds."""
+    rows: list[dict[str, object]] = []
+    for bank in banks:
+        for rule in RULES:
+            signal, cover = zip(*(play(rule, bank, seed) for seed in seeds))
+            found = {
+                name: list(over_seeds(np.array(values)))
+                for name, values in (("signal", signal), ("cover", cover))
+            }
+            rows.append({"bank": bank.name, "rule": rule, **found})
+    return rows
+
+
+def render(rows: Sequence[dict[str, object]], command: str, worlds: int) -> str:
+    """Tables as Markdown."""
+    head = "\n\n".join((__doc__ or "").strip().split("\n\n")[2:])
+    lines = ["# Which prompts to draw", "", head, ""]
+    for bank in dict.fromkeys(row["bank"] for row in rows):
+        lines += [f"## {bank}", "", "| rule | signal | cover |", "|---|---|---|"]
+        lines += [
+            f"| {row['rule']} | {text(Mean(*row['signal']), 3)} | {text(Mean(*row['cover']))} |"  # type: ignore[misc]
+            for row in rows
+            if row["bank"] == bank
+        ]
+        lines.append("")
+    return "\n".join([*lines, f"`{command}`, {worlds} worlds, 95 % intervals over worlds."]) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.beliefs.selection")
+    parser.add_argument("--seeds", type=int, default=20, help="worlds")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the two files")
+    given = parser.parse_args(argv)
+    rows = measure(range(given.seeds))
+    command = " ".join(
+        ["python -m benchmarks.beliefs.selection", *(argv if argv is not None else sys.argv[1:])]
+    )
+    page = render(rows, command, given.seeds)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "selection.json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    (given.out / "selection.md").write_text(page)
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks.beliefs import allocation, selection, weights
+from benchmarks.beliefs import allocation, weights
 from benchmarks.beliefs.competitors import (
     Competitor,
     GroupMean,
@@ -86,8 +86,6 @@ def tasks(tables: Sequence[int], *, quick: bool, seeds: int) -> list[Task]:
         out += [Task(6, "allocation", {"pool": p.name}, seeds) for p in pools]
         out += [Task(6, "rounds", {"pool": p.name}, 1 if quick else seeds) for p in pools[:1]]  # 12 s a world
         out += [Task(6, "log_det", {"prompts": 20 if quick else 200}, 1)]
-        banks = [selection.Bank(steps=8)] if quick else selection.BANKS
-        out += [Task(6, "selection", asdict(b), seeds) for b in banks]
     return sorted(out, key=lambda t: -_ORDER.index(t.kind))
 
 
@@ -101,7 +99,6 @@ _ORDER = (
     "wrong",
     "clean",
     "rounds",
-    "selection",
     "long",
 )
 
@@ -272,16 +269,6 @@ def _log_det(cell: Row, seeds: range) -> Row:
     return {"rows": allocation.log_det_table(cell["prompts"])}
 
 
-def _selection(cell: Row, seeds: range) -> Row:
-    bank = selection.Bank(**cell)
-    rows = {}
-    for method in selection.METHODS:
-        few = seeds[: 3 if method == "ids" else len(seeds)]  # ids costs 10 s a world, the others below 1
-        got = np.array([selection.play(method, bank, s) for s in few])
-        rows[method] = {"signal": over_seeds(got[:, 0]), "cover": over_seeds(got[:, 1])}
-    return {"name": bank.name, "rows": rows}
-
-
 _KINDS: dict[str, Callable[[Row, range], Row]] = {
     "clean": _clean,
     "long": _long,
@@ -292,5 +279,4 @@ _KINDS: dict[str, Callable[[Row, range], Row]] = {
     "allocation": _allocation,
     "rounds": _rounds,
     "log_det": _log_det,
-    "selection": _selection,
 }

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from benchmarks.beliefs.allocation import Pool
 from benchmarks.beliefs.rivals import BUDGET, best, falling, play, rivals, variance
+from benchmarks.beliefs.selection import Bank
+from benchmarks.beliefs.selection import play as choose
 from benchmarks.beliefs.tasks import Task, perform
 
 
@@ -48,3 +50,11 @@ def test_rules_spend_one_budget_and_none_beats_the_oracle(late: bool) -> None:
         assert late or (found["regret"] >= -1e-9).all(), rule.name
         assert late or rule.name != "oracle" or found["regret"] == pytest.approx(0.0, abs=1e-9)
         assert (found["hard"].mean() < 0.8) == late  # what is dropped is dropped of hard prompts
+
+
+def test_the_stream_finds_what_teaches_and_leaves_nothing_out() -> None:
+    """Draws by the belief carry more signal than uniform ones, less than the best, and see more of the pool."""
+    bank = Bank(prompts=256, count=16, steps=48)
+    found = {rule: choose(rule, bank, 0) for rule in ("uniform", "stream", "greedy", "oracle")}
+    assert found["uniform"][0] + 0.1 < found["stream"][0] < found["oracle"][0]
+    assert found["greedy"][1] + 0.1 < found["stream"][1]

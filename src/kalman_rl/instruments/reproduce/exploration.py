@@ -20,7 +20,7 @@ from kalman_rl.instruments.reproduce.loop import FLOOR, Training
 from kalman_rl.instruments.reproduce.pools import HARD_POOL, MATHS, STREAM, TRUE, small
 from kalman_rl.sampling.stream import PromptStream
 
-Rule = Literal["mean", "thompson", "doubt", "gain"]
+Rule = Literal["mean", "thompson", "upper", "doubt", "gain"]
 
 
 class Exploring(PromptStream):
@@ -28,19 +28,34 @@ class Exploring(PromptStream):
 
     thompson    ``v(p)``, p drawn from N(m, P) for every batch and cut to [0, 1]
     doubt       ``E[v] + c sqrt(P)``
+    upper       the largest v that p within ``c sqrt(P)`` of m allows
     gain        ``E[v] + c P^2 / (P + R)``, the variance of p that one more reward takes away
+
+    ``best`` gives the best of a batch's size the same score and the others none, so that only the floor draws these.
     """
 
     rule: Rule = "mean"
     c: float = 1.0
+    best: bool = False
 
     def _scores(self, ids: list[Hashable], step: int, features: Tensor | None) -> Tensor:
+        found = self._values(ids, step, features)
+        if not self.best:
+            return found
+        return torch.zeros_like(found).index_fill(0, found.topk(min(self.count, len(ids))).indices, 1.0)
+
+    def _values(self, ids: list[Hashable], step: int, features: Tensor | None) -> Tensor:
         if self.rule == "mean":
             return super()._scores(ids, step, features)
         mean, variance = self.belief.predict(ids, step=step, features=features)
         if self.rule == "thompson":
             noise = torch.randn(len(ids), generator=self._generator, dtype=torch.float64)
             p = (mean + variance.sqrt() * noise).clamp(0.0, 1.0)
+            return p * (1 - p)
+        if self.rule == "upper":
+            width = self.c * variance.sqrt()
+            p = torch.maximum(torch.minimum(torch.full_like(mean, 0.5), mean + width), mean - width)
+            p = p.clamp(0.0, 1.0)
             return p * (1 - p)
         known = super()._scores(ids, step, features)
         if self.rule == "doubt":
@@ -58,12 +73,13 @@ class Explored:
     floor: float = FLOOR
     power: float = 1.0
     most: int = 1
+    best: bool = False
     by_length: bool = False
 
     def stream(self, belief: Belief, names: Sequence[Hashable], count: int, seed: int) -> PromptStream:
         """The stream of a run."""
         found = Exploring(belief, names, count, floor=self.floor, power=self.power, most=self.most, seed=seed)
-        found.rule, found.c = self.rule, self.c
+        found.rule, found.c, found.best = self.rule, self.c, self.best
         return found
 
     def source(self, rows: Sequence[Row]) -> Callable[[Hashable], Hashable] | None:
@@ -92,6 +108,9 @@ TRIED = (
     ("gain", Explored("gain")),
     ("by length", Explored(by_length=True)),
     ("most 2", Explored(most=2)),
+    ("best by mean", Explored(best=True)),
+    ("best by Thompson", Explored("thompson", best=True)),
+    ("best by upper bound", Explored("upper", best=True)),
     ("power 2", Explored(power=2.0)),
     ("floor 0.2", Explored(floor=0.2)),
 )
