@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.chaos.made import command, ended, load, tiny_model, train_command
+from benchmarks.chaos.made import ended, load, program, tiny_model, train_command
 from benchmarks.chaos.trial import Outcome, Plan
 
 CHECKPOINTS, FILES = 8000, 2000
@@ -23,7 +23,7 @@ def run(plan: Plan) -> Outcome:
     from kalman_rl.errors import RunError
 
     whole, log = plan.folder / "run", plan.folder / "log"
-    if ended(command(train_command(tiny_model(plan.folder / "model"), whole), log)):
+    if ended(program(train_command(tiny_model(plan.folder / "model"), whole), log)):
         outcome.tried += 1
         outcome.lost.append(f"no run to damage: {log.read_text()[-300:]}")
         return outcome

@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 
 from benchmarks.chaos.kills import next_words, state_of, unlike
-from benchmarks.chaos.made import command, ended, load, tiny_model, train_command
+from benchmarks.chaos.made import command, ended, tiny_model, train_command, warm
 from benchmarks.chaos.trial import Outcome, Plan
 
-WHOLE = 20
+WHOLE = 50
 ROOM = 64_000_000
 
 
@@ -23,8 +23,8 @@ def run(plan: Plan) -> Outcome:
     if not mounted(disk, ROOM):
         outcome.seen["no right to mount a tmpfs here, not tried"] = 1
         return outcome
-    load()
     model = tiny_model(plan.folder / "model")
+    warm(model, plan.folder / "first")
     try:
         whole = disk / "whole"
         if ended(command(train_command(model, whole), log)):

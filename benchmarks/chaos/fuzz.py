@@ -1,4 +1,4 @@
-"""Settings files, settings and command lines at random, in this process.
+"""Settings files and command lines at random, in this process; some of the lines as programs of their own.
 
 Survived: a configuration, or one ConfigError (exit code 2) of at most a few lines; nothing else is ever raised.
 """
@@ -10,12 +10,14 @@ import dataclasses
 import io
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.trial import Outcome, Plan
 
-FILES, LINES = 8000, 2000
+FILES, LINES, PROGRAMS = 90_000, 9_900, 100
 OPTIONS = ("method_options", "belief_options")
 LONGEST = 4000
 """Characters of an error."""
@@ -51,6 +53,12 @@ def run(plan: Plan) -> Outcome:
             words = line(fields, choose)
             with outcome.trial(f"line {number} of seed {plan.seed}: {words!r:.200}"):
                 outcome.seen[f"exit {typed(words)}"] += 1
+        for number in range(plan.count(PROGRAMS)):
+            words = [
+                word.replace("\ud800", "\udcff") for word in line(fields, choose)
+            ]  # no shell types the former
+            with outcome.trial(f"program {number} of seed {plan.seed}: {words!r:.200}"):
+                outcome.seen[f"exit {started(words)} of a program"] += 1
     finally:
         os.chdir(here)
     return outcome
@@ -63,7 +71,18 @@ def typed(words: list[str]) -> int:
     out, said = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
         code = main(words)
-    text = said.getvalue()
+    return answered(code, said.getvalue())
+
+
+def started(words: list[str]) -> int:
+    """Exit code of a command line as a program. Raises: as :func:`typed`."""
+    program = [os.fsencode(sys.executable), b"-m", b"kalman_rl.cli.main"]
+    given = [word.encode(errors="surrogateescape") for word in words]
+    done = subprocess.run([*program, *given], capture_output=True, text=True, errors="replace", timeout=600)
+    return answered(done.returncode, done.stderr)
+
+
+def answered(code: int, text: str) -> int:
     check(text)
     if "Traceback" in text or "KALMAN_RL_TRACEBACK" in text:
         raise AssertionError(text[-300:])
@@ -86,11 +105,10 @@ def toml(start: str, fields: list[str], choose: random.Random) -> str:
         )
         lines.insert(choose.randrange(len(lines) + 1), f"{key} = {value(choose)}")
         if choose.random() < 0.7:  # else a key twice
-            lines = [
-                one
-                for i, one in enumerate(lines)
-                if one.partition(" ")[0] not in {o.partition(" ")[0] for o in lines[:i]}
-            ]
+            first: dict[str, str] = {}
+            for one in lines:
+                first.setdefault(one.partition(" ")[0], one)
+            lines = list(first.values())
     text = "\n".join(lines)
     if choose.random() < 0.2:
         place = choose.randrange(len(text))

@@ -1,7 +1,8 @@
 """SIGKILL at a random moment, and at a random touch of a file of the run; then on, until the run is finished.
 
 Survived: the same weights bit for bit, rows of metrics and beliefs as in a run that nobody killed, each once, and no
-help but the command that the run itself names.
+help but the command that the run itself names. Runs are forks of a process that has trained once, so that a kill costs
+what the training costs; the run they are compared with is a program of its own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.made import command, ended, load, tiny_model, train_command
+from benchmarks.chaos.made import command, ended, program, tiny_model, train_command, warm
 from benchmarks.chaos.trial import Outcome, Plan
 
-WHOLE = 60
+WHOLE = 400
 """Runs that are killed, each up to ``KILLS`` times."""
-KILLS = 3
+KILLS = 5
 EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"})
 OWN = ("time", "seconds", "step_time", "num_tokens", "memory/process", "memory/device_most")
 """Parts of metrics' names whose values are no function of the seed."""
@@ -30,22 +31,24 @@ OWN = ("time", "seconds", "step_time", "num_tokens", "memory/process", "memory/d
 
 def run(plan: Plan) -> Outcome:
     outcome, choose = Outcome("SIGKILL, bitwise"), plan.random("kills")
-    load()
-    model = tiny_model(plan.folder / "model")
-    whole, log = plan.folder / "whole", plan.folder / "log"
-    start = time.monotonic()
-    touches = plan.folder / "touches"
-    code = ended(command(train_command(model, whole), log, lambda: counted(whole, touches)))
-    length = time.monotonic() - start
-    if code:
-        outcome.tried += 1
-        outcome.lost.append(f"the undisturbed run ended with {code}: {log.read_text()[-300:]}")
+    model, log = tiny_model(plan.folder / "model"), plan.folder / "log"
+    whole, again, touches = plan.folder / "whole", plan.folder / "again", plan.folder / "touches"
+    warm(model, plan.folder / "first")
+    with outcome.trial("the undisturbed runs"):
+        if code := ended(program(train_command(model, whole), log)):
+            raise AssertionError(f"ended with {code}: {log.read_text()[-300:]}")
+        expected = state_of(whole)
+        start = time.monotonic()
+        code = ended(command(train_command(model, again), log, lambda: counted(again, touches)))
+        length = time.monotonic() - start
+        if different := code or unlike(expected, state_of(again)):
+            raise AssertionError(f"a fork is not like a program: {different}")
+    if outcome.lost:
         return outcome
-    expected, most = state_of(whole), int(touches.read_text())
+    most = int(touches.read_text())
     for number in range(plan.count(WHOLE)):
         path = plan.folder / f"run-{number}"
         with outcome.trial(f"run {number} of seed {plan.seed}"):
-            log.unlink(missing_ok=True)
             killed_and_finished(model, path, log, choose, length, most, outcome)
             if different := unlike(expected, state_of(path)):
                 raise AssertionError(f"not the same: {different}")
@@ -57,19 +60,24 @@ def killed_and_finished(
     model: Path, path: Path, log: Path, choose: random.Random, length: float, most: int, outcome: Outcome
 ) -> None:
     words = train_command(model, path)
-    for _ in range(choose.randint(1, KILLS)):
-        inside = choose.random() < 0.5
-        if inside:
-            touch = choose.randint(1, most)
+    for kill in range(1, choose.randint(1, KILLS) + 1):
+        log.unlink(missing_ok=True)
+        share = choose.random() / kill  # of a whole run; less is left each time
+        if inside := choose.random() < 0.5:
+            touch = 1 + int(share * most)
             code = ended(command(words, log, lambda touch=touch: killed_at(path, touch)))
         else:
             pid = command(words, log)
-            time.sleep(choose.uniform(0, length))
+            time.sleep(share * length)
             os.kill(pid, signal.SIGKILL)
             code = ended(pid)
-        outcome.seen["killed at a file" if inside else "killed at a time"] += code == -signal.SIGKILL
-        if code not in (0, -signal.SIGKILL):
-            raise AssertionError(f"{words[0]} ended with {code}: {log.read_text()[-300:]}")
+        if code == 0:
+            break
+        told = log.read_text()
+        if code != -signal.SIGKILL:
+            raise AssertionError(f"{words[0]} ended with {code}: {told[-300:]}")
+        saving = inside and "/checkpoints/" in told.rpartition("\n")[2]
+        outcome.seen["kills in a save" if saving else f"kills at a {'file' if inside else 'time'}"] += 1
         words = next_words(model, path)
     if ended(command(words, log)):
         raise AssertionError(f"{words[0]} did not finish: {log.read_text()[-300:]}")
@@ -81,10 +89,11 @@ def next_words(model: Path, path: Path) -> list[str]:
 
 
 def killed_at(run: Path, touch: int) -> None:
-    """Kill this process at its n-th touch of a file in the run's folder."""
+    """Kill this process at its n-th touch of a file in the run's folder; what it touched is its last word."""
 
-    def kill(count: int) -> None:
+    def kill(count: int, name: str) -> None:
         if count == touch:
+            os.write(1, f"\n{name}".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
     _watch(run, kill)
@@ -94,7 +103,7 @@ def counted(run: Path, touches: Path) -> None:
     """Write down how often this process touches a file in the run's folder."""
     latest = 0
 
-    def note(count: int) -> None:
+    def note(count: int, name: str) -> None:
         nonlocal latest
         latest = count
 
@@ -108,14 +117,14 @@ def counted(run: Path, touches: Path) -> None:
     os._exit = leave  # type: ignore[assignment]
 
 
-def _watch(run: Path, each: Callable[[int], None]) -> None:
+def _watch(run: Path, each: Callable[[int, str], None]) -> None:
     place, count = str(run), 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
         if event in EVENTS and arguments and str(arguments[0]).startswith(place):
             count += 1
-            each(count)
+            each(count, str(arguments[0]))
 
     sys.addaudithook(hook)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import time
@@ -29,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "train_size": 16,
     "test_size": 8,
     "max_completion_tokens": 4,
+    "threads": 1,
 }
 
 
@@ -36,9 +39,11 @@ def tiny_model(folder: Path) -> Path:
     """A Llama of one layer with a tokenizer of characters, on disk."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from kalman_rl.engine.models.tiny import character_tokenizer
 
+    disable_progress_bar()
     tokenizer = character_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -72,6 +77,19 @@ def load() -> None:
     torch.set_num_threads(1)
     import kalman_rl.engine.train  # noqa: F401
     from kalman_rl.cli.main import main  # noqa: F401
+
+
+def warm(model: Path, run: Path) -> None:
+    """Train once in this process, so that a fork finds all of it loaded and compiled; then spare the collector what is
+    there, which a fork would copy by looking at it."""
+    load()
+    from kalman_rl.cli.main import main
+
+    if code := main([*train_command(model, run), "--quiet"]):
+        raise RuntimeError(f"the first run ended with {code}")
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries complain about what they leave behind
 
 
 def forked(work: Callable[[], int], log: Path) -> int:
@@ -118,3 +136,9 @@ def command(words: list[str], log: Path, before: Callable[[], object] | None = N
         return main(words)
 
     return forked(work, log)
+
+
+def program(words: list[str], log: Path) -> int:
+    """Process id of the command ``kalman-rl`` in a Python of its own."""
+    words = [sys.executable, "-m", "kalman_rl.cli.main", *words]
+    return forked(lambda: os.execv(sys.executable, words), log)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import random
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,3 +54,15 @@ class Outcome:
         seen = ", ".join(f"{count} {what}" for what, count in sorted(self.seen.items()))
         numbers = f"{self.tried} | {self.tried - len(self.lost)} | {len(self.lost)} | {self.seconds:.0f}"
         return f"| {self.kind} | {numbers} | {seen} |"
+
+
+def one(kind: str, seed: int, size: float) -> Outcome:
+    """Run one kind in a folder of its own."""
+    logging.getLogger("kalman_rl").setLevel(logging.ERROR)  # what was skipped is what was damaged
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        start = time.monotonic()
+        outcome: Outcome = importlib.import_module(f"benchmarks.chaos.{kind}").run(
+            Plan(Path(folder), seed, size)
+        )
+        outcome.seconds = time.monotonic() - start
+    return outcome

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
-from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError
+from kalman_rl.errors import ConfigError, KalmanRLError, NumericError, ShapeError, quote
 
 LARGEST_WHOLE = 2**63 - 1
 
@@ -102,7 +102,7 @@ def reading(what: str, state: Any) -> Iterator[None]:
 def expect(what: str, name: str, legal: bool, value: object, expected: str) -> None:
     """Raises: ConfigError unless an entry of a saved state is ``legal``."""
     if not legal:
-        raise ConfigError(f"{what}: got {value!r:.80} as {name}, expected {expected}")
+        raise ConfigError(f"{what}: got {quote(value, 80)} as {name}, expected {expected}")
 
 
 def _refuse_nan(what: str, value: Any, path: str) -> None:

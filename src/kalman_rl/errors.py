@@ -71,7 +71,7 @@ def extra(name: str, user: str) -> Iterator[None]:
         if package in ("", "kalman_rl"):
             raise
         raise AdapterError(
-            f"{user}: got no package {package!r}, expected it to be installed; pip install 'kalman-rl[{name}]'"
+            f"{user}: got no package {quote(package)}, expected it to be installed; pip install 'kalman-rl[{name}]'"
         ) from error
 
 
@@ -85,15 +85,28 @@ def one_line(text: object, limit: int | None = None) -> str:
     return flat if limit is None or len(flat) <= limit else flat[: limit - 3] + "..."
 
 
+def quote(value: object, limit: int = 200) -> str:
+    """A value as it would be written in Python, on one line of at most ``limit`` characters, whatever it is.
+
+    >>> quote("a"), quote(1.5), quote(10**5000)
+    ("'a'", '1.5', 'an int that cannot be written out')
+    """
+    try:
+        return one_line(repr(value), limit)
+    except Exception:  # a whole number of thousands of digits, or a __repr__ of somebody's own
+        name = type(value).__name__
+        return f"a{'n' if name[0] in 'aeiou' else ''} {name} that cannot be written out"
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """Error for a name that is not in a table, pointing at the nearest one.
 
     >>> str(unknown_name("method", "kop", ["kpo", "grpo"]))
     "method: got 'kop', expected one of grpo, kpo; did you mean 'kpo'?"
     """
-    names = sorted(known)
+    names, text = sorted(known), name if isinstance(name, str) else quote(name)
     return ConfigError(
-        f"{kind}: got {str(name)[:120]!r}, expected one of {', '.join(names)}{did_you_mean(str(name), names)}"
+        f"{kind}: got {quote(text, 120)}, expected one of {', '.join(names)}{did_you_mean(text, names)}"
     )
 
 
@@ -105,4 +118,4 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     spelt = {name.casefold(): name for name in known}
     near = difflib.get_close_matches(word[:120].casefold(), list(spelt), n=1, cutoff=0.4)
-    return f"; did you mean {spelt[near[0]]!r}?" if near else ""
+    return f"; did you mean {quote(spelt[near[0]])}?" if near else ""

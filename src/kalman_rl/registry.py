@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from kalman_rl.errors import ConfigError, KalmanRLError, did_you_mean, unknown_name
+from kalman_rl.errors import ConfigError, KalmanRLError, did_you_mean, quote, unknown_name
 
 T = TypeVar("T")
 
@@ -55,11 +55,11 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         """The builder. Raises: ConfigError for a name that is unknown, claimed twice or cannot be imported."""
         claims = self._claims.get(name, []) if isinstance(name, str) else []
         if len(claims) + (isinstance(name, str) and name in self.table) > 1:
-            holders = sorted({f"package {_package(entry)!r}" for entry in claims})
+            holders = sorted({f"package {quote(_package(entry))}" for entry in claims})
             holders += ["kalman_rl itself"] if name in self.table else []
             raise ConfigError(
-                f"{self.kind}: got {name!r}, claimed by {' and by '.join(holders)} (entry points of {self.group}); "
-                "expected one owner; rename it in the package, or uninstall the package"
+                f"{self.kind}: got {quote(name)}, claimed by {' and by '.join(holders)} (entry points of "
+                f"{self.group}); expected one owner; rename it in the package, or uninstall the package"
             )
         if isinstance(name, str) and name in self.table:
             return self.table[name]
@@ -95,7 +95,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         builder = self[name]
         if name in self.table:
             return builder(**options)
-        whose, wanted = f"{name!r} of {self.origin(name)}", self.result.__name__
+        whose, wanted = f"{quote(name)} of {self.origin(name)}", self.result.__name__
         try:
             result = builder(**options)
         except KalmanRLError:
@@ -109,7 +109,7 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         return result
 
     def _loaded(self, entry: EntryPoint) -> Callable[..., T]:
-        whose = f"entry point {entry.name} = {entry.value} of package {_package(entry)!r}"
+        whose = f"entry point {entry.name} = {entry.value} of package {quote(_package(entry))}"
         try:
             builder = entry.load()
         except (Exception, SystemExit) as error:
@@ -169,7 +169,7 @@ def read_options(
             legal = isinstance(value, (int, float)) and not isinstance(value, bool)
             legal, expected = legal or (value is None and default is None), "a number"
         if not legal:
-            raise ConfigError(f"{kind} option {option}: got {value!r} for {name}, expected {expected}")
+            raise ConfigError(f"{kind} option {option}: got {quote(value)} for {name}, expected {expected}")
         read[option] = value
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in read:
@@ -181,7 +181,7 @@ def unknown_option(kind: str, name: str, option: str, known: Collection[str]) ->
     """Error for an option that is none of the known ones, pointing at the nearest one."""
     choice = f"one of {', '.join(known)}" if known else "none, it has no options"
     return ConfigError(
-        f"{kind} option: got {option!r} for {name}, expected {choice}{did_you_mean(option, known)}"
+        f"{kind} option: got {quote(option)} for {name}, expected {choice}{did_you_mean(option, known)}"
     )
 
 
@@ -194,7 +194,7 @@ def imported(kind: str, name: str) -> Callable[..., Any]:
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name or "/" in module_name or module_name.endswith(".py"):
         raise ConfigError(
-            f"{kind}: got {name!r}, expected module:function, e.g. my_{kind}s:mine for my_{kind}s.py"
+            f"{kind}: got {quote(name)}, expected module:function, e.g. my_{kind}s:mine for my_{kind}s.py"
         )
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -203,21 +203,23 @@ def imported(kind: str, name: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         own = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
         where = (
-            f"in {os.getcwd()} or among the installed packages" if own else f"as {module_name!r} imports it"
+            f"in {os.getcwd()} or among the installed packages"
+            if own
+            else f"as {quote(module_name)} imports it"
         )
         raise ConfigError(
-            f"{kind}: got {name!r}, found no module {error.name!r}; expected it {where}"
+            f"{kind}: got {quote(name)}, found no module {quote(error.name)}; expected it {where}"
         ) from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"{kind}: got {type(error).__name__} ({error}) while importing {module_name!r}; expected a "
+            f"{kind}: got {type(error).__name__} ({error}) while importing {quote(module_name)}; expected a "
             "module that imports without error"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         known = sorted(key for key, value in vars(module).items() if inspect.isfunction(value))
         raise ConfigError(
-            f"{kind}: got {name!r}, expected a function of {module_name!r} ({module.__file__}); it has "
+            f"{kind}: got {quote(name)}, expected a function of {quote(module_name)} ({module.__file__}); it has "
             f"{', '.join(known) or 'no functions'}"
         )
     found: Callable[..., Any] = function

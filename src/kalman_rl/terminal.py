@@ -1,7 +1,9 @@
-"""The one way to a terminal: every line that this package prints goes through :func:`tell`."""
+"""The one way to a terminal: every line that this package prints goes through :func:`tell`, every one that it logs
+through ``logger``."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -36,3 +38,12 @@ def printable(text: object) -> str:
     'a\n [31mb '
     """
     return "".join(char if char.isprintable() or char == "\n" else " " for char in without_secrets(str(text)))
+
+
+def _as_text(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
+logger = logging.getLogger("kalman_rl")
+logger.addFilter(_as_text)

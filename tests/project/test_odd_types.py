@@ -30,6 +30,8 @@ from kalman_rl.sampling.rounds import RoundPlan
 
 tensor = torch.tensor
 HUGE = 10**400
+UNWRITABLE = 10**5000
+"""Python refuses to write it out."""
 ODD: dict[str, Any] = {
     "text": "text",
     "digit": "1",
@@ -38,6 +40,7 @@ ODD: dict[str, Any] = {
     "none": None,
     "huge": HUGE,
     "minus huge": -HUGE,
+    "unwritable": UNWRITABLE,
     "beyond int64": 2**70,
     "tiny": 5e-324,
     "nan": math.nan,
@@ -50,8 +53,8 @@ ODD: dict[str, Any] = {
     "type": float,
     "nothing": [],
     "mixed": [1.0, "x"],
-    "huge in a list": [HUGE],
-    "dictionary": {"a": HUGE},
+    "unwritable in a list": [UNWRITABLE],
+    "dictionary": {"a": UNWRITABLE},
     "scalar tensor": tensor(1.0, dtype=torch.float16),
     "whole tensor": tensor([1, 2]),
     "complex tensor": tensor([1j]),

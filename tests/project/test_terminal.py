@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import logging
 from pathlib import Path
 
 import pytest
 
 from kalman_rl.engine.collapse.rule import Alarm, Token
-from kalman_rl.errors import one_line
-from kalman_rl.terminal import printable, tell
+from kalman_rl.errors import one_line, quote, unknown_name
+from kalman_rl.terminal import logger, printable, tell
 
 SOURCE = Path(__file__).parents[2] / "src" / "kalman_rl"
 NASTY = "a\x1b[2Jb\x07c\u202ed\u2066e\x9bf\u200bg\ud800h\rI\x00"
@@ -36,6 +37,50 @@ def test_one_function_prints() -> None:
         str(path.relative_to(SOURCE)): lines for path in SOURCE.rglob("*.py") if (lines := printing(path))
     }
     assert found == {}, "kalman_rl.terminal.tell prints"
+
+
+def test_one_logger_logs(caplog: pytest.LogCaptureFixture) -> None:
+    places = {path.name for path in SOURCE.rglob("*.py") if "getLogger" in path.read_text(encoding="utf-8")}
+    assert places == {"terminal.py"}, "kalman_rl.terminal.logger logs"
+    with caplog.at_level(logging.WARNING):
+        logger.warning("cannot write %s (%d)", NASTY, 3)
+    assert caplog.messages == ["cannot write a [2Jb c d e f g h I  (3)"]
+
+
+def quoted_bare(path: Path) -> list[int]:
+    """Lines with ``!r`` in a text, outside of what Python itself asks for."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    spared = {
+        node
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef) and outer.name in ("__repr__", "__getattr__")
+        for node in ast.walk(outer)
+    }
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FormattedValue) and node.conversion == ord("r") and node not in spared
+    ]
+
+
+def test_one_function_quotes() -> None:
+    found = {
+        str(path.relative_to(SOURCE)): lines for path in SOURCE.rglob("*.py") if (lines := quoted_bare(path))
+    }
+    assert found == {}, "kalman_rl.errors.quote writes a value into an error"
+
+
+def test_any_value_can_be_quoted() -> None:
+    class Broken:
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+    assert quote(10**5000) == "an int that cannot be written out"
+    assert quote([10**5000]) == "a list that cannot be written out"
+    assert quote(Broken()) == "a Broken that cannot be written out"
+    assert quote("x" * 1000) == "'" + "x" * 196 + "..." and len(quote("x" * 1000, 20)) == 20
+    assert "\x1b" not in quote(NASTY)
+    assert "an int that cannot be written out" in str(unknown_name("method", 10**5000, ["kpo"]))
 
 
 def test_control_and_bidi_characters_become_blanks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from kalman_rl.beliefs.gaussian import GaussianBelief
 from kalman_rl.beliefs.protocol import Advantages, Belief, Observed
 from kalman_rl.beliefs.regression import RegressionBelief
 from kalman_rl.beliefs.spo import SPOBelief
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.registry import Registry, unknown_option
 
 _TABLE: dict[str, Callable[..., Belief]] = {
@@ -53,18 +53,20 @@ def make_belief(
         try:
             return BELIEFS.built(name, **options)
         except TypeError as error:
-            raise ConfigError(f"options of belief {name!r}: {error}") from error
+            raise ConfigError(f"options of belief {quote(name)}: {error}") from error
 
     if source is not None and not callable(source):
-        raise ConfigError(f"source: got {source!r}, expected a function from a prompt's id to its source")
+        raise ConfigError(
+            f"source: got {quote(source)}, expected a function from a prompt's id to its source"
+        )
     return make() if source is None else BySource(lambda: _table_belief(name, make()), source)
 
 
 def _table_belief(name: str, belief: Belief) -> TableBelief:
     if not isinstance(belief, TableBelief):
         raise ConfigError(
-            f"source: got one with belief {name!r}, a {type(belief).__name__}; expected a TableBelief, which can check "
-            "every source before any is written"
+            f"source: got one with belief {quote(name)}, a {type(belief).__name__}; expected a TableBelief, "
+            "which can check every source before any is written"
         )
     return belief
 

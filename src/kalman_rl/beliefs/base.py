@@ -15,7 +15,7 @@ from kalman_rl.beliefs.noise import ROBUST_INFLATION, AdvantageScale, RewardNois
 from kalman_rl.beliefs.protocol import Advantages, Observed
 from kalman_rl.beliefs.table import PromptTable, clock_of
 from kalman_rl.checks import reading, saved
-from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote
 from kalman_rl.numerics.kalman import Gaussian, update
 
 FORMAT = 1
@@ -39,8 +39,8 @@ def check_kind(state: dict[str, Any], kind: str) -> None:
     got = saved("belief state", state, "format", "kind")
     if got != (FORMAT, kind):
         raise ConfigError(
-            f"belief state: got format {got[0]!r} of {got[1]!r}, expected format {FORMAT} of {kind!r}; load it with "
-            "the class and version that saved it"
+            f"belief state: got format {quote(got[0])} of {quote(got[1])}, expected format {FORMAT} of "
+            f"{quote(kind)}; load it with the class and version that saved it"
         )
 
 

@@ -15,7 +15,7 @@ from kalman_rl.beliefs.mixture import Evidence, is_finite
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import expect, is_real, saved
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.errors import ConfigError, NumericError, quote
 from kalman_rl.numerics.kalman import Gaussian
 
 FORGETTING = (1.0, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8)
@@ -61,7 +61,7 @@ class BetaBelief(TableBelief):
         grid = tuple(forgetting) if isinstance(forgetting, Sequence) else (forgetting,)
         if not grid or not all(is_real(rho) and 0 < rho <= 1 for rho in grid):
             raise ConfigError(
-                f"forgetting: got {forgetting!r}, expected one or more factors in (0, 1] per step"
+                f"forgetting: got {quote(forgetting)}, expected one or more factors in (0, 1] per step"
             )
         if prior is not None and not (
             isinstance(prior, Sequence)

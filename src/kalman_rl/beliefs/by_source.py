@@ -12,7 +12,7 @@ from kalman_rl.beliefs.base import FORMAT, TableBelief, check_features, check_ki
 from kalman_rl.beliefs.groups import check_id, group_rewards, unique_ids
 from kalman_rl.beliefs.protocol import Advantages, Observed
 from kalman_rl.checks import expect, is_whole, reading, saved
-from kalman_rl.errors import ConfigError, ShapeError
+from kalman_rl.errors import ConfigError, ShapeError, quote
 from kalman_rl.numerics.kalman import Gaussian
 
 
@@ -159,7 +159,7 @@ class Sources:
         """The source of a prompt. Raises: ConfigError for one that was never noted."""
         if name not in self._of:
             raise ConfigError(
-                f"{self.setting}: got prompt {name!r} before its source, expected note() to name it first"
+                f"{self.setting}: got prompt {quote(name)} before its source, expected note() to name it first"
             )
         return self._of[name]
 
@@ -172,13 +172,14 @@ class Sources:
         for name, source in zip(ids, sources, strict=True):
             if not isinstance(source, str) and not is_whole(source, -(2**63)):
                 raise ConfigError(
-                    f"{self.setting}: got {source!r:.80} for prompt {name!r}, expected a text or integer in every row "
-                    "of the dataset"
+                    f"{self.setting}: got {quote(source, 80)} for prompt {quote(name)}, expected a text or "
+                    "integer in every row of the dataset"
                 )
             known = self._of.get(name, new.setdefault(name, source))
             if source != known:
                 raise ConfigError(
-                    f"{self.setting}: got {source!r} for prompt {name!r}, which was of {known!r} before, expected one "
+                    f"{self.setting}: got {quote(source)} for prompt {quote(name)}, which was of "
+                    f"{quote(known)} before, expected one "
                     "source per prompt because beliefs are kept by source; give the prompt another id"
                 )
         self._of |= new

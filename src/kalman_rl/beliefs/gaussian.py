@@ -12,7 +12,7 @@ from kalman_rl.beliefs.base import Prior, TableBelief
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import is_real
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.errors import ConfigError, NumericError, quote
 from kalman_rl.numerics.kalman import Gaussian, update
 
 
@@ -54,19 +54,19 @@ class GaussianBelief(TableBelief):
         scale: bool = True,
     ) -> None:
         if not (is_real(process_noise) and 0 <= process_noise < math.inf):
-            raise NumericError(f"process_noise: got {process_noise!r}, expected a finite variance >= 0")
+            raise NumericError(f"process_noise: got {quote(process_noise)}, expected a finite variance >= 0")
         if isinstance(observation_noise, str):
             if observation_noise != "auto":
                 raise ConfigError(
-                    f"observation_noise: got {observation_noise!r}, expected a number or 'auto'"
+                    f"observation_noise: got {quote(observation_noise)}, expected a number or 'auto'"
                 )
         elif not (is_real(observation_noise) and 0 < observation_noise < math.inf):
             raise NumericError(
-                f"observation_noise: got {observation_noise!r}, expected a finite variance > 0, or 'auto'"
+                f"observation_noise: got {quote(observation_noise)}, expected a finite variance > 0, or 'auto'"
             )
         if not is_real(mean, variance) or not math.isfinite(mean) or not variance >= 0:
             raise NumericError(
-                f"mean, variance: got {mean!r}, {variance!r}, expected a finite mean, variance >= 0"
+                f"mean, variance: got {quote(mean)}, {quote(variance)}, expected a finite mean, variance >= 0"
             )
         row = {"mean": ((), torch.float64), "variance": ((), torch.float64)}
         super().__init__(PromptTable(row), scale=scale)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError, ShapeError, quote
 
 _PLAIN = {int, str, bool, float, type(None)}
 LARGEST_REWARD = 1e12
@@ -103,8 +103,8 @@ def check_id(what: str, name: object) -> None:
         raise ShapeError(f"{what}: got NaN as a name, expected one that equals itself; give the prompt an id")
     elif type(name) not in _PLAIN:
         raise ShapeError(
-            f"{what}: got {type(name).__name__} {name!r:.60} as a name, expected int, str or a tuple of them, which a "
-            "checkpoint gives back as they were; use .item(), .value, str() or tuple(sorted())"
+            f"{what}: got {type(name).__name__} {quote(name, 60)} as a name, expected int, str or a tuple of "
+            "them, which a checkpoint gives back as they were; use .item(), .value, str() or tuple(sorted())"
         )
 
 

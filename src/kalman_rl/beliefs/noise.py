@@ -18,7 +18,7 @@ from torch import Tensor
 from kalman_rl.beliefs.change import MAX_WAIT, Change
 from kalman_rl.beliefs.groups import Groups
 from kalman_rl.checks import expect, is_real, is_whole
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 BINARY_FLOOR = 0.01
 """Least R of 0/1 rewards: a prompt that never failed so far may fail."""
@@ -199,7 +199,7 @@ def _ratio(squares: float, freedom: float) -> float:
 def restored(kind: type[Any], state: Any) -> Any:
     """A dataclass of this module from its saved fields. Raises: ConfigError for other fields."""
     if not isinstance(state, dict) or set(state) != set(kind.__dataclass_fields__):
-        raise ConfigError(f"belief state: got {state!r:.80} for {kind.__name__}, expected its fields")
+        raise ConfigError(f"belief state: got {quote(state, 80)} for {kind.__name__}, expected its fields")
     for name, value in state.items():
         wanted = kind.__dataclass_fields__[name].default
         if wanted is None:

@@ -18,7 +18,7 @@ from kalman_rl.beliefs.ridge import Features, Ridge
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import expect, is_real, is_whole, saved
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.numerics.kalman import Gaussian
 
 PROCESS_NOISE = (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -96,10 +96,10 @@ class RegressionBelief(TableBelief):
             legal = isinstance(grid, Sequence) and len(grid) > 0 and is_real(*grid) and max(grid) < math.inf
             if not legal or min(grid) < 0 or (sign == "> 0" and not min(grid)):
                 raise ConfigError(
-                    f"{name}: got {grid!r}, expected a list of one or more finite numbers {sign}"
+                    f"{name}: got {quote(grid)}, expected a list of one or more finite numbers {sign}"
                 )
         if not isinstance(expected_noise, bool):
-            raise ConfigError(f"expected_noise: got {expected_noise!r}, expected True or False")
+            raise ConfigError(f"expected_noise: got {quote(expected_noise)}, expected True or False")
         self._rules = 1 + expected_noise  # for R of 0/1 rewards
         bank = self._rules * len(process_noise)
         columns = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kalman_rl.beliefs.mixture import is_finite
 from kalman_rl.checks import expect, is_real, is_whole, saved
-from kalman_rl.errors import ConfigError, ShapeError
+from kalman_rl.errors import ConfigError, ShapeError, quote
 from kalman_rl.numerics.hadamard import SRHT
 
 PRIOR_PRECISION = 8.0
@@ -31,7 +31,7 @@ class Features:
 
     def __init__(self, dimension: int, seed: int) -> None:
         if not is_whole(dimension, 1):
-            raise ConfigError(f"dimension: got {dimension!r}, expected an integer >= 1")
+            raise ConfigError(f"dimension: got {quote(dimension)}, expected an integer >= 1")
         self.dimension, self.seed = dimension, seed
         self.width: int | None = None  # of what comes in, once seen
         self.centre = torch.zeros(0, dtype=torch.float64)
@@ -109,7 +109,7 @@ class Ridge:
 
     def __init__(self, forgetting: float) -> None:
         if not (is_real(forgetting) and 0 < forgetting <= 1):
-            raise ConfigError(f"forgetting: got {forgetting!r}, expected a factor in (0, 1] per step")
+            raise ConfigError(f"forgetting: got {quote(forgetting)}, expected a factor in (0, 1] per step")
         self.forgetting = forgetting
         self.unit = 1.0  # variance of rewards
         self.spread = 0.1  # variance of values over prompts

@@ -15,7 +15,7 @@ from kalman_rl.beliefs.groups import Groups, unique_ids
 from kalman_rl.beliefs.protocol import Observed
 from kalman_rl.beliefs.table import PromptTable
 from kalman_rl.checks import is_real
-from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote
 from kalman_rl.numerics.kalman import Gaussian
 
 
@@ -85,7 +85,7 @@ class SPOBelief(TableBelief):
         for name, counts in (("successes", successes), ("trials", trials)):
             listed = counts.tolist() if hasattr(counts, "tolist") else counts
             if not isinstance(listed, Sequence) or not is_real(*listed):
-                raise ShapeError(f"{name}: got {counts!r:.80}, expected a list of numbers, one per id")
+                raise ShapeError(f"{name}: got {quote(counts, 80)}, expected a list of numbers, one per id")
         if not len(ids) == len(successes) == len(trials):
             raise ShapeError(
                 f"successes, trials: got {len(successes)} and {len(trials)} numbers, expected {len(ids)}, one per id"
@@ -177,7 +177,7 @@ def _signals(ids: Sequence[Hashable], signal: Tensor) -> dict[Hashable, float]:
     for row, (name, value) in enumerate(zip(ids, values.tolist())):
         if by_id[name] != value:
             raise NumericError(
-                f"signal: got {value} at row {row} and {by_id[name]} in another row of prompt {name!r}, expected one "
-                "number per prompt"
+                f"signal: got {value} at row {row} and {by_id[name]} in another row of prompt {quote(name)}, "
+                "expected one number per prompt"
             )
     return by_id

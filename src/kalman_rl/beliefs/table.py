@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kalman_rl.beliefs.groups import check_id
 from kalman_rl.checks import expect, is_whole, saved
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 PARTS = 4096
 """Rounds per step that a clock can tell apart; ``clock = step * PARTS + part``."""
@@ -80,7 +80,7 @@ class PromptTable:
         if repeated.any():
             name = names[int(repeated.nonzero()[0])]
             raise ConfigError(
-                f"step, part: got step {step}, part {part} for prompt {name!r} a second time "
+                f"step, part: got step {step}, part {part} for prompt {quote(name)} a second time "
                 f"({int(repeated.sum())} such prompts), expected each batch once; skip it after a resume, "
                 "merge micro-batches of one step, or number the rounds of one step with part"
             )
@@ -111,7 +111,7 @@ class PromptTable:
             legal = legal and (name == "variance" or bool(column.isfinite().all()))
             expect(
                 "belief state",
-                f"column {name!r}",
+                f"column {quote(name)}",
                 legal,
                 column,
                 "finite numbers of the type they are kept in",
@@ -131,7 +131,7 @@ def clock_of(step: int, part: int = 0) -> int:
     """
     for name, value, limit in (("step", step, _LARGEST_STEP), ("part", part, PARTS - 1)):
         if not is_whole(value, 0, limit):
-            raise ConfigError(f"{name}: got {value!r}, expected an integer from 0 to {limit}")
+            raise ConfigError(f"{name}: got {quote(value)}, expected an integer from 0 to {limit}")
     return step * PARTS + part
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.engine.runs.reading import clean
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.instruments.replay import SELF_CHECK, ReplayResult, StepReplay, replay
 from kalman_rl.terminal import tell
 
@@ -43,7 +43,7 @@ def step_range(text: str) -> tuple[int, int] | None:
     except ValueError:
         bounds = (1, 0)
     if not 0 <= bounds[0] <= bounds[1]:
-        raise ConfigError(f"steps: got {text!r}, expected FIRST-LAST such as 3-20, or one step")
+        raise ConfigError(f"steps: got {quote(text)}, expected FIRST-LAST such as 3-20, or one step")
     return bounds
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-from kalman_rl.errors import ConfigError, did_you_mean, one_line, unknown_name
+from kalman_rl.errors import ConfigError, did_you_mean, one_line, quote, unknown_name
 
 NOUNS = {
     int: ("INT", "a whole number"),
@@ -76,7 +76,7 @@ def parse(words: Sequence[str], verbs: Mapping[str, type], defaults: Mapping[str
             ) from None
         raise
     for word in more:
-        raise ConfigError(f"argument: got {word!r}, expected none; see `kalman-rl {verb} --help`")
+        raise ConfigError(f"argument: got {quote(word)}, expected none; see `kalman-rl {verb} --help`")
     return found
 
 
@@ -95,7 +95,7 @@ def _known(verb: str, word: str, flags: Sequence[str]) -> None:
     if flag in flags or flag.replace("--no-", "--", 1) in flags:
         return
     raise ConfigError(
-        f"flag: got {flag!r}, expected one that `kalman-rl {verb} --help` lists{did_you_mean(flag, flags)}"
+        f"flag: got {quote(flag)}, expected one that `kalman-rl {verb} --help` lists{did_you_mean(flag, flags)}"
     )
 
 

@@ -16,7 +16,7 @@ from kalman_rl.engine.runs.received import MAX_TOML, parse_toml, read_bytes
 from kalman_rl.engine.runs.run import name_problem
 from kalman_rl.engine.settings import DemoConfig, StressConfig, TrainConfig
 from kalman_rl.engine.strict import read, show
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 __all__ = [
     "DemoConfig",
@@ -161,7 +161,7 @@ def notes(config: TrainConfig) -> list[str]:
         ),
         f"warmup_steps = {config.warmup_steps} is not below steps = {config.steps}: the peak learning rate "
         "is not reached": config.warmup_steps >= config.steps,
-        f"belief = {config.belief!r} is not read: advantage is {config.advantage!r}, not 'tracked'": (
+        f"belief = {quote(config.belief)} is not read: advantage is {quote(config.advantage)}, not 'tracked'": (
             config.belief != TrainConfig.belief and config.advantage != "tracked"
         ),
     }

@@ -10,7 +10,7 @@ from typing import Any
 from kalman_rl.engine.config import TrainConfig
 from kalman_rl.engine.evaluation import scores_of
 from kalman_rl.engine.tasks import Row, Task, guard_reward, with_noise
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.sampling.priors import absorb_rewards, read_priors
 from kalman_rl.sampling.tracking import Tracking
 
@@ -24,7 +24,7 @@ def prior_rows(rows: Sequence[Row], column: str | None) -> list[Row]:
         return [{} for _ in rows]
     if not any(column in row for row in rows):
         raise ConfigError(
-            f"prior_column: got {column!r}, expected a column of the rows, which have {', '.join(rows[0])}"
+            f"prior_column: got {quote(column)}, expected a column of the rows, which have {', '.join(rows[0])}"
         )
     values = [row.get(column) for row in rows]
     known = read_priors(range(len(rows)), values, column)

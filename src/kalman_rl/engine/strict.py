@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hi
 from annotated_types import Predicate
 
 from kalman_rl.checks import is_real
-from kalman_rl.errors import ConfigError, one_line, unknown_name
+from kalman_rl.errors import ConfigError, quote, unknown_name
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -108,7 +108,4 @@ def _sentence(kind: Any, error: ErrorDetails) -> ConfigError:
 
 def show(value: Any) -> str:
     """A value as it would be written, on one line of at most 80 characters; a tuple is written as a list."""
-    try:
-        return one_line(repr(list(value) if isinstance(value, tuple) else value), 80)
-    except ValueError:  # a whole number of thousands of digits
-        return f"a {type(value).__name__}"
+    return quote(list(value) if isinstance(value, tuple) else value, 80)

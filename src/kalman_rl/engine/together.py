@@ -16,7 +16,7 @@ from kalman_rl.engine.method import chosen_method
 from kalman_rl.engine.settings import MODELS, REPORTERS, StressConfig, TrainConfig
 from kalman_rl.engine.strict import show
 from kalman_rl.engine.tasks.table import TASKS
-from kalman_rl.errors import ConfigError, KalmanRLError, unknown_name
+from kalman_rl.errors import ConfigError, KalmanRLError, quote, unknown_name
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.inputs import check_group_size
 from kalman_rl.sampling.budget import Budget, check_belief_only, check_prior, check_select
@@ -39,15 +39,15 @@ def check_train(config: TrainConfig) -> None:
         raise ConfigError(
             f"reward: got {show(config.reward)}, expected MODULE:FUNCTION, e.g. 'my_rewards:exact'"
         )
-    where = f"with advantage={config.advantage!r}"
+    where = f"with advantage={quote(config.advantage)}"
     check_belief_only(config, config.advantage == "tracked", where, "set advantage = 'tracked'")
     check_prior(config.prior_column, config.measure_prior, config.prompt_features)
     if config.reward_noise:
         check_select(config.select, config.select_weights, "real")
     if config.belief_options and config.advantage != "tracked":
         raise ConfigError(
-            f"belief_options: got {show(config.belief_options)} with advantage={config.advantage!r}, expected none "
-            "because no belief is read; set advantage = 'tracked'"
+            f"belief_options: got {show(config.belief_options)} with advantage={quote(config.advantage)}, "
+            "expected none because no belief is read; set advantage = 'tracked'"
         )
     if config.aim == "mixed_groups" and config.reward_noise:
         raise ConfigError(

@@ -63,7 +63,7 @@ from kalman_rl.engine.tasks import (
     trainer_rows,
     with_noise,
 )
-from kalman_rl.errors import ConfigError, NoSpaceError
+from kalman_rl.errors import ConfigError, NoSpaceError, quote
 from kalman_rl.hosts.rewards import RewardRecord, SupervisedReward
 from kalman_rl.hosts.trl import KalmanGRPOConfig, make_sinks
 from kalman_rl.hosts.trl.prompts import note_sources
@@ -164,7 +164,7 @@ def _train(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     task = task or chosen_task(config)
-    source = f"task {config.task!r}" if config.data is None else str(config.data)
+    source = f"task {quote(config.task)}" if config.data is None else str(config.data)
     data = check_same_data(run, task, source, resume=resume, allow_change=allow_change)
     machine = {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
     cache = cache or run.path.parent / ".cache"
@@ -380,7 +380,7 @@ def _check_rows(task: Task, config: TrainConfig) -> None:
     if len(task.train) < config.prompts:
         raise ConfigError(
             f"prompts_per_generation: got {config.prompts}, expected at most the "
-            f"{len(task.train)} training rows of task {task.name!r}; lower it or add rows"
+            f"{len(task.train)} training rows of task {quote(task.name)}; lower it or add rows"
         )
     Budget.of(config).chooses_among(config.prompts, config.prompts * config.group_size, len(task.train))
     prior_rows(task.train, config.prior_column)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kalman_rl.errors import quote
 from kalman_rl.objectives import ratio
 from kalman_rl.objectives.loss import Method
 
@@ -81,4 +82,4 @@ def refusals(found: Mapping[str, Any], place: str, method: Method) -> Iterator[s
         return
     for name, value in found.items():
         wanted = next((neutral for neutral in NEUTRAL[name] if neutral is not None), None)
-        yield f"{place}{name}: got {value!r} with method {method.name!r}, expected {wanted} {WHY}"
+        yield f"{place}{name}: got {quote(value)} with method {quote(method.name)}, expected {wanted} {WHY}"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.errors import ConfigError, RunError, quote
 
 STATE_FILE = "kalman_rl.safetensors"
 FORMAT = 2
@@ -84,7 +84,7 @@ def load_state(folder: str | Path) -> dict[str, Any] | None:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise RunError(f"{path}: cannot be read: {error}; take an older checkpoint") from None
     if header.get("format") not in (1, FORMAT):
-        raise RunError(f"{path}: got format {header.get('format')!r}, expected 1 or {FORMAT}")
+        raise RunError(f"{path}: got format {quote(header.get('format'))}, expected 1 or {FORMAT}")
     state: dict[str, Any] = _with_tensors(header["state"], "", tensors)
     return state
 

@@ -21,7 +21,7 @@ from kalman_rl.checks import is_whole
 from kalman_rl.engine.config import TrainConfig, build, settings_of
 from kalman_rl.engine.runs import traces
 from kalman_rl.engine.runs.reading import read_manifest
-from kalman_rl.errors import ConfigError, KalmanRLError, RunError, one_line
+from kalman_rl.errors import ConfigError, KalmanRLError, RunError, one_line, quote
 from kalman_rl.methods import METHODS, make_method
 from kalman_rl.objectives.inputs import check_provided
 from kalman_rl.objectives.loss import Method, Tokens, policy_loss
@@ -128,14 +128,14 @@ def replay(
     other = make_method(against) if isinstance(against, str) else against
     for name, each in (("method", ours), ("against", other)):
         if not isinstance(each, Method) and (each is not None or name == "method"):
-            raise ConfigError(f"{name}: got {each!r}, expected the name of a method, or a Method")
+            raise ConfigError(f"{name}: got {quote(each)}, expected the name of a method, or a Method")
         if each is not None:
             check_provided(each, PROVIDED, *_REFUSAL)
     own, notes = own_method(run, named=(method, against))
     if not is_whole(top):
-        raise ConfigError(f"top: got {top!r}, expected a number of tokens >= 0")
+        raise ConfigError(f"top: got {quote(top)}, expected a number of tokens >= 0")
     if steps is not None and not (isinstance(steps, tuple) and len(steps) == 2 and all(map(is_whole, steps))):
-        raise ConfigError(f"steps: got {steps!r}, expected the first and the last step, or None for all")
+        raise ConfigError(f"steps: got {quote(steps)}, expected the first and the last step, or None for all")
     collected = _Collected(top)
     for step, path in _files(run, steps):
         collected.add(step, path, ours, other, own)
@@ -163,12 +163,13 @@ def own_method(run: Path, named: Collection[object] = ()) -> tuple[Method | None
         config = build(TrainConfig, settings_of(run))
         if ":" in config.method and config.method not in named:
             raise ConfigError(
-                f"method: got {config.method!r} in the run's settings, expected a name, because reading a run imports "
+                f"method: got {quote(config.method)} in the run's settings, expected a name, because reading a "
+                "run imports "
                 f"nothing that its files name; to run that code: kalman-rl replay RUN --method {config.method}"
             )
         if ":" not in config.method and config.method not in METHODS:
             raise ConfigError(
-                f"method: got {config.method!r}, expected one that is installed here; install its package"
+                f"method: got {quote(config.method)}, expected one that is installed here; install its package"
             )
         method = make_method(config.method, **config.method_options)
         check_provided(method, PROVIDED, *_REFUSAL)

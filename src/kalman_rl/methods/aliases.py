@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 Knobs = dict[str, tuple[str, Callable[[float], float]]]
 
@@ -80,7 +80,8 @@ def translated(method: str, options: Mapping[str, object]) -> dict[str, object]:
         own, convert = FOREIGN.get(method, {}).get(name, (name, _same))
         if own in found:
             raise ConfigError(
-                f"method option {own}: got it twice for {method}, as {given[own]!r} and {name!r}, expected one name"
+                f"method option {own}: got it twice for {method}, as {quote(given[own])} and {quote(name)}, "
+                "expected one name"
             )
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         found[own], given[own] = convert(value) if number else value, name  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect, is_real, is_whole, reading, saved
-from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote
 from kalman_rl.kernels import jit
 from kalman_rl.kernels.tracker import Absorber
 from kalman_rl.numerics.hadamard import SRHT
@@ -73,7 +73,7 @@ class KalmanPreferenceTracker:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         if not is_whole(dim, 1):
-            raise ConfigError(f"dim: got {dim!r}, expected an integer >= 1")
+            raise ConfigError(f"dim: got {quote(dim)}, expected an integer >= 1")
         if dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"dtype: got {dtype}, expected torch.float32 or torch.float64")
         positive = {
@@ -83,9 +83,9 @@ class KalmanPreferenceTracker:
         }
         for name, value in positive.items():
             if not (is_real(value) and 0 < value < math.inf):
-                raise NumericError(f"{name}: got {value!r}, expected a finite number > 0")
+                raise NumericError(f"{name}: got {quote(value)}, expected a finite number > 0")
         if not (is_real(Q_val) and 0 <= Q_val < math.inf):
-            raise NumericError(f"Q_val: got {Q_val!r}, expected a finite variance >= 0")
+            raise NumericError(f"Q_val: got {quote(Q_val)}, expected a finite variance >= 0")
         self.dim, self.Q_val, self.R_val, self.P_val = dim, float(Q_val), float(R_val), float(P_val)
         self.noise_strength, self.seed, self.dtype = noise_strength, seed, dtype
         self.mean = torch.zeros(dim, dtype=dtype)
@@ -104,7 +104,7 @@ class KalmanPreferenceTracker:
     def predict(self, gap: float = 1.0) -> None:
         """Let time pass: ``P <- P + Q gap I``. Raises: NumericError for a negative or infinite gap."""
         if not (is_real(gap) and 0 <= gap < math.inf):
-            raise NumericError(f"gap: got {gap!r}, expected a finite number of steps >= 0")
+            raise NumericError(f"gap: got {quote(gap)}, expected a finite number of steps >= 0")
         if self.Q_val * gap:
             added = math.sqrt(self.Q_val * gap) * torch.eye(self.dim, dtype=self.dtype)
             self.root = _triangle(torch.cat((self.root, added), dim=1))

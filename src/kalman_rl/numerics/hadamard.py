@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect_tensor, is_whole, reading, saved
-from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote
 from kalman_rl.kernels import hadamard as compiled_hadamard
 from kalman_rl.kernels import jit
 
@@ -88,11 +88,11 @@ class SRHT:
         padded = 1 << max(int(dimension_in) - 1, 0).bit_length() if is_whole(dimension_in, 1) else 0
         if not padded or not is_whole(dimension_out, 1, padded):
             raise ConfigError(
-                f"dimension_in, dimension_out: got {dimension_in!r}, {dimension_out!r}, expected dimension_in >= "
-                f"1 and dimension_out from 1 to {padded}, the next power of two"
+                f"dimension_in, dimension_out: got {quote(dimension_in)}, {quote(dimension_out)}, expected "
+                f"dimension_in >= 1 and dimension_out from 1 to {padded}, the next power of two"
             )
         if not is_whole(seed):
-            raise ConfigError(f"seed: got {seed!r}, expected an integer >= 0")
+            raise ConfigError(f"seed: got {quote(seed)}, expected an integer >= 0")
         generator = torch.Generator().manual_seed(seed)
         self.dimension_in, self.dimension_out = dimension_in, dimension_out
         self.signs = (

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect_tensor, is_real
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.kernels import triton_support
 from kalman_rl.kernels.filter import cpu as filter_cpu
 from kalman_rl.numerics.arguments import expect_shape, expect_values
@@ -381,10 +381,10 @@ def _check_types(
             or isinstance(noise, float)
             or (isinstance(noise, Tensor) and not noise.is_complex())
         ):
-            raise NumericError(f"{name}: got {noise!r:.80}, expected a number or a tensor of numbers")
+            raise NumericError(f"{name}: got {quote(noise, 80)}, expected a number or a tensor of numbers")
     for name, number in (("initial_mean", mean), ("initial_variance", variance)):
         if not (is_real(number) or isinstance(number, float)):
-            raise NumericError(f"{name}: got {number!r:.80}, expected a number")
+            raise NumericError(f"{name}: got {quote(number, 80)}, expected a number")
     return float(mean), float(variance)
 
 

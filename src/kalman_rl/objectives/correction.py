@@ -23,7 +23,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.errors import ConfigError, NumericError, quote
 from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.rollouts import Rollouts
@@ -53,7 +53,7 @@ def mismatch(rollouts: Rollouts, level: Level) -> Tensor:
 
 def _check_level(level: str) -> None:
     if level not in get_args(Level):
-        raise ConfigError(f"level: got {level!r}, expected one of {', '.join(get_args(Level))}")
+        raise ConfigError(f"level: got {quote(level)}, expected one of {', '.join(get_args(Level))}")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Rejected:
         for name, kinds in (("statistic", Statistic), ("over", Over)):
             if getattr(self, name) not in get_args(kinds):
                 known = ", ".join(get_args(kinds))
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {known}")
+                raise ConfigError(f"{name}: got {quote(getattr(self, name))}, expected one of {known}")
         if (self.statistic, self.over) == ("k1", "max"):
             raise ConfigError("over: got 'max' with statistic 'k1', expected k2 or k3 because k1 has a sign")
         for name in ("low", "high"):

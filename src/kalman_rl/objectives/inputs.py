@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 
 class Asks(Protocol):
@@ -101,8 +101,8 @@ def check_provided(method: Asks, provided: Collection[str], host: str, advice: s
     if lacking:
         names = ", ".join(f"{name} ({what})" for name, what in lacking.items())
         raise ConfigError(
-            f"method: got {method.name!r} for {host}, expected one that does without {names}, which {host} does not "
-            f"provide; {advice}"
+            f"method: got {quote(method.name)} for {host}, expected one that does without {names}, which "
+            f"{host} does not provide; {advice}"
         )
 
 
@@ -124,7 +124,7 @@ def check_group_size(method: Asks, size: int, setting: str, tracked: str) -> Non
     """
     if size == 1 and needs_groups(method.advantage):
         raise ConfigError(
-            f"{setting}: got 1 for method {method.name!r}, expected at least 2 because its advantage compares "
+            f"{setting}: got 1 for method {quote(method.name)}, expected at least 2 because its advantage compares "
             f"completions of one prompt; take the tracked advantage for single completions ({tracked})"
         )
 

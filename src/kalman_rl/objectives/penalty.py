@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.errors import ConfigError, NumericError, quote
 from kalman_rl.objectives.rollouts import Rollouts
 from kalman_rl.objectives.trust.clip import LOG_WEIGHT_CAP, weight_of
 
@@ -111,7 +111,7 @@ class KL:
         if not 0 <= self.coefficient < math.inf:
             raise NumericError(f"coefficient: got {self.coefficient}, expected a finite penalty weight >= 0")
         if self.level not in ("token", "sequence"):
-            raise ConfigError(f"level: got {self.level!r}, expected token or sequence")
+            raise ConfigError(f"level: got {quote(self.level)}, expected token or sequence")
 
     def __call__(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
         if rollouts.logp_reference is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kalman_rl.beliefs.groups import expect_names, places_of
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_whole
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.sampling.budget import check_aim
 from kalman_rl.sampling.coverage import Coverage
 from kalman_rl.sampling.divide import Allocation, divide, gradient_gains, mixed_group_gains
@@ -66,7 +66,9 @@ def allocate(
     check_bounds(ids, n_min, n_max)
     check_books(price, coverage)
     if (total is None) == (price is None):
-        raise ConfigError(f"total, price: got {total!r} and {price!r}, expected exactly one of them")
+        raise ConfigError(
+            f"total, price: got {quote(total)} and {quote(price)}, expected exactly one of them"
+        )
     signal = read_signal(
         belief,
         ids,
@@ -129,11 +131,11 @@ def check_bounds(ids: Sequence[Hashable], n_min: int, n_max: int) -> None:
     if len(names) != len(ids):
         twice = next(name for name, place in names.items() if places.count(place) > 1)
         raise ConfigError(
-            f"ids: got prompt {twice!r} twice, expected every prompt once; counts are per prompt"
+            f"ids: got prompt {quote(twice)} twice, expected every prompt once; counts are per prompt"
         )
     if not (is_whole(n_min) and is_whole(n_max, max(n_min, 1))):
         raise ConfigError(
-            f"n_min, n_max: got {n_min!r}, {n_max!r}, expected integers 0 <= n_min <= n_max and n_max >= 1"
+            f"n_min, n_max: got {quote(n_min)}, {quote(n_max)}, expected integers 0 <= n_min <= n_max and n_max >= 1"
         )
 
 
@@ -141,7 +143,7 @@ def check_books(price: Price | None, coverage: Coverage | None) -> None:
     """Refuse a number where the object that is kept from step to step is meant. Raises: ConfigError."""
     if not isinstance(price, Price | None):
         raise ConfigError(
-            f"price: got {price!r}, expected a Price; with a mean number per prompt, Price(budget)"
+            f"price: got {quote(price)}, expected a Price; with a mean number per prompt, Price(budget)"
         )
     if not isinstance(coverage, Coverage | None):
-        raise ConfigError(f"coverage: got {coverage!r}, expected a Coverage, e.g. Coverage(every)")
+        raise ConfigError(f"coverage: got {quote(coverage)}, expected a Coverage, e.g. Coverage(every)")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.errors import ConfigError, quote, unknown_name
 
 Allocation = Literal["fixed", "predictive", "rounds"]
 Aim = Literal["gradient", "mixed_groups"]
@@ -74,27 +74,27 @@ class Budget:
         check_shares(self.select_floor, self.select_power)
         if self.select != "passes" and self.allocation != "fixed":
             raise ConfigError(
-                f"select: got {self.select!r} with allocation={self.allocation!r}, expected allocation fixed because "
-                "the draw has decided where completions go"
+                f"select: got {quote(self.select)} with allocation={quote(self.allocation)}, expected "
+                "allocation fixed because the draw has decided where completions go"
             )
         if self.select != "passes" and self.candidates is not None:
             raise ConfigError(
-                f"candidates: got {self.candidates} with select={self.select!r}, expected it unset because the draw "
-                "chooses among all prompts of the dataset"
+                f"candidates: got {self.candidates} with select={quote(self.select)}, expected it unset "
+                "because the draw chooses among all prompts of the dataset"
             )
         check_rounds(self.rounds)
         low, high = self.completions_min, self.completions_max
         if not (is_whole(low) and is_whole(high, max(low, 1), 4_096)):
             raise ConfigError(
-                f"completions_min, completions_max: got {low!r}, {high!r}, expected whole numbers with "
+                f"completions_min, completions_max: got {quote(low)}, {quote(high)}, expected whole numbers with "
                 "0 <= min <= max and 1 <= max <= 4,096"
             )
         for name, number in (("max_rounds", self.max_rounds), ("coverage_steps", self.coverage_steps)):
             if not is_whole(number, 1):
-                raise ConfigError(f"{name}: got {number!r}, expected a whole number >= 1")
+                raise ConfigError(f"{name}: got {quote(number)}, expected a whole number >= 1")
         noise = self.reward_noise_variance
         if not (is_real(noise) and 0 <= noise < math.inf):
-            raise ConfigError(f"reward_noise_variance: got {noise!r}, expected a finite variance >= 0")
+            raise ConfigError(f"reward_noise_variance: got {quote(noise)}, expected a finite variance >= 0")
         if self.budget is not None:
             self._check_budget(self.budget)
         if self.candidates is not None:
@@ -102,7 +102,7 @@ class Budget:
 
     def _check_budget(self, budget: float) -> None:
         if not (is_real(budget) and 0 < budget < math.inf):
-            raise ConfigError(f"budget: got {budget!r}, expected a mean number of completions > 0")
+            raise ConfigError(f"budget: got {quote(budget)}, expected a mean number of completions > 0")
         if self.allocation == "fixed":
             raise ConfigError(
                 f"budget: got {budget} with allocation='fixed', expected predictive or rounds; with fixed the number "
@@ -116,7 +116,7 @@ class Budget:
 
     def _check_candidates(self, candidates: int) -> None:
         if not is_whole(candidates, 1):
-            raise ConfigError(f"candidates: got {candidates!r}, expected a number of prompts >= 1")
+            raise ConfigError(f"candidates: got {quote(candidates)}, expected a number of prompts >= 1")
         if self.allocation == "fixed":
             raise ConfigError(
                 f"candidates: got {candidates} with allocation='fixed', expected predictive or rounds; with fixed "
@@ -201,10 +201,10 @@ def check_shares(floor: float, power: float) -> None:
     """Refuse a floor outside (0, 1] and a power that is negative or not finite. Raises: ConfigError."""
     if not (is_real(floor) and 0 < floor <= 1):
         raise ConfigError(
-            f"select_floor: got {floor!r}, expected a share in (0, 1]; at 0 a prompt might never return"
+            f"select_floor: got {quote(floor)}, expected a share in (0, 1]; at 0 a prompt might never return"
         )
     if not (is_real(power) and 0 <= power < math.inf):
-        raise ConfigError(f"select_power: got {power!r}, expected a finite number >= 0")
+        raise ConfigError(f"select_power: got {quote(power)}, expected a finite number >= 0")
 
 
 BELIEF_ONLY: dict[str, tuple[Any, str]] = {
@@ -227,8 +227,8 @@ def check_belief_only(settings: Any, tracked: bool, where: str, advice: str) -> 
         value = getattr(settings, name, default)
         if value != default and not tracked:
             raise ConfigError(
-                f"{name}: got {value!r:.80} {where}, expected {default or 'it unset'} because only a belief {what}; "
-                f"{advice}"
+                f"{name}: got {quote(value, 80)} {where}, expected {default or 'it unset'} because only a "
+                f"belief {what}; {advice}"
             )
 
 
@@ -236,7 +236,7 @@ def check_prior(column: str | None, measured: int, features: bool) -> None:
     """Refuse two origins of what a belief begins with, and hidden states beside it. Raises: ConfigError."""
     if column is not None and measured:
         raise ConfigError(
-            f"prior_column, measure_prior: got {column!r} and {measured}, expected one of the two; both are "
+            f"prior_column, measure_prior: got {quote(column)} and {measured}, expected one of the two; both are "
             "completions of the start model"
         )
     if (column is not None or measured) and features:
@@ -250,4 +250,4 @@ def check_rounds(rounds: Sequence[int]) -> None:
     """Refuse what is no list of completions per round. Raises: ConfigError."""
     if not isinstance(rounds, Sequence) or not rounds or not all(is_whole(k, 1) for k in rounds):
         shown = list(rounds) if isinstance(rounds, tuple) else rounds
-        raise ConfigError(f"rounds: got {shown!r}, expected a list of one or more integers >= 1")
+        raise ConfigError(f"rounds: got {quote(shown)}, expected a list of one or more integers >= 1")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kalman_rl.beliefs.groups import check_id, expect_names
 from kalman_rl.checks import LARGEST_WHOLE, expect, is_real, is_whole, reading, saved
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 
 class Coverage:
@@ -35,9 +35,9 @@ class Coverage:
 
     def __init__(self, every: int, share: float = 1.0) -> None:
         if not is_whole(every, 1):
-            raise ConfigError(f"every: got {every!r}, expected a number of steps >= 1 between visits")
+            raise ConfigError(f"every: got {quote(every)}, expected a number of steps >= 1 between visits")
         if not (is_real(share) and 0 < share <= 1):
-            raise ConfigError(f"share: got {share!r}, expected a share of the completions in (0, 1]")
+            raise ConfigError(f"share: got {quote(share)}, expected a share of the completions in (0, 1]")
         self.every, self.share = every, share
         self._last: dict[Hashable, int] = {}
 
@@ -52,7 +52,7 @@ class Coverage:
         waiting = self.waiting(ids, step=step)
         due = waiting >= self.every
         if limit is not None and not is_whole(limit, -LARGEST_WHOLE):
-            raise ConfigError(f"limit: got {limit!r:.80}, expected a number of prompts")
+            raise ConfigError(f"limit: got {quote(limit, 80)}, expected a number of prompts")
         if limit is not None and int(due.sum()) > limit:
             longest = torch.where(due, waiting, -1).argsort(descending=True, stable=True)[: max(limit, 0)]
             due = torch.zeros_like(due).index_fill_(0, longest, True)
@@ -81,8 +81,8 @@ class Coverage:
         form, ids, steps = saved("coverage state", state, "format", "ids", "step")
         if form != 1 or len(ids) != len(steps):
             raise ConfigError(
-                f"coverage state: got format {form!r}, {len(ids)} ids and {len(steps)} steps, expected 1 and a step "
-                "for each id"
+                f"coverage state: got format {quote(form)}, {len(ids)} ids and {len(steps)} steps, expected 1 "
+                "and a step for each id"
             )
         for name in ids:
             check_id("coverage state", name)
@@ -100,4 +100,4 @@ class Coverage:
 def _check(ids: Sequence[Hashable], step: int) -> None:
     expect_names(ids)
     if not is_whole(step, -LARGEST_WHOLE):
-        raise ConfigError(f"step: got {step!r:.80}, expected a whole number")
+        raise ConfigError(f"step: got {quote(step, 80)}, expected a whole number")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote
 from kalman_rl.sampling.gains import Number, gradient_gain, remaining_mixed_group_gains
 
 
@@ -57,7 +57,7 @@ def mixed_group_gains(a: Number, b: Number, n_max: int) -> Tensor:
 
 def _check_most(n_max: int) -> None:
     if not is_whole(n_max, 1):
-        raise ConfigError(f"n_max: got {n_max!r}, expected an integer >= 1")
+        raise ConfigError(f"n_max: got {quote(n_max)}, expected an integer >= 1")
 
 
 def divide(gains: Tensor, total: int, least: Tensor, most: Tensor) -> Allocation:
@@ -84,7 +84,7 @@ def divide(gains: Tensor, total: int, least: Tensor, most: Tensor) -> Allocation
     """
     least, most = _checked(gains, least, most)
     if not is_whole(total, 1):
-        raise ConfigError(f"total: got {total!r}, expected an integer >= 1")
+        raise ConfigError(f"total: got {quote(total)}, expected an integer >= 1")
     low, high = int(least.sum()), int(most.sum())
     if not low <= total <= high:
         raise ConfigError(
@@ -111,7 +111,7 @@ def divide_at_price(gains: Tensor, price: float, least: Tensor, most: Tensor) ->
     """
     least, most = _checked(gains, least, most)
     if not (is_real(price) and 0 <= price < math.inf):
-        raise NumericError(f"price: got {price!r}, expected a finite number >= 0")
+        raise NumericError(f"price: got {quote(price)}, expected a finite number >= 0")
     price = float(price)
     counts = (_smoothed(gains, least) > price).sum(1)
     counts = torch.minimum(torch.maximum(counts, least), most)

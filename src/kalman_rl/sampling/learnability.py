@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_real
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.errors import ConfigError, NumericError, quote
 from kalman_rl.sampling.gains import beta_from_moments, beta_signal, noisy_signal
 
 
@@ -51,7 +51,7 @@ def read_signal(
         )
     if not (is_real(reward_noise_variance) and 0 <= reward_noise_variance < math.inf):
         raise NumericError(
-            f"reward_noise_variance: got {reward_noise_variance!r}, expected a finite variance >= 0"
+            f"reward_noise_variance: got {quote(reward_noise_variance)}, expected a finite variance >= 0"
         )
     if reward_range == "unit":
         a, b = beta_from_moments(belief.predict(ids, step=step, features=features))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from kalman_rl.checks import is_real, is_whole, reading, saved
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.errors import ConfigError, NumericError, quote
 from kalman_rl.sampling.divide import Allocation, divide, divide_at_price
 
 FORMAT = 2
@@ -57,12 +57,15 @@ class Price:
         for name in ("budget", "rate"):
             value = getattr(self, name)
             if not (is_real(value) and 0 < value < math.inf):
-                raise ConfigError(f"{name}: got {value!r}, expected a finite number > 0")
+                raise ConfigError(f"{name}: got {quote(value)}, expected a finite number > 0")
         if self.value is not None and not (is_real(self.value) and 0 < self.value < math.inf):
-            raise ConfigError(f"value: got {self.value!r}, expected a price > 0, or None for not yet known")
+            raise ConfigError(
+                f"value: got {quote(self.value)}, expected a price > 0, or None for not yet known"
+            )
         if not (is_real(self.balance) and math.isfinite(self.balance) and is_whole(self.steps)):
             raise ConfigError(
-                f"balance, steps: got {self.balance!r}, {self.steps!r}, expected a finite number and a count >= 0"
+                f"balance, steps: got {quote(self.balance)}, {quote(self.steps)}, expected a finite number and "
+                "a count >= 0"
             )
 
     def start(self, gains: Tensor, least: Tensor, most: Tensor) -> float:
@@ -106,9 +109,9 @@ class Price:
         Raises: NumericError for a number out of range, ConfigError before :meth:`start`.
         """
         if not is_whole(prompts, 1):
-            raise NumericError(f"prompts: got {prompts!r}, expected a number of prompts >= 1")
+            raise NumericError(f"prompts: got {quote(prompts)}, expected a number of prompts >= 1")
         if not (is_real(mean) and 0 <= mean < math.inf):
-            raise NumericError(f"mean: got {mean!r}, expected completions per prompt >= 0")
+            raise NumericError(f"mean: got {quote(mean)}, expected completions per prompt >= 0")
         if self.value is None:
             raise ConfigError("price: got an update before the first allocation, expected start() first")
         # A step that a wrong price fills to the edge of its window takes the budget; the debt says it is wrong.
@@ -134,7 +137,7 @@ class Price:
     def _load(self, state: dict[str, Any]) -> None:
         (form,) = saved("price state", state, "format")
         if form != FORMAT:
-            raise ConfigError(f"price state: got format {form!r}, expected {FORMAT}")
+            raise ConfigError(f"price state: got format {quote(form)}, expected {FORMAT}")
         found = saved("price state", state, "value", "balance", "steps")
         Price(self.budget, self.rate, *found)  # checks them
         self.value, self.balance, self.steps = found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.sampling.tracking import Tracking
 
 MOST = 4096
@@ -44,7 +44,8 @@ def read_priors(
         rate, count = read.get("rate"), read.get("count")
         if not (is_real(rate) and 0 <= rate <= 1 and is_whole(count, 1, MOST)):
             raise ConfigError(
-                f"{column}: got {value!r:.80} for prompt {name!r}, expected a rate in [0, 1] and the count of "
+                f"{column}: got {quote(value, 80)} for prompt {quote(name)}, expected a rate in [0, 1] and the "
+                "count of "
                 f'completions behind it, 1 to {MOST}, like {{"rate": 0.25, "count": 8}}, or nothing'
             )
         found[name] = SolveRate(float(rate), int(count))

@@ -26,7 +26,7 @@ from kalman_rl.beliefs.base import check_features
 from kalman_rl.beliefs.groups import places_of
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import is_whole
-from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote, unknown_name
 from kalman_rl.sampling.allocate import (
     TIE_BREAK,
     check_books,
@@ -193,7 +193,7 @@ class RoundPlan:
         if got != wanted:
             name = next(iter((got - wanted) + (wanted - got)))
             raise ConfigError(
-                f"tell: got {got[name]} completions of prompt {name!r}, expected {wanted[name]}; tell "
+                f"tell: got {got[name]} completions of prompt {quote(name)}, expected {wanted[name]}; tell "
                 "every requested completion, a failed one with reward NaN"
             )
         self._check_rewards(reward, len(ids))
@@ -372,7 +372,7 @@ def _check_options(weighting: str, max_rounds: int | None, budgets: tuple[object
         )
     if max_rounds is not None and (not is_whole(max_rounds, 1) or budgets[1] is None):
         raise ConfigError(
-            f"max_rounds: got {max_rounds!r}, expected None, or an integer >= 1 together with total"
+            f"max_rounds: got {quote(max_rounds)}, expected None, or an integer >= 1 together with total"
         )
 
 
@@ -380,6 +380,6 @@ def _check_total(total: int, prompts: int, n_min: int, n_max: int) -> None:
     low, high = prompts * n_min, prompts * n_max
     if not is_whole(total, max(low, 1), high):
         raise ConfigError(
-            f"total: got {total!r} completions for {prompts} prompts, expected {max(low, 1)} to {high} "
+            f"total: got {quote(total)} completions for {prompts} prompts, expected {max(low, 1)} to {high} "
             f"(n_min {n_min} to n_max {n_max} each); change the total, n_min, n_max or the number of prompts"
         )

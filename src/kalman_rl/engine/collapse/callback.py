@@ -8,7 +8,6 @@ KalmanGRPOTrainer(..., callbacks=[CollapseAlarm("stop")])
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,10 @@ from kalman_rl.engine.collapse.rule import (
     keep_alarms,
     read_number,
 )
-from kalman_rl.errors import ConfigError, one_line
-from kalman_rl.terminal import printable
+from kalman_rl.errors import ConfigError, one_line, quote
+from kalman_rl.terminal import logger
 
 ACTIONS = ("warn", "checkpoint", "stop")
-
-logger = logging.getLogger("kalman_rl")
 
 
 class CollapseAlarm(TrainerCallback, ExportableState):
@@ -60,12 +57,12 @@ class CollapseAlarm(TrainerCallback, ExportableState):
         say: Callable[[str], None] | None = None,
     ) -> None:
         if action not in ACTIONS:
-            raise ConfigError(f"action: got {action!r}, expected one of {', '.join(ACTIONS)}")
+            raise ConfigError(f"action: got {quote(action)}, expected one of {', '.join(ACTIONS)}")
         self.action, self.folder = action, None if folder is None else Path(folder)
         self.alarms: list[Alarm] = []
         self.stopped = False
         self.saved: dict[str, Any] | None = None  # set by transformers where it restores callbacks itself
-        self._say = say or (lambda text: logger.warning("%s", printable(text)))
+        self._say = say or (lambda text: logger.warning("%s", text))
         self._fall = Fall()
         self._pending, self._broken, self._cycle = False, False, 1
         self._tokens: list[tuple[int, int, str, float]] = []  # the largest since the last reward

@@ -20,7 +20,7 @@ import torch
 
 from kalman_rl.engine.runs.files import append_row, explained, write_file
 from kalman_rl.engine.runs.received import parse_json, read_lines
-from kalman_rl.errors import RunError
+from kalman_rl.errors import RunError, quote
 from kalman_rl.numerics.kalman import Gaussian, predict, update
 
 RATIO = 0.2
@@ -70,7 +70,9 @@ class Alarm:
         """One line for a terminal."""
         text = f"step {self.step}: {self.happened()}"
         if self.tokens:
-            text += "; tokens " + ", ".join(f"{token.text!r} {token.log_ratio:+.2f}" for token in self.tokens)
+            text += "; tokens " + ", ".join(
+                f"{quote(token.text)} {token.log_ratio:+.2f}" for token in self.tokens
+            )
         return f"{text}; effective sample size {self.sample_size:.2f}; try {ADVICE}"
 
 

@@ -27,7 +27,7 @@ from kalman_rl.engine.runs.checkpoints import SEAL, digests
 from kalman_rl.engine.runs.files import replacing
 from kalman_rl.engine.runs.received import read_json
 from kalman_rl.engine.tasks.task import Task
-from kalman_rl.errors import AdapterError, ConfigError, RunError, one_line, unknown_name
+from kalman_rl.errors import AdapterError, ConfigError, RunError, one_line, quote, unknown_name
 from kalman_rl.hosts.sampling import drop_own_sampling
 from kalman_rl.hosts.trl.dropout import switch_off_dropout
 
@@ -304,7 +304,7 @@ def _from_user(path: str, dtype: torch.dtype, kind: type[Exception], expected: s
     try:
         return _load(path, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise kind(f"model: cannot load {path!r} ({one_line(error, 300)}), {expected}") from error
+        raise kind(f"model: cannot load {quote(path)} ({one_line(error, 300)}), {expected}") from error
 
 
 def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:

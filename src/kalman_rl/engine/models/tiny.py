@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.engine.tasks.task import Row, Task
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz \n>+-*=(),:"
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -80,12 +80,12 @@ def check_spelling(task: Task) -> None:
     if foreign:
         shown = " ".join(repr(character) for character in foreign[:8])
         raise ConfigError(
-            f"model: task {task.name!r} has {len(foreign)} characters that 'tiny' cannot spell ({shown}), "
+            f"model: task {quote(task.name)} has {len(foreign)} characters that 'tiny' cannot spell ({shown}), "
             "expected only digits, lower-case letters and a few signs; choose another model, e.g. smollm2"
         )
     if not all(isinstance(row["answer"], str) and row["answer"] for row in task.train):
         raise ConfigError(
-            f"model: task {task.name!r} has rows without an answer, expected one in every row for 'tiny' to "
+            f"model: task {quote(task.name)} has rows without an answer, expected one in every row for 'tiny' to "
             "learn from; choose another model, e.g. smollm2"
         )
 
@@ -94,8 +94,8 @@ def check_template(tokenizer: Any, task: Task, name: str) -> None:
     """Raises ConfigError when the task's prompts are chats and the model has no template for them."""
     if isinstance(task.train[0]["prompt"], list) and getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(
-            f"model: got {name!r}, which has no chat template, expected one because the prompts of {task.name!r} are "
-            "lists of messages; choose a chat model, or write the prompts as texts"
+            f"model: got {quote(name)}, which has no chat template, expected one because the prompts of "
+            f"{quote(task.name)} are lists of messages; choose a chat model, or write the prompts as texts"
         )
 
 
@@ -156,8 +156,8 @@ def _batches(task: Task, steps: int, seed: int) -> Iterator[list[Row]]:
         fitting = [row for row in task.train if len(row["prompt"] + task.target(row)) <= most]
         if not fitting:
             raise ConfigError(
-                f"model: got no row of task {task.name!r} with at most {most} characters, expected one for 'tiny' to "
-                "learn from; choose another model, e.g. smollm2"
+                f"model: got no row of task {quote(task.name)} with at most {most} characters, expected one "
+                "for 'tiny' to learn from; choose another model, e.g. smollm2"
             )
         rows = rng.choices(fitting, k=count)
     for start in range(0, count, BATCH):

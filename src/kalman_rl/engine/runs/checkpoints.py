@@ -12,7 +12,7 @@ from typing import Any
 
 from kalman_rl.engine.runs.files import FORMAT, explained, sync, write_file
 from kalman_rl.engine.runs.received import MAX_JSON, read_bytes, read_json
-from kalman_rl.errors import RunError
+from kalman_rl.errors import RunError, quote
 
 SEAL = "complete.json"
 
@@ -47,7 +47,9 @@ def verify_checkpoint(folder: Path) -> None:
         raise RunError(f"{folder}: has no {SEAL}: the save was cut short")
     sealed = read_json(folder, SEAL)
     if sealed.get("format") != FORMAT:
-        raise RunError(f"{folder}: got a checkpoint of format {sealed.get('format')!r}, expected {FORMAT}")
+        raise RunError(
+            f"{folder}: got a checkpoint of format {quote(sealed.get('format'))}, expected {FORMAT}"
+        )
     content = _checkpoint_content(folder)
     if read_bytes(folder, SEAL, MAX_JSON) != content:
         then, now = sealed.get("files"), json.loads(content)["files"]
@@ -70,7 +72,7 @@ def _checkpoint_content(folder: Path, *, flush: bool = False) -> bytes:
     """What ``complete.json`` must contain, byte for byte, about the files that are there now."""
     match = CHECKPOINT.fullmatch(folder.name)
     if not match:
-        raise RunError(f"{folder}: got the name {folder.name!r}, expected checkpoint-N")
+        raise RunError(f"{folder}: got the name {quote(folder.name)}, expected checkpoint-N")
     files = digests(folder, flush=flush)
     if "trainer_state.json" not in files:
         raise RunError(f"{folder}: got no trainer_state.json, expected a complete checkpoint")

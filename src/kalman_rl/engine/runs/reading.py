@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import math
 import os
 import unicodedata
@@ -29,7 +28,8 @@ from kalman_rl.engine.runs.received import (
     read_lines,
     run_folders,
 )
-from kalman_rl.errors import ConfigError, PlaceError, RunError
+from kalman_rl.errors import ConfigError, PlaceError, RunError, quote
+from kalman_rl.terminal import logger
 
 Row = dict[str, float]
 UNFINISHED = frozenset({"running", "interrupted", "failed", "stopped: disk", "killed"})
@@ -40,7 +40,6 @@ LARGEST = 1e100
 LARGEST_STEP = 2**52
 """Beyond it the next step is the same float."""
 KEPT_BREAKS = {"\n": "\n", "\t": "\t"}
-logger = logging.getLogger("kalman_rl")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path, MANIFEST)
     if manifest.get("format") != FORMAT:
         raise RunError(
-            f"{path}: got a run of format {manifest.get('format')!r}, expected {FORMAT}; use the "
+            f"{path}: got a run of format {quote(manifest.get('format'))}, expected {FORMAT}; use the "
             "version of kalman-rl that wrote it"
         )
     return manifest
@@ -147,7 +146,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
     Raises: ConfigError for no path at all; RunError for a path that is not a directory or holds no run.
     """
     if isinstance(paths, str | Path):
-        raise ConfigError(f"runs: got {str(paths)!r}, expected a list of run directories")
+        raise ConfigError(f"runs: got {quote(str(paths))}, expected a list of run directories")
     if not paths:
         raise ConfigError("runs: got no run directory, expected at least one")
     found: dict[Path, RunRecord] = {}

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from kalman_rl.engine.runs.files import explained
-from kalman_rl.errors import RunError
+from kalman_rl.errors import RunError, quote
 
 MAX_JSON = 16_000_000
 """Bytes of a file that is one JSON object."""
@@ -70,7 +70,7 @@ def opened(run: Path, name: str, limit: int) -> Iterator[BinaryIO]:
 def _descriptor(run: Path, name: str) -> int:
     *folders, last = PurePosixPath(name).parts
     if not {"/", ".."}.isdisjoint([*folders, last]):
-        raise RunError(f"{run}: got the name {name!r}, expected one inside the run")
+        raise RunError(f"{run}: got the name {quote(name)}, expected one inside the run")
     here = os.open(run, _FOLDER)
     try:
         for part in folders:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import re
@@ -24,11 +23,10 @@ from kalman_rl.engine.runs.journals import drop_after
 from kalman_rl.engine.runs.manifest import new_manifest, redacted, redacted_toml
 from kalman_rl.engine.runs.reading import LOCK, metrics_rows, read_manifest, read_metrics
 from kalman_rl.engine.runs.traces import trace_table
-from kalman_rl.errors import PlaceError, RunError
+from kalman_rl.errors import PlaceError, RunError, quote
+from kalman_rl.terminal import logger
 
 STATUSES = ("running", "finished", "interrupted", "failed", "stopped: disk")
-
-logger = logging.getLogger("kalman_rl")
 
 
 class Run:
@@ -189,7 +187,7 @@ class Run:
         Raises: RunError for another status, or a manifest that cannot be written; the files are closed all the same.
         """
         if status not in STATUSES[1:]:
-            raise RunError(f"status: got {status!r}, expected one of {', '.join(STATUSES[1:])}")
+            raise RunError(f"status: got {quote(status)}, expected one of {', '.join(STATUSES[1:])}")
         seconds = time.monotonic() - self._start if seconds is None else seconds
         try:
             self.update_manifest(status=status, seconds=round(self._before + seconds, 3))
@@ -306,7 +304,9 @@ def name_problem(path: Path) -> str | None:
     name = Path(path).name
     if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
         return None
-    return f"got {name[:120]!r} as a run's name, expected 1 to 100 of A-Z a-z 0-9 . _ - and no leading dot"
+    return (
+        f"got {quote(name, 120)} as a run's name, expected 1 to 100 of A-Z a-z 0-9 . _ - and no leading dot"
+    )
 
 
 def name_part(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kalman_rl.engine.tasks.scoring import reply_text
 from kalman_rl.engine.tasks.task import Reward
-from kalman_rl.errors import ConfigError, RewardError
+from kalman_rl.errors import ConfigError, RewardError, quote
 from kalman_rl.hosts.rewards import SupervisedReward
 from kalman_rl.hosts.rewards.values import numbers
 from kalman_rl.registry import imported
@@ -27,7 +27,7 @@ def load_reward(name: str) -> Reward:
             no function.
     """
     if not isinstance(name, str):
-        raise ConfigError(f"reward: got {name!r}, expected a text, module:function")
+        raise ConfigError(f"reward: got {quote(name)}, expected a text, module:function")
     function = imported("reward", name)
     parameters = _parameters(function)
     return from_verl(function) if {"solution_str", "ground_truth"} <= parameters else function
@@ -126,7 +126,7 @@ def guard_reward(function: Callable[..., Any]) -> GuardedReward | SupervisedRewa
         return function
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         raise ConfigError(
-            f"reward: got the async function {function!r}, expected an ordinary one; wrap asyncio.run"
+            f"reward: got the async function {quote(function)}, expected an ordinary one; wrap asyncio.run"
         )
     return GuardedReward(function)
 

@@ -18,7 +18,7 @@ from kalman_rl.engine.tasks.task import (
     prompt_text,
     spell,
 )
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 # Names under which TRL passes its own arguments to a reward function, and a method its object; a column of that name
 # would collide.
@@ -151,7 +151,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 def _reader(file: Path) -> Callable[[Path], Iterator[tuple[str, Row]]]:
     if file.suffix not in READERS:
         raise ConfigError(
-            f"rows: got a file named {file.name!r}, expected one ending in {', '.join(READERS)}; {file}"
+            f"rows: got a file named {quote(file.name)}, expected one ending in {', '.join(READERS)}; {file}"
         )
     return READERS[file.suffix]
 
@@ -190,11 +190,11 @@ def _clean(name: str, where: str, row: Row, columns: list[str], needs_answer: bo
     if needs_answer:
         if isinstance(answer, bool) or not isinstance(answer, str | int):
             why = "; a reply is compared with its text: write '3.0' or 3" if isinstance(answer, float) else ""
-            raise ConfigError(f"answer: got {answer!r}, expected a text or a whole number{why}; {where}")
+            raise ConfigError(f"answer: got {quote(answer)}, expected a text or a whole number{why}; {where}")
         row["answer"] = str(answer)
         if "\n" in row["answer"].strip() or not row["answer"].strip():
             raise ConfigError(
-                f"answer: got {answer!r}, expected one line of text, as only the first line of a reply is "
+                f"answer: got {quote(answer)}, expected one line of text, as only the first line of a reply is "
                 f"compared; {where}; shorten it, or give your own reward with --reward module:function"
             )
     content = {key: value for key, value in row.items() if key not in ("split", "prompt_id")}
@@ -207,12 +207,12 @@ def _check_prompt(prompt: Any, where: str) -> None:
     """A text, or a chat of messages that have a role and a content, both texts."""
     expected = 'expected a text that is not empty, or a list of {"role": TEXT, "content": TEXT}'
     if not prompt or not isinstance(prompt, str | list):
-        raise ConfigError(f"prompt: got {prompt!r}, {expected}; {where}")
+        raise ConfigError(f"prompt: got {quote(prompt)}, {expected}; {where}")
     for message in prompt if isinstance(prompt, list) else ():
         given = message if isinstance(message, dict) else {}
         parts = {name: part for name, part in given.items() if part is not None}  # None: a table filled it in
         if parts.keys() != {"role", "content"} or not all(isinstance(part, str) for part in parts.values()):
-            raise ConfigError(f"prompt: got the message {message!r:.200}, {expected}; {where}")
+            raise ConfigError(f"prompt: got the message {quote(message, 200)}, {expected}; {where}")
 
 
 def _check_spelling(row: Row, where: str) -> None:
@@ -245,7 +245,8 @@ def _merge(located: list[tuple[str, Row]]) -> tuple[list[Row], list[str]]:
         differ = [column for column in row if spell(first[column]) != spell(row[column])]
         if differ:
             raise ConfigError(
-                f"prompt_id: got {str(row['prompt_id'])!r} for two different rows, expected one row per prompt_id; "
+                f"prompt_id: got {quote(str(row['prompt_id']))} for two different rows, expected one row per "
+                "prompt_id; "
                 f"{where} and {first_where} differ in {', '.join(differ)}; make the ids unique, or leave the "
                 "column out"
             )
@@ -259,7 +260,7 @@ def _by_column(merged: list[Row]) -> tuple[list[Row], list[Row], list[str]]:
         split = row.pop("split")
         if split not in SPLITS:
             raise ConfigError(
-                f"split: got {split!r}, expected 'train' or 'test'; prompt {prompt_text(row['prompt'])[:60]!r}"
+                f"split: got {quote(split)}, expected 'train' or 'test'; prompt {quote(prompt_text(row['prompt']), 60)}"
             )
         sides[SPLITS[split]].append(row)
     seen = {_key(row["prompt"]) for row in sides["test"]}

@@ -16,7 +16,7 @@ from typing import Any
 
 from kalman_rl.checks import is_whole
 from kalman_rl.engine.tasks.task import Row, Task, held_out, make_prompt_id
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 TEST_SHARE = 1 / 16
 DEFAULT_TRAIN, DEFAULT_TEST = 4096, 256
@@ -39,7 +39,7 @@ def sorting(
     """
     if not is_whole(digits, 8):
         raise ConfigError(
-            f"digits: got {digits!r}, expected at least 8; with fewer the questions soon run out"
+            f"digits: got {quote(digits)}, expected at least 8; with fewer the questions soon run out"
         )
     return _sorting(f"sort{digits}", range(digits, digits + 1), seed, train_size, test_size)
 
@@ -103,7 +103,7 @@ def _sorting(
 ) -> Task:
     for argument, size in {"train_size": train_size, "test_size": test_size}.items():
         if size is not None and not is_whole(size, 1):
-            raise ConfigError(f"{argument}: got {size!r}, expected at least 1; task {name!r}")
+            raise ConfigError(f"{argument}: got {quote(size)}, expected at least 1; task {quote(name)}")
 
     def fresh(count: int, seed: int) -> list[Row]:
         return _draw(name, lengths, count, f"train {seed}", test=False, reply=reply, weights=weights)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kalman_rl.checks import is_whole
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 Row = dict[str, Any]
 Prompt = str | list[dict[str, Any]]
@@ -130,7 +130,7 @@ def take(rows: Sequence[Row], size: int | None, default: int | None, argument: s
         return list(rows[:default])
     if not is_whole(size, 1, len(rows)):
         raise ConfigError(
-            f"{argument}: got {size!r}, expected 1 to {len(rows)}; task {task!r} has {len(rows)} different "
+            f"{argument}: got {quote(size)}, expected 1 to {len(rows)}; task {quote(task)} has {len(rows)} different "
             "questions on this side of the split; choose fewer"
         )
     return list(rows[:size])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.hosts.recipes.common import SUM, checked, metrics_of, summed
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.aggregate import token_mean
@@ -31,7 +31,9 @@ def loss_for(method: str | Method, **options: Any) -> PolicyLoss:
     given = make_method(method, **options) if isinstance(method, str) else method
     chosen = summed(checked("SkyRL", given), token_mean)
     if chosen.penalty is not None:
-        raise ConfigError(f"method: got {chosen.name!r} with a penalty, expected none; SkyRL has use_kl_loss")
+        raise ConfigError(
+            f"method: got {quote(chosen.name)} with a penalty, expected none; SkyRL has use_kl_loss"
+        )
 
     def kalman_rl_loss(
         log_probs: Tensor,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger("kalman_rl")
+from kalman_rl.terminal import logger
 
 
 def digest(*content: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import types
@@ -13,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kalman_rl.checks import is_real
-from kalman_rl.errors import ConfigError, RewardError
+from kalman_rl.errors import ConfigError, RewardError, quote
 from kalman_rl.hosts.rewards.pool import Outcome, WorkerPool
 from kalman_rl.hosts.rewards.record import RewardRecord, digest
-from kalman_rl.terminal import printable
+from kalman_rl.terminal import logger, printable
 
 SECONDS, MEMORY = 60.0, 4.0
 """Defaults: longest call in seconds, memory of a worker in GiB."""
@@ -24,8 +23,6 @@ WORKERS = 4
 """Most processes that score single completions at the same time."""
 PRINTED = 20_000
 """Characters of a reward's output that are shown in all."""
-
-logger = logging.getLogger("kalman_rl")
 
 
 class SupervisedReward:
@@ -62,14 +59,14 @@ class SupervisedReward:
         say: Callable[[str], None] | None = None,
     ) -> None:
         if not is_real(seconds) or not 0 < seconds < 1e9:
-            raise ConfigError(f"reward_timeout: got {seconds!r}, expected seconds above 0")
+            raise ConfigError(f"reward_timeout: got {quote(seconds)}, expected seconds above 0")
         if not is_real(memory) or not 0 <= memory < 1e6:
-            raise ConfigError(f"reward_memory: got {memory!r}, expected GiB, or 0 for no limit")
+            raise ConfigError(f"reward_memory: got {quote(memory)}, expected GiB, or 0 for no limit")
         if not hasattr(os, "fork"):
             raise ConfigError(
                 "reward_timeout: got a system without fork, expected Linux or macOS; leave it unset"
             )
-        self.say = say or (lambda text: logger.warning("%s", printable(text)))
+        self.say = say or (lambda text: logger.warning("%s", text))
         self.missing = self.scored = self.failed = 0
         self.reasons: Counter[str] = Counter()
         self.first = ""
@@ -185,8 +182,8 @@ class SupervisedReward:
                     pickle.dumps(value)
                 except Exception:
                     raise ConfigError(
-                        f"reward_timeout: got a column {name!r} that cannot be sent to a worker ({error}), expected "
-                        "plain values; leave the column out, or reward_timeout unset"
+                        f"reward_timeout: got a column {quote(name)} that cannot be sent to a worker "
+                        f"({error}), expected plain values; leave the column out, or reward_timeout unset"
                     ) from error
             raise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kalman_rl.errors import RewardError
+from kalman_rl.errors import RewardError, quote
 
 
 def numbers(name: str, returned: Any, count: int) -> list[float | None]:
@@ -46,6 +46,6 @@ def _number(name: str, index: int, item: Any) -> float | None:
 
 def _not_a_number(name: str, index: int, item: Any) -> RewardError:
     return RewardError(
-        f"reward: {name} returned {item!r:.60} ({type(item).__name__}) for completion {index}, "
+        f"reward: {name} returned {quote(item, 60)} ({type(item).__name__}) for completion {index}, "
         "expected a number, or None when there is no reward"
     )

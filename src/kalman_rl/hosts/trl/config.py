@@ -10,7 +10,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from kalman_rl.beliefs.advantage import Tracked
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.hooks import check
 from kalman_rl.hosts.rewards.supervised import MEMORY
 from kalman_rl.hosts.trl.hooks import TORCH, TRANSFORMERS, TRL
@@ -243,8 +243,8 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
     else:
         if _options(args, "method_options"):
             raise ConfigError(
-                f"method_options: got {getattr(args, 'method_options', {})!r} without a method, expected {{}}; name "
-                "the method, or write them as TRL's settings"
+                f"method_options: got {quote(getattr(args, 'method_options', {}))} without a method, expected "
+                "{}; name the method, or write them as TRL's settings"
             )
         resolved, level = translated(args), args.importance_sampling_level
     belief = getattr(args, "belief", None)
@@ -255,7 +255,7 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
     if correction is not None:
         if args.use_vllm and args.vllm_importance_sampling_correction:
             raise ConfigError(
-                f"correction: got {correction!r} beside vllm_importance_sampling_correction=True, expected "
+                f"correction: got {quote(correction)} beside vllm_importance_sampling_correction=True, expected "
                 "one of the two because the behaviour policy's mismatch would count twice; set TRL's to False"
             )
         factor = make("correction", CORRECTIONS, correction, _options(args, "correction_options"))
@@ -270,7 +270,7 @@ def resolve_method(method: Method | str | None, args: GRPOConfig) -> Method:
 def _options(args: GRPOConfig, name: str) -> Mapping[str, Any]:
     options = getattr(args, name, {})
     if not isinstance(options, Mapping):
-        raise ConfigError(f"{name}: got {options!r}, expected options by name, {{}} for none")
+        raise ConfigError(f"{name}: got {quote(options)}, expected options by name, {{}} for none")
     return options
 
 
@@ -282,7 +282,7 @@ def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -
     check_group_size(method, args.num_generations, "num_generations", "belief='auto'")
     rows = args.generation_batch_size
     Budget.of(args).chooses_among(rows // args.num_generations, rows)
-    where = f"for method {method.name!r}"
+    where = f"for method {quote(method.name)}"
     check_belief_only(args, isinstance(method.advantage, Tracked), where, "set belief='auto'")
     check_prior(getattr(args, "prior_column", None), 0, getattr(args, "prompt_features", False))
     if args.use_vllm:  # it does not pass on the behaviour policy's distributions
@@ -302,10 +302,10 @@ def check_combination(method: Method, args: GRPOConfig, *, named: bool = True) -
     if "trust" in method.learns and (args.steps_per_generation or share) % share:
         raise ConfigError(
             f"gradient_accumulation_steps: got {share}, expected a divisor of steps_per_generation = "
-            f"{args.steps_per_generation} because {method.name!r} chooses its bounds once per optimizer step"
+            f"{args.steps_per_generation} because {quote(method.name)} chooses its bounds once per optimizer step"
         )
     if isinstance(method.penalty, KL) and not args.beta:
         raise ConfigError(
-            f"beta: got {args.beta}, expected a value > 0 because method {method.name!r} has a penalty "
+            f"beta: got {args.beta}, expected a value > 0 because method {quote(method.name)} has a penalty "
             "against a reference policy; TRL computes reference log-probabilities only with beta > 0"
         )

@@ -5,13 +5,12 @@ At learning rate 0, dropout 0.1 moves log-ratios by more than a nat and leaves t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-logger = logging.getLogger(__name__)
+from kalman_rl.terminal import logger
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 

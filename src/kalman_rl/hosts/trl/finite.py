@@ -7,7 +7,6 @@ which is how it finds its scale: those are left to it.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError, NumericError
+from kalman_rl.errors import ConfigError, NumericError, quote
 from kalman_rl.hosts.trl.dropout import warn_of_dropout
 from kalman_rl.hosts.trl.ranks import RanksTrainer, last_good_checkpoint
-
-logger = logging.getLogger(__name__)
+from kalman_rl.terminal import logger
 
 CHOICES = ("stop", "skip")
 TERMS = {"objective/surrogate": "loss", "objective/penalty": "penalty"}
@@ -101,7 +99,7 @@ def check_nonfinite(args: Any) -> None:
     """Refuse a choice that is unknown or cannot be kept. Raises: ConfigError."""
     choice = getattr(args, "nonfinite", "stop")
     if choice not in CHOICES:
-        raise ConfigError(f"nonfinite: got {choice!r}, expected one of {', '.join(CHOICES)}")
+        raise ConfigError(f"nonfinite: got {quote(choice)}, expected one of {', '.join(CHOICES)}")
     if choice == "skip" and args.deepspeed:
         raise ConfigError("nonfinite: got 'skip' with DeepSpeed, expected 'stop' because it steps by itself")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kalman_rl.beliefs.by_source import Sources
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.sampling.priors import absorb_priors, read_priors
 from kalman_rl.sampling.tracking import Tracking
 
@@ -27,7 +27,7 @@ def prompts_by_id(rows: Iterable[Row]) -> dict[Hashable, Row]:
         name = row.get("prompt_id")
         if not isinstance(name, (str, int)) or isinstance(name, bool):
             raise ConfigError(
-                f"prompt_id: got {name!r}, expected a text or integer in every row of the dataset because beliefs "
+                f"prompt_id: got {quote(name)}, expected a text or integer in every row of the dataset because beliefs "
                 "are kept by prompt; add one, e.g. dataset.map(lambda row, i: {'prompt_id': i}, with_indices=True)"
             )
         first = by_id.setdefault(name, row)
@@ -36,8 +36,8 @@ def prompts_by_id(rows: Iterable[Row]) -> dict[Hashable, Row]:
         )
         if differ:
             raise ConfigError(
-                f"prompt_id: got {name!r} for two different rows (they differ in {', '.join(differ)}), expected one "
-                "name per row; beliefs about them would be mixed; give each its own name"
+                f"prompt_id: got {quote(name)} for two different rows (they differ in {', '.join(differ)}), "
+                "expected one name per row; beliefs about them would be mixed; give each its own name"
             )
     return by_id
 
@@ -101,7 +101,7 @@ def take_priors(tracking: Tracking, names: list[Hashable], dataset: Any, column:
     """
     if names and column not in dataset.column_names:
         raise ConfigError(
-            f"prior_column: got {column!r}, expected a column of the dataset, which has "
+            f"prior_column: got {quote(column)}, expected a column of the dataset, which has "
             f"{', '.join(dataset.column_names)}"
         )
     absorb_priors(tracking, read_priors(names, dataset[column] if names else [], column))
@@ -112,7 +112,7 @@ def note_sources(sources: Sources, column: str, rows: Iterable[Row]) -> None:
     rows = list(rows)
     if missing := [row for row in rows if column not in row]:
         raise ConfigError(
-            f"source_column: got {column!r}, expected a column of the dataset, which has {', '.join(missing[0])}"
+            f"source_column: got {quote(column)}, expected a column of the dataset, which has {', '.join(missing[0])}"
         )
     sources.note([row["prompt_id"] for row in rows], [row[column] for row in rows])
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kalman_rl.errors import KalmanRLError, RunError
+from kalman_rl.errors import KalmanRLError, RunError, quote
 from kalman_rl.hosts.state import broken_tensor, load_state
 from kalman_rl.hosts.trl.candidates import CandidatesTrainer
 
@@ -50,7 +50,9 @@ def named_loss(trainer: Any) -> Iterator[None]:
             raise
         good = last_good_checkpoint(trainer.args.output_dir)
         go_on = (
-            f"train(resume_from_checkpoint={str(good)!r})" if good else "from the start: nothing was saved"
+            f"train(resume_from_checkpoint={quote(str(good))})"
+            if good
+            else "from the start: nothing was saved"
         )
         rank = trainer.accelerator.process_index
         raise RunError(

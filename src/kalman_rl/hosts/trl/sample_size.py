@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kalman_rl.checks import is_real
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 SHARE = "effective_sample_size/sequences_raw"
 
@@ -34,7 +34,9 @@ class SampleSizeRate(TrainerCallback):
 
     def __init__(self, reference: float = 1.0) -> None:
         if not (is_real(reference) and 0 < reference <= 1):
-            raise ConfigError(f"reference: got {reference!r}, expected a share of the sequences in (0, 1]")
+            raise ConfigError(
+                f"reference: got {quote(reference)}, expected a share of the sequences in (0, 1]"
+            )
         self.reference = float(reference)
         self.factor = 1.0
         self._kept: list[float] = []

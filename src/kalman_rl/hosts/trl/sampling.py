@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.sampling import biased, own_sampling, refusals
 from kalman_rl.objectives.loss import Method
-
-logger = logging.getLogger(__name__)
+from kalman_rl.terminal import logger
 
 OF_TRL = ("top_p", "top_k", "min_p", "repetition_penalty")
 """Those that GRPOConfig has as fields; the others may stand in its ``generation_kwargs``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import queue
 import threading
 import time
@@ -14,10 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from kalman_rl.errors import one_line, unknown_name
-from kalman_rl.terminal import printable
-
-logger = logging.getLogger("kalman_rl")
-
+from kalman_rl.terminal import logger
 
 STEP, LONG = 1.0, 60.0
 """Seconds that a tracker may take in one optimizer step, and in one of ``RARE``."""
@@ -128,7 +124,7 @@ def make_sinks(names: str | Sequence[str], say: Callable[[str], None] | None = N
 
 
 def _warn(text: str) -> None:
-    logger.warning("%s", printable(text))
+    logger.warning("%s", text)
 
 
 def _dropped(name: str, where: str, why: str, when: str = "") -> str:

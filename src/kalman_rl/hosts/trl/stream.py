@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOConfig
 
+from kalman_rl.errors import quote
 from kalman_rl.hosts.trl.prompts import Row, names_in, note_all_sources, take_priors
 from kalman_rl.sampling.stream import PromptStream
 from kalman_rl.sampling.tracking import Tracking
@@ -30,7 +31,7 @@ def look_ahead(tracking: Tracking, dataset: Any, args: GRPOConfig) -> NamedRows 
     prior, select = getattr(args, "prior_column", None), tracking.budget.select
     if prior is None and select == "passes":
         return None
-    names = names_in(dataset, f"select={select!r}" if prior is None else f"prior_column={prior!r}")
+    names = names_in(dataset, f"select={quote(select)}" if prior is None else f"prior_column={quote(prior)}")
     note_all_sources(tracking.sources, getattr(args, "source_column", None), dataset)
     if prior is not None:
         take_priors(tracking, names, dataset, prior)

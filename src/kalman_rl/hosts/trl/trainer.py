@@ -8,7 +8,6 @@ reference model, PEFT, accelerate, FSDP, DeepSpeed, vLLM, logging and checkpoint
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor
 from trl import GRPOConfig
 
 from kalman_rl.beliefs.advantage import Tracked
-from kalman_rl.errors import AdapterError
+from kalman_rl.errors import AdapterError, quote
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.hosts.trl.candidates import candidates_of
 from kalman_rl.hosts.trl.config import (
@@ -50,8 +49,7 @@ from kalman_rl.objectives.rollouts import Current, Rollouts, score_norm_squared
 from kalman_rl.objectives.trust.curvature import last_layer_step
 from kalman_rl.objectives.trust.few import FewKept
 from kalman_rl.sampling.tracking import Tracking
-
-logger = logging.getLogger(__name__)
+from kalman_rl.terminal import logger
 
 _FORWARD_KEYS = (
     "pixel_values",
@@ -290,7 +288,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         if not self._own_loss_ran:
             raise AdapterError(
                 f"KalmanGRPOTrainer._compute_loss: got bypassed in the first step, expected method "
-                f"{self.method.name!r} to compute the loss; another library replaced TRL's compute_loss "
+                f"{quote(self.method.name)} to compute the loss; another library replaced TRL's compute_loss "
                 "(Unsloth does): import it after this trainer is built, or do without it"
             )
         return output

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOConfig
 
-from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.errors import ConfigError, quote, unknown_name
 from kalman_rl.methods import METHODS
 from kalman_rl.objectives import advantage, aggregate, ratio, trust
 from kalman_rl.objectives.aggregate import Totals
@@ -155,7 +155,7 @@ def check_settings(method: Method, args: GRPOConfig, given: Collection[str]) -> 
         value = getattr(args, name)
         if not _agrees(name, value, method):
             raise ConfigError(
-                f"{name}: got {value!r} beside method {method.name!r}, expected it unset because the method "
+                f"{name}: got {quote(value)} beside method {quote(method.name)}, expected it unset because the method "
                 f"decides this; {_advice(name, value, method)}"
             )
 
@@ -185,9 +185,9 @@ def _advice(name: str, value: Any, method: Method) -> str:
     build = METHODS.table.get(method.name)
     option = OPTIONS.get(name)
     if build is not None and option in inspect.signature(build).parameters:
-        return f"set method_options={{{option!r}: {value!r}}}"
+        return f"set method_options={{{quote(option)}: {quote(value)}}}"
     if name == "loss_type" and value in METHODS.table:
-        return f"set method={value!r}, or leave loss_type out"
+        return f"set method={quote(value)}, or leave loss_type out"
     if name == "importance_sampling_level" and value == "sequence":
         return "set method='gspo', or leave it out"
     return "leave it out, or name no method and let TRL's settings decide"

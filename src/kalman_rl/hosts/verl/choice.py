@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.methods import make_method
 from kalman_rl.methods.aliases import translated
 from kalman_rl.objectives.inputs import PARTS, check_provided, missing
@@ -49,7 +49,7 @@ def choose(name: str, options: Mapping[str, Any], *, aggregation: str = "verl") 
     0.0001
     """
     if aggregation not in AGGREGATIONS:
-        raise ConfigError(f"aggregation: got {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}")
+        raise ConfigError(f"aggregation: got {quote(aggregation)}, expected one of {', '.join(AGGREGATIONS)}")
     try:
         return _chosen(name, tuple(options.items()), aggregation)
     except TypeError:  # an option that is a list
@@ -98,13 +98,13 @@ def _check_effect(name: str, options: Mapping[str, Any], aggregation: str) -> No
         moved = parts_moved(name, option, value)
         if moved == {"advantage"}:
             raise ConfigError(
-                f"policy_loss.options {option}: got {value!r} for kalman_rl/{name}, expected an option of the loss "
-                f"because verl computes advantages before it; set +algorithm.kalman_rl.{option} with "
+                f"policy_loss.options {option}: got {quote(value)} for kalman_rl/{name}, expected an option of "
+                f"the loss because verl computes advantages before it; set +algorithm.kalman_rl.{option} with "
                 f"algorithm.adv_estimator=kalman_rl/{name}"
             )
         if moved == {"aggregate"} and aggregation == "verl":
             raise ConfigError(
-                f"policy_loss.options {option}: got {value!r} for kalman_rl/{name}, expected nothing because "
+                f"policy_loss.options {option}: got {quote(value)} for kalman_rl/{name}, expected nothing because "
                 "actor.loss_agg_mode aggregates; set policy_loss.aggregation=method, or verl's "
                 "loss_agg_mode=seq-mean-token-sum-norm with loss_scale_factor"
             )

@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 from verl.workers.config import PolicyLossConfig
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.hosts.verl.choice import SelectedMethod, choose
 from kalman_rl.hosts.verl.settings import PREFIX, check_policy_loss
 
@@ -63,15 +63,15 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
         """The method that these settings name. Raises: ConfigError, as at construction."""
         if not isinstance(self.loss_mode, str) or not self.loss_mode.startswith(PREFIX):
             raise ConfigError(
-                f"policy_loss.loss_mode: got {self.loss_mode!r} with KalmanPolicyLossConfig, expected {PREFIX}NAME "
-                "with a method's name; for verl's own losses leave policy_loss._target_ as it is"
+                f"policy_loss.loss_mode: got {quote(self.loss_mode)} with KalmanPolicyLossConfig, expected "
+                f"{PREFIX}NAME with a method's name; for verl's own losses leave policy_loss._target_ as it is"
             )
         # Hydra reads `no` as a text, and a text is true.
         for switch in ("allow_biased_sampling", "is_clip"):
             if not isinstance(value := getattr(self, switch), bool | None):
-                raise ConfigError(f"policy_loss.{switch}: got {value!r}, expected true or false")
+                raise ConfigError(f"policy_loss.{switch}: got {quote(value)}, expected true or false")
         if not isinstance(self.options, Mapping):
-            raise ConfigError(f"policy_loss.options: got {self.options!r}, expected options by name")
+            raise ConfigError(f"policy_loss.options: got {quote(self.options)}, expected options by name")
         name = self.loss_mode.removeprefix(PREFIX)
         check_policy_loss(name, self)
         options: dict[str, Any] = dict(self.options)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs.advantage import Tracked
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.hosts.verl.choice import parts_moved
 from kalman_rl.hosts.verl.settings import check_algorithm
 from kalman_rl.methods import make_method
@@ -97,7 +97,8 @@ def method_for(name: str, options: Mapping[str, Any]) -> Method:
         moved = parts_moved(name, option, value)
         if moved and "advantage" not in moved:
             raise ConfigError(
-                f"algorithm.kalman_rl.{option}: got {value!r} for adv_estimator=kalman_rl/{name}, expected an option "
+                f"algorithm.kalman_rl.{option}: got {quote(value)} for adv_estimator=kalman_rl/{name}, "
+                "expected an option "
                 "of the advantage; options of the loss belong to actor_rollout_ref.actor.policy_loss.options"
             )
     return make_method(name, **known)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -29,8 +28,7 @@ from kalman_rl.objectives.diagnostics import metric, sample_sizes
 from kalman_rl.objectives.learning import bound_metrics, step_statistics, with_bounds
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
-
-logger = logging.getLogger(__name__)
+from kalman_rl.terminal import logger
 
 DROPPED = ("objective/surrogate", "objective/penalty")
 """Parts of a sum over micro-batches, which verl would average; their sum is verl's ``actor/pg_loss``."""

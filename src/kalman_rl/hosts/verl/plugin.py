@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import logging
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -19,8 +18,7 @@ from kalman_rl.errors import AdapterError
 from kalman_rl.hooks import check
 from kalman_rl.hosts.verl import cpu
 from kalman_rl.hosts.verl.hooks import VERL
-
-logger = logging.getLogger(__name__)
+from kalman_rl.terminal import logger
 
 
 def check_host() -> None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.errors import ConfigError, quote, unknown_name
 from kalman_rl.hosts.sampling import NEUTRAL, biased, refusals
 from kalman_rl.hosts.verl.choice import SelectedMethod, choose
 from kalman_rl.hosts.verl.estimators import (
@@ -70,12 +70,12 @@ def own_name(setting: str, value: Any, known: Iterable[str]) -> str | None:
     ours = sorted(name for name in names if name.startswith(PREFIX))
     if text.startswith(PREFIX) and ":" in text:
         raise ConfigError(
-            f"{setting}: got {text!r}, expected a method that every process registers; call "
-            f"kalman_rl.hosts.verl.register({text.removeprefix(PREFIX)!r}) in a module and name it in {MODULES}"
+            f"{setting}: got {quote(text)}, expected a method that every process registers; call "
+            f"kalman_rl.hosts.verl.register({quote(text.removeprefix(PREFIX))}) in a module and name it in {MODULES}"
         )
     bare = PREFIX + text.rpartition("/")[2]
     if bare in names:
-        raise ConfigError(f"{setting}: got {text!r}, expected {bare!r}")
+        raise ConfigError(f"{setting}: got {quote(text)}, expected {quote(bare)}")
     if text.startswith(PREFIX) or difflib.get_close_matches(text, ours, n=1, cutoff=0.8):
         raise unknown_name(setting, text, ours)
     return None
@@ -191,7 +191,7 @@ def check_trainer(config: Any) -> str:
     if not estimator.startswith(PREFIX) or not remembers(name):
         choices = ", ".join(PREFIX + each for each in (TRACKED, "k_grpo", "spo"))
         raise ConfigError(
-            f"algorithm.adv_estimator: got {estimator!r} with trainer_mode=kalman_rl, expected one of {choices}; "
+            f"algorithm.adv_estimator: got {quote(estimator)} with trainer_mode=kalman_rl, expected one of {choices}; "
             "with other estimators verl's own trainers do the same"
         )
     check_algorithm(name, config.algorithm)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.methods.aliases import FOREIGN
 
 PREFIX = "kalman_rl/"
@@ -87,7 +87,8 @@ def check_bypass(config: Any) -> None:
         value = _get(config, field)
         if value is not None and value != without:
             raise ConfigError(
-                f"algorithm.rollout_correction.{field}: got {value!r} in bypass mode, expected {without!r} because "
+                f"algorithm.rollout_correction.{field}: got {quote(value)} in bypass mode, expected "
+                f"{quote(without)} because "
                 "only verl's loss_mode=bypass_mode acts on it; leave it out, or set bypass_mode=false"
             )
 

@@ -14,7 +14,7 @@ import numpy as np
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.hosts.verl.tracker import PromptNames, TrackerSettings
 from kalman_rl.sampling.priors import absorb_priors, read_priors
 from kalman_rl.sampling.tracking import Tracking
@@ -77,6 +77,7 @@ def column(dataset: Any, name: str) -> Sequence[Any]:
     rows = [dataset[i] for i in range(len(dataset))]
     if any(name not in row for row in rows):
         raise ConfigError(
-            f"algorithm.kalman_rl: got column {name!r}, expected one of the dataset, which has {', '.join(rows[0])}"
+            f"algorithm.kalman_rl: got column {quote(name)}, expected one of the dataset, which has "
+            f"{', '.join(rows[0])}"
         )
     return [row[name] for row in rows]

@@ -17,7 +17,7 @@ from torch import Tensor
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.beliefs.base import TableBelief
 from kalman_rl.beliefs.by_source import Sources
-from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.errors import ConfigError, quote, unknown_name
 from kalman_rl.hosts.verl.estimators import TRACKED
 from kalman_rl.methods import make_method
 from kalman_rl.sampling.allocate import allocate
@@ -52,30 +52,32 @@ class TrackerSettings(Budget):
     def __post_init__(self) -> None:
         if self.allocation not in ("fixed", "predictive"):
             raise ConfigError(
-                f"algorithm.kalman_rl.allocation: got {self.allocation!r}, expected fixed or predictive; rounds need a "
-                "rollout that waits for rewards, which verl's does not"
+                f"algorithm.kalman_rl.allocation: got {quote(self.allocation)}, expected fixed or predictive; "
+                "rounds need a rollout that waits for rewards, which verl's does not"
             )
         for name in ("budget", "rounds", "max_rounds"):
             if (value := getattr(self, name)) != (default := getattr(Budget, name)):
                 raise ConfigError(
-                    f"algorithm.kalman_rl.{name}: got {value!r}, expected {default!r} because verl samples rollout.n "
-                    "completions per prompt on average, all at once"
+                    f"algorithm.kalman_rl.{name}: got {quote(value)}, expected {quote(default)} because verl "
+                    "samples rollout.n completions per prompt on average, all at once"
                 )
         if isinstance(self.prompt_key, str) or not self.prompt_key:
             raise ConfigError(
-                f"algorithm.kalman_rl.prompt_key: got {self.prompt_key!r}, expected a list of columns, like [index]"
+                f"algorithm.kalman_rl.prompt_key: got {quote(self.prompt_key)}, expected a list of columns, "
+                "like [index]"
             )
         if self.source_key is not None and (not isinstance(self.source_key, str) or not self.source_key):
             raise ConfigError(
-                f"algorithm.kalman_rl.source_key: got {self.source_key!r}, expected a column, or null for one belief"
+                f"algorithm.kalman_rl.source_key: got {quote(self.source_key)}, expected a column, or null for "
+                "one belief"
             )
         if self.prior_key is not None and (not isinstance(self.prior_key, str) or not self.prior_key):
             raise ConfigError(
-                f"algorithm.kalman_rl.prior_key: got {self.prior_key!r}, expected a column, or null"
+                f"algorithm.kalman_rl.prior_key: got {quote(self.prior_key)}, expected a column, or null"
             )
         if not isinstance(self.belief_options, Mapping):
             raise ConfigError(
-                f"algorithm.kalman_rl.belief_options: got {self.belief_options!r}, expected options by name"
+                f"algorithm.kalman_rl.belief_options: got {quote(self.belief_options)}, expected options by name"
             )
         try:
             super().__post_init__()
@@ -86,7 +88,7 @@ class TrackerSettings(Budget):
 def read_settings(values: Mapping[str, Any]) -> TrackerSettings:
     """Settings from a mapping. Raises: ConfigError for an unknown name or a value out of range."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"algorithm.kalman_rl: got {values!r}, expected settings by name")
+        raise ConfigError(f"algorithm.kalman_rl: got {quote(values)}, expected settings by name")
     known = [f.name for f in dataclasses.fields(TrackerSettings)]
     for name in values:
         if name not in known:
@@ -102,8 +104,8 @@ def make_tracking(estimator: str, settings: TrackerSettings) -> Tracking:
         own: Any = make_method(estimator).advantage
         if settings.belief not in (TrackerSettings.belief, own.belief):
             raise ConfigError(
-                f"algorithm.kalman_rl.belief: got {settings.belief!r} for kalman_rl/{estimator}, expected "
-                f"{own.belief!r}; take adv_estimator=kalman_rl/{TRACKED} to choose the belief"
+                f"algorithm.kalman_rl.belief: got {quote(settings.belief)} for kalman_rl/{estimator}, expected "
+                f"{quote(own.belief)}; take adv_estimator=kalman_rl/{TRACKED} to choose the belief"
             )
         part = Tracked(own.belief, tuple({**dict(own.options), **settings.belief_options}.items()))
     default = settings.source_key == TrackerSettings.source_key
@@ -130,7 +132,8 @@ class PromptNames:
             text = hash("\0".join(_texts(prompt)))
             if self._seen.setdefault(name, text) != text:
                 raise ConfigError(
-                    f"{'/'.join(self.key)}: got {str(name)!r} for two different prompts, expected one name per prompt "
+                    f"{'/'.join(self.key)}: got {quote(str(name))} for two different prompts, expected one "
+                    "name per prompt "
                     "because beliefs are kept by it; give every row of the dataset its own extra_info.index (verl "
                     "takes 0 where there is none), or name other columns in algorithm.kalman_rl.prompt_key"
                 )

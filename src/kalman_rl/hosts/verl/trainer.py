@@ -7,7 +7,6 @@ in the driver, the one process that sees all rewards; workers know nothing of it
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils import tensordict_utils as tu
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.hooks import check
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.hosts.verl import plugin
@@ -38,8 +37,8 @@ from kalman_rl.hosts.verl.tracker import (
     rows_of,
     tracked_advantages,
 )
+from kalman_rl.terminal import logger
 
-logger = logging.getLogger(__name__)
 check(TRAINER)
 plugin.register()  # where entry points are switched off
 
@@ -163,7 +162,7 @@ class KalmanPPOTrainer(PPOTrainerSync):
         if missing:
             raise ConfigError(
                 f"algorithm.kalman_rl: got prompt_key {list(self.prompt_names.key)} and source_key "
-                f"{self.tracker_settings.source_key!r}, expected columns of the dataset, which has no "
+                f"{quote(self.tracker_settings.source_key)}, expected columns of the dataset, which has no "
                 f"{', '.join(missing)}"
             )
         columns = {name: plain(data[name]) for name in self._wanted()}

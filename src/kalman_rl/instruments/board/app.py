@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
@@ -14,10 +13,10 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from kalman_rl.instruments.board.door import Door
 from kalman_rl.instruments.board.page import PAGE_POLICY, POLICY, shell
 from kalman_rl.instruments.board.source import Source
+from kalman_rl.terminal import logger
 
 MAX_LISTENERS = 16
 HEARTBEAT = 15.0
-logger = logging.getLogger("kalman_rl")
 HEADERS = {
     "Connection": "close",
     "Cache-Control": "no-store",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import ConfigError, PlaceError, extra
+from kalman_rl.errors import ConfigError, PlaceError, extra, quote
 from kalman_rl.instruments.board.app import BoardApp
 from kalman_rl.instruments.board.door import guarded
 from kalman_rl.instruments.board.source import Source
@@ -86,11 +86,11 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket on a loopback address. Raises: ConfigError for another address, or a port that is taken."""
     if not isinstance(host, str) or host not in LOOPBACK:
         raise ConfigError(
-            f"host: got {host!r}, expected 127.0.0.1, localhost or ::1 because the page shows everything in the run; "
-            "to see it from elsewhere, forward the port over ssh"
+            f"host: got {quote(host)}, expected 127.0.0.1, localhost or ::1 because the page shows everything "
+            "in the run; to see it from elsewhere, forward the port over ssh"
         )
     if not is_whole(port, 0, 65535):
-        raise ConfigError(f"port: got {port!r}, expected 0 to 65535; 0 takes a free one")
+        raise ConfigError(f"port: got {quote(port)}, expected 0 to 65535; 0 takes a free one")
     family = socket.AF_INET6 if ":" in LOOPBACK[host] else socket.AF_INET
     sock: Any = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -112,7 +112,7 @@ def accepted_hosts(port: int) -> list[str]:
 
 def _source(run: Path, every: float) -> Source:
     if not (is_real(every) and 0.1 <= every <= 3600):
-        raise ConfigError(f"every: got {every!r}, expected 0.1 to 3600 seconds")
+        raise ConfigError(f"every: got {quote(every)}, expected 0.1 to 3600 seconds")
     source = Source(Path(run), least=every)
     if not source.look().version:
         raise PlaceError(f"{run}: got no manifest.json there or below, expected the directory of a run")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kalman_rl.beliefs import BELIEFS, Belief
-from kalman_rl.errors import ConfigError, unknown_name
+from kalman_rl.errors import ConfigError, quote, unknown_name
 from kalman_rl.instruments.contract import belief, method, reward
 from kalman_rl.instruments.contract.promise import Promise
 from kalman_rl.methods import METHODS
@@ -56,7 +56,8 @@ def contract(name: str, data: Path | None = None) -> Contracted:
     if callable(made) and _is_trust(made):
         return Contracted("trust region", list(method.trust_promises(made)))
     raise ConfigError(
-        f"contract: got {name!r}, which gives a {type(made).__name__}; expected a reward (it takes completions), a "
+        f"contract: got {quote(name)}, which gives a {type(made).__name__}; expected a reward (it takes "
+        "completions), a "
         "trust region (it takes ratio, advantage, current and rollouts), or what gives a Method or a Belief"
     )
 
@@ -95,8 +96,8 @@ def _made(name: str, function: Callable[..., Any]) -> Any:
         return function()
     except Exception as error:
         raise ConfigError(
-            f"contract: got {type(error).__name__} ({error}) from {name!r} called without arguments; expected a Method "
-            "or a Belief; give every option a default"
+            f"contract: got {type(error).__name__} ({error}) from {quote(name)} called without arguments; "
+            "expected a Method or a Belief; give every option a default"
         ) from error
 
 

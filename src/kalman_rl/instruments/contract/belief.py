@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.beliefs import Belief
-from kalman_rl.errors import KalmanRLError
+from kalman_rl.errors import KalmanRLError, quote
 from kalman_rl.instruments.contract.promise import Promise, tried
 
 IDS = ["a", "b", "a", "c", "b", "a", "new", "d"]
@@ -77,7 +77,7 @@ def _own_reward(make: Make) -> str:
             moved = (after.baseline[row] - before.baseline[row]).abs().item()
             if moved > 1e-13 or not torch.equal(after.scale, before.scale):
                 what = f"its baseline by {moved:.3g}" if moved else "the scale"
-                where = f"row {row} (prompt {name!r}) after {steps} batches"
+                where = f"row {row} (prompt {quote(name)}) after {steps} batches"
                 return f"another reward of {where} moved {what}: the gradient is biased"
     return ""
 

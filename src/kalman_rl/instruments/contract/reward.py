@@ -8,7 +8,7 @@ from typing import Any
 
 from kalman_rl.engine.tasks import guard_reward, score_replies
 from kalman_rl.engine.tasks.task import Row
-from kalman_rl.errors import RewardError
+from kalman_rl.errors import RewardError, quote
 from kalman_rl.instruments.contract.promise import Promise, tried
 
 MADE_UP: list[Row] = [
@@ -82,7 +82,7 @@ def _odd(score: Callable[..., Rewards], rows: Sequence[Row]) -> str:
         try:
             score(rows, [reply] * len(rows))
         except RewardError as error:
-            return f"{reply!r:.30}: {error}"
+            return f"{quote(reply, 30)}: {error}"
     return ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kalman_rl.errors import AdapterError, ConfigError
+from kalman_rl.errors import AdapterError, ConfigError, quote
 from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 
 
@@ -31,7 +31,7 @@ def model(plan: PlannedRun) -> Iterator[Finding]:
     try:
         tokenizer, empty = _without_weights(settings.model)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        found = f"cannot read {settings.model!r}: {explain(error)}"
+        found = f"cannot read {quote(settings.model)}: {explain(error)}"
         yield Finding("model", "problem", found, "name a directory, or a hub model that is cached here")
         return
     template = "has a chat template" if tokenizer.chat_template else "has no chat template: texts only"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kalman_rl.engine.runs.files import explained
-from kalman_rl.errors import unknown_name
+from kalman_rl.errors import quote, unknown_name
 from kalman_rl.instruments.reproduce.collapses import COLLAPSE
 from kalman_rl.instruments.reproduce.experiment import (
     Experiment,
@@ -91,7 +91,7 @@ def reproduce(
     known = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.model == model}
     for name in names:
         if name not in known:
-            raise unknown_name(f"claim on model {model!r}", name, known)
+            raise unknown_name(f"claim on model {quote(model)}", name, known)
     check_seeds(seeds or ())
     with explained(output, "create"):
         output.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.engine.models.weights import rounded
 from kalman_rl.engine.tasks.task import Row
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.instruments.reproduce.policy import Policy, Replies, joined
 from kalman_rl.instruments.reproduce.pool import KINDS, MATHS, Mix, Pool, World, draw_pool
 from kalman_rl.instruments.reproduce.watch import Record, Watched, squared_errors
@@ -229,7 +229,7 @@ class _Run:
         if arm.draw not in ("passes", "true"):
             if self.tracking is None:
                 raise ConfigError(
-                    f"draw: got {arm.draw!r} with advantage {arm.advantage!r}, expected a tracked one"
+                    f"draw: got {quote(arm.draw)} with advantage {quote(arm.advantage)}, expected a tracked one"
                 )
             belief, count = self.tracking.belief, arm.batch // arm.group
             if isinstance(arm.draw, str):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.engine.tasks.task import Row
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.instruments.reproduce.policy import Replies, TrainedWeights
 
 Tokens = tuple[int, ...]
@@ -225,8 +225,8 @@ class UpperPolicy(TrainedWeights):
         once, twice = (self.tokenizer.encode(digit * n, add_special_tokens=False) for n in (1, 2))
         if len(once) != 1 or twice != once * 2:
             raise ConfigError(
-                f"tokenizer: got {len(once)} tokens for {digit!r} and {len(twice)} for {digit * 2!r}, expected 1 and "
-                "2; choose a model that writes every digit as a token of its own"
+                f"tokenizer: got {len(once)} tokens for {quote(digit)} and {len(twice)} for "
+                f"{quote(digit * 2)}, expected 1 and 2; choose a model that writes every digit as a token of its own"
             )
         return int(once[0])
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 DEVICES = ("cpu", "cuda", "mps")
 SINGLE = 2e-5
@@ -43,6 +43,6 @@ def place_of(device: str) -> Place:
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not usable.get(device):
         present = " or ".join(name for name in DEVICES if usable[name])
-        raise ConfigError(f"device: got {device!r}, expected {present}, which PyTorch sees on this machine; "
+        raise ConfigError(f"device: got {quote(device)}, expected {present}, which PyTorch sees on this machine; "
                           "choose another device")  # fmt: skip
     return Place(torch.device(device), torch.float32 if device == "mps" else torch.float64)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.kernels import jit, triton_support
 from kalman_rl.kernels.loss.plan import Fused, Plan
 
@@ -28,7 +28,7 @@ def enabled() -> bool:
     """
     value = os.environ.get(SWITCH, "1")
     if value not in ("0", "1"):
-        raise ConfigError(f"{SWITCH}: got {value!r}, expected 0 (off) or 1 (on)")
+        raise ConfigError(f"{SWITCH}: got {quote(value)}, expected 0 (off) or 1 (on)")
     return value == "1"
 
 

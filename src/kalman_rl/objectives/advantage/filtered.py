@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import is_real
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.objectives.advantage.group import known_rewards, only_known
 
@@ -142,4 +142,4 @@ class BatchFilter:
 def _check(part: object, name: str, legal: Callable[[float], bool], expected: str) -> None:
     value = getattr(part, name)
     if not (is_real(value) and legal(value) and math.isfinite(value)):
-        raise NumericError(f"{name}: got {value!r:.80}, expected {expected}")
+        raise NumericError(f"{name}: got {quote(value, 80)}, expected {expected}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import is_real
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError, ShapeError, quote
 
 
 class GroupStatistics(NamedTuple):
@@ -167,7 +167,7 @@ class ConstantBaseline:
 
     def __post_init__(self) -> None:
         if not (is_real(self.value) and math.isfinite(self.value)):
-            raise NumericError(f"baseline: got {self.value!r:.80}, expected a finite reward")
+            raise NumericError(f"baseline: got {quote(self.value, 80)}, expected a finite reward")
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         known_rewards(reward, group)

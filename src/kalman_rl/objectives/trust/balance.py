@@ -23,7 +23,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, Rollouts
 from kalman_rl.objectives.trust.clip import Clip, Trust, weight_of
@@ -75,7 +75,9 @@ class Balance:
             raise NumericError(f"target: got {self.target}, expected a share or quotient >= 0")
         for name, kinds in (("measure", Measure), ("first", First)):
             if getattr(self, name) not in get_args(kinds):
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {get_args(kinds)}")
+                raise ConfigError(
+                    f"{name}: got {quote(getattr(self, name))}, expected one of {get_args(kinds)}"
+                )
         for name, ends in (("low", (0, self.low, self.low_end, 1)), ("high", (1, self.high, self.high_end))):
             step = getattr(self, f"{name}_step")
             ordered = all(a <= b for a, b in itertools.pairwise(ends)) and ends[-1] < math.inf

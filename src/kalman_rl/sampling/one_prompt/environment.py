@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import ConfigError, ShapeError
+from kalman_rl.errors import ConfigError, ShapeError, quote
 
 
 @runtime_checkable
@@ -67,15 +67,15 @@ class SimulatedPreferenceEnv:
         missing: float = 0.0,
     ) -> None:
         if not (is_real(success) and 0 <= success <= 1):
-            raise ConfigError(f"success: got {success!r}, expected a probability in [0, 1]")
+            raise ConfigError(f"success: got {quote(success)}, expected a probability in [0, 1]")
         if not (is_real(noise) and 0 <= noise < math.inf):
-            raise ConfigError(f"noise: got {noise!r}, expected a finite standard deviation >= 0")
+            raise ConfigError(f"noise: got {quote(noise)}, expected a finite standard deviation >= 0")
         if not (is_real(missing) and 0 <= missing < 1):
-            raise ConfigError(f"missing: got {missing!r}, expected a probability in [0, 1)")
+            raise ConfigError(f"missing: got {quote(missing)}, expected a probability in [0, 1)")
         if not is_whole(dim, 1):
-            raise ConfigError(f"dim: got {dim!r}, expected an integer >= 1")
+            raise ConfigError(f"dim: got {quote(dim)}, expected an integer >= 1")
         if not is_whole(seed, -(2**63), 2**64 - 1):
-            raise ConfigError(f"seed: got {seed!r}, expected an integer of 64 bits")
+            raise ConfigError(f"seed: got {quote(seed)}, expected an integer of 64 bits")
         tensor = isinstance(features, Tensor)
         if features is not None and (not tensor or features.dim() != 1 or not len(features)):
             got = f"shape {tuple(features.shape)}" if tensor else type(features).__name__
@@ -95,7 +95,7 @@ class SimulatedPreferenceEnv:
     def sample(self, k: int) -> Tensor:
         """Rewards (k,) float64 of k new completions, NaN = missing. Raises: ConfigError unless k >= 0."""
         if not is_whole(k):
-            raise ConfigError(f"k: got {k!r}, expected a number of completions >= 0")
+            raise ConfigError(f"k: got {quote(k)}, expected a number of completions >= 0")
         uniform = torch.rand(2, k, generator=self._generator, dtype=torch.float64)
         noise = torch.randn(k, generator=self._generator, dtype=torch.float64)
         self.taken += k

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import ConfigError, RewardError
+from kalman_rl.errors import ConfigError, RewardError, quote
 
 RewardFunction = Callable[..., Sequence[float | None]]
 """``reward(prompts=[...], completions=[...])``: a number per completion, None or NaN = missing, as in TRL."""
@@ -54,7 +54,7 @@ class LanguageModelEnvironment:
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self._encoded = tokenizer([prompt], return_tensors="pt").to(model.device)
         if not self._encoded["input_ids"].shape[1]:
-            raise ConfigError(f"prompt: got {prompt!r}, which has no tokens, expected at least one")
+            raise ConfigError(f"prompt: got {quote(prompt)}, which has no tokens, expected at least one")
         self._seeds = torch.Generator().manual_seed(seed)
         self._features: Tensor | None = None
         self.completions: list[str] = []
@@ -100,7 +100,7 @@ class LanguageModelEnvironment:
             values = [math.nan if score is None else float(score) for score in scores]
         except (TypeError, ValueError) as error:
             raise RewardError(
-                f"reward: got {scores!r}, expected a number per completion, None for missing"
+                f"reward: got {quote(scores)}, expected a number per completion, None for missing"
             ) from error
         if len(values) != len(texts):
             raise RewardError(f"reward: got {len(values)} numbers, expected {len(texts)}, one per completion")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import ConfigError, NumericError, RewardError, ShapeError
+from kalman_rl.errors import ConfigError, NumericError, RewardError, ShapeError, quote
 from kalman_rl.numerics.feature_filter import KalmanPreferenceTracker
 from kalman_rl.numerics.kalman import Gaussian, update
 from kalman_rl.sampling.budget import check_rounds
@@ -188,7 +188,11 @@ def _first(value: Gaussian) -> Gaussian:
 
 def _check_options(threshold: float, rounds: Sequence[int], n_min: int, n_max: int) -> None:
     if not (is_real(threshold) and 0 < threshold < math.inf):
-        raise ConfigError(f"threshold: got {threshold!r}, expected a finite number of nats > 0, such as 1.5")
+        raise ConfigError(
+            f"threshold: got {quote(threshold)}, expected a finite number of nats > 0, such as 1.5"
+        )
     check_rounds(rounds)
     if not (is_whole(n_min, 1) and is_whole(n_max, n_min)):
-        raise ConfigError(f"n_min, n_max: got {n_min!r}, {n_max!r}, expected integers 1 <= n_min <= n_max")
+        raise ConfigError(
+            f"n_min, n_max: got {quote(n_min)}, {quote(n_max)}, expected integers 1 <= n_min <= n_max"
+        )

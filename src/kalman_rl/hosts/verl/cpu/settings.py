@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.terminal import tell
 
 ENGINE = "transformers"
@@ -45,8 +45,8 @@ def fit(config: Any) -> None:
     strategy = config.actor_rollout_ref.actor.strategy
     if not str(strategy).startswith("fsdp"):
         raise ConfigError(
-            f"{ACTOR}.strategy: got {strategy!r} with VERL_PLATFORM=cpu, expected fsdp or fsdp2; try the same settings "
-            "without Megatron's"
+            f"{ACTOR}.strategy: got {quote(strategy)} with VERL_PLATFORM=cpu, expected fsdp or fsdp2; try the "
+            "same settings without Megatron's"
         )
     if OmegaConf.select(config, "reward.reward_model.enable", default=False):
         raise ConfigError(
@@ -55,8 +55,8 @@ def fit(config: Any) -> None:
         )
     if config.trainer.v1.trainer_mode in ("colocate_async", "separate_async"):
         raise ConfigError(
-            f"trainer.v1.trainer_mode: got {config.trainer.v1.trainer_mode!r} with VERL_PLATFORM=cpu, expected sync or "
-            "kalman_rl because the rollout on a CPU waits for its trainer"
+            f"trainer.v1.trainer_mode: got {quote(config.trainer.v1.trainer_mode)} with VERL_PLATFORM=cpu, "
+            "expected sync or kalman_rl because the rollout on a CPU waits for its trainer"
         )
     model = config.actor_rollout_ref.model
     rank = model.get("lora_rank", 0) or OmegaConf.select(model, "lora.rank", default=0)
