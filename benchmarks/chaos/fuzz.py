@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.chaos.trial import Outcome, Plan
 
-FILES, LINES, PROGRAMS = 90_000, 9_900, 100
+FILES, LINES, PROGRAMS = 90_000, 9_970, 30
 OPTIONS = ("method_options", "belief_options")
 LONGEST = 4000
 """Characters of an error."""

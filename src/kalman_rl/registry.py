@@ -5,6 +5,7 @@ A name is a key of a table, an entry point of an installed package, or ``module:
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from kalman_rl.errors import ConfigError, KalmanRLError, did_you_mean, quote, unknown_name
@@ -183,6 +185,15 @@ def unknown_option(kind: str, name: str, option: str, known: Collection[str]) ->
     return ConfigError(
         f"{kind} option: got {quote(option)} for {name}, expected {choice}{did_you_mean(option, known)}"
     )
+
+
+def source_digest(function: Any) -> str | None:
+    """SHA-256 of the file that holds a function; None where there is no such file."""
+    module = sys.modules.get(getattr(inspect.unwrap(function), "__module__", None) or "")
+    try:
+        return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()  # type: ignore[union-attr]
+    except (AttributeError, OSError):
+        return None
 
 
 def imported(kind: str, name: str) -> Callable[..., Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from kalman_rl.engine.config import TrainConfig, build
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.train import train
-from kalman_rl.errors import RewardError
+from kalman_rl.errors import RewardError, RunError
 from tests.engine.test_train import SMALL, start, weights
 
 REWARDS = """
@@ -44,11 +46,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def resumed(model_path: str, path: Path, **changes: Any) -> int:
+def resumed(model_path: str, path: Path, allow_change: Collection[str] = (), **changes: Any) -> int:
+    config = build(TrainConfig, SMALL | {"model": model_path, "run": path} | changes)
     with Run.open(path) as run:
-        return train(
-            build(TrainConfig, SMALL | {"model": model_path, "run": path} | changes), run, resume=True
-        )
+        return train(config, run, resume=True, allow_change=allow_change)
 
 
 def numbers(path: Path) -> list[dict[str, Any]]:
@@ -96,3 +97,27 @@ def test_a_random_reward_resumes_bitwise_and_is_asked_once(model_path: str, here
     assert numbers(path) == numbers(whole)
     assert all(torch.equal(value, weights(path)[name]) for name, value in weights(whole).items())
     assert (here / "calls").read_text().split() == ["0", "2", "4"], "every batch was scored once"
+
+
+def test_an_edited_reward_is_noticed_and_scores_anew_where_it_is_allowed(model_path: str, here: Path) -> None:
+    settings = {"reward": "own_rewards:unheard", "steps": 6}
+    path = here / "run"
+    assert start(model_path, path, **settings)[1] == 0
+    with Run.open(path) as run:  # as a kill in step 5 leaves it
+        for folder in run.checkpoints()[1:]:
+            shutil.rmtree(folder)
+        run.update_manifest(status="running")
+    (here / "own_rewards.py").write_text(REWARDS + "# edited\n")
+    with pytest.raises(
+        RunError, match=r"^reward: got another file of 'own_rewards:unheard' .*--allow-change code"
+    ):
+        resumed(model_path, path, **settings)
+    before = Run.open(path)
+    assert before.manifest["status"] == "running", "as it was"
+    before.close()
+    assert resumed(model_path, path, ["code"], **settings) == 0
+    assert (here / "calls").read_text().split() == ["0", "2", "4", "2", "4"]
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["code_sha256"] == {
+        "reward": hashlib.sha256((here / "own_rewards.py").read_bytes()).hexdigest()
+    }

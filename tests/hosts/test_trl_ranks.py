@@ -60,8 +60,8 @@ def write(name, value):
 """
 
 BARE = """
-def bare(name, port, **arguments):
-    \"\"\"Two forked ranks without an agent: how rank 0 ended, and how long after rank 1.\"\"\"
+def forked(name, port, **arguments):
+    \"\"\"Process ids of two forked ranks without an agent.\"\"\"
     pids = []
     for rank in ("0", "1"):
         pids.append(os.fork())
@@ -71,14 +71,28 @@ def bare(name, port, **arguments):
             os.dup2(log, 1), os.dup2(log, 2)
             train(name, **arguments)
             sys.exit(0)
-    status = os.waitpid(pids[0], 0)[1]
+    return pids
+
+def code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def bare(name, port, **arguments):
+    \"\"\"How rank 0 ended, and how long after rank 1.\"\"\"
+    pids = forked(name, port, **arguments)
+    ended = code(pids[0])
     seconds = time.time() - float((out / f"ended-{name}").read_text())
     os.kill(pids[1], signal.SIGKILL)
     os.waitpid(pids[1], 0)
-    write(name, [os.waitstatus_to_exitcode(status), seconds])
+    write(name, [ended, seconds])
+
+def away(completions, **columns):
+    if os.environ["RANK"] == "1":
+        raise ValueError("the grader of rank 1 is away")
+    return [float(len(text) % 2) for text in completions]
 
 bare("killed", PORTS[0], sent=signal.SIGKILL)
 bare("hanging", PORTS[1], sent=signal.SIGSTOP, ddp_timeout=4)
+write("away", [code(pid) for pid in forked("away", PORTS[2], reward=away, reward_timeout=60)])
 """
 
 
@@ -115,9 +129,10 @@ def started(body: str, model: str, out: Path, *launch: str) -> Iterator[subproce
 
 @pytest.fixture(scope="module")
 def bare(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of two trainings without an agent: rank 1 was killed in the one, stopped in the other."""
+    """Folder of trainings without an agent: rank 1 was killed in the one, stopped in the other.
+    In a third its rewards fail."""
     out = tmp_path_factory.mktemp("bare")
-    with started(f"PORTS = {ports(2)!r}\n{BARE}", model_path, out) as process:
+    with started(f"PORTS = {ports(3)!r}\n{BARE}", model_path, out) as process:
         process.wait(timeout=250)
     assert process.returncode == 0, (out / "log").read_text()[-3000:]
     return out
@@ -140,6 +155,17 @@ def test_hanging_rank(bare: Path) -> None:
     text = (bare / "log-hanging-0").read_text()
     assert code == 1 and 4 <= seconds < 60, text[-2000:]
     assert "got no answer from another process of 2 at step 5" in text and "limit ddp_timeout = 4 s" in text
+
+
+def test_rewards_that_fail_on_one_rank_end_both(bare: Path) -> None:
+    """Half of all completions have no reward: that is counted over the ranks, and each of them says so."""
+    assert json.loads((bare / "away.json").read_text()) == [1, 1]
+    for rank in (0, 1):
+        text = (bare / f"log-away-{rank}").read_text()
+        assert "RewardError: reward: got no result of away for 50% of the completions in the last 3" in text
+    assert "ValueError: the grader of rank 1 is away" in text
+    good = last_good_checkpoint(bare / "away")
+    assert good is not None and f"a checkpoint of step {good.name.partition('-')[2]} is there" in text
 
 
 @pytest.mark.timeout(300)

@@ -96,8 +96,9 @@ class Resume:
     quiet: Switch = False
     """Print errors only."""
     allow_change: tuple[Changeable, ...] = ()
-    """What may differ from the run's beginning: data (the rows and their split), model (its weights), or a setting of
-    config.toml: steps, threads, and what is watched, reported and kept. All other settings stay as they were."""
+    """What may differ from the run's beginning: data (the rows and their split), model (its weights), code (the file of
+    your own reward, method or belief), or a setting of config.toml: steps, threads, and what is watched, reported and
+    kept. All other settings stay as they were."""
 
     def __call__(self) -> int:
         _check_one_process()

@@ -20,7 +20,8 @@ from kalman_rl.engine.runs.manifest import redacted, versions
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.settings import Changeable, TrainConfig
 from kalman_rl.engine.strict import show
-from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.errors import ConfigError, RunError, quote
+from kalman_rl.registry import imported, source_digest
 
 FREE = ("run", "quiet")
 """Settings that may change without a word: where the run lies, and what is printed."""
@@ -80,6 +81,30 @@ def check_same_weights(
             "the KL penalty rest on them; restore them, or resume with --allow-change model"
         )
     return digest
+
+
+def check_same_code(
+    run: Run, config: TrainConfig, reward: Any, *, resume: bool, allow_change: Collection[str] = ()
+) -> dict[str, str]:
+    """Digests of the files that hold the run's own reward, method and belief, by setting; a resumed run must find those
+    in its manifest. What such a file imports is not looked at.
+
+    Raises: RunError when one changed and ``allow_change`` does not name code.
+    """
+    found = {"reward": getattr(reward, "source", None) if config.reward else None}
+    for name in ("method", "belief"):
+        if ":" in (value := getattr(config, name)):
+            found[name] = source_digest(imported(name, value))
+    digests = {name: digest for name, digest in found.items() if digest is not None}
+    then = run.manifest.get("code_sha256")
+    known = then if resume and isinstance(then, dict) and "code" not in allow_change else {}
+    for name, digest in digests.items():
+        if known.get(name, digest) != digest:
+            raise RunError(
+                f"{name}: got another file of {quote(getattr(config, name))} than the run began with, expected the "
+                "same, as what it trained on came from the other; restore it, or resume with --allow-change code"
+            )
+    return digests
 
 
 def weights_digest(model: Any) -> str:

@@ -26,6 +26,7 @@ REPORTERS = (
 Changeable = Literal[
     "data",
     "model",
+    "code",
     "steps",
     "eval_every",
     "eval_prompts",
@@ -40,8 +41,8 @@ Changeable = Literal[
     "reward_timeout",
     "reward_memory",
 ]
-"""What may change when a run is resumed, if it is named: what is watched and kept, how long it goes on, and rows and
-weights for those who know why. All else decides what has been trained."""
+"""What may change when a run is resumed, if it is named: what is watched and kept, how long it goes on, and rows,
+weights and code for those who know why. All else decides what has been trained."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from kalman_rl.engine.models.load import LoadedModel, load_model
 from kalman_rl.engine.prior import measure_prior, prior_rows
 from kalman_rl.engine.quiet import no_telemetry, quiet_third_parties
 from kalman_rl.engine.resume import (
+    check_same_code,
     check_same_settings,
     check_same_weights,
     checkpoint_of,
@@ -166,6 +167,7 @@ def _train(
     task = task or chosen_task(config)
     source = f"task {quote(config.task)}" if config.data is None else str(config.data)
     data = check_same_data(run, task, source, resume=resume, allow_change=allow_change)
+    code = check_same_code(run, config, task.reward, resume=resume, allow_change=allow_change)
     machine = {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
     cache = cache or run.path.parent / ".cache"
     loaded = load_model(config.model, cache=cache, dtype=config.dtype, task=task, seed=0, progress=say)
@@ -175,7 +177,11 @@ def _train(
     machine["dtype"] = str(loaded.dtype).removeprefix("torch.")
     note_machine(run, machine, stop.step if resume else None, say)
     run.update_manifest(
-        status="running", settings=plain_settings(config), data_sha256=data, model_sha256=weights
+        status="running",
+        settings=plain_settings(config),
+        data_sha256=data,
+        code_sha256=code,
+        model_sha256=weights,
     )
     method = chosen_method(
         config.method, config.method_options, config.advantage, config.belief, config.belief_options

@@ -119,8 +119,8 @@ def replay(
         top: tokens to list, those with the largest difference of coefficients first.
 
     Raises:
-        ConfigError: unknown method or option, or one that asks for what traces do not hold.
-        RunError: no run, no traces in these steps, or a damaged file.
+        ConfigError: unknown method or option, one that asks for what traces do not hold, or no trace in ``steps``.
+        RunError: no run, no traces, or a damaged file.
     """
     run = Path(run)
     read_manifest(run)
@@ -205,11 +205,13 @@ def _notes(ours: Method, other: Method | None, borrowed: bool) -> list[str]:
 def _files(run: Path, steps: tuple[int, int] | None) -> Iterator[tuple[int, Path]]:
     first, last = steps or (0, 2**63)
     found = traces.steps(run)
-    chosen = [step for step in found if first <= step <= last]
-    if not chosen:
-        there = f"traces of steps {min(found)} to {max(found)}" if found else "no traces"
-        wanted = "at least one step" if steps is None else f"some in steps {first} to {last}"
-        raise RunError(f"{run}: got {there}, expected {wanted}; train with traces_per_step > 0")
+    if not found:
+        raise RunError(f"{run}: got no traces, expected some; train with traces_per_step > 0")
+    if not (chosen := [step for step in found if first <= step <= last]):
+        raise ConfigError(
+            f"steps: got {first}-{last}, expected some of the {len(found)} in {run}, which lie between "
+            f"{min(found)} and {max(found)}"
+        )
     yield from ((step, found[step]) for step in chosen)
 
 

@@ -66,6 +66,7 @@ class Worker:
         os.set_blocking(self.output, False)
         self.hear, self.since = hear, time.monotonic()
         self.name = self.refused = ""
+        self.source: str | None = None
         self.gone = False
         self.pid = 0
         self.channel: socket.socket | None = None
@@ -149,6 +150,7 @@ class Worker:
                 self._drop()
             else:
                 self.name, self.refused = said.get("ready", ""), said.get("refused", "")
+                self.source = said.get("source")
 
     def _read_answer(self) -> None:
         assert self.channel is not None
@@ -206,9 +208,10 @@ class WorkerPool:
         self._workers: list[Worker] = []
         self._next_look = self._next_glance = 0.0
         self._tasks, self._owner, self.name = 0, os.getpid(), ""
+        self.source: str | None = None
 
     def start(self) -> None:
-        """Start the first worker and wait for it; ``name`` is then the function's."""
+        """Start the first worker and wait for it; ``name`` and ``source`` are then the function's."""
         try:
             self._grow(1)
             while not any(worker.channel for worker in self._workers):
@@ -274,7 +277,7 @@ class WorkerPool:
                 worker.read(source)
         now = time.monotonic()
         for worker in list(self._workers):
-            self.name = self.name or worker.name
+            self.name, self.source = self.name or worker.name, self.source or worker.source
             if worker.gone:
                 self._replace(worker)
             elif worker.refused:

@@ -45,6 +45,7 @@ class SupervisedReward:
         missing, scored: replies without a reward and with one so far.
         failed: those of ``missing`` whose call failed. reasons: how often each way. first: what the first one said.
         seconds: that the function itself has taken so far.
+        source: SHA-256 of the file that holds the function, or None.
         record: where answers of training are kept for a resume, or None.
 
     Raises: ConfigError where the function cannot be made, or a limit is out of range.
@@ -83,7 +84,7 @@ class SupervisedReward:
         )
         self.__name__ = "reward"  # until it is known
         self._pool.start()
-        self.__name__ = self._pool.name
+        self.__name__, self.source = self._pool.name, self._pool.source
         self._end = weakref.finalize(self, self._pool.close)
 
     def close(self) -> None:
@@ -101,7 +102,7 @@ class SupervisedReward:
             )
         scored = [completions, columns.get("prompts"), _tokens(columns.get("completion_ids"))]
         step = None if state is None else int(getattr(state, "global_step", 0))
-        key = digest(self.__name__, *scored)
+        key = digest(self.__name__, self.source, *scored)
         columns |= {"completions": completions, "trainer_state": _plain(state)}
         answer = self._recorded(step, key, columns, count)
         rewards: list[float | None] = answer["rewards"]

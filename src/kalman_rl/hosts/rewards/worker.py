@@ -29,6 +29,7 @@ from typing import Any
 
 from kalman_rl.errors import ConfigError, RewardError
 from kalman_rl.hosts.rewards.values import numbers
+from kalman_rl.registry import source_digest
 from kalman_rl.terminal import without_secrets
 
 HEAD = struct.Struct(">Q")
@@ -68,7 +69,7 @@ def main(number: int) -> None:
         text = str(error) if isinstance(error, ConfigError) else _said(error)
         _tell(control, refused=without_secrets(text))
         return
-    _tell(control, ready=name)
+    _tell(control, ready=name, source=source_digest(function))
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
