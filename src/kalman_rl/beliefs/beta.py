@@ -69,7 +69,9 @@ class BetaBelief(TableBelief):
             and is_real(*prior)
             and 0 < min(prior) <= max(prior) < math.inf
         ):
-            raise ConfigError(f"prior: got {prior}, expected two pseudo-counts > 0, or None to learn them")
+            raise ConfigError(
+                f"prior: got {quote(prior)}, expected two pseudo-counts > 0, or None to learn them"
+            )
         columns = {name: ((len(grid),), torch.float64) for name in ("success", "failure")}
         super().__init__(PromptTable(columns), scale=scale)
         self.prior = prior

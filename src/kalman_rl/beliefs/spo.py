@@ -54,8 +54,8 @@ class SPOBelief(TableBelief):
         numbers = is_real(half, low, high) and (rho is None or is_real(rho))
         if not numbers or not (0 < low <= high <= 1 and half > 0) or (rho is not None and not 0 < rho <= 1):
             raise ConfigError(
-                f"rho, half, low, high: got {rho}, {half}, {low}, {high}, expected 0 < low <= high <= 1, "
-                "half > 0 and rho in (0, 1] or None"
+                f"rho, half, low, high: got {quote(rho)}, {quote(half)}, {quote(low)}, {quote(high)}, expected "
+                "0 < low <= high <= 1, half > 0 and rho in (0, 1] or None"
             )
         columns = {name: ((), torch.float64) for name in ("success", "failure")}
         super().__init__(PromptTable(columns), scale=scale)
@@ -177,7 +177,7 @@ def _signals(ids: Sequence[Hashable], signal: Tensor) -> dict[Hashable, float]:
     for row, (name, value) in enumerate(zip(ids, values.tolist())):
         if by_id[name] != value:
             raise NumericError(
-                f"signal: got {value} at row {row} and {by_id[name]} in another row of prompt {quote(name)}, "
+                f"signal: got {quote(value)} at row {row} and {by_id[name]} in another row of prompt {quote(name)}, "
                 "expected one number per prompt"
             )
     return by_id

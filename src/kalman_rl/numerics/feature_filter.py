@@ -75,7 +75,7 @@ class KalmanPreferenceTracker:
         if not is_whole(dim, 1):
             raise ConfigError(f"dim: got {quote(dim)}, expected an integer >= 1")
         if dtype not in (torch.float32, torch.float64):
-            raise ConfigError(f"dtype: got {dtype}, expected torch.float32 or torch.float64")
+            raise ConfigError(f"dtype: got {quote(dtype)}, expected torch.float32 or torch.float64")
         positive = {
             "R_val": R_val,
             "P_val": P_val,

@@ -361,9 +361,11 @@ def _returned(state: Gaussian, info: Info, dtype: torch.dtype) -> Filtered:
 
 def _prior(like: Tensor, mean: float, variance: float) -> Gaussian:
     if not math.isfinite(mean):
-        raise NumericError(f"initial_mean: got {mean}, expected a finite number; use 0.0 for no change")
+        raise NumericError(
+            f"initial_mean: got {quote(mean)}, expected a finite number; use 0.0 for no change"
+        )
     if not variance >= 0:
-        raise NumericError(f"initial_variance: got {variance}, expected [0, inf]; use inf for unknown")
+        raise NumericError(f"initial_variance: got {quote(variance)}, expected [0, inf]; use inf for unknown")
     return Gaussian(*torch.tensor([mean, variance], dtype=torch.float64, device=like.device))
 
 

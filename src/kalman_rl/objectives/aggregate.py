@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.objectives.rollouts import Rollouts
 
 
@@ -58,7 +58,9 @@ class SequenceSum:
 
     def __post_init__(self) -> None:
         if not 0 < self.length < math.inf:
-            raise NumericError(f"length: got {self.length}, expected a constant, finite number of tokens > 0")
+            raise NumericError(
+                f"length: got {quote(self.length)}, expected a constant, finite number of tokens > 0"
+            )
 
     def __call__(self, rollouts: Rollouts, totals: Totals) -> Tensor:
         return rollouts.mask.to(rollouts.logp_old.dtype) / (self.length * max(totals.sequences, 1.0))

@@ -74,7 +74,7 @@ class Truncated:
     def __post_init__(self) -> None:
         _check_level(self.level)
         if not self.cap > 0:
-            raise NumericError(f"cap: got {self.cap}, expected an upper bound > 0 of the weight")
+            raise NumericError(f"cap: got {quote(self.cap)}, expected an upper bound > 0 of the weight")
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         return weight_of(mismatch(rollouts, self.level)).clamp(max=self.cap)
@@ -100,7 +100,7 @@ class Masked:
         _check_level(self.level)
         if not (0 <= self.low <= self.high and self.high > 0 and self.low < math.inf):
             raise NumericError(
-                f"low, high: got {self.low}, {self.high}, expected 0 <= low <= high and high > 0"
+                f"low, high: got {quote(self.low)}, {quote(self.high)}, expected 0 <= low <= high and high > 0"
             )
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
@@ -135,7 +135,7 @@ class FilteredTruncated:
     def __post_init__(self) -> None:
         Truncated(self.cap)
         if not self.noise_ratio >= 0:
-            raise NumericError(f"noise_ratio: got {self.noise_ratio}, expected Q / R >= 0, or inf")
+            raise NumericError(f"noise_ratio: got {quote(self.noise_ratio)}, expected Q / R >= 0, or inf")
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         state, _ = causal_filter(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect_tensor
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 from kalman_rl.kernels.loss.dispatch import attach, enabled
 from kalman_rl.kernels.loss.dispatch import run as run_fused
 from kalman_rl.kernels.loss.plan import METRICS
@@ -51,7 +51,7 @@ class Method:
     def __post_init__(self) -> None:
         if self.correction is not None and "logp_behaviour" in inputs_of(self.ratio):
             raise ConfigError(
-                f"correction: got {self.correction} beside the ratio {self.ratio} of {self.name}, expected None "
+                f"correction: got {quote(self.correction)} beside the ratio {self.ratio} of {self.name}, expected None "
                 "because that ratio is already taken to the behaviour policy; the mismatch would count twice"
             )
 

@@ -80,7 +80,7 @@ class SquaredLogRatio:
 
     def __post_init__(self) -> None:
         if not 0 < self.coefficient < math.inf:
-            raise NumericError(f"beta: got {self.coefficient}, expected a finite penalty weight > 0")
+            raise NumericError(f"beta: got {quote(self.coefficient)}, expected a finite penalty weight > 0")
 
     def __call__(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
         return self.coefficient * k2(torch.where(rollouts.mask, logp - rollouts.logp_old, 0.0))
@@ -109,7 +109,9 @@ class KL:
 
     def __post_init__(self) -> None:
         if not 0 <= self.coefficient < math.inf:
-            raise NumericError(f"coefficient: got {self.coefficient}, expected a finite penalty weight >= 0")
+            raise NumericError(
+                f"coefficient: got {quote(self.coefficient)}, expected a finite penalty weight >= 0"
+            )
         if self.level not in ("token", "sequence"):
             raise ConfigError(f"level: got {quote(self.level)}, expected token or sequence")
 

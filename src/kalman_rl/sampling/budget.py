@@ -79,7 +79,7 @@ class Budget:
             )
         if self.select != "passes" and self.candidates is not None:
             raise ConfigError(
-                f"candidates: got {self.candidates} with select={quote(self.select)}, expected it unset "
+                f"candidates: got {quote(self.candidates)} with select={quote(self.select)}, expected it unset "
                 "because the draw chooses among all prompts of the dataset"
             )
         check_rounds(self.rounds)
@@ -105,13 +105,13 @@ class Budget:
             raise ConfigError(f"budget: got {quote(budget)}, expected a mean number of completions > 0")
         if self.allocation == "fixed":
             raise ConfigError(
-                f"budget: got {budget} with allocation='fixed', expected predictive or rounds; with fixed the number "
-                "of completions per prompt is the budget"
+                f"budget: got {quote(budget)} with allocation='fixed', expected predictive or rounds; with "
+                "fixed the number of completions per prompt is the budget"
             )
         low, high = self.completions_min, self.completions_max
         if not low <= budget <= high:
             raise ConfigError(
-                f"budget: got {budget}, expected {low} to {high}, the bounds of one prompt's completions"
+                f"budget: got {quote(budget)}, expected {low} to {high}, the bounds of one prompt's completions"
             )
 
     def _check_candidates(self, candidates: int) -> None:
@@ -119,13 +119,13 @@ class Budget:
             raise ConfigError(f"candidates: got {quote(candidates)}, expected a number of prompts >= 1")
         if self.allocation == "fixed":
             raise ConfigError(
-                f"candidates: got {candidates} with allocation='fixed', expected predictive or rounds; with fixed "
-                "every prompt of the batch is sampled"
+                f"candidates: got {quote(candidates)} with allocation='fixed', expected predictive or rounds; "
+                "with fixed every prompt of the batch is sampled"
             )
         if self.completions_min:
             raise ConfigError(
-                f"completions_min: got {self.completions_min} with candidates={candidates}, expected 0 because a "
-                "candidate may go without a completion"
+                f"completions_min: got {quote(self.completions_min)} with candidates={candidates}, expected 0 "
+                "because a candidate may go without a completion"
             )
 
     @staticmethod
@@ -151,12 +151,13 @@ class Budget:
             return max(prompts, rows if pool is None else min(rows, pool))
         if self.candidates < prompts:
             raise ConfigError(
-                f"candidates: got {self.candidates}, expected at least {prompts}, the prompts of a batch; raise it, or "
-                "take fewer prompts"
+                f"candidates: got {quote(self.candidates)}, expected at least {prompts}, the prompts of a "
+                "batch; raise it, or take fewer prompts"
             )
         if pool is not None and self.candidates > pool:
             raise ConfigError(
-                f"candidates: got {self.candidates}, expected at most {pool}, the prompts of the dataset; lower it"
+                f"candidates: got {quote(self.candidates)}, expected at most {pool}, the prompts of the "
+                "dataset; lower it"
             )
         return self.candidates
 

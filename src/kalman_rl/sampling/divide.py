@@ -88,7 +88,7 @@ def divide(gains: Tensor, total: int, least: Tensor, most: Tensor) -> Allocation
     low, high = int(least.sum()), int(most.sum())
     if not low <= total <= high:
         raise ConfigError(
-            f"total: got {total} completions for {len(least)} prompts, expected {low} to {high} (the sums of "
+            f"total: got {quote(total)} completions for {len(least)} prompts, expected {low} to {high} (the sums of "
             "what each must and may get); change the total, the minimum or the maximum"
         )
     smooth = _smoothed(gains, least)

@@ -103,7 +103,7 @@ class GroupZScore:
     def __post_init__(self) -> None:
         if not (0 <= self.epsilon < math.inf and 0 <= self.tolerance < math.inf):
             raise NumericError(
-                f"epsilon, tolerance: got {self.epsilon}, {self.tolerance}, expected finite numbers >= 0"
+                f"epsilon, tolerance: got {quote(self.epsilon)}, {quote(self.tolerance)}, expected finite numbers >= 0"
             )
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Rescaled:
 
     def __post_init__(self) -> None:
         if not 0 < self.norm < math.inf:
-            raise NumericError(f"norm: got {self.norm}, expected a finite number > 0")
+            raise NumericError(f"norm: got {quote(self.norm)}, expected a finite number > 0")
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         s = group_statistics(reward, group)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError, ShapeError, quote
 from kalman_rl.objectives.advantage.group import GroupZScore, group_statistics, only_known
 
 
@@ -85,4 +85,4 @@ class NormalizeThenSum:
 
 def _check(epsilon: float) -> None:
     if not 0 <= epsilon < math.inf:
-        raise NumericError(f"epsilon: got {epsilon}, expected a finite number >= 0")
+        raise NumericError(f"epsilon: got {quote(epsilon)}, expected a finite number >= 0")

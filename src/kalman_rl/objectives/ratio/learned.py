@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.numerics.likelihood import pack, peak
 from kalman_rl.objectives.ratio.transforms import KalmanFiltered, Ratio, token_log_ratio
 from kalman_rl.objectives.rollouts import Rollouts
@@ -26,7 +26,9 @@ LOG_GRID: tuple[float, ...] = (-math.inf, *(math.log(10) * (-8 + 10 * i / 31) fo
 def check_memory(memory: float) -> None:
     """Refuse a share of the past outside [0, 1). Raises: NumericError."""
     if not 0 <= memory < 1:
-        raise NumericError(f"memory: got {memory}, expected [0, 1), the share of the past a step keeps")
+        raise NumericError(
+            f"memory: got {quote(memory)}, expected [0, 1), the share of the past a step keeps"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class AutoFiltered:
     def __post_init__(self) -> None:
         check_memory(self.memory)
         if not 0 < self.least < math.inf:
-            raise NumericError(f"least: got {self.least}, expected a finite number of innovations > 0")
+            raise NumericError(f"least: got {quote(self.least)}, expected a finite number of innovations > 0")
         _ = self.start
 
     @property

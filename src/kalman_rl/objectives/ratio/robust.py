@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.numerics.kalman import Filtered, Gaussian, causal_filter
 from kalman_rl.numerics.log_bins import bin_of, counted, edge
 from kalman_rl.objectives.ratio.learned import check_memory, observed_series
@@ -74,9 +74,11 @@ class RobustFiltered:
         KalmanFiltered(self.process_noise, self.observation_noise, self.initial_variance)
         check_memory(self.memory)
         if not self.threshold > 0:
-            raise NumericError(f"threshold: got {self.threshold}, expected > 0 standard deviations, or inf")
+            raise NumericError(
+                f"threshold: got {quote(self.threshold)}, expected > 0 standard deviations, or inf"
+            )
         if not 0 < self.least < math.inf:
-            raise NumericError(f"least: got {self.least}, expected a finite number of steps > 0")
+            raise NumericError(f"least: got {quote(self.least)}, expected a finite number of steps > 0")
 
     def __call__(self, logp: Tensor, rollouts: Rollouts) -> Ratio:
         log_ratio = token_log_ratio(logp, rollouts)

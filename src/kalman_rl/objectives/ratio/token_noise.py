@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.numerics.likelihood import pack, peak
 from kalman_rl.objectives.ratio.learned import check_memory
@@ -59,9 +59,13 @@ class NoiseModel:
 
     def __post_init__(self) -> None:
         if not 0 < self.floor < math.inf:
-            raise NumericError(f"floor: got {self.floor}, expected 0 < floor < inf (a variance, in nats^2)")
+            raise NumericError(
+                f"floor: got {quote(self.floor)}, expected 0 < floor < inf (a variance, in nats^2)"
+            )
         if not 0 <= self.scale < math.inf:
-            raise NumericError(f"scale: got {self.scale}, expected 0 <= scale < inf (a variance, in nats^2)")
+            raise NumericError(
+                f"scale: got {quote(self.scale)}, expected 0 <= scale < inf (a variance, in nats^2)"
+            )
 
     def variance(self, logp: Tensor) -> Tensor:
         """R, float64 and detached, of tokens whose log-probability under the old policy is ``logp``."""

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.numerics.kalman import Info, causal_filter
 from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.rollouts import Rollouts
@@ -172,7 +172,7 @@ class KalmanFiltered:
         ):
             if not legal:
                 limits = "0 < R < inf" if name == "observation_noise" else "0 <= value <= inf"
-                raise NumericError(f"{name}: got {value}, expected {limits} (a variance, in nats^2)")
+                raise NumericError(f"{name}: got {quote(value)}, expected {limits} (a variance, in nats^2)")
 
     def __call__(self, logp: Tensor, rollouts: Rollouts) -> Ratio:
         log_ratio = token_log_ratio(logp, rollouts)

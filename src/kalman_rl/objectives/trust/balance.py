@@ -72,7 +72,7 @@ class Balance:
 
     def __post_init__(self) -> None:
         if not self.target >= 0:
-            raise NumericError(f"target: got {self.target}, expected a share or quotient >= 0")
+            raise NumericError(f"target: got {quote(self.target)}, expected a share or quotient >= 0")
         for name, kinds in (("measure", Measure), ("first", First)):
             if getattr(self, name) not in get_args(kinds):
                 raise ConfigError(

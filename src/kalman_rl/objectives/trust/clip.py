@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, Rollouts
 
@@ -85,9 +85,11 @@ class Clip:
         for name in ("low", "high"):
             value = getattr(self, name)
             if not value >= 0:
-                raise NumericError(f"{name}: got {value}, expected a clip distance >= 0 from ratio 1")
+                raise NumericError(f"{name}: got {quote(value)}, expected a clip distance >= 0 from ratio 1")
         if self.dual is not None and not self.dual > 1:
-            raise NumericError(f"dual: got {self.dual}, expected a bound > 1, or None to switch it off")
+            raise NumericError(
+                f"dual: got {quote(self.dual)}, expected a bound > 1, or None to switch it off"
+            )
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -125,7 +127,7 @@ class Cap:
     def __post_init__(self) -> None:
         if not (0 <= self.low <= self.high and self.high > 0 and self.low < math.inf):
             raise NumericError(
-                f"low, high: got {self.low}, {self.high}, expected 0 <= low <= high and high > 0"
+                f"low, high: got {quote(self.low)}, {quote(self.high)}, expected 0 <= low <= high and high > 0"
             )
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
@@ -151,7 +153,9 @@ class Band:
         for name in ("low", "high"):
             value = getattr(self, name)
             if not value >= 0:
-                raise NumericError(f"{name}: got {value}, expected a distance >= 0 of the log-weight from 0")
+                raise NumericError(
+                    f"{name}: got {quote(value)}, expected a distance >= 0 of the log-weight from 0"
+                )
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -187,7 +191,9 @@ class GeometricClip:
         for name in ("low", "high"):
             value = getattr(self, name)
             if not value >= 0:
-                raise NumericError(f"{name}: got {value}, expected a clip distance >= 0 of the log-ratio")
+                raise NumericError(
+                    f"{name}: got {quote(value)}, expected a clip distance >= 0 of the log-ratio"
+                )
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         log_ratio = ratio.log_ratio
@@ -220,7 +226,7 @@ class SoftGate:
         for name in ("positive", "negative"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise NumericError(f"{name}: got {value}, expected a temperature > 0, finite")
+                raise NumericError(f"{name}: got {quote(value)}, expected a temperature > 0, finite")
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         tau = torch.full_like(advantage, self.negative).masked_fill(advantage > 0, self.positive)

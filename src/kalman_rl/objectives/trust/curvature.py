@@ -24,7 +24,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError, ShapeError, quote
 from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, LastLayerStep, Rollouts
@@ -84,7 +84,7 @@ def last_layer_step(
         if shape[1:] != (hidden.shape[-1],):
             raise ShapeError(f"{name}: got shape {shape}, expected (V, {hidden.shape[-1]}) like the head")
     if not 0 <= learning_rate < math.inf:
-        raise NumericError(f"learning_rate: got {learning_rate}, expected a finite step size >= 0")
+        raise NumericError(f"learning_rate: got {quote(learning_rate)}, expected a finite step size >= 0")
     dtype = torch.promote_types(top_logp.dtype, torch.float32)
     advantage, hidden = advantage.detach().to(dtype), hidden.detach().to(dtype)
     pi = torch.softmax(top_logp.detach().to(dtype), dim=-1)
@@ -150,7 +150,9 @@ class CurvatureMask:
         for name in ("objective", "policy"):
             value = getattr(self, name)
             if not value > 0:
-                raise NumericError(f"{name}: got {value}, expected a bound > 0 of the predicted effect")
+                raise NumericError(
+                    f"{name}: got {quote(value)}, expected a bound > 0 of the predicted effect"
+                )
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         step = _checked(current.step, rollouts.mask)

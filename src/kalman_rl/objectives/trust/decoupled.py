@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, Rollouts
 from kalman_rl.objectives.trust.clip import Trust, TrustRegion, weight_of
@@ -32,7 +32,7 @@ class Decoupled:
 
     def __post_init__(self) -> None:
         if not self.cap > 0:
-            raise NumericError(f"cap: got {self.cap}, expected an upper bound > 0 of the factor")
+            raise NumericError(f"cap: got {quote(self.cap)}, expected an upper bound > 0 of the factor")
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         factor = weight_of(ratio.log_ratio - ratio.log_weight).clamp(max=self.cap)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError, ShapeError, quote
 from kalman_rl.objectives.inputs import required
 from kalman_rl.objectives.ratio.transforms import Ratio, behaviour
 from kalman_rl.objectives.rollouts import Current, Rollouts
@@ -137,9 +137,9 @@ class DivergenceMask:
         for name in ("low", "high"):
             value = getattr(self, name)
             if not value >= 0:
-                raise NumericError(f"{name}: got {value}, expected a divergence threshold >= 0")
+                raise NumericError(f"{name}: got {quote(value)}, expected a divergence threshold >= 0")
         if not self.cap > 0:
-            raise NumericError(f"cap: got {self.cap}, expected an upper bound > 0 of the weight")
+            raise NumericError(f"cap: got {quote(self.cap)}, expected an upper bound > 0 of the weight")
         inner = self.divergence.divergence if isinstance(self.divergence, Averaged) else self.divergence
         top = ("top_behaviour", "top_logp") if inner in (top_k_tv, top_k_kl) else ()
         object.__setattr__(self, "inputs", ("logp_behaviour", *top))
@@ -174,7 +174,7 @@ def top_k_with_sampled(logits: Tensor, sampled: Tensor, k: int) -> tuple[Tensor,
     tensor([[1, 0]])
     """
     if not 1 <= k <= logits.shape[-1]:
-        raise NumericError(f"top_k: got {k}, expected 1 to the vocabulary size {logits.shape[-1]}")
+        raise NumericError(f"top_k: got {quote(k)}, expected 1 to the vocabulary size {logits.shape[-1]}")
     if sampled.shape != logits.shape[:-1]:
         raise ShapeError(f"sampled: got shape {tuple(sampled.shape)}, expected {tuple(logits.shape[:-1])}")
     outside = sampled[(sampled < 0) | (sampled >= logits.shape[-1])]

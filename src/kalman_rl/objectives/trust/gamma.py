@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, Rollouts
 from kalman_rl.objectives.trust.clip import LOG_WEIGHT_CAP, Trust, everything
@@ -44,11 +44,11 @@ class Gamma:
         for name in ("positive_power", "negative_power"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise NumericError(f"{name}: got {value}, expected a finite power >= 0")
+                raise NumericError(f"{name}: got {quote(value)}, expected a finite power >= 0")
         for name in ("positive_decay", "negative_decay"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise NumericError(f"{name}: got {value}, expected a finite decay > 0")
+                raise NumericError(f"{name}: got {quote(value)}, expected a finite decay > 0")
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         phi = self.phi(ratio.log_weight, advantage, rollouts.per_sequence_sum)

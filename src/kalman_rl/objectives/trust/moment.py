@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError, ShapeError, quote
 from kalman_rl.numerics.log_bins import bin_of, counted, edge
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, Rollouts
@@ -43,7 +43,7 @@ class SecondMoment:
 
     def __post_init__(self) -> None:
         if not self.bound > 0:
-            raise NumericError(f"bound: got {self.bound}, expected a mean square > 0 (nats^2), or inf")
+            raise NumericError(f"bound: got {quote(self.bound)}, expected a mean square > 0 (nats^2), or inf")
 
     def initial(self) -> Tensor:
         """The state before anything was seen: counts, then sums of squares, of every bin: zeros (65536,), float64."""

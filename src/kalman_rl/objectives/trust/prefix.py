@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, Rollouts
 from kalman_rl.objectives.trust.clip import Trust, weight_of
@@ -43,11 +43,11 @@ class PrefixBudget:
 
     def __post_init__(self) -> None:
         if not self.bound > 0:
-            raise NumericError(f"bound: got {self.bound}, expected a probability > 0, or inf for none")
+            raise NumericError(f"bound: got {quote(self.bound)}, expected a probability > 0, or inf for none")
         if not self.rate >= 0:
-            raise NumericError(f"rate: got {self.rate}, expected a probability >= 0")
+            raise NumericError(f"rate: got {quote(self.rate)}, expected a probability >= 0")
         if not 0 < self.least <= 1:
-            raise NumericError(f"least: got {self.least}, expected the last token's weight in (0, 1]")
+            raise NumericError(f"least: got {quote(self.least)}, expected the last token's weight in (0, 1]")
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         distance = binary_tv(current, rollouts).double()

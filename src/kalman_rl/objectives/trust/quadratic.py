@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import NumericError
+from kalman_rl.errors import NumericError, quote
 from kalman_rl.objectives.ratio.transforms import Ratio
 from kalman_rl.objectives.rollouts import Current, Rollouts
 from kalman_rl.objectives.trust.clip import LOG_WEIGHT_CAP, Trust, everything, weight_of
@@ -39,7 +39,7 @@ class Quadratic:
 
     def __post_init__(self) -> None:
         if not self.bound > 0:
-            raise NumericError(f"bound: got {self.bound}, expected a distance > 0, or inf for none")
+            raise NumericError(f"bound: got {quote(self.bound)}, expected a distance > 0, or inf for none")
 
     def __call__(self, ratio: Ratio, advantage: Tensor, current: Current, rollouts: Rollouts) -> Trust:
         weight = weight_of(ratio.log_weight)

@@ -47,9 +47,9 @@ class LanguageModelEnvironment:
         seed: int = 0,
     ) -> None:
         if not 0 < temperature < math.inf:
-            raise ConfigError(f"temperature: got {temperature}, expected a finite number > 0")
+            raise ConfigError(f"temperature: got {quote(temperature)}, expected a finite number > 0")
         if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: got {max_new_tokens}, expected an integer >= 1")
+            raise ConfigError(f"max_new_tokens: got {quote(max_new_tokens)}, expected an integer >= 1")
         self.model, self.tokenizer, self.prompt, self.reward = model, tokenizer, prompt, reward
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self._encoded = tokenizer([prompt], return_tensors="pt").to(model.device)
