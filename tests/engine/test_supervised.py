@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("trl")
 
 from kalman_rl.engine.config import TrainConfig, build
-from kalman_rl.engine.runs.reading import read_metrics
+from kalman_rl.engine.runs.reading import read_manifest, read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.train import train
 from kalman_rl.errors import RewardError, RunError
@@ -106,15 +106,13 @@ def test_an_edited_reward_is_noticed_and_scores_anew_where_it_is_allowed(model_p
     with Run.open(path) as run:  # as a kill in step 5 leaves it
         for folder in run.checkpoints()[1:]:
             shutil.rmtree(folder)
-        run.update_manifest(status="running")
+        run.update_manifest(status="interrupted")
     (here / "own_rewards.py").write_text(REWARDS + "# edited\n")
     with pytest.raises(
         RunError, match=r"^reward: got another file of 'own_rewards:unheard' .*--allow-change code"
     ):
         resumed(model_path, path, **settings)
-    before = Run.open(path)
-    assert before.manifest["status"] == "running", "as it was"
-    before.close()
+    assert read_manifest(path)["status"] == "interrupted", "as it was"
     assert resumed(model_path, path, ["code"], **settings) == 0
     assert (here / "calls").read_text().split() == ["0", "2", "4", "2", "4"]
     manifest = json.loads((path / "manifest.json").read_text())

@@ -190,7 +190,7 @@ def test_nothing_to_read(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(RunError, match="got no manifest.json, expected a run; give the directory"):
         replay(tmp_path, "grpo")
     with pytest.raises(
-        ConfigError, match=r"steps: got 2-3, expected some of the 2 in .*, which lie between 1 and 6"
+        ConfigError, match=r"steps: got 2-3, expected some of the 3 in .*, which lie between 1 and 6"
     ):
         replay(run, "grpo", steps=(2, 3))
     shutil.rmtree(run / "traces")

@@ -75,7 +75,7 @@ BELIEFS: dict[str, tuple[type[KalmanRLError], str, Call]] = {
     "source": (ConfigError, "source: got 'x'", lambda: make_belief("beta", source="x")),
     "prior": (ConfigError, "prior: got 1.0, expected two", lambda: BetaBelief(prior=1.0)),
     "forgetting": (ConfigError, "forgetting: got '0.9'", lambda: BetaBelief(forgetting="0.9")),
-    "rho": (ConfigError, "rho, half, low, high: got a", lambda: SPOBelief(rho="a")),
+    "rho": (ConfigError, "rho, half, low, high: got 'a'", lambda: SPOBelief(rho="a")),
     "bank": (
         ConfigError,
         "process_noise: got 0.001, expected a list",
