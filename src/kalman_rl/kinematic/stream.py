@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect, is_real, is_whole, saved
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError, ShapeError, quote
 from kalman_rl.kinematic.tokens import normalised, pair_after
 from kalman_rl.numerics import state_space
 from kalman_rl.numerics.arguments import expect_shape, expect_values
@@ -135,7 +135,7 @@ class Stream(NamedTuple):
         last = float(self.time[-1]) if len(self.time) else -1.0
         now = last + 1.0 if time is None else time
         if not (is_real(now) and math.isfinite(now)):
-            raise NumericError(f"time: got {time!r}, expected a finite number")
+            raise NumericError(f"time: got {quote(time)}, expected a finite number")
         if len(self.time) and not now > last:
             raise NumericError(
                 f"time: got {now}, expected more than {last}, the time before; sort the stream"

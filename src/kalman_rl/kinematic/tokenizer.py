@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect, is_real, is_whole, reading, saved
-from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote, unknown_name
 from kalman_rl.kinematic import tokens
 from kalman_rl.kinematic.stream import Stream
 from kalman_rl.numerics import state_space
@@ -65,20 +65,20 @@ class KinematicTokenizer:
         integral: bool = False,
     ) -> None:
         if not is_whole(order, 1, 3):
-            raise ConfigError(f"order: got {order!r}, expected 1, 2 or 3")
+            raise ConfigError(f"order: got {quote(order)}, expected 1, 2 or 3")
         if lag is not None and not is_whole(lag, 0, LONGEST_LAG):
             raise ConfigError(
-                f"lag: got {lag!r}, expected an integer from 0 to {LONGEST_LAG}, or None for no limit"
+                f"lag: got {quote(lag)}, expected an integer from 0 to {LONGEST_LAG}, or None for no limit"
             )
         for name, value in (("noise_ratio", noise_ratio), ("noise", noise)):
             learned = "likelihood" if name == "noise_ratio" else None
             if value != learned and not (is_real(value) and 0 < float(value) < math.inf):  # type: ignore[arg-type]
                 raise NumericError(
-                    f"{name}: got {value!r}, expected a finite number > 0, or {learned!r} to learn it"
+                    f"{name}: got {quote(value)}, expected a finite number > 0, or {quote(learned)} to learn it"
                 )
         if isinstance(channels, str) or not channels or len(set(channels)) < len(channels):
             raise ConfigError(
-                f"channels: got {channels!r}, expected different names out of {tokens.CHANNELS}"
+                f"channels: got {quote(channels)}, expected different names out of {tokens.CHANNELS}"
             )
         self.order, self.lag, self.integral = order, lag, bool(integral)
         self.channels, self.normalise = tuple(channels), bool(normalise)
@@ -176,7 +176,7 @@ class KinematicTokenizer:
         """
         scale = self._ready()
         if not is_whole(length, 2, 4096):
-            raise ConfigError(f"length: got {length!r}, expected an integer from 2 to 4096")
+            raise ConfigError(f"length: got {quote(length)}, expected an integer from 2 to 4096")
         unit = torch.eye(length, dtype=torch.float64)
         mask = torch.ones_like(unit, dtype=torch.bool)
         mask[:, 0] = not self.integral
@@ -297,7 +297,7 @@ class KinematicTokenizer:
             )
             advice = "take lag >= 1" if self.lag == 0 and self.order > 1 else "raise the order"
             raise ConfigError(
-                f"channels: got {name!r} at order {self.order} and lag {self.lag}, expected names out of "
+                f"channels: got {quote(name)} at order {self.order} and lag {self.lag}, expected names out of "
                 f"{tokens.VALUES[: self._degree]}; {why}, {advice}"
             )
 

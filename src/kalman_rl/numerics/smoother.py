@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect_tensor, is_real, is_whole
-from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote
 from kalman_rl.numerics import state_space, wiener
 from kalman_rl.numerics.arguments import expect_shape, expect_values
 from kalman_rl.numerics.kalman import Gaussian, Noise
@@ -216,7 +216,7 @@ def prepared(
 ) -> tuple[Checked, Steps]:
     """The checked series and the model of their steps. Raises: as :func:`wiener_smoother`."""
     if not is_whole(order, 1, wiener.HIGHEST_ORDER):
-        raise ConfigError(f"order: got {order!r}, expected an integer from 1 to {wiener.HIGHEST_ORDER}")
+        raise ConfigError(f"order: got {quote(order)}, expected an integer from 1 to {wiener.HIGHEST_ORDER}")
     expect_tensor("observation", observation)
     y = observation
     fits = y.is_floating_point() and y.ndim == 2 and y.shape[0] > 0 and y.shape[1] > 1
@@ -278,7 +278,7 @@ def checked_times(times: Tensor | None, value: Tensor) -> Tensor:
 def _positive(name: str, noise: Noise, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A variance as a tensor of two axes. Raises: NumericError unless it is finite and > 0."""
     if not (is_real(noise) or isinstance(noise, float | Tensor)):
-        raise NumericError(f"{name}: got {noise!r:.80}, expected a number or a tensor of numbers")
+        raise NumericError(f"{name}: got {quote(noise, 80)}, expected a number or a tensor of numbers")
     variance = torch.as_tensor(noise, dtype=like.dtype, device=like.device)
     fits = variance.ndim <= 2 and all(n in (1, m) for n, m in zip(variance.shape[::-1], shape[::-1]))
     if not fits:
