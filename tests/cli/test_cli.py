@@ -500,7 +500,7 @@ def test_verify_on_a_device_that_is_not_there(
         (["resume"], "RUN: got nothing, expected a path; see `kalman-rl resume --help`"),
         (
             ["resume", "x", "--allow-change", "dta"],
-            "allow_change: got 'dta', expected one of collapse, data, ",
+            "allow_change: got 'dta', expected one of code, collapse, data, ",
         ),
         (["replay", "x"], "--method: got nothing, expected text; see `kalman-rl replay --help`"),
         (["replay", "x", "--method", "kpo", "--top", "2.5"], "top: got '2.5', expected a whole number"),

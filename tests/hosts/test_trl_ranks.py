@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -162,8 +163,12 @@ def test_rewards_that_fail_on_one_rank_end_both(bare: Path) -> None:
     assert json.loads((bare / "away.json").read_text()) == [1, 1]
     for rank in (0, 1):
         text = (bare / f"log-away-{rank}").read_text()
-        assert "RewardError: reward: got no result of away for 50% of the completions in the last 3" in text
-    assert "ValueError: the grader of rank 1 is away" in text
+        found = re.search(
+            r"RewardError: reward: got no result of away for (\d+)% of the completions in the last 3", text
+        )
+        assert found and 40 <= int(found[1]) <= 60
+        whose = "those of another process" if rank == 0 else "ValueError: the grader of rank 1 is away"
+        assert whose in text
     good = last_good_checkpoint(bare / "away")
     assert good is not None and f"a checkpoint of step {good.name.partition('-')[2]} is there" in text
 

@@ -85,6 +85,7 @@ def judge(trainer: Any, reward: Tensor) -> None:
         return
     step = trainer.state.global_step
     why = "; ".join(filter(None, (function.summary() for function in trainer.supervised)))
+    why = why or "those of another process"
     try:
         trainer.missing.see(reward, trainer.reward_func_names, step + 1, failed, why)
     except RewardError:
