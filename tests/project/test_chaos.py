@@ -18,7 +18,7 @@ from benchmarks.chaos.memory import per_thousand
 from benchmarks.chaos.trial import Outcome, Plan
 
 ROOT = Path(__file__).parents[2]
-SHARES = {"kills": 0.02, "corruption": 0.02, "received": 0.01, "fuzz": 0.01}
+SHARES = {"kills": 0.005, "corruption": 0.02, "received": 0.01, "fuzz": 0.003}
 """Of a whole campaign; the other kinds have tests of their own, or take too long here."""
 
 
