@@ -17,7 +17,7 @@ from typing import Any
 
 from kalman_rl.engine.runs.reading import clean
 from kalman_rl.engine.runs.received import parse_json, read_bytes, read_lines
-from kalman_rl.errors import RunError, extra, one_line
+from kalman_rl.errors import RunError, extra, one_line, quote
 from kalman_rl.instruments.report.page import PageParts, write_page
 from kalman_rl.instruments.report.sections.completions import MAX_LISTED, Listed
 from kalman_rl.instruments.report.sections.other_methods import on_tokens
@@ -173,7 +173,7 @@ def _decoder(tokenizer: str | None) -> Decode | None:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         raise RunError(
-            f"tokenizer: got {tokenizer!r}, expected a folder with one: {one_line(error, 200)}"
+            f"tokenizer: got {quote(tokenizer)}, expected a folder with one: {one_line(error, 200)}"
         ) from None
     size = len(loaded)
     return lambda token: loaded.decode([token]) if 0 <= token < size else f"⟨{token}⟩"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import is_whole
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError, ShapeError, quote
 from kalman_rl.numerics.kalman import Gaussian
 
 Number = Tensor | float
@@ -119,7 +119,7 @@ def remaining_mixed_group_gains(a: Number, b: Number, successes: Number, failure
     that the first completion of an empty group mixes nothing.
     """
     if not is_whole(k, 1):
-        raise NumericError(f"k: got {k!r}, expected a count >= 1")
+        raise NumericError(f"k: got {quote(k)}, expected a count >= 1")
     a, b = beta_parameters(a, b)
     successes, failures = _doubles(successes=successes, failures=failures)
     _expect("successes", successes >= 0, "a count >= 0", successes)
@@ -169,7 +169,7 @@ def _double(name: str, value: Number) -> Tensor:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         fits = False
     if not fits:
-        raise NumericError(f"{name}: got {value!r:.80}, expected a number or a tensor of numbers")
+        raise NumericError(f"{name}: got {quote(value, 80)}, expected a number or a tensor of numbers")
     return found.to(device="cpu", dtype=torch.float64)
 
 

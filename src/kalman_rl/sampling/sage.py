@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect_tensor, is_real
-from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.errors import NumericError, ShapeError, quote
 
 
 def success_margin(mean: Tensor) -> Tensor:
@@ -102,4 +102,4 @@ def _every(name: str, values: Tensor, legal: Tensor, expected: str) -> None:
 
 def _in_range(name: str, value: float, legal: bool, expected: str) -> None:
     if not legal:
-        raise NumericError(f"{name}: got {value}, expected {expected}")
+        raise NumericError(f"{name}: got {quote(value)}, expected {expected}")

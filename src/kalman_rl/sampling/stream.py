@@ -15,7 +15,7 @@ from torch import Tensor
 from kalman_rl.beliefs.groups import expect_names, places_of
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.checks import expect, expect_tensor, is_whole, reading, saved
-from kalman_rl.errors import ConfigError, NumericError, ShapeError, unknown_name
+from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote, unknown_name
 from kalman_rl.sampling.budget import check_select, check_shares
 from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.sage import score, success_margin
@@ -102,13 +102,13 @@ class PromptStream:
             raise ConfigError(f"pool: got {len(pool)} ids, {different} different, expected different ids")
         if not is_whole(count, 1, len(pool)):
             raise ConfigError(
-                f"count: got {count!r} prompts per batch, expected 1 to the pool's {len(pool)}; add prompts, or take "
-                "fewer of them per batch"
+                f"count: got {quote(count)} prompts per batch, expected 1 to the pool's {len(pool)}; add "
+                "prompts, or take fewer of them per batch"
             )
         if not is_whole(most, 1):
-            raise ConfigError(f"most: got {most!r} draws of one prompt, expected a whole number >= 1")
+            raise ConfigError(f"most: got {quote(most)} draws of one prompt, expected a whole number >= 1")
         if not is_whole(seed):
-            raise ConfigError(f"seed: got {seed!r:.80}, expected an integer >= 0")
+            raise ConfigError(f"seed: got {quote(seed, 80)}, expected an integer >= 0")
         self.belief, self.pool, self.count = belief, list(pool), int(count)
         self.score, self.floor, self.power, self.most, self.weights = score, floor, power, most, weights
         self.reward_range, self.reward_noise_variance = reward_range, reward_noise_variance
@@ -133,7 +133,7 @@ class PromptStream:
         """
         count = self.count if count is None else count
         if not is_whole(count, 1, len(self.pool)):
-            raise ConfigError(f"count: got {count!r}, expected 1 to the pool's {len(self.pool)} prompts")
+            raise ConfigError(f"count: got {quote(count)}, expected 1 to the pool's {len(self.pool)} prompts")
         if not callable(features) and features is not None:
             raise ConfigError(
                 f"features: got {type(features).__name__}, expected a function of ids that returns (n, F) numbers"
@@ -198,7 +198,7 @@ class PromptStream:
     def _digest(self) -> str:
         found = hashlib.sha256()
         for name in self.pool:
-            found.update(f"{name!r}\n".encode())
+            found.update(f"{quote(name)}\n".encode())
         return found.hexdigest()
 
 
@@ -210,7 +210,9 @@ def some_of(size: int, count: int, generator: torch.Generator) -> Tensor:
     tensor([0, 1, 2])
     """
     if not (is_whole(size) and is_whole(count)):
-        raise ConfigError(f"size, count: got {size!r:.80}, {count!r:.80}, expected whole numbers >= 0")
+        raise ConfigError(
+            f"size, count: got {quote(size, 80)}, {quote(count, 80)}, expected whole numbers >= 0"
+        )
     if count >= size:
         return torch.arange(size)
     if 4 * count > size:
@@ -238,12 +240,12 @@ def mean_draws(share: Tensor, count: int, most: int = 1) -> Tensor:
     if share.is_complex() or share.dim() != 1:
         raise ShapeError(f"share: got {share.dtype}, shape {tuple(share.shape)}, expected real (N,)")
     if not is_whole(most, 1):
-        raise ConfigError(f"most: got {most!r:.80}, expected a number of draws >= 1")
+        raise ConfigError(f"most: got {quote(most, 80)}, expected a number of draws >= 1")
     share = share.double()
     if not ((share > 0) & share.isfinite()).all():
         raise NumericError("share: got one that is not > 0 and finite, expected shares that all prompts have")
     if not is_whole(count, 1, len(share) * most):
-        raise ConfigError(f"count: got {count!r}, expected 1 to {len(share) * most}")
+        raise ConfigError(f"count: got {quote(count)}, expected 1 to {len(share) * most}")
     ordered, order = share.sort(descending=True)
     rest = ordered.flip(0).cumsum(0).flip(0)  # what the k largest leave
     factor = (count - most * torch.arange(len(share), dtype=torch.float64)) / rest
