@@ -7,12 +7,15 @@ means would let an empty micro-batch count as much as a full one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from kalman_rl.objectives.rollouts import Rollouts
+
+KINDS = ("tokens_raw", "tokens", "sequences_raw", "sequences")
+"""Effective sample sizes, in the order of :func:`sample_sizes`."""
 
 LARGEST_LOG = 300.0
 """Nats beyond which a weight counts as no larger: its square would leave the range of float64."""
@@ -45,39 +48,39 @@ def joined(parts: Tensor) -> Tensor:
 
 def mean(sums: Tensor) -> Tensor:
     """Mean; 0 if there are no tokens."""
-    return sums[1] / sums[0].clamp(min=1e-300)
+    return sums[..., 1] / sums[..., 0].clamp(min=1e-300)
 
 
 def variance(sums: Tensor) -> Tensor:
     """Population variance. In float64 it is right to a part in ``1e-15 mean^2 / variance``."""
-    return (sums[2] / sums[0].clamp(min=1e-300) - mean(sums).square()).clamp(min=0.0)
+    return (sums[..., 2] / sums[..., 0].clamp(min=1e-300) - mean(sums).square()).clamp(min=0.0)
 
 
 def effective_sample_size(sums: Tensor) -> Tensor:
     """Kish's effective sample size as a share of the tokens: ``(sum w)^2 / (n sum w^2)``, in (0, 1]; 1 without any."""
-    squares = sums[0] * sums[2]
-    return torch.where(squares > 0, sums[1].square() / squares.clamp(min=1e-300), 1.0)
+    squares = sums[..., 0] * sums[..., 2]
+    return torch.where(squares > 0, sums[..., 1].square() / squares.clamp(min=1e-300), 1.0)
 
 
 def share_left(sums: Tensor) -> Tensor:
     """Kish's effective sample size as a share, in [0, 1]: 0 where every weight is 0, 1 without any."""
-    dropped = (sums[0] > 0) & (sums[2] == 0)
+    dropped = (sums[..., 0] > 0) & (sums[..., 2] == 0)
     return torch.where(dropped, 0.0, effective_sample_size(sums))
 
 
 def largest(sums: Tensor) -> Tensor:
     """The largest value."""
-    return sums[3]
+    return sums[..., 3]
 
 
 def smallest(sums: Tensor) -> Tensor:
     """The smallest value, from the sums of the negative values."""
-    return -sums[3]
+    return -sums[..., 3]
 
 
 def none_moved(sums: Tensor) -> Tensor:
     """1 if the largest absolute value is 0, else 0."""
-    return (sums[3] == 0).double()
+    return (sums[..., 3] == 0).double()
 
 
 READ: dict[str, Callable[[Tensor], Tensor]] = {
@@ -107,6 +110,17 @@ def metric(name: str, sums: Tensor) -> Tensor:
     return read_by(name)(sums)
 
 
+def metrics_of(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """:func:`metric` of every name, those that are read alike at once."""
+    alike: dict[Callable[[Tensor], Tensor], list[str]] = {}
+    for name in sums:
+        alike.setdefault(read_by(name), []).append(name)
+    found: dict[str, Tensor] = {}
+    for read, names in alike.items():
+        found |= zip(names, read(torch.stack([sums[name] for name in names])).unbind(), strict=True)
+    return {name: found[name] for name in sums}
+
+
 def sample_sizes(log_ratio: Tensor, coefficient: Tensor, rollouts: Rollouts) -> dict[str, Tensor]:
     """Sums (4,) behind Kish's effective sample sizes, of tokens and of sequences, before and after the method.
 
@@ -117,7 +131,8 @@ def sample_sizes(log_ratio: Tensor, coefficient: Tensor, rollouts: Rollouts) -> 
     sequences_raw   w = the product of the sequence's token ratios
     sequences       w = the mean coefficient of its tokens
 
-    Args: log_ratio, coefficient: (B, T) of :class:`kalman_rl.objectives.loss.Tokens`. rollouts: of the batch.
+    Args: log_ratio, coefficient: (B, T) of :class:`kalman_rl.objectives.loss.Tokens`, finite everywhere. rollouts: of
+        the batch.
     Gradient: none. Source: VCPO (arXiv 2602.17616) for sequences_raw.
 
     >>> rollouts = Rollouts(torch.zeros(2, 2), torch.tensor([[1, 1], [1, 0]]))
@@ -126,21 +141,24 @@ def sample_sizes(log_ratio: Tensor, coefficient: Tensor, rollouts: Rollouts) -> 
     >>> round(metric("effective_sample_size/sequences_raw", sums["effective_sample_size/sequences_raw"]).item(), 4)
     0.7353
     """
-    mask, used = rollouts.mask, coefficient.abs()
-    product, filled = rollouts.by_sequence(log_ratio.double())
-    total, _ = rollouts.by_sequence(used.double())
-    length, _ = rollouts.by_sequence(mask.double())
-    found = {
-        "tokens_raw": sums_of(_weight(log_ratio), mask),
-        "tokens": sums_of(used, mask),
-        "sequences_raw": sums_of(_weight(product), filled),
-        "sequences": sums_of(total / length.clamp(min=1.0), filled),
-    }
-    return {f"effective_sample_size/{name}": sums for name, sums in found.items()}
+    mask = rollouts.mask.double()
+    log, used = log_ratio.detach() * mask, coefficient.detach().abs() * mask
+    product, total, length = (rollouts.by_sequence(values) for values in (log, used, mask))
+    tokens = _sums_of_both(_weight(log), used, mask)
+    sequences = _sums_of_both(_weight(product), total / length.clamp(min=1.0), length.clamp(max=1.0))
+    found = zip(KINDS, (*tokens, *sequences), strict=True)
+    return {f"effective_sample_size/{name}": sums for name, sums in found}
 
 
 def _weight(log: Tensor) -> Tensor:
-    return log.double().clamp(-LARGEST_LOG, LARGEST_LOG).exp()
+    return log.clamp(-LARGEST_LOG, LARGEST_LOG).exp_()
+
+
+def _sums_of_both(raw: Tensor, used: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """:func:`sums_of` two kinds of weights >= 0, of which ``used`` is 0 where the ``mask`` of 0 and 1 is."""
+    both = torch.stack([raw * mask, used]).flatten(1)
+    count = mask.sum().expand(2)
+    return torch.stack([count, both.sum(1), both.square().sum(1), both.amax(1)], dim=1).unbind()
 
 
 def switches(log_ratio: Tensor, mask: Tensor, sequence: Tensor | None = None) -> Tensor:

@@ -9,8 +9,8 @@ from functools import lru_cache
 from torch import Tensor
 
 from kalman_rl.methods import make_method
+from kalman_rl.objectives import diagnostics
 from kalman_rl.objectives.aggregate import Totals
-from kalman_rl.objectives.diagnostics import metric, sample_sizes
 from kalman_rl.objectives.inputs import check_provided
 from kalman_rl.objectives.loss import Loss, Method
 from kalman_rl.objectives.rollouts import Rollouts
@@ -45,5 +45,5 @@ def summed(method: Method, weights: Callable[[Rollouts, Totals], Tensor]) -> Met
 
 def metrics_of(loss: Loss, rollouts: Rollouts) -> dict[str, Tensor]:
     """The metrics of a micro-batch, effective sample sizes among them: detached scalars by name."""
-    sizes = sample_sizes(loss.tokens.log_ratio, loss.tokens.coefficient, rollouts)
-    return loss.metrics | {name: metric(name, sums) for name, sums in sizes.items()}
+    sizes = diagnostics.sample_sizes(loss.tokens.log_ratio, loss.tokens.coefficient, rollouts)
+    return loss.metrics | diagnostics.metrics_of(sizes)

@@ -24,7 +24,7 @@ from kalman_rl.hosts.verl.config import KalmanPolicyLossConfig
 from kalman_rl.hosts.verl.metrics import parts, weighted
 from kalman_rl.hosts.verl.settings import PREFIX, check_actor
 from kalman_rl.objectives.aggregate import SequenceSum, Totals, sequence_mean, token_mean
-from kalman_rl.objectives.diagnostics import metric, sample_sizes
+from kalman_rl.objectives.diagnostics import metrics_of, sample_sizes
 from kalman_rl.objectives.learning import bound_metrics, step_statistics, with_bounds
 from kalman_rl.objectives.loss import Method, policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
@@ -75,24 +75,20 @@ def make_loss(name: str) -> PolicyLossFn:
             method, bounds, seen = _with_bounds(method, rollouts, log_prob, advantages, config)
         loss = policy_loss(method, rollouts, log_prob, advantage=advantages, totals=totals)
         sizes = sample_sizes(loss.tokens.log_ratio, loss.tokens.coefficient, rollouts)
-        metrics = {k: v for k, v in loss.metrics.items() if k not in DROPPED} | bounds
-        metrics |= {name: metric(name, sums) for name, sums in sizes.items()}
-        tokens = rollouts.mask.sum()
-        metrics["actor/ppo_kl"] = -loss.tokens.log_ratio.sum() / tokens.clamp(min=1)
-        metrics["actor/pg_clipfrac"] = 1 - loss.metrics["trust/kept"]
-        summed = parts(loss.sums | sizes)
-        numbers = as_numbers(metrics | {"tokens": tokens} | summed, log_prob.device)
-        trained, summed_up = int(numbers.pop("tokens")), {name: numbers.pop(name) for name in summed}
+        numbers, sums = as_numbers(loss.metrics | metrics_of(sizes), loss.sums | sizes)
+        trained, total, *_ = sums["ratio/raw_log_variance"]
+        numbers["actor/ppo_kl"] = -total / max(trained, 1.0)
+        numbers["actor/pg_clipfrac"] = 1 - numbers["trust/kept"]
         reported = weighted(
-            numbers,
-            tokens=trained,
+            {name: value for name, value in numbers.items() if name not in DROPPED} | bounds,
+            tokens=int(trained),
             rows=len(response_mask),
             info=info,
             dynamic=bool(getattr(config, "use_dynamic_bsz", False)),
         )
         if bounds and trained:
             reported["trust/bound_share"] = seen / (info.get("batch_num_tokens") or seen)
-        return loss.value, reported | summed_up
+        return loss.value, reported | parts(sums)
 
     kalman_policy_loss.__name__ = kalman_policy_loss.__qualname__ = f"policy_loss_{name}"
     kalman_policy_loss.kalman_rl = name  # type: ignore[attr-defined]
@@ -252,9 +248,12 @@ def _several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def as_numbers(metrics: Mapping[str, Any], device: torch.device) -> dict[str, float]:
-    """All metrics as Python numbers, fetched from the device at once."""
-    values = [
-        torch.as_tensor(value, device=device).detach().double().reshape(()) for value in metrics.values()
-    ]
-    return dict(zip(metrics, torch.stack(values).tolist(), strict=True))
+def as_numbers(
+    metrics: Mapping[str, Tensor], sums: Mapping[str, Tensor]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Metrics and sums (4,) as Python numbers, fetched from the device at once."""
+    values = torch.cat([torch.stack(list(metrics.values())).double(), *sums.values()]).tolist()
+    behind = zip(*[iter(values[len(metrics) :])] * 4, strict=True)
+    return dict(zip(metrics, values, strict=False)), {
+        name: list(four) for name, four in zip(sums, behind, strict=True)
+    }

@@ -14,11 +14,10 @@ cancels in NAME.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kalman_rl.objectives.diagnostics import effective_sample_size, metric, read_by, share_left, variance
 
@@ -40,13 +39,13 @@ def made_of_sums(name: str) -> bool:
     return read_by(name) in quotients or name.endswith("sign_switch")
 
 
-def parts(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def parts(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The sums of one micro-batch by the names that verl is to average them under."""
-    chosen = {name: value for name, value in sums.items() if made_of_sums(name)}
     return {
-        f"{WEIGHTED.removeprefix('actor/')}{name}/{part}": value[place]
-        for name, value in chosen.items()
-        for place, part in enumerate(PARTS)
+        f"weighted/{name}/{part}": value
+        for name, of in sums.items()
+        if made_of_sums(name)
+        for part, value in zip(PARTS, of, strict=False)
     }
 
 

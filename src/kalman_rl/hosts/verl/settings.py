@@ -7,6 +7,7 @@ dataclasses and know every field, so a new one is looked at before it is ignored
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,15 +96,21 @@ def check_bypass(config: Any) -> None:
 
 def _changed(config: Any, kind: type, fields: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
     """Fields with another value than verl's default: (field, value, default)."""
+    found = [(name, _get(config, name), default) for name, default in _defaults(kind, fields)]
+    return [change for change in found if change[1] is not None and change[1] != change[2]]
+
+
+@functools.cache
+def _defaults(kind: type, fields: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+    """Remembered, because verl's loss asks for every micro-batch."""
     known = {field.name: field for field in dataclasses.fields(kind)}
-    found = []
-    for name in fields:
-        factory = known[name].default_factory
-        default = known[name].default if factory is dataclasses.MISSING else factory()
-        value = _get(config, name)
-        if value is not None and value != default:
-            found.append((name, value, default))
-    return found
+    return tuple(
+        (
+            name,
+            known[name].default if (make := known[name].default_factory) is dataclasses.MISSING else make(),
+        )
+        for name in fields
+    )
 
 
 def _get(config: Any, name: str) -> Any:
