@@ -1,14 +1,18 @@
-"""Two gloo ranks under FSDP 2, by accelerate's launcher and the example's file."""
+"""Two gloo ranks under FSDP 2, by accelerate's launcher and the example's file; one of them is killed."""
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 pytest.importorskip("trl")
+from kalman_rl.hosts.trl import last_good_checkpoint
 from tests.hosts.test_trl import model_path, two_ranks
+from tests.hosts.test_trl_ranks import ports, started
 
 __all__ = ["model_path"]  # a fixture
 
@@ -48,16 +52,29 @@ RUNS = """
 """
 
 
+WRITTEN = """
+    def one(name, sent=None, resume=None):
+        trainer = train(name, sent, resume=resume)
+        write(name + os.environ["RANK"], [trainer.state.global_step, b.flat(trainer.tracking.state_dict())] + [
+            p.full_tensor().double().sum().item() for p in trainer.model_wrapped.parameters()
+        ])
+"""
+
+
+def launcher(folder: Path) -> tuple[str, ...]:
+    """accelerate's launcher with the example's file, made to fit this machine."""
+    settings = yaml.safe_load(EXAMPLE.read_text()) | ON_CPU
+    settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = "LlamaDecoderLayer"
+    (folder / "fsdp2.yaml").write_text(yaml.safe_dump(settings))
+    return "accelerate.commands.launch", "--config_file", str(folder / "fsdp2.yaml"), "--main_process_port"
+
+
 @pytest.mark.timeout(600)
 def test_sharded_ranks_train_as_whole_ones(model_path: str, tmp_path: Path) -> None:
     """Losses and beliefs equal those of two ranks that each hold all weights, and a resumed run equals a whole one."""
-    settings = yaml.safe_load(EXAMPLE.read_text()) | ON_CPU
-    settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = "LlamaDecoderLayer"
-    (tmp_path / "fsdp2.yaml").write_text(yaml.safe_dump(settings))
     for name in ("ddp", "fsdp"):
         (tmp_path / name).mkdir()
-    launcher = ("accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp2.yaml"))
-    fsdp = two_ranks(SHARDED + RUNS, model_path, tmp_path / "fsdp", (*launcher, "--main_process_port"))
+    fsdp = two_ranks(SHARDED + RUNS, model_path, tmp_path / "fsdp", launcher(tmp_path))
     ddp = two_ranks(RUNS, model_path, tmp_path / "ddp")
     assert [rank["whole"]["weights"] for rank in fsdp] == [["DTensor"]] * 2
     assert [rank["whole"]["weights"] for rank in ddp] == [["Parameter"]] * 2
@@ -66,3 +83,26 @@ def test_sharded_ranks_train_as_whole_ones(model_path: str, tmp_path: Path) -> N
         assert sharded["whole"]["belief"] == whole["whole"]["belief"]
         assert sharded["rest"]["loss"] == sharded["whole"]["loss"][2:]
         assert sharded["rest"]["belief"] == sharded["whole"]["belief"]
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_rank_ends_the_other_and_the_run_resumes(model_path: str, tmp_path: Path) -> None:
+    """Rank 1 gets SIGKILL in step 6: the launcher ends within a minute with an error. Two ranks that go on from the
+    checkpoint left behind end with the weights and beliefs of two that nobody killed."""
+    body = SHARDED + WRITTEN + "    one('whole')\n    one('killed', signal.SIGKILL)\n"
+    with started(body, model_path, tmp_path, "-m", *launcher(tmp_path), ports(1)[0]) as agent:
+        agent.wait(timeout=280)
+        now, text = time.time(), (tmp_path / "log").read_text()
+    assert (tmp_path / "ended-killed").exists(), text[-3000:]
+    assert agent.returncode == 1 and now - float((tmp_path / "ended-killed").read_text()) < 60
+    assert "Signal 9 (SIGKILL) received by PID" in text
+    good = last_good_checkpoint(tmp_path / "killed")
+    assert good == tmp_path / "killed" / "checkpoint-4"
+    body = SHARDED + WRITTEN + f"    one('killed', resume={str(good)!r})\n"
+    with started(body, model_path, tmp_path, "-m", *launcher(tmp_path), ports(1)[0]) as agent:
+        agent.wait(timeout=280)
+    names = [f"{name}{rank}.json" for name in ("whole", "killed") for rank in (0, 1)]
+    assert all((tmp_path / name).exists() for name in names), (tmp_path / "log").read_text()[-3000:]
+    results = [json.loads((tmp_path / name).read_text()) for name in names]
+    assert all(result == results[0] for result in results)
+    assert results[0][0] == 8 and len(results[0][1]) > 50
