@@ -1,13 +1,15 @@
 """Speed on a CUDA device, as ratios to a copy of the same tensor and to the published eager code::
 
-    python -m benchmarks.speed.gpu            # what `make bench-gpu` runs; a minute or two
+    python -m benchmarks.speed.gpu            # what `make bench-gpu` runs; some minutes
     python -m benchmarks.speed.gpu --quick    # small shapes, nothing is written
 
 Time is between two CUDA events around a call, so it includes waiting for the host where a call has to ask it.
 A round runs every candidate once in an order that rotates, a ratio is formed within its round, and inputs
 rotate through buffers larger than the second-level cache. Every result is checked before it is timed, in
-memory that held NaN before. Writes ``gpu.json`` to benchmarks/results; exit code 1 if a target was
-missed by median and better quartile. Without a CUDA device it says so and exits with 0.
+memory that held NaN before. Writes ``gpu.json`` to benchmarks/results. Then every method is compared with its
+definition on the device, and SmolLM2-135M is trained by our trainer and by TRL's (time and memory of a step). Exit
+code 1 if a target was missed by median and better quartile, or a check failed. Without a CUDA device it says so and
+exits with 0.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +40,11 @@ CACHE = 64 << 20  # bytes, more than the second-level cache of an H100 or H200
 ROUNDS = 25
 FILTERS = ((4096, 16384), (64, 131072))
 LOSSES = ((1024, 4096), (512, 16384))
+AFTER = (
+    ("-m", "kalman_rl", "methods", "--verify", "--device", "cuda"),
+    ("-m", "benchmarks.speed.overhead", "--models", "smollm2", "--rounds", "1", "--device", "cuda"),
+)
+"""Commands of this Python once the kernels were timed."""
 Call = Callable[[], object]
 
 
@@ -175,7 +183,10 @@ def main() -> int:
         context = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         text = json.dumps({"context": context, "rows": as_json(rows)}, indent=1)
         (RESULTS / "gpu.json").write_text(text + "\n")
-    return int(not quick and any(row.holds is False for row in rows))
+    failed = [] if quick else [command for command in AFTER if subprocess.call([sys.executable, *command])]
+    for command in failed:
+        print(f"failed: {' '.join(command)}")
+    return int(bool(failed) or (not quick and any(row.holds is False for row in rows)))
 
 
 if __name__ == "__main__":

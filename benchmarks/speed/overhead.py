@@ -2,11 +2,13 @@
 
     python -m benchmarks.speed.overhead                   # tiny and SmolLM2-135M, some minutes
     python -m benchmarks.speed.overhead --models tiny --rounds 1
+    python -m benchmarks.speed.overhead --models smollm2 --rounds 1 --device cuda
 
 Runs TRL's GRPOTrainer and ours by turns, each in a process of its own, with the same model, prompts, seeds and
 sizes. A difference of one per cent cannot be seen between two runs whose steps differ by ten, so the time of
 our code (objective with filter and metrics, rollouts, advantages, learning, logging) is taken inside the run,
-by stopwatches around it: an upper bound of what is added, because TRL's own loss would be there instead.
+by stopwatches around it: an upper bound of what is added, because TRL's own loss would be there instead. On a CPU
+it is processor time; on a GPU the clock on the wall, and the peak is that of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -30,28 +32,28 @@ PROMPTS, COMPLETIONS, UPDATES, LENGTH, STEPS = 4, 4, 2, 24, 6
 
 
 class Stopwatch:
-    """Adds up processor time; calls inside calls count once."""
+    """Adds up time by a clock; calls inside calls count once."""
 
-    def __init__(self) -> None:
-        self.seconds, self._depth = 0.0, 0
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.seconds, self._depth = clock, 0.0, 0
 
     def around(self, owner: Any, name: str) -> None:
         inner: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start, self._depth = time.process_time(), self._depth + 1
+            start, self._depth = self.clock(), self._depth + 1
             try:
                 return inner(*args, **kwargs)
             finally:
                 self._depth -= 1
                 if self._depth == 0:
-                    self.seconds += time.process_time() - start
+                    self.seconds += self.clock() - start
 
         setattr(owner, name, timed)
 
 
-def one(kind: str, name: str, cache: Path) -> dict[str, Any]:
-    """Train for a few steps; processor seconds per step, those in our code, and the peak of memory."""
+def one(kind: str, name: str, cache: Path, device: str) -> dict[str, Any]:
+    """Train for a few steps; seconds per step, those in our code, and the peak of memory."""
     os.environ.update(
         {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
     )
@@ -70,11 +72,13 @@ def one(kind: str, name: str, cache: Path) -> dict[str, Any]:
     task = load_task("products" if name != "tiny" else "sort12")
     loaded = load_model(name, cache=cache, task=task, dtype="float32", progress=lambda text: None)
     marks: list[tuple[float, float]] = []
-    watch = Stopwatch()
+    on_cpu = device == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    watch = Stopwatch(clock)
 
     class Marks(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            marks.append((time.process_time(), watch.seconds))
+            marks.append((clock(), watch.seconds))
 
     settings = {
         "output_dir": tempfile.mkdtemp(),
@@ -85,7 +89,7 @@ def one(kind: str, name: str, cache: Path) -> dict[str, Any]:
         "max_completion_length": LENGTH,
         "max_steps": STEPS,
         "logging_steps": 1,
-        "use_cpu": True,
+        "use_cpu": on_cpu,
         "bf16": False,
         "gradient_checkpointing": False,
         "save_strategy": "no",
@@ -120,10 +124,12 @@ def one(kind: str, name: str, cache: Path) -> dict[str, Any]:
     steps = [b[0] - a[0] for a, b in zip(marks[UPDATES - 1 :: UPDATES], marks[2 * UPDATES - 1 :: UPDATES])]
     own = [b[1] - a[1] for a, b in zip(marks[UPDATES - 1 :: UPDATES], marks[2 * UPDATES - 1 :: UPDATES])]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if not on_cpu:
+        peak = torch.cuda.max_memory_allocated() // 1024
     return {"cycle": median(steps), "own": median(own), "peak_kib": peak}
 
 
-def spawn(kind: str, name: str, cache: Path) -> dict[str, Any]:
+def spawn(kind: str, name: str, cache: Path, device: str) -> dict[str, Any]:
     command = [
         sys.executable,
         "-W",
@@ -135,6 +141,8 @@ def spawn(kind: str, name: str, cache: Path) -> dict[str, Any]:
         name,
         "--cache",
         str(cache),
+        "--device",
+        device,
     ]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
@@ -143,14 +151,15 @@ def spawn(kind: str, name: str, cache: Path) -> dict[str, Any]:
     return result
 
 
-def compare(name: str, rounds: int, cache: Path) -> dict[str, Any]:
-    spawn("trl", name, cache)  # converts or warm-starts the model
+def compare(name: str, rounds: int, cache: Path, device: str) -> dict[str, Any]:
+    spawn("trl", name, cache, device)  # converts or warm-starts the model
     pairs = []
     for round_ in range(rounds):
         order = ("trl", "ours") if round_ % 2 == 0 else ("ours", "trl")
-        pairs.append({kind: spawn(kind, name, cache) for kind in order})
+        pairs.append({kind: spawn(kind, name, cache, device) for kind in order})
     return {
         "model": name,
+        "device": device,
         "share of our code": median(pair["ours"]["own"] / pair["ours"]["cycle"] for pair in pairs),
         "step time, ours / TRL": median(pair["ours"]["cycle"] / pair["trl"]["cycle"] for pair in pairs),
         "peak memory, ours / TRL": median(
@@ -169,14 +178,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "kalman-rl-overhead")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(one(*options.one, options.cache)))
+        print(json.dumps(one(*options.one, options.cache, options.device)))
         return 0
     rows = []
     for name in options.models:
-        rows.append(compare(name, options.rounds, options.cache))
+        rows.append(compare(name, options.rounds, options.cache, options.device))
         print(json.dumps(rows[-1], indent=1), flush=True)
     size = f"{PROMPTS} prompts x {COMPLETIONS} completions of up to {LENGTH} tokens, {UPDATES} updates"
     results = {
@@ -186,7 +196,8 @@ def main() -> int:
         "rows": rows,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "overhead.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    file = "overhead.json" if options.device == "cpu" else "overhead_gpu.json"
+    (options.out / file).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
