@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "terminal", "checks", "registry", "hooks"),
     ("kernels",),
     ("numerics",),
-    ("kinematic",),
+    ("kinematic", "reppo"),
     ("objectives", "beliefs"),
     ("sampling",),
     ("methods",),
@@ -54,6 +54,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "engine": ("app",),
     "instruments": ("app",),
     "instruments/board": ("app", "board"),
+    "reppo": (),
+    "reppo/environments.py": ("control",),
+    "reppo/training.py": ("plot",),
     "cli": ("app",),
 }
 MODULES = {"pyzmq": "zmq", "TransferQueue": "transfer_queue"}  # packages whose module has another name
@@ -218,6 +221,7 @@ def test_base_import_is_light() -> None:
         ("from kalman_rl.instruments.report import write_report", "kalman_rl.instruments.report", "app"),
         ("from kalman_rl.engine.tasks import load_task", "kalman_rl.engine", "app"),
         ("from kalman_rl import plot", "kalman_rl.plot", "plot"),
+        ("from kalman_rl.reppo import environments", "kalman_rl.reppo", "control"),
     ],
 )
 def test_a_missing_extra_is_named(call: str, user: str, name: str) -> None:

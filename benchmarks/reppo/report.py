@@ -1,0 +1,101 @@
+"""Tables and curves from the ledger of runs: every seed, medians, and the bars that were set before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.reppo.plan import ARMS, EPISODES, SEEDS, TASKS
+
+COLOURS = dict(zip(ARMS, ("#2f5fb3", "#8a8f98", "#d97a1f", "#3a9a5b", "#8e5bb3", "#b3455b")))
+
+
+def read(ledger: Path) -> list[dict[str, Any]]:
+    """Finished runs; none where there is no ledger."""
+    if not ledger.exists():
+        return []
+    return [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines() if line]
+
+
+def cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Runs by task and arm, in the order of their seeds."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        found.setdefault((row["task"], row["arm"]), []).append(row)
+    return found
+
+
+def verdict(task: str, values: list[float]) -> str:
+    """met or not met, once all seeds are there; empty where no bar was set."""
+    bar = TASKS[task].bar
+    if bar is None:
+        return ""
+    if len(values) < len(SEEDS):
+        return f"open ({len(values)} of {len(SEEDS)} seeds)"
+    return "met" if median(values) >= bar else "not met"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| task, steps | arm | every seed | median | bar | verdict | seconds a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found = cells(rows)
+    for task, wanted in TASKS.items():
+        for arm in ARMS:
+            runs = found.get((task, arm))
+            if runs is None:
+                continue
+            values = [run["return"] for run in runs]
+            bar = "" if wanted.bar is None else f"{wanted.bar:g}"
+            lines.append(
+                f"| {task}, {wanted.steps // 1000}k | {arm} | {', '.join(f'{value:.0f}' for value in values)} "
+                f"| {median(values):.1f} | {bar} | {verdict(task, values)} "
+                f"| {median(run['seconds'] for run in runs):.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Every run as a thin line, the median as a thick one."""
+    from matplotlib.figure import Figure
+
+    found = cells(rows)
+    tasks = [task for task in TASKS if any(key[0] == task for key in found)]
+    figure = Figure(figsize=(4.2 * min(len(tasks), 3), 3.0 * -(-len(tasks) // 3)), layout="constrained")
+    axes = figure.subplots(-(-len(tasks) // 3), min(len(tasks), 3), squeeze=False).flat
+    for ax in list(axes)[len(tasks) :]:
+        ax.set_axis_off()
+    for ax, task in zip(axes, tasks):
+        for arm in ARMS:
+            runs = found.get((task, arm), [])
+            for run in runs:
+                steps, values = zip(*[(row["step"], row["return"]) for row in run["curve"]])
+                ax.plot(steps, values, color=COLOURS[arm], alpha=0.25, linewidth=0.8)
+            points = list(zip(*[run["curve"] for run in runs]))
+            if points:
+                middle = [median(row["return"] for row in point) for point in points]
+                steps = [median(row["step"] for row in point) for point in points]
+                ax.plot(steps, middle, color=COLOURS[arm], linewidth=1.8, label=arm)
+        bar = TASKS[task].bar
+        if bar is not None:
+            ax.axhline(bar, color="black", linewidth=0.8, linestyle=":")
+        ax.set_title(task, fontsize="medium")
+        ax.set_xlabel("steps of the environment")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize="x-small")
+    figure.savefig(file, dpi=110)
+
+
+def write(rows: list[dict[str, Any]], folder: Path) -> None:
+    """``reppo.md`` and ``reppo.png``; nothing without runs."""
+    if not rows:
+        return
+    text = (
+        f"Return of {EPISODES} episodes without noise after the last step; every seed, none of which chose a setting. "
+        "Seconds on one thread of a shared machine.\n\n"
+    )
+    (folder / "reppo.md").write_text(text + table(rows), encoding="utf-8")
+    draw(rows, folder / "reppo.png")

@@ -1,0 +1,227 @@
+"""A run: a folder with what was asked, the newest checkpoint and the curve; the same call goes on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from kalman_rl.checks import is_whole
+from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.reppo.environments import Environments, evaluate
+from kalman_rl.reppo.learner import Learner
+from kalman_rl.reppo.settings import Settings
+from kalman_rl.terminal import tell
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "CartPole-v1": {"low": -5.0, "high": 110.0},
+    "Acrobot-v1": {"low": -110.0, "high": 5.0},
+    "MountainCar-v0": {"low": -110.0, "high": 5.0},
+    "MountainCarContinuous-v0": {"low": -15.0, "high": 110.0},
+    "Pendulum-v1": {"low": -170.0, "high": 10.0, "reward_scale": 0.1},
+    "Hopper-v5": {"low": -10.0, "high": 90.0, "reward_scale": 0.2},
+    "HalfCheetah-v5": {"low": -30.0, "high": 120.0, "reward_scale": 0.1},
+}
+"""Ranges of the critic that hold every return, and the scale of the reward."""
+OUTSIDE = 0.01
+"""Share of targets outside the critic's range that is warned of."""
+EVALUATION_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run does.
+
+    Args:
+        env: name of the environment. steps: of the environment, over all copies. seed: of everything.
+        settings: of the learner. copies, horizon: environments, and steps of each in a batch.
+        evaluations: during the run, evenly spread; each saves. episodes: of one evaluation, without noise.
+    """
+
+    env: str
+    steps: int
+    seed: int
+    settings: Settings
+    copies: int = 8
+    horizon: int = 128
+    evaluations: int = 20
+    episodes: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "copies", "horizon", "evaluations", "episodes"):
+            value = getattr(self, name)
+            if not is_whole(value, 1):
+                raise ConfigError(f"{name}: got {value!r:.40}, expected a whole number of at least 1")
+        if not is_whole(self.seed, 0, 2**31):
+            raise ConfigError(f"seed: got {self.seed!r:.40}, expected a whole number from 0 to 2**31")
+
+
+def settings_for(env: str, changes: dict[str, Any]) -> Settings:
+    """Settings of a known environment with changes; of another one the range has to be among the changes.
+
+    Raises: ConfigError.
+    """
+    found = PRESETS.get(env, {}) | changes
+    if "low" not in found or "high" not in found:
+        raise ConfigError(
+            f"{env[:80]}: got no range of the critic, expected low and high; rewards from a to b per step give "
+            "a / (1 - gamma) to b / (1 - gamma), take a little more"
+        )
+    return Settings(**found)
+
+
+def train(plan: TrainingPlan, folder: Path, *, quiet: bool = False) -> list[dict[str, float]]:
+    """Train, evaluate and save; a folder with a checkpoint of the same plan goes on there, with new episodes.
+
+    Args: folder: is made if it is not there. quiet: print nothing but warnings.
+    Returns: rows of ``curve.csv``, one per evaluation.
+    Raises: RunError if the folder holds another run or cannot be written; ConfigError, NumericError.
+    """
+    begin(plan, folder)
+    step, rows, state = newest(folder)
+    envs = Environments(plan.env, plan.copies, seed=1000 * plan.seed + step)
+    learner = Learner(
+        envs.inputs, envs.actions, discrete=envs.discrete, settings=plan.settings, seed=plan.seed
+    )
+    if state is not None:
+        learner.load_state_dict(state)
+        if not quiet:
+            tell(f"{folder}: going on at step {step:,} of {plan.steps:,}")
+    every, batch = plan.steps / plan.evaluations, plan.copies * plan.horizon
+    warned = False
+    while step < plan.steps:
+        found = learner.update(envs.rollout(learner, plan.horizon))
+        due = (step + batch) // every > step // every or step + batch >= plan.steps
+        step += batch
+        if found["outside"] > OUTSIDE and not warned:
+            warned = True
+            tell(
+                f"{plan.env}: got {found['outside']:.0%} of the returns outside the critic's range "
+                f"{plan.settings.low:g} to {plan.settings.high:g}, expected below 1 %; widen low and high, or lower "
+                "reward_scale",
+                error=True,
+            )
+        if due:
+            returns = evaluate(
+                plan.env,
+                lambda seen: learner.act(seen, greedy=True)[0],
+                episodes=plan.episodes,
+                seed=EVALUATION_SEED,
+            )
+            last = envs.finished[-20:] or [float("nan")]
+            rows.append(
+                {"step": step, "return": fmean(returns), "median": median(returns), "lowest": min(returns)}
+                | {"training_return": fmean(last)}
+                | found
+            )
+            save(folder, step, rows, learner)
+            if not quiet:
+                tell(line(rows[-1], plan.steps), wipe=sys.stdout.isatty())
+        elif not quiet and sys.stdout.isatty():
+            tell(f"{plan.env}: step {step:,} of {plan.steps:,}", end="", wipe=True)
+    envs.close()
+    return rows
+
+
+def line(row: dict[str, float], steps: int) -> str:
+    """One evaluation as a line."""
+    return (
+        f"step {row['step']:>9,.0f} of {steps:,}   return {row['return']:9.1f}   "
+        f"training {row['training_return']:9.1f}   "
+        f"KL {row['kl']:.3f}   gated {row['gated']:4.0%}   entropy {row['entropy']:6.2f}   outside {row['outside']:.1%}"
+    )
+
+
+def begin(plan: TrainingPlan, folder: Path) -> None:
+    """Write ``run.json``, or check that it says the same. ``steps`` may grow.
+
+    Raises: RunError.
+    """
+    asked = json.loads(json.dumps(asdict(plan)))
+    file = folder / "run.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            _replace(file, json.dumps(asked, indent=1).encode())
+            return
+        was = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{file}: cannot be read or written ({error}); name another folder with --output"
+        ) from error
+    flat = [{k: v for k, v in (p | p.get("settings", {})).items() if k != "settings"} for p in (was, asked)]
+    other = sorted(k for k in flat[1] if k != "steps" and flat[0].get(k) != flat[1][k])
+    if other:
+        name = other[0]
+        raise RunError(
+            f"{folder}: got a run with {name} {flat[0].get(name)!r}, expected {flat[1][name]!r}; name another folder "
+            "with --output"
+        )
+
+
+def newest(folder: Path) -> tuple[int, list[dict[str, float]], dict[str, Any] | None]:
+    """Step, rows and the learner's state of the checkpoint, or the beginning.
+
+    Raises: RunError if it is damaged.
+    """
+    file = folder / "checkpoint.pt"
+    if not file.exists():
+        return 0, [], None
+    try:
+        found = torch.load(file, weights_only=True)
+        return int(found["step"]), list(found["rows"]), found["learner"]
+    except Exception as error:  # whatever a damaged archive makes torch raise
+        raise RunError(
+            f"{file}: got a damaged checkpoint ({type(error).__name__}); delete it to begin again"
+        ) from error
+
+
+def save(folder: Path, step: int, rows: list[dict[str, float]], learner: Learner) -> None:
+    """Write ``checkpoint.pt`` and ``curve.csv``, each whole or not at all.
+
+    Raises: RunError.
+    """
+    try:
+        temporary = folder / ".checkpoint.pt"
+        torch.save({"step": step, "rows": rows, "learner": learner.state_dict()}, temporary)
+        os.replace(temporary, folder / "checkpoint.pt")
+        with (folder / ".curve.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(folder / ".curve.csv", folder / "curve.csv")
+    except (OSError, RuntimeError) as error:
+        raise RunError(
+            f"{folder}: cannot be written ({error}); make room, the same command goes on"
+        ) from error
+
+
+def draw_curve(rows: list[dict[str, float]], title: str, file: Path) -> None:
+    """Return over steps as a picture; needs the extra ``plot``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 3.4), layout="constrained")
+    ax = figure.subplots()
+    steps = [row["step"] for row in rows]
+    ax.plot(steps, [row["return"] for row in rows], color="#2f5fb3", label="without noise, mean")
+    ax.plot(steps, [row["lowest"] for row in rows], color="#2f5fb3", alpha=0.35, label="lowest episode")
+    ax.plot(steps, [row["training_return"] for row in rows], color="#8a8f98", label="while training")
+    ax.set_xlabel("steps of the environment")
+    ax.set_ylabel("return")
+    ax.set_title(title, fontsize="medium")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize="small")
+    figure.savefig(file, dpi=110)
+
+
+def _replace(file: Path, data: bytes) -> None:
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_bytes(data)
+    os.replace(temporary, file)
