@@ -40,6 +40,7 @@ REFERENCE = {
     "TRL": "hosts.trl.config hosts.trl.trainer",
     "verl": "hosts.verl.config hosts.verl.plugin hosts.verl.trainer",
     "Contract": "instruments.contract",
+    "REPPO": "reppo.learner reppo.networks reppo.settings reppo.environments reppo.training",
     "Plots": "plot",
     "Errors and names": "errors registry",
 }

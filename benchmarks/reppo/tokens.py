@@ -1,7 +1,7 @@
 """The expected gradient on tokens: ``python -m benchmarks.reppo.tokens``; again to go on.
 
-The tiny language model sorts digits (the pool of ``kalman-rl reproduce``: 40 % hopeless, 30 % between, 30 % solved). Each
-arm spends 8192 completions, 32 questions x 4 a step, one step of Adam each, and weighs tokens as GRPO does:
+The tiny language model sorts digits (the pool of ``kalman-rl reproduce``: 40 % hopeless, 30 % between, 30 % solved).
+An arm spends 8192 completions, 32 questions x 4 a step, one step of Adam each, and weighs tokens as GRPO does:
 
     GRPO        z-score of the group on every sampled token
     tracked     reward minus the Kalman filter's belief about the question (bridge a), no critic
