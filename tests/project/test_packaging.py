@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("instruments",),
     ("cli", "__main__"),
 )
-NUMERIC = {name for row in LAYERS[:7] for name in row} - {"kernels"}  # they compile with numba and Triton
+NUMERIC = {name for row in LAYERS[:7] for name in row} - {"kernels", "reppo"}  # they compile, or play
 # Folder to the extras whose packages it may import, inside functions too. Longest match decides; "" is what is left.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "": (),

@@ -215,6 +215,7 @@ def test_a_critic_begins_at_zero_and_its_loss_is_least_at_the_target() -> None:
     learner = Learner(2, 1, discrete=False, settings=settings(bins=151))
     q = learner.critic(torch.randn(50, 2), torch.rand(50, 1))
     assert q.abs().max() < 0.05
+    assert learner.critic.start.sum().item() == pytest.approx(1)  # learned before the factor of 40, not after
     head = HLGauss(-10.0, 10.0, 151)
     logits = head.encode(torch.tensor([2.0])).log().clamp(min=-40).requires_grad_()
     (slope,) = torch.autograd.grad(head.loss(logits, torch.tensor([2.0])).sum(), logits)

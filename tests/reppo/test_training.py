@@ -167,8 +167,8 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
         ({"lr": 0.0}, "lr: got 0.0, expected a number above 0"),
         ({"bins": 2}, "bins: got 2, expected a whole number of at least 3"),
         ({"auxiliary": -1.0}, "auxiliary: got -1.0, expected a number of at least 0"),
-        ({"gradient": "both"}, "gradient: got 'both', expected expected or score"),
-        ({"critic": "mlp"}, "critic: got 'mlp', expected categorical or scalar"),
+        ({"gradient": "both"}, "gradient: got 'both', expected 'expected' or 'score'"),
+        ({"critic": "mlp"}, "critic: got 'mlp', expected 'categorical' or 'scalar'"),
     ],
 )
 def test_a_setting_out_of_range_is_one_sentence(changes: dict[str, Any], sentence: str) -> None:

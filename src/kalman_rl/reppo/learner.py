@@ -189,8 +189,8 @@ class Learner:
             self.critic = Critic(inputs, actions, discrete=discrete, hidden=settings.hidden, values=values)
         self.norm = RunningNorm(inputs)
         self.duals = Duals(settings, target)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=settings.lr)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.lr)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=settings.lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=settings.lr, fused=True)
 
     @torch.no_grad()
     def act(self, observation: Tensor, *, greedy: bool = False) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from kalman_rl.errors import ConfigError
 
 START = 40.0
-"""Weight of the learned vector that the critic's logits begin at; it makes Q = 0 before anything is learned."""
+"""Factor of a learned vector added to the critic's logits; it makes Q = 0 at first, and learns that much faster."""
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -157,8 +157,8 @@ class HLGauss(nn.Module):
         return -(self.encode(target.detach()) * logits.log_softmax(-1)).sum(-1)
 
     def start(self) -> Tensor:
-        """Logits of a return of 0, or of the end of the range next to it."""
-        return self.encode(torch.zeros(())) * START
+        """Where logits begin, in units of ``START``: a return of 0, or the end of the range next to it."""
+        return self.encode(torch.zeros(()))
 
 
 class Scalar(nn.Module):
@@ -276,7 +276,7 @@ class Critic(nn.Module):
         found = self.head(features)
         if self.discrete:
             found = found.unflatten(-1, (self.actions, self.values.size))
-        return found + self.start
+        return found + START * self.start
 
     def forward(self, observation: Tensor, action: Tensor | None = None) -> Tensor:
         """Q (...) of states and actions; (..., A) of states if discrete."""

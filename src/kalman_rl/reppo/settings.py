@@ -81,8 +81,8 @@ class Settings:
         ):
             value = getattr(self, name)
             _expect(name, is_whole(value, least), value, f"a whole number of at least {least}")
-        _expect("gradient", self.gradient in ("expected", "score"), self.gradient, "expected or score")
-        _expect("critic", self.critic in ("categorical", "scalar"), self.critic, "categorical or scalar")
+        _expect("gradient", self.gradient in ("expected", "score"), self.gradient, "'expected' or 'score'")
+        _expect("critic", self.critic in ("categorical", "scalar"), self.critic, "'categorical' or 'scalar'")
 
 
 def _expect(name: str, legal: bool, value: object, expected: str) -> None:
