@@ -22,7 +22,7 @@ from kalman_rl.instruments.reproduce import figure as picture
 from kalman_rl.instruments.reproduce import reproduce
 from kalman_rl.instruments.reproduce.claim import Claim, difference, judge, saved, value, verdict
 from kalman_rl.instruments.reproduce.collapses import ahead, collapse_of, fallen_mean, false_alarm
-from kalman_rl.instruments.reproduce.experiment import Experiment
+from kalman_rl.instruments.reproduce.experiment import Experiment, Ledger
 from kalman_rl.instruments.reproduce.gradients import Enumeration
 from kalman_rl.instruments.reproduce.loop import Arm, Setting, Training, drawn
 from kalman_rl.instruments.reproduce.policy import CausalPolicy, joined
@@ -490,3 +490,9 @@ def test_the_readme_has_the_factors_that_were_measured(name: str, claim: int) ->
     low, high = found["interval"]
     readme = (EVIDENCE.parents[1] / "README.md").read_text()
     assert f"**{found['value']:.1f} times** ({low:.1f} to {high:.1f})" in readme
+
+
+def test_trials_that_differ_late_have_keys_of_their_own(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "results.jsonl", "tiny")
+    keys = {ledger.key("x" * 300 + end, 1) for end in "ab"}  # type: ignore[arg-type]
+    assert len(keys) == 2

@@ -254,6 +254,9 @@ def test_a_loaded_stream_draws_the_same_prompts() -> None:
         other.load_state_dict(one.state_dict())
     with pytest.raises(ConfigError, match=r"^pool: got 200 prompts that are not"):
         PromptStream(belief, names[::-1], 4).load_state_dict(one.state_dict())
+    long = ["x" * 300 + end for end in "ab"]  # ids that differ late differ
+    with pytest.raises(ConfigError, match=r"^pool: got 2 prompts that are not"):
+        PromptStream(belief, long[::-1], 1).load_state_dict(PromptStream(belief, long, 1).state_dict())
 
 
 @pytest.mark.parametrize(

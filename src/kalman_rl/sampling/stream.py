@@ -198,7 +198,7 @@ class PromptStream:
     def _digest(self) -> str:
         found = hashlib.sha256()
         for name in self.pool:
-            found.update(f"{quote(name)}\n".encode())
+            found.update(repr(name).encode() + b"\n")
         return found.hexdigest()
 
 

@@ -50,7 +50,7 @@ def named_loss(trainer: Any) -> Iterator[None]:
             raise
         good = last_good_checkpoint(trainer.args.output_dir)
         go_on = (
-            f"train(resume_from_checkpoint={quote(str(good))})"
+            f"train(resume_from_checkpoint={quote(str(good), 5000)})"
             if good
             else "from the start: nothing was saved"
         )

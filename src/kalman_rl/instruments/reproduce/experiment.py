@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from kalman_rl.engine.runs.files import append_row, explained
-from kalman_rl.errors import ConfigError, RunError, quote
+from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.instruments.reproduce.claim import Claim, Records
 from kalman_rl.instruments.reproduce.pool import World
 from kalman_rl.terminal import tell
@@ -96,7 +96,7 @@ class Ledger:
 
     def key(self, trial: Trial, seed: int) -> str:
         """Hash of all that decides a run's result."""
-        return hashlib.sha256(f"{self.model} {quote(trial)} {seed}".encode()).hexdigest()[:16]
+        return hashlib.sha256(" ".join((self.model, repr(trial), str(seed))).encode()).hexdigest()[:16]
 
     def find(self, trial: Trial, seed: int) -> dict[str, Any] | None:
         """What a finished run found; None if it is not there."""
