@@ -26,7 +26,7 @@ WARM := import datasets, gguf, jinja2, matplotlib.figure, peft, pyarrow.parquet,
 	from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; from trl import GRPOTrainer; import kalman_rl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test engines test-engines test-verl check format audit bench bench-gpu chaos methods site package clean
+.PHONY: help install demo test engines test-engines test-verl test-versions check format audit bench bench-gpu chaos methods site package clean
 # Compiled bytecode of the libraries saves ten seconds in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -77,6 +77,9 @@ test-verl: install ## train through verl's own command line on the CPU, kill it,
 
 test-engines: engines ## train through a real vLLM on the CPU
 	@$(ENGINES)/bin/python -m pytest tests/engines -n $(WORKERS) --dist loadfile --durations 5 $(PYTEST_ARGS)
+
+test-versions: install ## train with the lowest and with the newest versions that pyproject.toml allows (20 minutes)
+	@$(PY) tools/versions.py $(VENV)/versions --torch $(TORCH)
 
 check: install ## environment, format, lint, types
 	@$(PY) tools/check_environment.py
