@@ -15,7 +15,7 @@ from kalman_rl.instruments.reproduce.exploration import TRIED, Explored, Explori
 from kalman_rl.sampling.stream import mean_draws, points
 
 NAMES = ["never", "rare", "half", "always", "new"]
-RULES: tuple[Rule, ...] = ("thompson", "doubt", "gain")
+RULES: tuple[Rule, ...] = ("thompson", "upper", "doubt", "gain")
 
 
 def stream(rule: Rule, *, count: int = 2, weights: str = "unbiased", seed: int = 0) -> Exploring:
@@ -40,6 +40,10 @@ def scores(rule: Rule, seed: int) -> list[float]:
         if rule == "thompson":
             p = min(max(mean + math.sqrt(variance) * z, 0.0), 1.0)
             found.append(p * (1 - p))
+        elif rule == "upper":
+            width = 0.5 * math.sqrt(variance)
+            p = min(max(min(max(0.5, mean - width), mean + width), 0.0), 1.0)
+            found.append(p * (1 - p))
         elif rule == "doubt":
             found.append(known + 0.5 * math.sqrt(variance))
         else:  # a 0/1 reward has the variance m (1 - m), of which the value's is P
@@ -50,6 +54,20 @@ def scores(rule: Rule, seed: int) -> list[float]:
 def chances(rule: Rule, seed: int, count: int = 2) -> torch.Tensor:
     score = torch.tensor(scores(rule, seed), dtype=torch.float64)
     return mean_draws(0.9 * score / score.sum() + 0.1 / len(score), count)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_best_share_what_the_floor_leaves(rule: Rule) -> None:
+    for seed in range(20):
+        drawing = stream(rule, seed=seed)
+        drawing.best = True
+        drawn = drawing.draw(step=0)
+        best = sorted(range(5), key=lambda i: -scores(rule, seed)[i])[:2]
+        share = torch.full((5,), 0.1 / 5, dtype=torch.float64).index_add(
+            0, torch.tensor(best), torch.full((2,), 0.45, dtype=torch.float64)
+        )
+        expected = 2 / (5 * mean_draws(share, 2)[drawn.place])
+        torch.testing.assert_close(drawn.weight, expected)
 
 
 @pytest.mark.parametrize("rule", RULES)
