@@ -28,6 +28,7 @@ from kalman_rl.instruments.report.stats.pool import pooled
 from kalman_rl.instruments.report.stats.savings import mixed_share, savings
 from kalman_rl.instruments.report.stats.series import with_interval
 from kalman_rl.methods import make_method
+from kalman_rl.numerics.curve import smooth_curve
 from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Rollouts
@@ -68,6 +69,18 @@ def test_runs_that_differ_only_by_seed_are_one(tmp_path: Path) -> None:
     pooled_lines = [line for line in lines if "band" in line]
     assert len(pooled_lines) >= 4 and all(len(line["behind"]) == 3 for line in pooled_lines)
     assert "4 runs compared" in text
+
+
+def test_a_single_run_has_the_line_behind_its_rewards(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {}, updates=60)
+    rows = [row for row in read_run(run).train if "reward" in row]
+    curve = smooth_curve([row["step"] for row in rows], [row["reward"] for row in rows])
+    (reward,) = [chart for chart in charts_of(page([run])) if chart["y"] == "reward"]
+    (line,) = reward["lines"]
+    assert line["points"][1] == pytest.approx(curve.mean, rel=1e-4)
+    assert line["band"][1:] == [pytest.approx(curve.low, rel=1e-4), pytest.approx(curve.high, rel=1e-4)]
+    assert line["behind"][0][1] == pytest.approx([row["reward"] for row in rows], rel=1e-4)
+    assert f"moves by {100 * curve.slope[-1]:+.2g} in 100 steps".replace("-", "−") in page([run])
 
 
 def test_groups_are_compared_seed_by_seed(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ from kalman_rl.instruments.report.stats.study import (
     trend,
 )
 from kalman_rl.instruments.report.words import counted, decimal, duration, listing, signed
+from kalman_rl.numerics.curve import smooth_curve
 
 MAX_DOTS = 16
 IN_TRAINING = {
@@ -248,7 +249,7 @@ def _accuracies_note(groups: Sequence[Group], counts: set[str]) -> str:
 
 def _small(metric: Metric, drawn: Compared) -> Figure | None:
     lines = []
-    single = drawn.single
+    single, note = drawn.single, metric.note
     for group in drawn.groups:
         for index, panel in enumerate(metric.panels):
             many = [pair for run in group.runs if (pair := _panel(run, metric, panel))]
@@ -265,16 +266,27 @@ def _small(metric: Metric, drawn: Compared) -> Figure | None:
                 points, raw = many[0]
                 behind = [raw] if single and raw else []
                 line = ChartLine(name, points, colour, behind=behind, dashed=panel.dashed)
+                if behind and metric in LEARNING:
+                    line, slope = _through(line, raw, metric)
+                    note += slope
             lines.append(drawn.line(group, line))
     if not lines:
         return None
-    note = metric.note
     if metric.of_ratio and any(noop_share(run) for group in drawn.groups for run in group.runs):
         note += f" {RATIO_NOTE}"
     chart = lines_chart(
         lines, y_label=metric.unit, x_label=drawn.x_label, log=metric.log, limits=metric.limits
     )
     return Figure(metric.title, note, chart)
+
+
+def _through(line: ChartLine, raw: Sequence[Point], metric: Metric) -> tuple[ChartLine, str]:
+    """The line behind noisy values with its 90 % band, in place of a moving mean; and its last slope in words."""
+    curve = smooth_curve(*zip(*raw))
+    band = [(step, *metric.inside(low, high)) for step, low, high in zip(curve.step, curve.low, curve.high)]
+    slope, low, high = (100 * side[-1] for side in (curve.slope, curve.slope_low, curve.slope_high))
+    told = f" Band: 90% for the line. At the end it moves by {slope:+.2g} in 100 steps ({low:+.2g} to {high:+.2g})."
+    return replace(line, points=list(zip(curve.step, curve.mean)), band=band), told.replace("-", "−")
 
 
 def _panel(run: RunRecord, metric: Metric, panel: Panel) -> tuple[list[Point], list[Point]] | None:
