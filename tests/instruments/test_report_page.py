@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from kalman_rl.instruments.foreign import inspect_file
 from kalman_rl.instruments.report import write_report
+from tests.instruments.foreign_lines import exported, write_lines
 from tests.instruments.report_runs import (
     HOSTILE,
     hostile_payloads,
@@ -355,6 +357,30 @@ def test_hostile_text_never_runs(browser: Any, tmp_path: Path) -> None:
     assert page.locator(f"main {data}").count() == page.locator(f"main [data-chart] > {data}").count()
     assert not opened.trouble
     context.close()
+
+
+def test_hostile_files_of_other_trainers_never_run(browser: Any, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [text.encode("utf-8", "replace").decode() for text in hostile_payloads()]
+    rows = [exported(token_ids=texts[i : i + 9], env_name=texts[i]) for i in range(0, len(texts) - 9, 9)]
+    table = {"prompt": texts, "completion": texts, "answer": texts, texts[2]: [1.0] * len(texts)}
+    parquet.write_table(pyarrow.table(table), tmp_path / "c.parquet")
+    for path in (write_lines(tmp_path / "r.jsonl", rows), tmp_path / "c.parquet"):
+        context = browser.new_context()
+        opened = Opened(context, inspect_file(path))
+        page = opened.page
+        page.locator("#listed-search").fill("script")
+        page.locator("#listed-table th button").first.click()
+        assert page.locator("#listed-table tbody tr").count() > 10
+        for place in range(min(3, page.locator("#completions li").count())):
+            page.locator("#completions li").nth(place).click()
+            page.locator("#tokens span").nth(place).hover()
+        assert page.evaluate("window.pwned") is None and page.title() != "pwned"
+        assert page.locator("main img, main iframe, main object, main a:not([href^='#'])").count() == 0
+        assert not opened.trouble
+        context.close()
 
 
 def test_a_large_run_opens_quickly_and_stays_small(
