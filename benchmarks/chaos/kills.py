@@ -25,7 +25,7 @@ WHOLE = 400
 """Runs that are killed, each up to ``KILLS`` times."""
 KILLS = 5
 EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"})
-OWN = ("time", "seconds", "step_time", "num_tokens", "memory/process", "memory/device_most")
+OWN = ("time", "seconds", "step_time", "num_tokens", "memory/process_most", "memory/device_most")
 """Parts of metrics' names whose values are no function of the seed."""
 
 

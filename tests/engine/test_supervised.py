@@ -53,7 +53,7 @@ def resumed(model_path: str, path: Path, allow_change: Collection[str] = (), **c
 
 
 def numbers(path: Path) -> list[dict[str, Any]]:
-    clock = {"time", "step_time", "memory/process"}
+    clock = {"time", "step_time", "memory/process_most"}
     rows = [row for row in read_metrics(path) if row["kind"] == "train"]
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,11 +47,9 @@ class WriteMetrics(TrainerCallback):
 
 
 def used_memory() -> dict[str, float]:
-    """Memory in GB, by the names of metrics: of this process now (on Linux), the most that tensors took on a GPU."""
-    used = {}
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        used["memory/process"] = pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    """Memory in GB, by the names of metrics: the most that this process took so far, and its tensors on a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = {"memory/process_most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         used["memory/device_most"] = torch.cuda.max_memory_allocated() / 1e9
     return used

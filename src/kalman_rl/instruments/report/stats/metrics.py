@@ -175,15 +175,15 @@ PACE = Metric(
 )
 MEMORY = Metric(
     "Memory",
-    "Of the training process now; on a GPU, the most that its tensors took so far.",
+    "The most that the training process took so far, and its tensors on a GPU.",
     "GB",
-    [Panel("process", "memory/process"), Panel("GPU", "memory/device_most", dashed=True)],
+    [Panel("process", "memory/process_most"), Panel("GPU", "memory/device_most", dashed=True)],
     limits=(0.0,),
 )
 
 LEARNING = (REWARD, ENTROPY, LENGTH)
 RATIOS = (VARIANCE, SAMPLE_SIZE, SEQUENCE_SIZE, CLIPPED, SIGN_SWITCH, LARGEST, KL, REFERENCE)
 COSTS = (CLOCK, PACE, TOKENS, MEMORY)
-CUMULATIVE = frozenset({"num_tokens", "time", "memory/process", "memory/device_most"})
+CUMULATIVE = frozenset({"num_tokens", "time", "memory/process_most", "memory/device_most"})
 """Series that grow or stand: never smoothed."""
 STRESS = (FILTERED, CLIPPED, KL)
