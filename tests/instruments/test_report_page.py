@@ -319,7 +319,7 @@ def test_the_policy_stops_foreign_scripts(browser: Any, written: Path) -> None:
 
 def test_hostile_text_never_runs(browser: Any, tmp_path: Path) -> None:
     payloads = hostile_payloads()
-    assert len(set(payloads)) >= 150
+    assert len(set(payloads)) >= 300
     tokens = [text.encode("utf-8", "replace").decode() for text in payloads]
     runs = []
     for index in range(3):
