@@ -326,6 +326,7 @@ def test_a_reward_that_ends_or_blocks_its_process(
         (problem,) = [f for f in found if f.status == "problem"]
         rows = [f for f in found if f.check == "reward"]
         assert why in problem.found and rows[1].found.endswith("-> None; empty reply -> None"), found
+        assert not any("s per reward" in f.found for f in found), "nothing was measured"
 
 
 def test_rewards_that_cannot_be_tried(data: Path) -> None:

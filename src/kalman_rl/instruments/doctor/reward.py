@@ -99,6 +99,8 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
         else:
             yield Finding("reward", "ok", found)
     scores = {*right, *empty} - {None}
+    if not scores:  # then no time was measured either
+        return
     if known and len(scores) == 1:
         found = f"{scores.pop()} for every right answer and every empty reply alike: nothing can be learned from it"
         advice = (
