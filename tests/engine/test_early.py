@@ -19,7 +19,7 @@ from kalman_rl.engine.models.tiny import character_tokenizer
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import Task, rows
 from kalman_rl.engine.train import LORA_TARGETS, train
-from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.errors import ConfigError
 from tests.engine.test_train import start
 
 
@@ -102,7 +102,7 @@ def test_resume_notices_that_the_rows_changed(model_path: str, tmp_path: Path) -
     write(data, lines(41))
     with (
         Run.open(path) as run,
-        pytest.raises(RunError, match=r"data: got other rows in .*x\.jsonl .*--allow-change data"),
+        pytest.raises(ConfigError, match=r"data: got other rows in .*x\.jsonl .*--allow-change data"),
     ):
         train(config, run, resume=True)
     with Run.open(path) as run:

@@ -132,7 +132,7 @@ def test_other_weights_under_the_same_name_are_refused(model_path: str, tmp_path
     name = sorted(weights)[0]
     weights[name][0] *= 1.001
     save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match="^model: got other weights for .*--allow-change model"):
+    with pytest.raises(ConfigError, match="^model: got other weights for .*--allow-change model"):
         resumed(path)
     assert read_manifest(path)["status"] == "finished"
     assert resumed(path, ("model",)) == 0

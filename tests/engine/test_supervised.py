@@ -19,7 +19,7 @@ from kalman_rl.engine.config import TrainConfig, build
 from kalman_rl.engine.runs.reading import read_manifest, read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.train import train
-from kalman_rl.errors import RewardError, RunError
+from kalman_rl.errors import ConfigError, RewardError
 from tests.engine.test_train import SMALL, start, weights
 
 REWARDS = """
@@ -109,7 +109,7 @@ def test_an_edited_reward_is_noticed_and_scores_anew_where_it_is_allowed(model_p
         run.update_manifest(status="interrupted")
     (here / "own_rewards.py").write_text(REWARDS + "# edited\n")
     with pytest.raises(
-        RunError, match=r"^reward: got another file of 'own_rewards:unheard' .*--allow-change code"
+        ConfigError, match=r"^reward: got another file of 'own_rewards:unheard' .*--allow-change code"
     ):
         resumed(model_path, path, **settings)
     assert read_manifest(path)["status"] == "interrupted", "as it was"

@@ -10,7 +10,7 @@ from typing import Any
 from kalman_rl.engine.evaluation import prompt_tokens
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import Row, Task
-from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.errors import ConfigError
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.ratio.transforms import KalmanFiltered
 
@@ -23,12 +23,12 @@ def check_same_data(
 ) -> str:
     """The digest of all rows; a resumed run must find the one in its manifest.
 
-    Raises: RunError when rows or their split changed and ``allow_change`` does not name data.
+    Raises: ConfigError when rows or their split changed and ``allow_change`` does not name data.
     """
     digest = task.digest()
     known = run.manifest.get("data_sha256")
     if resume and known not in (None, digest) and "data" not in allow_change:
-        raise RunError(
+        raise ConfigError(
             f"data: got other rows in {source} than the run began with, expected the same, as prompts it trained on "
             "may now be held out; restore them, or resume with --allow-change data"
         )

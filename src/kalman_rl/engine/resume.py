@@ -71,12 +71,12 @@ def check_same_weights(
 ) -> str:
     """The digest of the start model's weights; a resumed run must find the one in its manifest.
 
-    Raises: RunError when they changed and ``allow_change`` does not name model.
+    Raises: ConfigError when they changed and ``allow_change`` does not name model.
     """
     digest = weights_digest(model)
     known = run.manifest.get("model_sha256")
     if resume and known not in (None, digest) and "model" not in allow_change:
-        raise RunError(
+        raise ConfigError(
             f"model: got other weights for {show(name)} than the run began with, expected the same, as adapters and "
             "the KL penalty rest on them; restore them, or resume with --allow-change model"
         )
@@ -89,7 +89,7 @@ def check_same_code(
     """Digests of the files that hold the run's own reward, method and belief, by setting; a resumed run must find those
     in its manifest. What such a file imports is not looked at.
 
-    Raises: RunError when one changed and ``allow_change`` does not name code.
+    Raises: ConfigError when one changed and ``allow_change`` does not name code.
     """
     found = {"reward": getattr(reward, "source", None) if config.reward else None}
     for name in ("method", "belief"):
@@ -100,7 +100,7 @@ def check_same_code(
     known = then if resume and isinstance(then, dict) and "code" not in allow_change else {}
     for name, digest in digests.items():
         if known.get(name, digest) != digest:
-            raise RunError(
+            raise ConfigError(
                 f"{name}: got another file of {quote(getattr(config, name))} than the run began with, expected the "
                 "same, as what it trained on came from the other; restore it, or resume with --allow-change code"
             )
