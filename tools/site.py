@@ -81,6 +81,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Links as the site has them."""
+    if page.file.src_uri.startswith("methods/"):
+        return markdown
     if page.file.src_uri == "methods.md":
         return f"{INTRODUCTION}\n{table('methods/{}.md')}"
 
@@ -116,7 +118,7 @@ def _measured(name: str) -> str:
     parts = ["\n## Measured\n"]
     for _, stem, mine, question in sorted(found)[:MOST_FIGURES]:
         curves = ", ".join(f"*{title}*" for title in mine)
-        parts.append(f"{question} Here: {curves}. [All claims](../evidence.md#{stem.partition('-')[0]})\n")
+        parts.append(f"{question} Here: {curves}. [All claims](../evidence.md#{stem})\n")
         parts.append(f"![Curves of the experiment {stem}](../evidence/{stem}.png)\n")
     return "\n".join(parts)
 
