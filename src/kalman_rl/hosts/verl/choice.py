@@ -22,7 +22,6 @@ AGGREGATIONS = ("verl", "method")
 ADVICE = {
     "top_behaviour": "take kalman_rl/dppo_tv or kalman_rl/dppo_kl, which look at the sampled token only",
     "lag": "verl does not tell the loss how many steps ago a token was sampled",
-    "past_steps": "verl's loss does not see where an optimizer step ends, so nothing is learned there",
 }
 """What a method may ask for and verl's loss does not get -> what to do."""
 
@@ -42,8 +41,8 @@ def choose(name: str, options: Mapping[str, Any], *, aggregation: str = "verl") 
         options: its options, hosts' names for them included.
         aggregation: "verl", by ``loss_agg_mode``, or "method", as the method was published.
 
-    Raises: ConfigError for an unknown name or option, an input that verl does not provide, a noise that
-    would have to be learned, and an option without effect in the loss.
+    Raises: ConfigError for an unknown name or option, an input that verl does not provide,
+    and an option without effect in the loss.
 
     >>> choose("kpo", {"kalman_Q": 1e-4}).method.ratio.process_noise
     0.0001
@@ -61,25 +60,18 @@ def _chosen(name: str, options: tuple[tuple[str, Any], ...], aggregation: str) -
     """Remembered, because verl's loss asks for every micro-batch."""
     known: dict[str, Any] = translated(name, dict(options))
     method = make_method(name, **known)
-    _check_provided(method, known)
+    _check_provided(method)
     _check_effect(name, known, aggregation)
     return SelectedMethod(method, aggregation)
 
 
-def _check_provided(method: Method, options: Mapping[str, Any]) -> None:
-    """Refuse a method whose loss looks at more than verl hands over. Noises that are given need no past steps, and
-    bounds are chosen on the micro-batch, as ``trust/bound_share`` reports. Whether the rollout keeps its
-    log-probabilities stands elsewhere in verl's configuration, see ``preflight.py``."""
-    provided = {"advantage", "aggregate", "whole_step", "logp_behaviour"}
-    ratio = method.learns.get("ratio")
-    unset = [] if ratio is None else [option for option in ratio.learned if option not in options]
-    if not unset:
-        provided.add("past_steps")
+def _check_provided(method: Method) -> None:
+    """Refuse a method whose loss looks at more than verl hands over. What is learned, ``learning.py`` takes from verl's
+    engine. Whether the rollout keeps its log-probabilities stands elsewhere in verl's configuration, see
+    ``preflight.py``."""
+    provided = {"advantage", "aggregate", "past_steps", "whole_step", "logp_behaviour"}
     advice = dict.fromkeys(ADVICE.get(name, "train it with TRL") for name in missing(method, provided))
-    noise = (
-        f"; give {' and '.join(unset)} (it stays as it is), or take kalman_rl/kpo_diffuse" if unset else ""
-    )
-    check_provided(method, provided, "verl's policy loss", "; ".join(advice) + noise)
+    check_provided(method, provided, "verl's policy loss", "; ".join(advice))
 
 
 def parts_moved(name: str, option: str, value: Any) -> set[str]:

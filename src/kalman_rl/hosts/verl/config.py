@@ -9,7 +9,7 @@ from verl.workers.config import PolicyLossConfig
 
 from kalman_rl.errors import ConfigError, quote
 from kalman_rl.hosts.verl.choice import SelectedMethod, choose
-from kalman_rl.hosts.verl.settings import PREFIX, check_policy_loss
+from kalman_rl.hosts.verl.settings import PREFIX, check_actor, check_policy_loss
 
 KNOBS = (
     "low",
@@ -85,6 +85,15 @@ class KalmanPolicyLossConfig(PolicyLossConfig):
                 options[knob] = value
         name, options = _with_clip(name, options, self.is_clip)
         return choose(name, options, aggregation=self.aggregation)
+
+
+def choice_for(name: str, config: Any) -> SelectedMethod:
+    """The settings of a method in the actor's configuration; the method's defaults where there are none."""
+    check_actor(name, config)
+    settings = getattr(config, "policy_loss", None)
+    if isinstance(settings, KalmanPolicyLossConfig) and settings.loss_mode == PREFIX + name:
+        return settings.choice()
+    return choose(name, {})
 
 
 def _with_clip(name: str, options: dict[str, Any], is_clip: bool | None) -> tuple[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The names inside verl's trainer that our losses, estimators and trainer rely on.
 
-In three lists: every worker loads the losses, the driver the trainer, and ``VERL_PLATFORM=cpu`` the platform.
+In four lists: every worker loads the losses, the driver the trainer, an actor the engine, and ``VERL_PLATFORM=cpu`` the
+platform.
 """
 
 from __future__ import annotations
@@ -60,6 +61,22 @@ TRAINER = Host(
             "trainer_mode": None,
         },
     },
+)
+ENGINE = Host(
+    "verl",
+    "==0.9.*",
+    {
+        "verl.workers.engine.base:EngineRegistry": {"new": HookedMethod(("model_type", "backend"))},
+        "verl.workers.engine.base:BaseEngine": {
+            "train_batch": HookedMethod(("data", "loss_function")),
+            "infer_batch": HookedMethod(("data", "loss_function")),
+            "save_checkpoint": HookedMethod(("local_path",)),
+            "load_checkpoint": HookedMethod(("local_path",)),
+            "get_data_parallel_group": HookedMethod(),
+        },
+        "verl.utils.device": {"get_device_id": HookedMethod()},
+    },
+    otherwise="methods that learn take every micro-batch for a step of its own, and keep the noises they start with",
 )
 CPU = Host(
     "verl",

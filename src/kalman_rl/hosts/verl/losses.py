@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
-from verl.workers.config import FSDPActorConfig
 
 from kalman_rl.errors import ConfigError
-from kalman_rl.hosts.verl.choice import SelectedMethod, choose
-from kalman_rl.hosts.verl.config import KalmanPolicyLossConfig
+from kalman_rl.hosts.verl.choice import SelectedMethod
+from kalman_rl.hosts.verl.config import choice_for
+from kalman_rl.hosts.verl.learning import STEP
 from kalman_rl.hosts.verl.metrics import parts, weighted
-from kalman_rl.hosts.verl.settings import PREFIX, check_actor
+from kalman_rl.hosts.verl.settings import PREFIX
 from kalman_rl.objectives.aggregate import SequenceSum, Totals, sequence_mean, token_mean
 from kalman_rl.objectives.diagnostics import metrics_of, sample_sizes
 from kalman_rl.objectives.learning import bound_metrics, step_statistics, with_bounds
@@ -69,10 +69,15 @@ def make_loss(name: str) -> PolicyLossFn:
             logp_behaviour=_behaviour(method),
             allow_empty=True,
         )
-        bounds: dict[str, Any] = {}
-        seen = 0.0
-        if "trust" in method.learns:
-            method, bounds, seen = _with_bounds(method, rollouts, log_prob, advantages, config)
+        step = STEP.get()
+        if step is not None and step.looking:
+            step.look(method, rollouts, log_prob, advantages)
+            return log_prob.new_zeros(()), {}
+        if step is not None:
+            method = step.applied(method)
+            step.learned.observe(log_prob, rollouts)
+        else:  # outside verl's engines this call is the optimizer step
+            method = with_bounds(method, step_statistics(method, rollouts, log_prob, advantage=advantages))
         loss = policy_loss(method, rollouts, log_prob, advantage=advantages, totals=totals)
         sizes = sample_sizes(loss.tokens.log_ratio, loss.tokens.coefficient, rollouts)
         numbers, sums = as_numbers(loss.metrics | metrics_of(sizes), loss.sums | sizes)
@@ -80,14 +85,12 @@ def make_loss(name: str) -> PolicyLossFn:
         numbers["actor/ppo_kl"] = -total / max(trained, 1.0)
         numbers["actor/pg_clipfrac"] = 1 - numbers["trust/kept"]
         reported = weighted(
-            {name: value for name, value in numbers.items() if name not in DROPPED} | bounds,
+            {name: value for name, value in numbers.items() if name not in DROPPED} | bound_metrics(method),
             tokens=int(trained),
             rows=len(response_mask),
             info=info,
             dynamic=bool(getattr(config, "use_dynamic_bsz", False)),
         )
-        if bounds and trained:
-            reported["trust/bound_share"] = seen / (info.get("batch_num_tokens") or seen)
         return loss.value, reported | parts(sums)
 
     kalman_policy_loss.__name__ = kalman_policy_loss.__qualname__ = f"policy_loss_{name}"
@@ -107,15 +110,6 @@ def _behaviour(method: Method) -> Tensor | None:
         )
     found: Tensor = batch.select("rollout_log_probs").to_padded_tensor()["rollout_log_probs"]
     return found
-
-
-def choice_for(name: str, config: Any) -> SelectedMethod:
-    """The settings of a method in the actor's configuration; the method's defaults where there are none."""
-    check_actor(name, config)
-    settings = getattr(config, "policy_loss", None)
-    if isinstance(settings, KalmanPolicyLossConfig) and settings.loss_mode == PREFIX + name:
-        return settings.choice()
-    return choose(name, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,26 +220,6 @@ def _say_mode(name: str, mode: str, own: str) -> None:
         own,
         own,
     )
-
-
-def _with_bounds(
-    method: Method, rollouts: Rollouts, log_prob: Tensor, advantages: Tensor, config: Any
-) -> tuple[Method, dict[str, Any], float]:
-    """Bounds that a trust region learns, found on the micro-batches that the ranks have at this moment, and their
-    trained tokens: verl shows the loss no other micro-batch of the step."""
-    statistics = step_statistics(method, rollouts, log_prob, advantage=advantages)
-    assert statistics is not None
-    sums = torch.cat([statistics, rollouts.mask.sum().to(statistics).reshape(1)])
-    if isinstance(config, FSDPActorConfig) and _several():
-        torch.distributed.all_reduce(
-            sums
-        )  # FSDP's ranks go through as many micro-batches, one beside another
-    found = with_bounds(method, sums[:-1])
-    return found, bound_metrics(found), sums[-1].item()
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def as_numbers(

@@ -41,6 +41,7 @@ def register(*more: str) -> None:
     from verl.trainer.ppo import core_algos
 
     from kalman_rl.hosts.verl.estimators import TRACKED, make_estimator
+    from kalman_rl.hosts.verl.learning import watch_engines
     from kalman_rl.hosts.verl.losses import make_loss
     from kalman_rl.methods import METHODS
 
@@ -51,6 +52,7 @@ def register(*more: str) -> None:
     _fill(core_algos.ADV_ESTIMATOR_REGISTRY, [*known, TRACKED], make_estimator, core_algos.register_adv_est)
     _check_runs_first()
     _keep_the_batch()
+    watch_engines()
     found = registered()
     logger.info(
         "verl %s: %d policy losses and %d advantage estimators under kalman_rl/",

@@ -28,7 +28,7 @@ HOOKS = {
     "torch": (trl.TORCH, kernels.TORCH, *_of_the_engine()),
     "transformers": (trl.TRANSFORMERS,),
     "trl": (trl.TRL,),
-    "verl": (verl.VERL, verl.TRAINER, verl.CPU),
+    "verl": (verl.VERL, verl.TRAINER, verl.ENGINE, verl.CPU),
 }
 SWITCH = "VERL_USE_EXTERNAL_PLUGINS"
 
