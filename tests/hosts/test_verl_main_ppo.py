@@ -95,6 +95,7 @@ def start(folder: Path, steps: int, log: Path) -> subprocess.Popen[bytes]:
     """verl in a process group of its own, Ray's processes with it."""
     # Ray starts workers with niceness 15, which a busy machine does not let through
     environment = os.environ | {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # as one hides a GPU
     with log.open("wb") as out:
         return subprocess.Popen(
             command(folder, steps), env=environment, cwd=folder, stdout=out, stderr=subprocess.STDOUT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -67,5 +68,7 @@ def fit(config: Any) -> None:
         if before != value:
             OmegaConf.update(config, place, value, force_add=True)
             replaced.append(f"{place}={value}" + ("" if before is None else f" (was {before})"))
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # Ray counts the names in it, and an empty one has none
     if replaced:
         tell("\n  ".join(["kalman_rl: VERL_PLATFORM=cpu sets", *replaced]))
