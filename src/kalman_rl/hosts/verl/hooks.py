@@ -37,7 +37,7 @@ VERL = Host(
             "ppo_loss": HookedMethod(("config", "model_output", "data", "dp_group"))
         },
         "verl.utils.import_utils": {"is_trl_available": HookedMethod()},
-        "verl.workers.config": {"ActorConfig": None, "FSDPActorConfig": None, "PolicyLossConfig": None},
+        "verl.workers.config": {"ActorConfig": None, "PolicyLossConfig": None},
         "verl.trainer.config": {"AlgoConfig": None},
     },
 )
