@@ -16,7 +16,7 @@ from kalman_rl.engine.runs import received, traces
 from kalman_rl.engine.runs.beliefs import read_beliefs
 from kalman_rl.engine.runs.reading import find_runs, read_manifest, read_metrics, read_run
 from kalman_rl.engine.runs.received import names_in, opened, parse_json, parse_toml, read_bytes, read_lines
-from kalman_rl.errors import ConfigError, KalmanRLError, RunError
+from kalman_rl.errors import ConfigError, KalmanRLError, PlaceError, RunError
 from kalman_rl.instruments.report import write_report
 from tests.instruments.report_runs import write_run
 
@@ -228,7 +228,7 @@ def test_a_report_replaces_files_only(run: Path, tmp_path: Path, kind: str) -> N
     target = tmp_path / "page.html"
     HOSTILE[kind](target)
     before = target.lstat()
-    with pytest.raises(RunError, match="got a link, folder or device there, expected a file or nothing"):
+    with pytest.raises(PlaceError, match="got a link, folder or device there, expected a file or nothing"):
         write_report([run], target)
     assert target.lstat() == before and SECRET in Path(os.environ["RECEIVED_SECRET"]).read_text()
     HOSTILE[kind](run / "report.html")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.errors import KalmanRLError, NoSpaceError, RunError
+from kalman_rl.errors import KalmanRLError, NoSpaceError, PlaceError, RunError
 
 FORMAT = 1
 """Version of the layout, in ``manifest.json`` and ``complete.json``."""
@@ -69,10 +69,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """:func:`replacing` at a name that somebody gave: only a regular file is replaced. Raises: also RunError."""
+    """:func:`replacing` at a name that somebody gave: only a regular file is replaced. Raises: also PlaceError."""
     path = Path(path)
     if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-        raise RunError(
+        raise PlaceError(
             f"{path}: got a link, folder or device there, expected a file or nothing; choose another output"
         )
     with replacing(path) as temporary:

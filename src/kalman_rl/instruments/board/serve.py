@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import secrets
 import socket
@@ -59,6 +60,7 @@ def serve(
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[sock])
     tell("board closed", error=True)
+    gc.freeze()  # collecting at the end takes long at this priority
     return 0
 
 
