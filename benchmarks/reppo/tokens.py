@@ -9,7 +9,7 @@ An arm spends 8192 completions, 32 questions x 4 a step, one step of Adam each, 
     expected    sum over the top 8 tokens of grad pi(v) (Q(s, v) - V), V their mean under pi: no sampled token is used
 
 The critic of the last two is a copy of the model with HL-Gauss values per token, fitted to the reward at the sampled
-tokens. ``variance`` measures the four gradients on the same completions. Rates are chosen on seed 900, once per arm.
+tokens; it learns alone for the first 8 steps. ``variance`` measures the four gradients on the same completions. Rates are chosen on seed 900, once per arm.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from kalman_rl.reppo.networks import HLGauss
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "reppo" / "tokens.jsonl"
 ARMS = ("GRPO", "tracked", "critic", "expected")
-RATES = (3e-4, 1e-3)
+RATES = (1e-4, 3e-4)
 TUNING, SEEDS = (900,), (0, 1, 2)
-QUESTIONS, GROUP, STEPS, TOP = 32, 4, 64, 8
+QUESTIONS, GROUP, STEPS, TOP, WARM_UP = 32, 4, 64, 8, 8
 
 
 class TokenCritic(nn.Module):
@@ -162,11 +163,12 @@ def train(world: World, arm: str, rate: float, seed: int) -> dict[str, Any]:
     for step, rows in zip(range(STEPS), batches(pool, seed)):
         names = [row["prompt_id"] for row in rows]
         replies = policy.sample(rows, generator)
-        loss = loss_of(arm, policy, replies, names, critic=critic, belief=belief, step=step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        if step >= WARM_UP or arm in ("GRPO", "tracked"):
+            loss = loss_of(arm, policy, replies, names, critic=critic, belief=belief, step=step)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
         if arm in ("critic", "expected"):
             critic.fit(replies)
         if arm == "tracked":
@@ -239,8 +241,10 @@ def best_rate(rows: list[dict[str, Any]], arm: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    end = time.monotonic() + 60 * args.minutes
     world = tiny_world(ROOT / "runs" / ".cache", print)
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -249,9 +253,12 @@ def main() -> None:
         return [json.loads(line) for line in lines if line]
 
     def keep(row: dict[str, Any]) -> None:
+        """Write a line down; stop once the time is over."""
         with args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row)[:200], flush=True)
+        if time.monotonic() > end:
+            raise SystemExit("tokens: time is over; the same command goes on")
 
     for seed in SEEDS:
         if not any(row.get("kind") == "variance" and row["seed"] == seed for row in known()):

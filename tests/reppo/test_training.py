@@ -199,7 +199,9 @@ def test_the_command_trains_draws_and_names_mistakes(
         == 1
     )
     assert capsys.readouterr().err.count("\n") == 1
-    assert main(["--env", "Other-v0", "--steps", "10"]) == 1
-    assert "Other-v0: got no range of the critic" in capsys.readouterr().err
+    assert main(["--env", "test/Counter-v0", "--steps", "10"]) == 1
+    assert "test/Counter-v0: got no range of the critic" in capsys.readouterr().err
+    assert main(["--env", "CartPol-v1", "--steps", "10"]) == 1
+    assert "did you mean 'CartPole-v1'?" in capsys.readouterr().err
     assert main(["--env", "CartPole-v1", "--steps", "0"]) == 1
     assert "steps: got 0" in capsys.readouterr().err

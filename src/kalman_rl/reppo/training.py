@@ -15,7 +15,7 @@ import torch
 
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError, RunError
-from kalman_rl.reppo.environments import Environments, evaluate
+from kalman_rl.reppo.environments import Environments, evaluate, make
 from kalman_rl.reppo.learner import Learner
 from kalman_rl.reppo.settings import Settings
 from kalman_rl.terminal import tell
@@ -66,10 +66,11 @@ class TrainingPlan:
 def settings_for(env: str, changes: dict[str, Any]) -> Settings:
     """Settings of a known environment with changes; of another one the range has to be among the changes.
 
-    Raises: ConfigError.
+    Raises: ConfigError, and what :func:`make` raises.
     """
     found = PRESETS.get(env, {}) | changes
     if "low" not in found or "high" not in found:
+        make(env, {}).close()  # a name that does not exist is the first mistake
         raise ConfigError(
             f"{env[:80]}: got no range of the critic, expected low and high; rewards from a to b per step give "
             "a / (1 - gamma) to b / (1 - gamma), take a little more"
