@@ -9,7 +9,8 @@ An arm spends 8192 completions, 32 questions x 4 a step, one step of Adam each, 
     expected    sum over the top 8 tokens of grad pi(v) (Q(s, v) - V), V their mean under pi: no sampled token is used
 
 The critic of the last two is a copy of the model with HL-Gauss values per token, fitted to the reward at the sampled
-tokens; it learns alone for the first 8 steps. ``variance`` measures the four gradients on the same completions. Rates are chosen on seed 900, once per arm.
+tokens; it learns alone for the first 8 steps. ``variance`` measures the four gradients on the same completions. Rates
+are chosen on seed 900, once per arm.
 """
 
 from __future__ import annotations
