@@ -17,25 +17,24 @@ from typing import Any
 import torch
 
 from benchmarks.reppo import plan, ppo, report
-from kalman_rl.reppo.training import TrainingPlan, settings_for, train
+from kalman_rl.reppo.training import TrainingPlan, horizon_for, settings_for, train
 
 RESULTS = Path(__file__).parents[1] / "results" / "reppo"
 
 
 def one_run(task: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
     """A line of the ledger."""
-    start, told = time.perf_counter(), {}
+    start, told = time.perf_counter(), dict[str, Any]()
     if arm == "ppo":
         rows = ppo.train(task, steps, seed)
     else:
-        told = plan.SMALL | plan.BY_TASK.get(task, {}) | plan.REPPO[arm]
-        learner = settings_for(task, {name: value for name, value in told.items() if name != "horizon"})
+        told = plan.REPPO[arm]
         asked = TrainingPlan(
             task,
             steps,
             seed,
-            learner,
-            horizon=told.get("horizon", 128),
+            settings_for(task, told),
+            horizon=horizon_for(task),
             evaluations=plan.EVALUATIONS,
             episodes=plan.EPISODES,
         )
@@ -48,7 +47,7 @@ def one_run(task: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
         "arm": arm,
         "seed": seed,
         "steps": steps,
-        "settings": {name: str(value) if value == float("inf") else value for name, value in told.items()},
+        "changes": {name: str(value) for name, value in told.items()},
         "return": rows[-1]["return"],
         "outside": round(outside, 4),
         "seconds": round(time.perf_counter() - start, 1),

@@ -176,6 +176,31 @@ def test_a_setting_out_of_range_is_one_sentence(changes: dict[str, Any], sentenc
         Settings(**({"low": -1.0, "high": 1.0} | changes))
 
 
+@pytest.mark.parametrize(
+    ("env", "least", "most"),
+    [
+        ("CartPole-v1", 0.0, 1.0),
+        ("Acrobot-v1", -1.0, 0.0),
+        ("MountainCar-v0", -1.0, 0.0),
+        ("Pendulum-v1", -16.3, 0.0),
+    ],
+)
+def test_a_preset_s_range_holds_every_return_three_bins_from_its_ends(
+    env: str, least: float, most: float
+) -> None:
+    settings = settings_for(env, {})
+    bins = 3 * (settings.high - settings.low) / (settings.bins - 1)
+    unit = settings.reward_scale / (1 - settings.gamma)
+    assert settings.low + bins <= least * unit and most * unit <= settings.high - bins
+
+
+def test_presets_are_settings_and_changes_come_after_them() -> None:
+    for env in PRESETS:
+        settings_for(env, {})
+    assert (horizon_for("CartPole-v1"), horizon_for("Pendulum-v1"), horizon_for("other")) == (64, 128, 128)
+    assert settings_for("CartPole-v1", {"gamma": 0.5}).gamma == 0.5
+
+
 def test_the_auxiliary_loss_needs_an_action_in_the_critic() -> None:
     with pytest.raises(ConfigError, match="auxiliary: got a weight with discrete actions"):
         Learner(1, 2, discrete=True, settings=Settings(-1.0, 1.0, auxiliary=1.0))

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--output", type=Path, help="folder of the run; default runs/reppo/ENV-SEED")
     found.add_argument("--copies", type=int, default=8, help="environments that are stepped together")
-    found.add_argument("--horizon", type=int, default=128, help="steps of each in a batch")
+    found.add_argument("--horizon", type=int, help="steps of each in a batch; default 128, or the preset's")
     found.add_argument("--evaluations", type=int, default=20, help="evenly spread; each saves")
     found.add_argument("--episodes", type=int, default=20, help="of one evaluation, without noise")
     group = found.add_argument_group(
@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         torch.set_num_threads(1)  # networks of this size gain nothing from more
         settings = training.settings_for(args["env"], {k: v for k, v in changes.items() if v is not None})
+        if args["horizon"] is None:
+            args["horizon"] = training.horizon_for(args["env"])
         plan = training.TrainingPlan(**args, settings=settings)
         folder = output or Path("runs") / "reppo" / f"{plan.env.replace('/', '-')}-{plan.seed}"
         rows = training.train(plan, folder)

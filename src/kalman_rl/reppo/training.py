@@ -17,19 +17,10 @@ from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.reppo.environments import Environments, evaluate, make
 from kalman_rl.reppo.learner import Learner
+from kalman_rl.reppo.presets import PRESETS
 from kalman_rl.reppo.settings import Settings
 from kalman_rl.terminal import tell
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"low": -5.0, "high": 110.0},
-    "Acrobot-v1": {"low": -110.0, "high": 5.0},
-    "MountainCar-v0": {"low": -110.0, "high": 5.0},
-    "MountainCarContinuous-v0": {"low": -15.0, "high": 110.0},
-    "Pendulum-v1": {"low": -170.0, "high": 10.0, "reward_scale": 0.1},
-    "Hopper-v5": {"low": -10.0, "high": 90.0, "reward_scale": 0.2},
-    "HalfCheetah-v5": {"low": -30.0, "high": 120.0, "reward_scale": 0.1},
-}
-"""Ranges of the critic that hold every return, and the scale of the reward."""
 OUTSIDE = 0.01
 """Share of targets outside the critic's range that is warned of."""
 EVALUATION_SEED = 1_000_000
@@ -75,7 +66,12 @@ def settings_for(env: str, changes: dict[str, Any]) -> Settings:
             f"{env[:80]}: got no range of the critic, expected low and high; rewards from a to b per step give "
             "a / (1 - gamma) to b / (1 - gamma), take a little more"
         )
-    return Settings(**found)
+    return Settings(**{name: value for name, value in found.items() if name != "horizon"})
+
+
+def horizon_for(env: str) -> int:
+    """Steps of each copy in a batch: the preset's, or 128."""
+    return int(PRESETS.get(env, {}).get("horizon", 128))
 
 
 def train(plan: TrainingPlan, folder: Path, *, quiet: bool = False) -> list[dict[str, float]]:
