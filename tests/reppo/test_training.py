@@ -19,7 +19,7 @@ pytest.importorskip("gymnasium", reason="needs the extra control")
 
 from kalman_rl.reppo import training
 from kalman_rl.reppo.__main__ import main
-from kalman_rl.reppo.training import TrainingPlan, newest, settings_for, train
+from kalman_rl.reppo.training import PRESETS, TrainingPlan, horizon_for, newest, settings_for, train
 from tests.reppo.worlds import register
 
 SMALL = {"hidden": 16, "bins": 21, "epochs": 2, "minibatches": 2}
@@ -218,7 +218,7 @@ def test_the_command_trains_draws_and_names_mistakes(
     )
     assert {"run.json", "checkpoint.pt", "curve.csv"} <= {file.name for file in (tmp_path / "run").iterdir()}
     assert main([*words, "--gamma", "0.5"]) == 1
-    assert "got a run with gamma 0.99" in capsys.readouterr().err
+    assert "got a run with gamma 0.98" in capsys.readouterr().err
     assert (
         main(["--env", "CartPol-v1", "--steps", "10", "--low", "0", "--high", "1", "--output", str(tmp_path)])
         == 1
