@@ -99,10 +99,11 @@ def one(kind: str, name: str, cache: Path, device: str) -> dict[str, Any]:
     }
     if kind == "ours":
         watch.around(trainer, "policy_loss")
+        watch.around(trainer, "sums_behind")
         for method in ("_record", "_rollouts", "_method_inputs", "_counted", "_totals"):
             watch.around(KalmanGRPOTrainer, method)
         for method in ("observe", "end_step"):
-            watch.around(trainer.Learning, method)
+            watch.around(trainer.LearnedState, method)
     host, config = (KalmanGRPOTrainer, KalmanGRPOConfig) if kind == "ours" else (GRPOTrainer, GRPOConfig)
     extra = {"method": "kpo_diffuse"} if kind == "ours" else {}
     runner = host(
