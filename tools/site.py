@@ -31,7 +31,9 @@ REFERENCE = {
     "Trust regions": "objectives.trust.clip objectives.trust.balance objectives.trust.gamma "
     "objectives.trust.divergence objectives.trust.curvature",
     "Penalty and correction": "objectives.penalty objectives.correction",
-    "Filters": "numerics.kalman numerics.feature_filter numerics.likelihood numerics.hadamard",
+    "Filters": "numerics.kalman numerics.feature_filter numerics.likelihood numerics.hadamard numerics.smoother "
+    "numerics.state_space numerics.wiener numerics.curve",
+    "Kinematic tokens": "kinematic.tokenizer",
     "Methods": "methods methods.by_advantage methods.by_ratio methods.by_filter methods.by_trust",
     "Beliefs": "beliefs beliefs.protocol beliefs.regression beliefs.gaussian beliefs.beta beliefs.spo "
     "beliefs.by_source",

@@ -4,21 +4,22 @@
     python -m benchmarks.kinematic --render         # tables and figure again, from the stored numbers
     python -m benchmarks.kinematic --quick          # a smoke test, a printout only
 
-statsmodels is in the extra `test`; daily series come with `pip install --no-deps arch` (the group `bench`), without which
-their rows are missing. Five test seeds from 1000 on; learning rates were chosen per control, among the same three, on
-seeds 1 and 2. Written down before the first run of a test seed:
+statsmodels is in the extra `test`; daily series come with `pip install --no-deps arch` (the group `bench`),
+without which their rows are missing. Five test seeds from 1000 on; learning rates were chosen per control, among the
+same three, on seeds 1 and 2. Written down before the first run of a test seed:
 
-1. Truth. On the model's own paths the smoother's velocity has a smaller error than finite differences and Savitzky-Golay,
-   both with the stride or window that the truth prefers; its 95 % bands hold 93 to 97 %; innovations squared average 0.95
-   to 1.05. On the other paths numbers are shown and nothing is expected.
+1. Truth. On the model's own paths the smoother's velocity has a smaller error than finite differences and Savitzky-
+   Golay, both with the stride or window that the truth prefers; its 95 % bands hold 93 to 97 %; innovations squared
+   average 0.95 to 1.05. On the other paths numbers are shown and nothing is expected.
 2. A prior for small samples: with 64 windows the regret of b (tokens, frozen) is below that of a (the same layer,
    learned), paired interval without 0; and with 4096 the difference is less than half of that.
 3. It is the prior, not the freezing: with 64 windows the regrets of c and b differ by an interval with 0.
-4. Acceleration and jerk say more than (x, v): with 4096 windows the regret of b is below that of f, interval without 0.
-5. Raw windows collapse and tokens do not (the paper's claim): with 64 windows the share of seeds that act in less than 1 %
-   of cases is larger for a than for b, and 0 for b.
-6. Profit: net of costs b beats holding on a daily price (sp500, nasdaq, wti), interval over stretches of time above 0. Not
-   expected. Where a null gains as much, a gain on the series itself means nothing.
+4. Acceleration and jerk say more than (x, v): with 4096 windows the regret of b is below that of f, interval
+   without 0.
+5. Raw windows collapse and tokens do not (the paper's claim): with 64 windows the share of seeds that act in less
+   than 1 % of cases is larger for a than for b, and 0 for b.
+6. Profit: net of costs b beats holding on a daily price (sp500, nasdaq, wti), interval over stretches of time above
+   0. Not expected. Where a null gains as much, a gain on the series itself means nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def cells(stored: dict[str, Any], *, quick: bool) -> Iterator[tuple[str, Callabl
     for kind in truth.KINDS:
         yield f"truth {kind}", lambda kind=kind: [truth.cell(kind, seed) for seed in seeds]
     size, own = (64, [1]) if quick else decision.TUNED_ON
-    every = dict.fromkeys(controls(decision.INTENSITY), list(network.RATES))
+    every = {letter: list(network.RATES) for letter in controls(decision.INTENSITY)}
     yield "tuning", lambda: decision.cell(size, own, every, irregular=False, steps=steps)
     for size, irregular in sizes:
         name = f"decision {size}{' irregular' if irregular else ''}"

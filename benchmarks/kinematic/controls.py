@@ -1,4 +1,4 @@
-"""Seven ways to show a window to the same network, all as one linear layer from the window to TOKENS x CHANNELS numbers.
+"""Seven ways to show a window to the same network, each a linear layer from it to TOKENS x CHANNELS numbers.
 
 For a fixed q / R on a regular grid kinematic tokens are a linear map B of the window, so they add no information. What
 a network gains from them is a prior, and the controls say how much of it another layer gives.

@@ -36,8 +36,9 @@ def _truth(stored: Stored) -> list[str]:
     lines = [
         "## Known paths",
         "",
-        "Root mean square error of velocity, and of acceleration after the comma, noise 1, 100 knots, 20 series a seed; a "
-        "dash where the path has none. Strides and windows are the best ones for the truth. `lag L` knows L knots more.",
+        "Root mean square error of velocity, and of acceleration after the comma, noise 1, 100 knots, 20 series a "
+        "seed; a dash where the path has none. Strides and windows are the best ones for the truth. `lag L` knows L "
+        "knots more.",
         "",
         *_head("path", *truth.METHODS),
     ]
@@ -71,8 +72,8 @@ def _decision(stored: Stored, titles: dict[str, str]) -> list[str]:
             f"## Decision, {title}",
             "",
             f"Regret against the Bayes rule, whose expected utility is {cells[0]['bayes']:.3f} and which acts in "
-            f"{cells[0]['bayes_acts']:.0%} of cases; never acting has that regret. In brackets: share of cases in which it "
-            "acts, share of seeds that act in less than 1 %.",
+            f"{cells[0]['bayes_acts']:.0%} of cases; never acting has that regret. In brackets: share of cases it "
+            "acts in, share of seeds that act in less than 1 %.",
             "",
             *_head("control", *(f"{cell['size']} windows" for cell in cells)),
         ]
@@ -118,8 +119,9 @@ def _series(stored: Stored, titles: dict[str, str]) -> list[str]:
     lines = [
         "## Shipped series",
         "",
-        "Net payoff per step after costs, in deviations of a step; ± over ten stretches of time, five networks averaged. "
-        "In brackets: the share of steps in which it acts. The null has the same changes, centred, in random order.",
+        "Net payoff per step after costs, in deviations of a step; ± over ten stretches of time, five networks "
+        "averaged. In brackets: the share of steps in which it acts. The null has the same changes, centred, in random "
+        "order.",
         "",
         *_head("series", "steps", "log10 q/R", "hold", *(f"{k}: {title}" for k, title in titles.items())),
     ]
@@ -159,7 +161,8 @@ def _verdicts(stored: Stored) -> list[str]:
         bands = [each.mean for each in found["coverage"]]
         nis = found["nis"][0].mean
         holds = all(ours.mean < r.mean for r in rivals) and all(0.93 <= b <= 0.97 for b in bands)
-        measured = f"{text(ours, 3)} against {text(rivals[0], 3)}, {text(rivals[1], 3)}; bands {bands[0]:.3f}, {bands[1]:.3f}"
+        measured = f"{text(ours, 3)} against {text(rivals[0], 3)}, {text(rivals[1], 3)}"
+        measured += f"; bands {bands[0]:.3f}, {bands[1]:.3f}"
         say(
             "1 smoother best on its own paths, calibrated",
             f"{measured}; {nis:.3f}",

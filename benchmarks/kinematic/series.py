@@ -8,6 +8,7 @@ through the same pipeline, so that nothing can be predicted there. No hyper-para
 from __future__ import annotations
 
 import importlib
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def walked(
     edges = np.linspace(begin, len(change), FOLDS + 1).astype(int)
     decided: dict[str, list[torch.Tensor]] = {}
     moves, ratios = [], []
-    for first, last in zip(edges[:-1], edges[1:]):
+    for first, last in pairwise(edges):
         size = float(change[:first].std())
         known = torch.tensor(values[: first + WINDOW - 1])[None]  # nothing after the first decision
         ratio = float(KinematicTokenizer(normalise=False).fit(known / size).noise_ratio or 0)

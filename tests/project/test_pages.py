@@ -22,7 +22,7 @@ PAGES = [
     "CONTRIBUTING.md",
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 ]
-RUN = ["start", "how", "reward", "reppo"]
+RUN = ["start", "how", "reward", "reppo", "kinematic"]
 """Pages whose ``python`` blocks run one after another; ``py`` marks a block that needs what a page cannot have."""
 
 
