@@ -317,6 +317,10 @@ def test_long_and_straight_curves() -> None:
     long = smooth_curve(range(2001), [math.sin(k / 300) for k in range(2001)], most=100)
     assert len(long.mean) == 100
     np.testing.assert_allclose(long.mean, np.sin(np.array(long.step) / 300), atol=1e-3)
+    huge = smooth_curve([0, 1, 3, 7, 8], [1e300, -1e308, 1.7e308, 0.0, 1e300])
+    assert all(map(math.isfinite, huge.mean)) and len(huge.low) == 5
+    tiny = smooth_curve([0, 1, 3, 7, 8], [1e-310, 0.0, 2e-310, 0.0, 1e-310])
+    assert all(map(math.isfinite, tiny.high))
     flat = smooth_curve([0, 1, 3, 7, 8], [0.5] * 5)
     np.testing.assert_allclose(flat.mean, 0.5, atol=1e-12)
     np.testing.assert_allclose(flat.high, flat.low, atol=1e-12)
@@ -391,6 +395,11 @@ BAD: dict[str, tuple[type[KalmanRLError], str, Callable[[], Any]]] = {
         NumericError,
         "values: got 3 finite ones, expected at least 4",
         lambda: smooth_curve(range(4), [0.0, 1.0, math.nan, 2.0]),
+    ),
+    "steps of a curve": (
+        NumericError,
+        r"steps: got 1.0, expected more than the step before; \(place,\) = \(2,\); sort them",
+        lambda: smooth_curve([0, 1, 1, 2], [0.0, 1.0, 0.5, 2.0]),
     ),
     "uneven curve": (ShapeError, "values: got 2, expected 3", lambda: smooth_curve(range(3), [0.0, 1.0])),
 }

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kalman_rl.errors import NumericError, ShapeError
+from kalman_rl.numerics.arguments import expect_values
 from kalman_rl.numerics.likelihood import profile
 from kalman_rl.numerics.smoother import noise_sums, wiener_smoother
 
@@ -61,14 +62,21 @@ def smooth_curve(steps: Sequence[float], values: Sequence[float], *, most: int =
     if len(pairs) < FEWEST:
         raise NumericError(f"values: got {len(pairs)} finite ones, expected at least {FEWEST} to draw a line")
     data = torch.tensor(pairs, dtype=torch.float64)
+    rising = torch.nn.functional.pad(data[:, 0].diff(), (1, 0), value=1.0) > 0
+    expect_values("steps", data[:, 0], rising, "more than the step before", "sort them", "(place,)")
+    first, size = data[0, 0], data[:, 1].abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    unit = (data[-1, 0] - first) / (len(data) - 1)
+    data = torch.stack(((data[:, 0] - first) / unit, data[:, 1] / size), 1)  # so that nothing overflows
     bins = data.tensor_split(min(len(data), most))
     time, value = torch.stack([part.mean(0) for part in bins]).T
+    level = value.mean()
+    value = value - level
     noise = torch.tensor([1.0 / len(part) for part in bins], dtype=torch.float64)  # of a mean
     smoothest = -4 * math.log(len(bins))  # a bend takes the whole curve
     grid = [_ROUGHEST - _SPACING * k for k in range(int((_ROUGHEST - smoothest) / _SPACING) + 2)]
     sums, log_ratios = noise_sums(value[None], time, grid=grid, relative_noise=noise)
     quadratic = sums[1 : 1 + len(grid)]
-    if float(quadratic.min()) <= 1e-24 * float(value.square().sum()):  # rounding of a straight line
+    if float(quadratic.min()) <= 1e-24 * len(bins):  # rounding of a straight line
         weight, scale = torch.eye(len(grid), dtype=torch.float64)[-1], torch.zeros_like(quadratic)
     else:
         weight, scale = profile(sums).softmax(0), quadratic / sums[0]
@@ -81,6 +89,8 @@ def smooth_curve(steps: Sequence[float], values: Sequence[float], *, most: int =
     spread = scale * belief.variance.diagonal(dim1=-2, dim2=-1).permute(2, 1, 0)
     mean = means @ weight
     half = QUANTILE * ((spread + (means - mean[..., None]) ** 2) @ weight).sqrt()
-    line, slope = (part.tolist() for part in mean)
-    (low, slope_low), (high, slope_high) = (mean - half).tolist(), (mean + half).tolist()
-    return SmoothCurve(time.tolist(), line, low, high, slope, slope_low, slope_high)
+    mean[0] += level
+    units = torch.stack((size, size / unit))[:, None]
+    line, slope = (mean * units).tolist()
+    (low, slope_low), (high, slope_high) = (((mean + side * half) * units).tolist() for side in (-1, 1))
+    return SmoothCurve((first + unit * time).tolist(), line, low, high, slope, slope_low, slope_high)
