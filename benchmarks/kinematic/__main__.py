@@ -1,6 +1,7 @@
 """What kinematic tokens are worth, on known paths, a decision with a known best rule, and shipped series.
 
     python -m benchmarks.kinematic                  # what is not stored yet; writes kinematic.json, .md, .png
+    python -m benchmarks.kinematic --only decision  # one part: truth, decision or series
     python -m benchmarks.kinematic --render         # tables and figure again, from the stored numbers
     python -m benchmarks.kinematic --quick          # a smoke test, a printout only
 
@@ -39,10 +40,11 @@ from benchmarks.kinematic.report import picture, report
 
 RESULTS = Path(__file__).parents[1] / "results" / "kinematic"
 SEEDS = [1000, 1001, 1002, 1003, 1004]
-STEPS, SERIES_STEPS = 400, 150
+PARTS = {"truth": "truth", "tuning": "decision", "decision": "decision", "series": "series"}
+STEPS, SERIES_STEPS = 240, 60
 
 
-def cells(stored: dict[str, Any], *, quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+def cells(stored: dict[str, Any], *, quick: bool, names: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and measurement of everything; later ones read the rates that an earlier one chose."""
     seeds = [1, 2] if quick else SEEDS
     steps, sizes = (20, [(64, False), (64, True)]) if quick else (STEPS, decision.CELLS)
@@ -59,7 +61,7 @@ def cells(stored: dict[str, Any], *, quick: bool) -> Iterator[tuple[str, Callabl
                 size, seeds, decision.tuned(stored["tuning"]), irregular=irregular, steps=steps
             ),
         )
-    for name in ["realgdp"] if quick else series.SHIPPED:
+    for name in ["realgdp"] if quick else names:
         yield (
             f"series {name}",
             lambda name=name: series.cell(
@@ -73,14 +75,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kinematic")
     parser.add_argument("--quick", action="store_true", help="few seeds and steps, a printout only")
     parser.add_argument("--render", action="store_true", help="measure nothing, render what is stored")
+    parser.add_argument("--only", choices=("truth", "decision", "series"), help="measure one part")
+    parser.add_argument("--series", nargs="+", default=list(series.SHIPPED), choices=list(series.SHIPPED))
     parser.add_argument("--out", type=Path, help="folder; default benchmarks/results/kinematic")
     options = parser.parse_args(argv)
     out = options.out or (None if options.quick else RESULTS)
     file = None if out is None else out / "kinematic.json"
     stored = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else {}
     torch.set_num_threads(1)
-    for name, measure in () if options.render else cells(stored, quick=options.quick):
-        if name in stored:
+    for name, measure in () if options.render else cells(stored, quick=options.quick, names=options.series):
+        if name in stored or (options.only and PARTS[name.split()[0]] != options.only):
             continue
         found = measure()
         if found is None:

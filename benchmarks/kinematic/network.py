@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.kinematic.controls import CHANNELS, SIZE, TOKENS, Control
 
-HIDDEN, BATCH, AVERSION = 12, 64, 2.0
+HIDDEN, BATCH, AVERSION = 12, 32, 2.0
 RATES = (3e-3, 1e-2, 3e-2)
 DECISIONS = (-1.0, 0.0, 1.0)
 

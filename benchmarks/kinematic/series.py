@@ -21,7 +21,7 @@ from kalman_rl.kinematic import KinematicTokenizer
 
 COST = 0.05
 FOLDS = 2
-LONGEST = 2500
+LONGEST = 1500
 SHIPPED = {  # package, module, column, whether the logarithm is taken
     "sp500": ("arch.data.sp500", "Adj Close", True),
     "nasdaq": ("arch.data.nasdaq", "Adj Close", True),

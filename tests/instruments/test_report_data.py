@@ -83,6 +83,18 @@ def test_a_single_run_has_the_line_behind_its_rewards(tmp_path: Path) -> None:
     assert f"moves by {100 * curve.slope[-1]:+.2g} in 100 steps".replace("-", "−") in page([run])
 
 
+@pytest.mark.parametrize("values", [[math.nan] * 37 + [0.5] * 3, [1e300, -1e308, 1.7e308, 0.0] * 10])
+def test_rewards_that_no_line_is_drawn_through(tmp_path: Path, values: list[float]) -> None:
+    """Too few numbers for a line, or numbers at the end of what there is, still give a page."""
+    run = write_run(tmp_path / "run", {}, updates=40)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row, value in zip((row for row in rows if row["kind"] == "train"), values):
+        row["reward"] = value
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (reward,) = [chart for chart in charts_of(page([run])) if chart["y"] == "reward"]
+    assert any(value is not None for value in reward["lines"][0]["points"][1])
+
+
 def test_groups_are_compared_seed_by_seed(tmp_path: Path) -> None:
     stats = pytest.importorskip("scipy.stats")
     ends = {"kpo": [0.3, 0.4, 0.6], "grpo": [0.5, 0.45, 0.75], "alone": [0.2]}

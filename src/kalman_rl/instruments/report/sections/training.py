@@ -46,7 +46,7 @@ from kalman_rl.instruments.report.stats.study import (
     trend,
 )
 from kalman_rl.instruments.report.words import counted, decimal, duration, listing, signed
-from kalman_rl.numerics.curve import smooth_curve
+from kalman_rl.numerics.curve import FEWEST, smooth_curve
 
 MAX_DOTS = 16
 IN_TRAINING = {
@@ -266,7 +266,7 @@ def _small(metric: Metric, drawn: Compared) -> Figure | None:
                 points, raw = many[0]
                 behind = [raw] if single and raw else []
                 line = ChartLine(name, points, colour, behind=behind, dashed=panel.dashed)
-                if behind and metric in LEARNING:
+                if behind and metric in LEARNING and len(finite(raw)) >= FEWEST:
                     line, slope = _through(line, raw, metric)
                     note += slope
             lines.append(drawn.line(group, line))
