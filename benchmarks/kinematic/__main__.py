@@ -44,7 +44,9 @@ PARTS = {"truth": "truth", "tuning": "decision", "decision": "decision", "series
 STEPS, SERIES_STEPS = 240, 60
 
 
-def cells(stored: dict[str, Any], *, quick: bool, names: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def cells(
+    stored: dict[str, Any], *, quick: bool, names: list[str]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and measurement of everything; later ones read the rates that an earlier one chose."""
     seeds = [1, 2] if quick else SEEDS
     steps, sizes = (20, [(64, False), (64, True)]) if quick else (STEPS, decision.CELLS)

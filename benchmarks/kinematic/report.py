@@ -218,9 +218,9 @@ def picture(stored: Stored, path: Path) -> None:
         right.minorticks_off()
     right.set_xlabel("training windows")
     right.set_ylabel("regret against the Bayes rule")
-    for ax in (left, right):
+    for ax, columns in ((left, 3), (right, 2)):
         ax.set_ylim(bottom=0)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+        ax.legend(frameon=False, fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
     figure.savefig(path, dpi=130)
     plt.close(figure)
