@@ -40,7 +40,7 @@ def text_run(folder: Path) -> TrainConfig:
     questions = [f"Write one sentence of {WORDS} words about {subject}.\n" for subject in SUBJECTS]
     rows.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
     return TrainConfig(
-        run=folder, model="smollm2", data=rows, reward="screenshots:about_twelve_words", method="kpo_diffuse",
+        run=folder, model="smollm2", data=rows, reward=("screenshots:about_twelve_words",), method="kpo_diffuse",
         method_options={"process_noise": 1e-3, "observation_noise": 0.02, "low": 0.03, "high": 0.04},
         steps=16, prompts_per_generation=4, completions_per_prompt=4, updates_per_generation=2, iterations=2,
         learning_rate=1e-3, warmup_steps=2, max_completion_tokens=36, eval_every=0, eval_prompts=1, eval_samples=1,

@@ -83,6 +83,14 @@ TRAIN_FLAGS = {
             "--collapse",
         ),
         *("--sampler-lag", "--sampler-bits"),
+        *("--test-share", "--reward-weights", "--chat", "--system", "--stop", "--seeds"),
+        *(
+            "--lora-target-modules",
+            "--lora-dropout",
+            "--gradient-checkpointing",
+            "--no-gradient-checkpointing",
+        ),
+        *("--save-total-limit", "--keep-best", "--no-keep-best"),
         *("--select", "--select-weights", "--select-floor", "--select-power"),
     ),
 }
@@ -90,6 +98,7 @@ FLAGS = {
     "train": TRAIN_FLAGS,
     "resume": {"--help", "--quiet", "--allow-change"},
     "report": {"--help", "--output"},
+    "export": {"--help", "--output", "--best", "--overwrite"},
     "board": {"--help", "--port", "--host", "--every", "--open"},
     "methods": {"--help", "--cite", "--verify", "--device", "--json"},
     "replay": {"--help", "--method", "--options", "--against", "--steps", "--top", "--json"},
@@ -178,12 +187,23 @@ def test_every_field_is_documented_with_its_default(capsys: pytest.CaptureFixtur
         assert len(flat) >= 4 and not poor
 
 
+def test_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+    from kalman_rl.engine.tasks import TASKS
+
+    assert main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert set(
+        re.split(r", | or ", text.partition("Built-in task to train on: ")[2].partition(".")[0])
+    ) == set(TASKS)
+
+
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     with_help = capsys.readouterr().out
     verbs = [
         "train",
         "resume",
+        "export",
         "stress",
         "reproduce",
         "demo",
@@ -492,6 +512,19 @@ def test_verify_on_a_device_that_is_not_there(
             "belief_options: got {'rho': 0.9} with advantage='method'",
         ),
         (["train", "--config"], "--config: got nothing, expected a path; see `kalman-rl train --help`"),
+        (["train", "--reward", "--steps", "3"], "--reward: got nothing, expected one or more values; see"),
+        (["train", "--reward", "mine"], "kalman-rl: reward: got 'mine', expected MODULE:FUNCTION"),
+        (["train", "--reward-weights", "much"], "reward_weights: got 'much', expected a number"),
+        (["train", "--test-share", "1"], "test_share: got 1.0, expected at most 0.99"),
+        (
+            ["train", "--chat", "alway"],
+            "chat: got 'alway', expected one of always, auto, never; did you mean",
+        ),
+        (["train", "--save-total-limit", "0"], "save_total_limit: got 0, expected at least 1"),
+        (["train", "--lora-dropout", "1"], "lora_dropout: got 1.0, expected at most 0.99"),
+        (["train", "--seeds", "0"], "seeds: got 0, expected at least 1"),
+        (["train", "--data", "rows.txt"], "data: got 'rows.txt', expected a JSONL, Parquet or CSV file"),
+        (["export"], "RUN: got nothing, expected a path; see `kalman-rl export --help`"),
         (["train", "extra"], "argument: got 'extra', expected none; see `kalman-rl train --help`"),
         (["train", "-q"], "argument: got '-q', expected none; see `kalman-rl train --help`"),
         (["train", "--quiet=3"], "argument: got '3', expected none"),
@@ -664,7 +697,7 @@ def test_a_dry_run_scores_three_rows(
     words = ["train", "--dry-run", "--data", "rows.jsonl", "--reward", "scores_of_mine:good"]
     assert main(words) == 0
     shown = capsys.readouterr()
-    assert tomllib.loads(shown.out)["reward"] == "scores_of_mine:good"
+    assert tomllib.loads(shown.out)["reward"] == ["scores_of_mine:good"]
     assert shown.err.count("-> 1.0; empty reply -> 0.0") == 3 and "columns" in shown.err
     assert main([*words[:-1], "scores_of_mine:bad"]) == 1
     assert "TypeError" in capsys.readouterr().err

@@ -9,3 +9,7 @@ GRADED: dict[str, Any] = {"reward": "tests.engine.graded:digits", "learning_rate
 
 def digits(completions: list[str], **columns: Any) -> list[float]:
     return [sum(letter.isdigit() for letter in text) / 5 for text in completions]
+
+
+def length(completions: list[str], **columns: Any) -> list[float]:
+    return [len(text) / 5 for text in completions]

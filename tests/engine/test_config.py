@@ -123,7 +123,12 @@ def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, co
     [
         StressConfig(conditions=("B",), methods=("kpo", "grpo"), seeds=3, quiet=True),
         DemoConfig(run=Path("a/b"), overwrite=False),
-        TrainConfig(data=Path("rows.jsonl"), method_options={"high": math.inf}, reward="a.b:c"),
+        TrainConfig(
+            data=Path("rows.jsonl"),
+            method_options={"high": math.inf},
+            reward=("a.b:c",),
+            reward_weights=(0.5,),
+        ),
     ],
 )
 def test_every_kind_reads_back(tmp_path: Path, config: Any) -> None:
@@ -310,8 +315,8 @@ def test_wrong_items_of_lists(tmp_path: Path) -> None:
         ({"task": " "}, "task: got ' ', expected one of"),
         ({"task": "product"}, r"task: got 'product', .*did you mean 'products'\?"),
         ({"task": "\ud800"}, "task: got .*expected text"),
-        ({"data": Path("nothing.jsonl")}, "data: got 'nothing.jsonl', expected a JSONL or Parquet file"),
-        ({"reward": "module.function"}, "reward: got 'module.function', expected MODULE:FUNCTION"),
+        ({"data": Path("nothing.jsonl")}, "data: got 'nothing.jsonl', expected a JSONL, Parquet or CSV file"),
+        ({"reward": ("module.function",)}, "reward: got 'module.function', expected MODULE:FUNCTION"),
         ({"run": Path("runs/..")}, r"run: got '\.\.' as a run's name"),
         ({"run": Path("/")}, "run: got '' as a run's name"),
         ({"updates_per_generation": 3}, "updates_per_generation: got 3, expected a divisor of 8 prompts"),

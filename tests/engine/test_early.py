@@ -14,11 +14,12 @@ import torch
 pytest.importorskip("trl")
 from kalman_rl.cli.main import main
 from kalman_rl.engine.callbacks import NoSignal
+from kalman_rl.engine.config import TrainConfig
 from kalman_rl.engine.early import check_lora_targets, fit_prompts
 from kalman_rl.engine.models.tiny import character_tokenizer
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import Task, rows
-from kalman_rl.engine.train import LORA_TARGETS, train
+from kalman_rl.engine.train import train
 from kalman_rl.errors import ConfigError
 from tests.engine.test_train import start
 
@@ -129,14 +130,16 @@ def layers(*names: str) -> torch.nn.Module:
 
 def test_missing_layers_are_named_with_near_ones() -> None:
     said: list[str] = []
-    check_lora_targets(layers(*LORA_TARGETS), LORA_TARGETS, said.append)
+    targets = TrainConfig.lora_target_modules
+    check_lora_targets(layers(*targets), targets, said.append)
     assert said == []
-    check_lora_targets(layers("q_proj", "v_proj", "out_proj", "fc1"), LORA_TARGETS, said.append)
+    check_lora_targets(layers("q_proj", "v_proj", "out_proj", "fc1"), targets, said.append)
     assert len(said) == 1 and "no o_proj, down_proj to adapt (near: out_proj)" in said[0]
     with pytest.raises(
-        ConfigError, match=r"without any of q_proj, v_proj, .*; it has qkv_proj; set lora_rank = 0"
+        ConfigError,
+        match=r"without any of q_proj, v_proj, .*; it has qkv_proj; name them, or set lora_rank = 0",
     ):
-        check_lora_targets(layers("qkv_proj", "dense"), LORA_TARGETS, said.append)
+        check_lora_targets(layers("qkv_proj", "dense"), targets, said.append)
 
 
 def test_batches_without_a_difference_are_announced_once() -> None:

@@ -20,7 +20,8 @@ pytest.importorskip("reasoning_gym")
 
 from kalman_rl.engine.models import load as models  # noqa: E402
 from kalman_rl.engine.models import tiny  # noqa: E402
-from kalman_rl.engine.models.load import LoadedModel, load_model, stop_tokens  # noqa: E402
+from kalman_rl.engine.models.load import LoadedModel, load_model  # noqa: E402
+from kalman_rl.engine.models.stops import stop_tokens  # noqa: E402
 from kalman_rl.engine.tasks import Task, load_task  # noqa: E402
 from kalman_rl.errors import AdapterError, ConfigError, RunError  # noqa: E402
 

@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 
 from safetensors.torch import load_file, save_file
 
+from kalman_rl.engine import held_out
 from kalman_rl.engine import train as train_module
 from kalman_rl.engine.config import TrainConfig, build
 from kalman_rl.engine.resume import FREE, changed_settings, note_machine, plain_settings
@@ -28,7 +29,7 @@ def killed_in(
     monkeypatch: pytest.MonkeyPatch, evaluation: int, model_path: str, path: Path, **changes: Any
 ) -> Path:
     """A whole run, and beside it the folder that a SIGKILL in its n-th evaluation would have left."""
-    evaluate, calls, copy = train_module.evaluate, [], path.with_name(f"killed-{evaluation}")
+    evaluate, calls, copy = held_out.evaluate, [], path.with_name(f"killed-{evaluation}")
 
     def noted(*args: Any, **options: Any) -> dict[str, float]:
         calls.append(1)
@@ -37,7 +38,7 @@ def killed_in(
         return evaluate(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "evaluate", noted)
+        patch.setattr(held_out, "evaluate", noted)
         assert start(model_path, path, **changes) == 0
     return copy
 
@@ -100,7 +101,7 @@ def test_every_edited_setting_is_refused_with_both_values(tmp_path: Path) -> Non
         "data": tmp_path / "rows.jsonl",
         "rounds": (2, 3),
         "belief_options": {"forgetting": 0.9},
-        "reward": "mine:exact",
+        "reward": ("mine:exact",),
     }
     for name, value in plain_settings(config).items():
         if name not in others:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from kalman_rl.engine.models.tiny import character_tokenizer
 from kalman_rl.engine.tasks import by_row, from_verl, rows, score_replies, trainer_rows
 from kalman_rl.errors import ConfigError
 from kalman_rl.instruments.doctor import PlannedRun, reward
+from tests.engine.conftest import TEMPLATE
 from tests.engine.test_train import start
 
 BIG = 10**25
@@ -51,7 +51,6 @@ def record(completions, prompts, completion_ids, trainer_state, log_extra, log_m
     assert len(completion_ids) == len(texts)
     return [float(len(text) % 2) for text in texts]
 """
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def test_training_and_evaluation_see_the_rows_of_the_file(
 ) -> None:
     more = {"advantage": "tracked", "allocation": "rounds", "completions_max": 8} if tracked else {}
     data = write(recording / "own.jsonl", OWN)
-    _, code = start(model_path, recording / "run", data=data, reward="recording:record", steps=2, **more)
+    _, code = start(model_path, recording / "run", data=data, reward=("recording:record",), steps=2, **more)
     assert code == 0
     trained = {seen["prompt_id"] for training, _, seen in calls() if training}
     evaluated = {seen["prompt_id"] for training, _, seen in calls() if not training}
@@ -101,7 +100,7 @@ def test_training_and_evaluation_see_the_rows_of_the_file(
 
 def test_the_doctor_sees_the_rows_of_the_file(recording: Path) -> None:
     data = write(recording / "own.jsonl", OWN)
-    found = list(reward.dry_run(PlannedRun(data=data, reward="recording:record")))
+    found = list(reward.dry_run(PlannedRun(data=data, reward=("recording:record",))))
     assert not [f for f in found if f.status == "problem"], found
     assert len(calls()) == 6
     for _, _, seen in calls():
@@ -123,22 +122,11 @@ def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": "1"}, {"role": "user", "content": text}]
 
 
-@pytest.fixture
-def chat_model(model_path: str, tmp_path: Path) -> str:
-    """The random model of the tests, with a chat template."""
-    folder = tmp_path / "chat_model"
-    shutil.copytree(model_path, folder)
-    spoken = character_tokenizer()
-    spoken.chat_template = TEMPLATE
-    spoken.save_pretrained(folder)
-    return str(folder)
-
-
 def test_chats_go_through_the_models_template(chat_model: str, recording: Path) -> None:
     lines = [row | {"prompt": chat(str(row["prompt_id"]))} for row in OWN]
     data = write(recording / "own.jsonl", lines)
     path = recording / "run"
-    _, code = start(chat_model, path, data=data, reward="recording:record", steps=2)
+    _, code = start(chat_model, path, data=data, reward=("recording:record",), steps=2)
     assert code == 0
     kinds = {training for training, _, _ in calls()}
     assert kinds == {True, False}
@@ -147,7 +135,9 @@ def test_chats_go_through_the_models_template(chat_model: str, recording: Path) 
         check_exact(seen)
     before = len(calls())
     assert not [
-        f for f in reward.dry_run(PlannedRun(data=data, reward="recording:record")) if f.status == "problem"
+        f
+        for f in reward.dry_run(PlannedRun(data=data, reward=("recording:record",)))
+        if f.status == "problem"
     ]
     assert all(prompt == chat(str(seen["prompt_id"])) for _, prompt, seen in calls()[before:])
 

@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("trl")
 
+from kalman_rl.engine import held_out
 from kalman_rl.engine import train as train_module
 from kalman_rl.engine.config import TrainConfig, build, load_toml, to_toml, validate
 from kalman_rl.engine.runs.reading import read_manifest, read_metrics
@@ -49,8 +50,8 @@ import os, sys, threading, time
 from pathlib import Path
 
 wanted, sign, command = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-from kalman_rl.engine import train
-evaluate, calls = train.evaluate, 0
+from kalman_rl.engine import held_out
+evaluate, calls = held_out.evaluate, 0
 
 def slow(*args, **options):
     global calls
@@ -61,7 +62,7 @@ def slow(*args, **options):
             time.sleep(0.1)
     return evaluate(*args, **options)
 
-train.evaluate = slow
+held_out.evaluate = slow
 from kalman_rl.cli.main import main
 sys.exit(main(command))
 """
@@ -119,7 +120,7 @@ def model(path: Path, name: str = "model") -> bytes:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, evaluation: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal at the beginning of the n-th evaluation."""
-    evaluate, calls = train_module.evaluate, []
+    evaluate, calls = held_out.evaluate, []
 
     def signalled(*args: Any, **options: Any) -> dict[str, float]:
         calls.append(1)
@@ -127,7 +128,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, evaluation: int, number: int = si
             os.kill(os.getpid(), number)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(train_module, "evaluate", signalled)
+    monkeypatch.setattr(held_out, "evaluate", signalled)
 
 
 @pytest.mark.timeout(3 * PATIENCE)

@@ -122,7 +122,7 @@ def test_sorting(digits: int) -> None:
         5,
         3,
         digits + 1,
-        None,
+        (),
     )
     assert task.fresh is not None
     tested = {row["prompt"] for row in load_task(f"sort{digits}", seed=3, test_size=64).test}
@@ -185,7 +185,7 @@ def test_rows_from_json_lines(tmp_path: Path) -> None:
         tmp_path / "mine.jsonl", [{"prompt": f"{i}?", "answer": i, "level": i % 3} for i in range(20)] + [""]
     )
     task = rows(path)
-    assert (task.name, len(task.train), len(task.test), task.stop) == ("mine", 18, 2, "\n")
+    assert (task.name, len(task.train), len(task.test), task.stop) == ("mine", 18, 2, ("\n",))
     assert all(set(row) == {"prompt", "answer", "level", "prompt_id"} for row in task.train)
     assert score(task, [" 7 \nand so on", "7.0", "17", ""], [{**task.train[0], "answer": "7"}] * 4) == [
         1,
@@ -209,13 +209,46 @@ def test_rows_from_parquet(tmp_path: Path) -> None:
         rows(tmp_path / "bad.parquet")
 
 
+def test_rows_from_csv(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    text = '\ufeffprompt,answer,hint\r\n"What is 1, 2?",007,\r\n\r\n"two\nlines",1,[2]\r\n'
+    path.write_bytes(text.encode())
+    task = rows(path, test_share=0)
+    assert [(row["prompt"], row["answer"], row["hint"]) for row in task.train] == [
+        ("What is 1, 2?", "007", None),
+        ("two\nlines", "1", "[2]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,answer\na,1\nb,2,3\n", r"rows: got 3 cells, expected 2, .*mine\.csv:3"),
+        (
+            "prompt,prompt\na,1\n",
+            r"got the header 'prompt, prompt', expected one name .* each once.*mine\.csv:1",
+        ),
+        ("prompt,\na,1\n", r"got the header 'prompt, ', expected one name for each column"),
+        ('prompt,answer\n"a"b,1\n', r"invalid CSV .*mine\.csv"),
+        ("prompt,answer\n,1\n", r"prompt: got None.*mine\.csv:2"),
+        ("prompt,answer\n", "empty file"),
+        ("", "empty file"),
+        (b"prompt,answer\n\xe9,1\n", r"not UTF-8 .*mine\.csv"),
+    ],
+)
+def test_bad_csv_is_named(tmp_path: Path, text: str | bytes, message: str) -> None:
+    (tmp_path / "mine.csv").write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigError, match=message):
+        rows(tmp_path / "mine.csv")
+
+
 def test_rows_pass_every_column_to_the_users_reward(tmp_path: Path) -> None:
     path = write(
         tmp_path / "x.jsonl", [{"prompt": "a", "want": [1]}, {"prompt": "b", "want": [2], "hint": "h"}]
     )
     task = rows(path, reward=lambda completions, want, hint, **_: [float(w[0]) for w in want], test_share=0)
     assert score(task, ["", ""], task.train) == [1.0, 2.0]
-    assert task.stop is None and task.test == [] and "no test rows" in task.notes[0]
+    assert task.stop == () and task.test == [] and "no test rows" in task.notes[0]
 
 
 def test_one_prompt_with_two_answers_is_two_prompts(tmp_path: Path) -> None:
@@ -299,7 +332,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"No such file.*none\.jsonl"):
         rows(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match=r"expected one ending in \.jsonl"):
-        rows(tmp_path / "x.csv")
+        rows(tmp_path / "x.tsv")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "a", "answer": "é"}'.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"not UTF-8.*latin\.jsonl:1"):
         rows(tmp_path / "latin.jsonl")

@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from kalman_rl.engine import hooks as engine_hooks
 from kalman_rl.engine.settings import TrainConfig
 from kalman_rl.hooks import moved
 from kalman_rl.hosts.trl import hooks as trl_hooks
@@ -39,7 +40,7 @@ GOOD_TRAINER = "\n".join(
     f"    {name} = 0"
     if hook is None
     else f"    def {name}(self, {', '.join((*hook.leading, *hook.names, '*more'))}): ..."
-    for name, hook in NAMES.items()
+    for name, hook in (NAMES | engine_hooks.TRL.hooks["trl:GRPOTrainer"]).items()
 )
 
 GOOD_UTILS = "\n".join(f"def {name}(batch): ..." for name in trl_hooks.TRL.hooks["trl.trainer.utils"])
@@ -132,7 +133,7 @@ def test_this_environment_is_sound(data: Path, tmp_path: Path) -> None:
 
 def test_a_problem_is_exit_code_one(stub: Any, data: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    bad = PlannedRun(data=data, reward=rewards(tmp_path, "raising", "raise KeyError('gold')"))
+    bad = PlannedRun(data=data, reward=(rewards(tmp_path, "raising", "raise KeyError('gold')"),))
     assert doctor(bad, show=lines.append) == 1
     (line,) = [line for line in lines if line.startswith("problem  reward")]
     assert "KeyError: 'gold'" in line and "raising.py:3" in line and "\n" + " " * 23 + "do: correct" in line
@@ -307,7 +308,7 @@ def test_rewards(
     name: str, code: str, status: str, words: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reward, "SLOW", 0.05)
-    plan = PlannedRun(data=data, reward=rewards(tmp_path, f"r_{name}", code))
+    plan = PlannedRun(data=data, reward=(rewards(tmp_path, f"r_{name}", code),))
     found = list(reward.dry_run(plan))
     assert by_check(found)["reward"].status == status, found
     assert any(words in finding.found for finding in found), found
@@ -322,7 +323,7 @@ def test_a_reward_that_ends_or_blocks_its_process(
         ("blocking", "10**10**9", "its call failed twice (took longer than 0.5 s)"),
         ("leaving", "sys.exit(7)", "its call failed twice (SystemExit: 7; at "),
     ):
-        found = list(reward.dry_run(PlannedRun(data=data, reward=rewards(tmp_path, name, code))))
+        found = list(reward.dry_run(PlannedRun(data=data, reward=(rewards(tmp_path, name, code),))))
         (problem,) = [f for f in found if f.status == "problem"]
         rows = [f for f in found if f.check == "reward"]
         assert why in problem.found and rows[1].found.endswith("-> None; empty reply -> None"), found
@@ -332,9 +333,9 @@ def test_a_reward_that_ends_or_blocks_its_process(
 def test_rewards_that_cannot_be_tried(data: Path) -> None:
     (nothing,) = reward.dry_run(PlannedRun())
     assert nothing.status == "ok" and nothing.found.startswith("not asked for")
-    (rowless,) = reward.dry_run(PlannedRun(reward="mine:score"))
+    (rowless,) = reward.dry_run(PlannedRun(reward=("mine:score",)))
     assert rowless.status == "warning" and "needs rows" in rowless.found
-    (absent,) = reward.dry_run(PlannedRun(data=data, reward="no_such_module:score"))
+    (absent,) = reward.dry_run(PlannedRun(data=data, reward=("no_such_module:score",)))
     assert absent.status == "problem" and "found no module 'no_such_module'" in absent.found
     (unknown,) = reward.dry_run(PlannedRun(task="prodcts"))
     assert unknown.status == "problem" and "'prodcts'" in unknown.found
@@ -372,7 +373,11 @@ def planned(tmp_path: Path, data: Path, **settings: Any) -> PlannedRun:
 
 
 def test_dropout_and_template_are_shown(data: Path, tmp_path: Path) -> None:
-    template, dropout = model.model(planned(tmp_path, data))
+    template, chat, dropout = model.model(planned(tmp_path, data))
+    assert (chat.check, chat.found) == (
+        "chat",
+        "prompts are given to the model as they are: the model has no chat template",
+    )
     assert template.status == "ok" and template.found.endswith("has no chat template: texts only")
     assert dropout.status == "warning"
     assert dropout.found.startswith("dropout model.layers.0.self_attn.attention_dropout = 0.1 and 1 more")
@@ -480,11 +485,11 @@ def test_columns_of_several_kinds_are_a_warning(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "columns_of_mine.py").write_text(
         "def score(completions, **columns): return [1.0] * len(completions)\n"
     )
-    found = by_check(list(reward.dry_run(PlannedRun(data=tmp_path / "mixed.jsonl", reward=name))))
+    found = by_check(list(reward.dry_run(PlannedRun(data=tmp_path / "mixed.jsonl", reward=(name,)))))
     assert found["columns"].status == "warning"
     assert sorted(re.findall(r"\w+ \(\d\)", found["columns"].found)) == ["number (5)", "text (5)"]
     (tmp_path / "even.jsonl").write_text("".join(json.dumps(row | {"level": 1}) + "\n" for row in rows))
-    found = by_check(list(reward.dry_run(PlannedRun(data=tmp_path / "even.jsonl", reward=name))))
+    found = by_check(list(reward.dry_run(PlannedRun(data=tmp_path / "even.jsonl", reward=(name,)))))
     assert found["columns"].status == "ok" and "level: number, tags: list" in found["columns"].found
 
 

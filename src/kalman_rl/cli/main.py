@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Interval
 
 from kalman_rl.cli.interrupts import Interrupts
 from kalman_rl.cli.words import changed, parse
@@ -57,6 +58,8 @@ class Train:
     """TOML file with settings, under the names of the flags with _ for -; may be given several times."""
     overwrite: Switch = False
     """Replace the run that is in the directory."""
+    seeds: Annotated[int, Interval(ge=1, le=1_000)] = 1
+    """Runs to train: seed, seed + 1, ... in folders below RUN, and one report of all. The same command goes on."""
     dry_run: Switch = False
     """Print the resolved settings as TOML, try your reward on three of your rows, and stop; 1 if it fails."""
 
@@ -78,8 +81,12 @@ class Train:
 
         assert config.run is not None
         check_available(config.model, config.run.parent / ".cache")
+        if self.seeds > 1:
+            from kalman_rl.cli.sweep import sweep
+
+            return sweep(config, self.seeds, overwrite=self.overwrite)
         task = None
-        if config.data is not None or config.reward is not None:
+        if config.data is not None or config.reward:
             from kalman_rl.engine.train import chosen_task
 
             task = chosen_task(config)  # bad rows or rewards leave no run behind
@@ -102,18 +109,40 @@ class Resume:
 
     def __call__(self) -> int:
         _check_one_process()
-        from kalman_rl.engine.resume import changed_settings
+        from kalman_rl.engine.resume import began_elsewhere, changed_settings
         from kalman_rl.engine.runs.run import Run
         from kalman_rl.engine.train import train
 
-        with Run.open(self.run) as run:
-            config = build(TrainConfig, settings_of(self.run))
-            config = dataclasses.replace(config, run=self.run, quiet=config.quiet or self.quiet)
+        folder = began_elsewhere(self.run)
+        path = self.run if folder is None else Path(os.path.abspath(self.run))
+        with contextlib.chdir(folder or "."), Run.open(path) as run:
+            config = build(TrainConfig, settings_of(path))
+            config = dataclasses.replace(config, run=path, quiet=config.quiet or self.quiet)
             if run.manifest.get("status") == "finished" and not changed_settings(run, config):
                 tell(f"{self.run}: this run is finished; there is nothing to continue", error=True)
                 return 0
             validate(config)
             return train(config, run, resume=True, allow_change=self.allow_change)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's trained model as a Hugging Face folder: adapters merged, with a model card."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run."""
+    output: Path | None = None
+    """Folder to write. Unset: export in the run's directory."""
+    best: Switch = False
+    """The weights of the best held-out mean reward, which a run has that was told to keep_best."""
+    overwrite: Switch = False
+    """Replace the folder, where it is an earlier export."""
+
+    def __call__(self) -> int:
+        from kalman_rl.engine.export import export
+
+        tell(export(self.run, self.output, best=self.best, overwrite=self.overwrite))
+        return 0
 
 
 @dataclass(frozen=True)
@@ -260,9 +289,9 @@ class Doctor:
     task: str | None = None
     """Built-in task whose reward to try on three rows."""
     data: Path | None = None
-    """JSONL or Parquet file with your rows; replaces the task."""
-    reward: str | None = None
-    """Your reward function as MODULE:FUNCTION, tried on three rows. Naming it runs its code."""
+    """JSONL, Parquet or CSV file with your rows; replaces the task."""
+    reward: tuple[str, ...] = ()
+    """Your reward functions as MODULE:FUNCTION, tried on three rows. Naming one runs its code."""
     config: Path | None = None
     """TOML file of the run you plan: every value is checked."""
     run: Path = Path("runs")
@@ -286,7 +315,7 @@ class Contract:
     name: tyro.conf.Positional[str]
     """MODULE:FUNCTION, or a method or belief by name. Its code is run."""
     data: Path | None = None
-    """JSONL or Parquet file with rows for a reward. Unset: three made-up products."""
+    """JSONL, Parquet or CSV file with rows for a reward. Unset: three made-up products."""
     json: Switch = False
     """Print JSON."""
 
@@ -343,6 +372,7 @@ class Reproduce:
 VERBS: tuple[type, ...] = (
     Train,
     Resume,
+    Export,
     Stress,
     Reproduce,
     Demo,
@@ -392,13 +422,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tried(config: TrainConfig) -> int:
     """Read the user's rows and score three of them, the findings on stderr; 1 if training would fail on them."""
-    if config.data is None and config.reward is None:
+    if config.data is None and not config.reward:
         return 0
     from kalman_rl.instruments.doctor.finding import PlannedRun
     from kalman_rl.instruments.doctor.reward import dry_run
 
     task = config.task if config.data is None else None
-    findings = list(dry_run(PlannedRun(task=task, data=config.data, reward=config.reward)))
+    findings = list(dry_run(PlannedRun(task=task, data=config.data, reward=config.reward, settings=config)))
     for finding in findings:
         tell(finding.text(), error=True)
     return int(any(finding.status == "problem" for finding in findings))

@@ -43,7 +43,7 @@ def stress(config: StressConfig) -> int:
     Raises: RunError if the study's directory cannot be used. Returns: exit code, 130 after Ctrl-C.
     """
     plans = plan(config)
-    todo = [p for p in plans if not _finished(p)]
+    todo = [p for p in plans if not is_finished(p)]
     if len(todo) < len(plans) and not config.quiet:
         tell(f"{len(plans) - len(todo)} of {len(plans)} runs are there already", error=True)
     jobs = min(config.jobs or os.cpu_count() or 1, max(len(todo), 1))
@@ -175,7 +175,7 @@ def _cache(study: Path) -> Path:
     return Path(study).parent / ".cache"
 
 
-def _finished(config: TrainConfig) -> bool:
+def is_finished(config: TrainConfig) -> bool:
     """Whether this very run is complete: same settings, marked as finished."""
     from kalman_rl.engine.runs.reading import read_manifest
     from kalman_rl.engine.runs.received import MAX_TOML, read_bytes

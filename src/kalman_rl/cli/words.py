@@ -47,6 +47,8 @@ def parse(words: Sequence[str], verbs: Mapping[str, type], defaults: Mapping[str
     for word in words:
         if verb in verbs and word.startswith("--"):
             _known(verb, word, [*_flags(verbs[verb]), "--help"])
+    if verb in verbs:
+        _refuse_bare_lists(verb, verbs[verb], words[1:])
     choices = [
         Annotated[
             kind,
@@ -131,6 +133,16 @@ def _refuse_missing(verb: str, kind: type, words: Sequence[str]) -> None:
     for name in needed:
         if _flag(name) not in flags:
             raise ConfigError(f"{name.upper()}: got nothing, expected a path; see `kalman-rl {verb} --help`")
+
+
+def _refuse_bare_lists(verb: str, kind: type, words: Sequence[str]) -> None:
+    """Raise ConfigError for a flag of a list without a value, which tyro takes for an empty list."""
+    flags = _flags(kind)
+    for word, after in itertools.pairwise([*words, "--"]):
+        if word in flags and get_origin(flags[word]) is tuple and after.startswith("--"):
+            raise ConfigError(
+                f"{word}: got nothing, expected one or more values; see `kalman-rl {verb} --help`"
+            )
 
 
 def _noun(hint: Any) -> str | None:

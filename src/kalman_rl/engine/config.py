@@ -15,7 +15,7 @@ import tomli_w
 from kalman_rl.engine.runs.received import MAX_TOML, parse_toml, read_bytes
 from kalman_rl.engine.runs.run import name_problem
 from kalman_rl.engine.settings import DemoConfig, StressConfig, TrainConfig
-from kalman_rl.engine.strict import read, show
+from kalman_rl.engine.strict import lists_of_one, read, show
 from kalman_rl.errors import ConfigError, quote
 
 __all__ = [
@@ -40,7 +40,7 @@ C = TypeVar("C")
 
 
 def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
-    """A configuration from defaults and layers of settings, later layers winning.
+    """A configuration from defaults and layers of settings, later layers winning. A text may stand for a list of one.
 
     Options belong to their method or belief: a layer that names another one drops the options set so far, and
     options for the same one add up key by key.
@@ -65,13 +65,14 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
             elif options not in layer:
                 merged.pop(options, None)
         settings = merged
-    return read(kind, settings)
+    return read(kind, lists_of_one(kind, settings))
 
 
 def load_toml(path: Path, kind: type = TrainConfig) -> dict[str, Any]:
     """Read one layer of settings from a TOML file.
 
-    ``[method]`` with ``name`` and further keys is short for ``method`` and ``method_options``; so is ``[belief]``.
+    One text may stand for a list of texts. ``[method]`` with ``name`` and further keys is short for ``method`` and
+    ``method_options``; so is ``[belief]``.
 
     Raises: ConfigError ``file: key: got ..., expected ...`` for what is unreadable, unknown, of the wrong type or
         out of its range.
@@ -106,7 +107,7 @@ def _layer(data: bytes, path: Path, kind: type) -> dict[str, Any]:
                 del table[owner]
                 table |= {owner: options.pop("name")} if "name" in options else {}
                 table[name] = options
-        config: Any = read(kind, table)
+        config: Any = read(kind, lists_of_one(kind, table))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return {name: getattr(config, name) for name in table}
@@ -163,6 +164,12 @@ def notes(config: TrainConfig) -> list[str]:
         "is not reached": config.warmup_steps >= config.steps,
         f"belief = {quote(config.belief)} is not read: advantage is {quote(config.advantage)}, not 'tracked'": (
             config.belief != TrainConfig.belief and config.advantage != "tracked"
+        ),
+        f"test_share = {config.test_share} is not read: it is about rows of your own (data)": (
+            config.test_share != TrainConfig.test_share and config.data is None
+        ),
+        f"lora_dropout = {config.lora_dropout}: its noise enters every log-ratio as if the policy had moved": (
+            config.lora_dropout > 0 and config.lora_rank > 0
         ),
     }
     return [text for text, applies in remarks.items() if applies]

@@ -40,7 +40,7 @@ def fit_prompts(task: Task, tokenizer: Any, model: Any, most: int | None, max_to
 
     Raises: ConfigError when a prompt and ``max_tokens`` exceed the model's positions, or no prompt is left.
     """
-    lengths = {side: _lengths(tokenizer, getattr(task, side)) for side in ("train", "test")}
+    lengths = {side: _lengths(tokenizer, task, getattr(task, side)) for side in ("train", "test")}
     if most is not None:
         kept = {side: [n <= most for n in found] for side, found in lengths.items()}
         count = sum(map(len, kept.values()))
@@ -77,12 +77,18 @@ def fit_prompts(task: Task, tokenizer: Any, model: Any, most: int | None, max_to
     return task
 
 
-def _lengths(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
-    return [len(ids) for ids in prompt_tokens(tokenizer, [row["prompt"] for row in rows])] if rows else []
+def _lengths(tokenizer: Any, task: Task, rows: Sequence[Row]) -> list[int]:
+    asked = [task.ask(row["prompt"]) for row in rows]
+    return [len(ids) for ids in prompt_tokens(tokenizer, asked)] if rows else []
 
 
 def check_lora_targets(model: Any, targets: Sequence[str], say: Say) -> None:
-    """Raises ConfigError when the model has none of the layers that get adapters; names the ones that it lacks."""
+    """Raises ConfigError when the model has none of the layers that get adapters; names the ones that it lacks.
+
+    ``all-linear`` stands for all that there are.
+    """
+    if list(targets) == ["all-linear"]:
+        return
     layers = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -99,8 +105,8 @@ def check_lora_targets(model: Any, targets: Sequence[str], say: Say) -> None:
         )
         return
     raise ConfigError(
-        f"lora_rank: got a model without any of {', '.join(targets)}, expected at least one to adapt; it has {found}; "
-        "set lora_rank = 0 to train every weight"
+        f"lora_target_modules: got a model without any of {', '.join(targets)}, expected at least one to adapt; it has "
+        f"{found}; name them, or set lora_rank = 0 to train every weight"
     )
 
 

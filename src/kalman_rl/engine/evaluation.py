@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from kalman_rl.engine.tasks import Prompt, score_replies
-from kalman_rl.engine.tasks.scoring import plain_prompt
+from kalman_rl.engine.models.stops import StopTexts
+from kalman_rl.engine.tasks import Prompt, Task, WeightedReward, parts_of, plain_prompt, score_replies
+
+Ask = Callable[[Prompt], Prompt]
 
 
 def evaluate(
@@ -23,6 +25,8 @@ def evaluate(
     samples: int = 1,
     batch_size: int = 128,
     seed: int = 0,
+    ask: Ask = plain_prompt,
+    stops: StopTexts | None = None,
 ) -> dict[str, float]:
     """Score one greedy reply and ``samples`` sampled replies per row.
 
@@ -30,31 +34,41 @@ def evaluate(
         model: a causal language model of transformers; its mode and torch's random state stay as they were.
         tokenizer: of the model.
         rows: held-out rows of a task.
-        reward: TRL's signature; a reply is correct when its reward is 1 (missing rewards count as 0).
+        reward: TRL's signature; a reply is correct when its reward is 1 (missing rewards count as 0). Of a weighted
+            sum the first function decides.
         max_completion_tokens: longest reply, in tokens.
         temperature: > 0, of the sampled replies.
         samples: sampled replies per row.
         batch_size: replies generated at a time.
         seed: of the sampled replies, the same at every evaluation, so that changes come from the policy.
+        ask: how the model is asked. stops: longer texts that end a reply.
 
-    Returns: ``eval/{greedy,sampled}_{accuracy,reward}`` in [0, 1] or reward units, ``eval/count`` (rows) and
-        ``eval/samples`` (sampled replies per row).
+    Returns: ``eval/{greedy,sampled}_{accuracy,reward}`` in [0, 1] or reward units, ``eval/count`` (rows),
+        ``eval/samples`` (sampled replies per row), and of several rewards each one's mean over sampled replies,
+        ``eval/rewards/NAME``.
     """
     result = {"eval/count": float(len(rows)), "eval/samples": float(samples)}
+    parts = parts_of(reward)
+    total = WeightedReward(parts).total
     for kind, sampled in (("greedy", False), ("sampled", True)):
         found = scores_of(
             model,
             tokenizer,
             list(rows) * (samples if sampled else 1),
-            reward,
+            WeightedReward(parts).each,
             max_completion_tokens=max_completion_tokens,
             temperature=temperature if sampled else None,
             batch_size=batch_size,
             seed=seed,
+            ask=ask,
+            stops=stops,
         )
-        scores = [0.0 if score is None else float(score) for score in found]
-        result[f"eval/{kind}_accuracy"] = sum(score == 1.0 for score in scores) / max(len(scores), 1)
-        result[f"eval/{kind}_reward"] = sum(scores) / max(len(scores), 1)
+        count = max(len(found), 1)
+        result[f"eval/{kind}_accuracy"] = sum(Task.correct(scores[0]) for scores in found) / count
+        result[f"eval/{kind}_reward"] = sum(total(scores) or 0.0 for scores in found) / count
+        if sampled and len(parts) > 1:
+            for place, part in enumerate(parts):
+                result[f"eval/rewards/{part.name}"] = sum(scores[place] or 0.0 for scores in found) / count
     return result
 
 
@@ -62,15 +76,17 @@ def scores_of(
     model: Any,
     tokenizer: Any,
     rows: Sequence[dict[str, Any]],
-    reward: Callable[..., list[float | None]],
+    reward: Callable[..., list[Any]],
     *,
     max_completion_tokens: int,
     temperature: float | None,
     batch_size: int = 128,
     seed: int = 0,
-) -> list[float | None]:
-    """The reward of one reply to each row, None where it is missing; arguments as of :func:`evaluate`."""
-    scores: list[float | None] = []
+    ask: Ask = plain_prompt,
+    stops: StopTexts | None = None,
+) -> list[Any]:
+    """What ``reward`` says of one reply to each row; arguments as of :func:`evaluate`."""
+    scores: list[Any] = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         with torch.random.fork_rng():
@@ -78,9 +94,10 @@ def scores_of(
             replies = generate(
                 model,
                 tokenizer,
-                [row["prompt"] for row in batch],
+                [ask(row["prompt"]) for row in batch],
                 max_completion_tokens=max_completion_tokens,
                 temperature=temperature,
+                stops=stops,
             )
             scores += score_replies(reward, batch, *replies)
     return scores
@@ -94,8 +111,9 @@ def generate(
     *,
     max_completion_tokens: int,
     temperature: float | None,
+    stops: StopTexts | None = None,
 ) -> tuple[list[str], list[list[int]]]:
-    """Replies to prompts as texts and as tokens, cut at the first stop token; ``temperature=None`` is greedy."""
+    """Replies to prompts as texts and as tokens, cut where they end; ``temperature=None`` is greedy."""
     tokens = {"input_ids": prompt_tokens(tokenizer, prompts)}
     encoded = tokenizer.pad(tokens, return_tensors="pt", padding_side="left").to(model.device)
     config = GenerationConfig(
@@ -117,6 +135,8 @@ def generate(
     replies = output[:, encoded["input_ids"].shape[1] :].tolist()
     ends = set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
     cut = [reply[: _length(reply, ends)] for reply in replies]
+    if stops is not None:
+        cut = [stops.cut(reply) for reply in cut]
     return [str(text) for text in tokenizer.batch_decode(cut, skip_special_tokens=True)], cut
 
 
@@ -130,9 +150,11 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     if isinstance(prompts[0], str):
         encoded = tokenizer(list(prompts))
     else:
-        chats = [plain_prompt(prompt) for prompt in prompts]
         encoded = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True
+            [plain_prompt(prompt) for prompt in prompts],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
         )
     tokens: list[list[int]] = encoded["input_ids"]
     return tokens

@@ -1,4 +1,4 @@
-"""The private names of torch and transformers that the engine asks for."""
+"""The private names of torch, transformers and TRL that the engine asks for."""
 
 from __future__ import annotations
 
@@ -20,4 +20,19 @@ TRANSFORMERS = Host(
         }
     },
     otherwise="a run stopped in its last evaluation cannot be resumed",
+)
+TRL = Host(
+    "trl",
+    "==1.16.*",
+    {
+        "trl:GRPOTrainer": {
+            "_generate": HookedMethod(("prompts",)),
+            "_generate_single_turn": HookedMethod(
+                ("prompt_ids", "images", "multimodal_fields", "num_generations")
+            ),
+            "_metrics": None,
+            "_tokenizer": None,
+        }
+    },
+    otherwise="completions do not end at stop texts of several characters",
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from kalman_rl.engine.config import TrainConfig
 from kalman_rl.engine.evaluation import scores_of
+from kalman_rl.engine.models.stops import StopTexts
 from kalman_rl.engine.tasks import Row, Task, guard_reward, with_noise
 from kalman_rl.errors import ConfigError, quote
 from kalman_rl.sampling.priors import absorb_rewards, read_priors
@@ -32,7 +33,13 @@ def prior_rows(rows: Sequence[Row], column: str | None) -> list[Row]:
 
 
 def measure_prior(
-    config: TrainConfig, tracking: Tracking, model: Any, tokenizer: Any, task: Task, max_tokens: int
+    config: TrainConfig,
+    tracking: Tracking,
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    max_tokens: int,
+    stops: StopTexts | None = None,
 ) -> dict[str, float]:
     """Sample ``measure_prior`` completions of every training prompt and let the belief begin with their rewards.
 
@@ -45,6 +52,8 @@ def measure_prior(
         tokenizer,
         [rows[name] for name in names],
         with_noise(guard_reward(task.reward), config.reward_noise),
+        ask=task.ask,
+        stops=stops,
         max_completion_tokens=max_tokens,
         temperature=config.temperature,
         seed=config.seed,

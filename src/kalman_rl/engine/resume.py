@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from kalman_rl.engine.runs.checkpoints import step_of
 from kalman_rl.engine.runs.manifest import redacted, versions
+from kalman_rl.engine.runs.reading import read_manifest
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.settings import Changeable, TrainConfig
 from kalman_rl.engine.strict import show
@@ -27,6 +29,17 @@ FREE = ("run", "quiet")
 """Settings that may change without a word: where the run lies, and what is printed."""
 MACHINE = ("versions", "device", "dtype", "threads")
 """Entries of the manifest on which bitwise equality rests."""
+
+
+def began_elsewhere(run: Path) -> str | None:
+    """The folder that rows, model and reward of a run are named from, if it is still there and is not this one.
+
+    Raises: RunError where there is no run.
+    """
+    folder = read_manifest(run).get("folder")
+    if not isinstance(folder, str) or not os.path.isdir(folder) or os.path.samefile(folder, "."):
+        return None
+    return folder
 
 
 def plain_settings(config: TrainConfig) -> dict[str, Any]:
@@ -100,8 +113,10 @@ def check_same_code(
     known = then if resume and isinstance(then, dict) and "code" not in allow_change else {}
     for name, digest in digests.items():
         if known.get(name, digest) != digest:
+            value = getattr(config, name)
+            said = value if isinstance(value, str) else ", ".join(value)
             raise ConfigError(
-                f"{name}: got another file of {quote(getattr(config, name))} than the run began with, expected the "
+                f"{name}: got another file of {quote(said)} than the run began with, expected the "
                 "same, as what it trained on came from the other; restore it, or resume with --allow-change code"
             )
     return digests

@@ -33,6 +33,9 @@ Changeable = Literal[
     "eval_samples",
     "pool_prompts",
     "save_every",
+    "save_total_limit",
+    "keep_best",
+    "gradient_checkpointing",
     "traces_per_step",
     "report_to",
     "collapse",
@@ -56,11 +59,22 @@ class Subject:
     model: Text = "smollm2"
     """smollm2, tiny (made on the spot), a directory with a model, or a hub id OWNER/NAME."""
     task: Text = "products"
-    """Built-in task to train on."""
+    """Built-in task to train on: products, chain_sum, chain_sum_2x2, chain_sum_3, gcd, letter_counting, leg_counting,
+    spell_backward, word_sorting, sort12, sort16, sort_mixed, sort_peel or sort_spread."""
     data: Place | None = None
-    """JSONL or Parquet file with your rows; replaces the task."""
-    reward: Text | None = None
-    """Your reward function as MODULE:FUNCTION, in TRL's signature. Naming it runs its code."""
+    """JSONL, Parquet or CSV file with your rows; replaces the task."""
+    test_share: Annotated[float, Interval(ge=0, le=0.99)] = 0.1
+    """Share of the prompts of your rows that is held out, where they have no column split."""
+    reward: tuple[Text, ...] = ()
+    """Your reward functions as MODULE:FUNCTION, in TRL's signature; of several the weighted sum is trained on, and the
+    first decides what is correct. Naming one runs its code."""
+    reward_weights: tuple[Annotated[float, Interval(ge=-1e6, le=1e6)], ...] = ()
+    """Weight of each reward function. Unset: 1 each."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Whether prompts go through the model's chat template. auto: messages do; so do texts of your rows where the model
+    has a template, unless most of them ask to be continued (their last sign is = : > and the like)."""
+    system: Text | None = None
+    """System message of every chat that has none of its own. Unset: what the template itself adds."""
     run: Place | None = None
     """Directory to create for the run. Unset: runs/TASK-METHOD-TIME, in UTC."""
     seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = 0
@@ -131,6 +145,8 @@ class TrainConfig(Budget, Subject):
     """Sampling temperature, applied to the log-probabilities of the loss too."""
     max_completion_tokens: Annotated[int | None, Interval(ge=1, le=1_000_000)] = None
     """Longest completion, in tokens. Unset: the task's own limit."""
+    stop: tuple[Text, ...] = ()
+    """Texts that end a reply, beside the model's own end. Unset: the task's own."""
     max_prompt_tokens: Annotated[int | None, Interval(ge=1, le=1_000_000)] = None
     """Longest prompt, in tokens; longer ones are left out and counted. Unset: a prompt that does not fit the model
     is an error."""
@@ -138,6 +154,12 @@ class TrainConfig(Budget, Subject):
     """Weight of the KL penalty towards the starting model, per nat; 0 switches it off."""
     lora_rank: Annotated[int, Interval(ge=0, le=1_024)] = 16
     """Rank of the LoRA adapters; 0 trains every weight."""
+    lora_target_modules: tuple[Text, ...] = ("q_proj", "v_proj", "o_proj", "down_proj")
+    """Layers that get adapters, by the last part of their name, or all-linear."""
+    lora_dropout: Annotated[float, Interval(ge=0, le=0.99)] = 0.0
+    """Dropout of the adapters; its noise enters every log-ratio."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the weights; auto is bfloat16 on a GPU that has it, else float32."""
     eval_every: Annotated[int, Interval(ge=0, le=10_000_000)] = 10
@@ -150,6 +172,10 @@ class TrainConfig(Budget, Subject):
     """Training prompts evaluated beside the held-out ones, as pool/...; 0 evaluates none."""
     save_every: Annotated[int, Interval(ge=0, le=10_000_000)] = 10
     """Optimizer steps between checkpoints, rounded up to whole generation batches; 0 writes none."""
+    save_total_limit: Annotated[int, Interval(ge=1, le=1_000_000)] = 3
+    """Checkpoints that are kept: the newest ones."""
+    keep_best: bool = False
+    """Keep the weights of the best held-out mean reward too, in best/ beside model/."""
     traces_per_step: Annotated[int, Interval(ge=0, le=4_096)] = 4
     """Completions per optimizer step recorded token by token."""
     train_size: Annotated[int | None, Interval(ge=1, le=100_000_000)] = None

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Predicate
 
@@ -89,6 +89,17 @@ def _reader(kind: Any) -> tuple[Any, set[str]]:
     config = ConfigDict(strict=True, extra="forbid")
     paths = {name for name, hint in get_type_hints(kind).items() if Path in (hint, *get_args(hint))}
     return dataclasses.dataclass(kind, frozen=True, config=config), paths
+
+
+def lists_of_one(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a layer, where one text may stand for a list of texts."""
+    hints = get_type_hints(kind)
+    return {
+        name: (value,)
+        if isinstance(value, str) and get_origin(hint := hints.get(name)) is tuple and str in get_args(hint)
+        else value
+        for name, value in values.items()
+    }
 
 
 def _sentence(kind: Any, error: ErrorDetails) -> ConfigError:

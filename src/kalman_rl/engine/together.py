@@ -34,11 +34,11 @@ def check_train(config: TrainConfig) -> None:
     if config.data is None and config.task not in TASKS:
         raise unknown_name("task", config.task, TASKS)
     if config.data is not None and not os.path.isfile(config.data):
-        raise ConfigError(f"data: got {show(str(config.data))}, expected a JSONL or Parquet file that exists")
-    if config.reward is not None and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", config.reward):
         raise ConfigError(
-            f"reward: got {show(config.reward)}, expected MODULE:FUNCTION, e.g. 'my_rewards:exact'"
+            f"data: got {show(str(config.data))}, expected a JSONL, Parquet or CSV file that exists"
         )
+    _check_rewards(config)
+    _check_words(config)
     where = f"with advantage={quote(config.advantage)}"
     check_belief_only(config, config.advantage == "tracked", where, "set advantage = 'tracked'")
     check_prior(config.prior_column, config.measure_prior, config.prompt_features)
@@ -65,6 +65,41 @@ def check_train(config: TrainConfig) -> None:
         raise ConfigError(
             f"gradient_accumulation: got {micro}, expected a divisor of {prompts * group // updates} "
             f"(completions per optimizer step: {batch}, over {updates} updates)"
+        )
+
+
+def _check_rewards(config: TrainConfig) -> None:
+    for name in config.reward:
+        if not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
+            raise ConfigError(f"reward: got {show(name)}, expected MODULE:FUNCTION, e.g. 'my_rewards:exact'")
+        if config.reward.count(name) > 1:
+            raise ConfigError(
+                f"reward: got {show(name)} twice, expected each function once; weigh it with reward_weights"
+            )
+    weights = config.reward_weights
+    if weights and len(weights) != len(config.reward):
+        raise ConfigError(
+            f"reward_weights: got {len(weights)} for {len(config.reward)} reward functions, expected one for each"
+        )
+    if weights and not any(weights):
+        raise ConfigError(f"reward_weights: got {show(weights)}, expected one that is not 0")
+    if config.reward_noise and (weights or len(config.reward) > 1):
+        raise ConfigError(
+            f"reward_noise: got {config.reward_noise} with several rewards or weights, expected one reward of weight 1"
+        )
+
+
+def _check_words(config: TrainConfig) -> None:
+    """Texts that must say something."""
+    if "" in config.stop:
+        raise ConfigError("stop: got '', expected texts of at least one character")
+    if config.system is not None and not config.system.strip():
+        raise ConfigError(f"system: got {show(config.system)}, expected a message; leave it out for none")
+    targets = config.lora_target_modules
+    if config.lora_rank and (not targets or "" in targets or ("all-linear" in targets and len(targets) > 1)):
+        raise ConfigError(
+            f"lora_target_modules: got {show(targets)}, expected names of layers, or all-linear alone; lora_rank = 0 "
+            "trains every weight"
         )
 
 

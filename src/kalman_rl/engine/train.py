@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -20,10 +18,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # a trainer of TRL tells a host ab
 
 import torch
 import transformers
-from datasets import Dataset
-from transformers import PrinterCallback
 
 from kalman_rl.beliefs.by_source import Sources
+from kalman_rl.engine.building import build_trainer
 from kalman_rl.engine.callbacks import (
     Evaluate,
     NoSignal,
@@ -36,9 +33,9 @@ from kalman_rl.engine.callbacks import (
 from kalman_rl.engine.collapse.callback import CollapseAlarm
 from kalman_rl.engine.config import TrainConfig
 from kalman_rl.engine.early import check_lora_targets, check_same_data, fit_prompts, warn_short
-from kalman_rl.engine.evaluation import evaluate
+from kalman_rl.engine.held_out import HeldOut
 from kalman_rl.engine.method import chosen_method
-from kalman_rl.engine.models.load import LoadedModel, load_model
+from kalman_rl.engine.models.load import load_model
 from kalman_rl.engine.prior import measure_prior, prior_rows
 from kalman_rl.engine.quiet import no_telemetry, quiet_third_parties
 from kalman_rl.engine.resume import (
@@ -53,26 +50,22 @@ from kalman_rl.engine.runs.checkpoints import step_of
 from kalman_rl.engine.runs.reading import read_metrics
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.saving import RunTrainer, check_room
-from kalman_rl.engine.stale import StaleRunTrainer
 from kalman_rl.engine.tasks import (
     Task,
-    by_row,
-    guard_reward,
+    WeightedReward,
     load_task,
+    parts_of,
     rows,
     supervised_reward,
-    trainer_rows,
-    with_noise,
 )
+from kalman_rl.engine.tasks.chat import AsChat, put_to_model
+from kalman_rl.engine.trend import rewards_of, trend
 from kalman_rl.errors import ConfigError, NoSpaceError, quote
 from kalman_rl.hosts.rewards import RewardRecord, SupervisedReward
-from kalman_rl.hosts.trl import KalmanGRPOConfig, make_sinks
+from kalman_rl.hosts.trl import make_sinks
 from kalman_rl.hosts.trl.prompts import note_sources
 from kalman_rl.kernels.memory import keep_freed_memory
-from kalman_rl.objectives.loss import Method
 from kalman_rl.sampling.budget import Budget
-
-LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
 
 def train(
@@ -183,6 +176,12 @@ def _train(
         code_sha256=code,
         model_sha256=weights,
     )
+    task, said = put_to_model(
+        task, loaded.tokenizer, config.chat, config.system, own_rows=config.data is not None
+    )
+    if said:
+        say(said)
+    run.update_manifest(chat=isinstance(task.ask, AsChat))
     method = chosen_method(
         config.method, config.method_options, config.advantage, config.belief, config.belief_options
     )
@@ -190,44 +189,24 @@ def _train(
     task = fit_prompts(task, loaded.tokenizer, loaded.model, config.max_prompt_tokens, max_tokens, say)
     _check_rows(task, config)
     if config.lora_rank:
-        check_lora_targets(loaded.model, LORA_TARGETS, say)
+        check_lora_targets(loaded.model, config.lora_target_modules, say)
     warn_short(method, max_tokens, say)
     run.update_manifest(train_rows=len(task.train), test_rows=len(task.test))
 
     trainer = build_trainer(config, method, task, loaded, run, max_tokens)
-    if isinstance(task.reward, SupervisedReward):
-        task.reward.say, task.reward.record = say, RewardRecord(run.path / "rewards.jsonl", keep=resume)
-        trainer.supervised.append(task.reward)
+    for part in parts_of(task.reward):
+        if isinstance(reward := part.function, SupervisedReward):
+            several = isinstance(task.reward, WeightedReward)
+            name = f"rewards-{part.name}.jsonl" if several else "rewards.jsonl"
+            reward.say, reward.record = say, RewardRecord(run.path / name, keep=resume)
+            trainer.supervised.append(reward)
     answers = {str(row["prompt_id"]): str(row.get("answer") or "") for row in task.train}
     trainer.observers.append(TraceTokens(run, loaded.tokenizer, config.traces_per_step, answers=answers))
     if trainer.tracking is not None:
         trainer.tracking.observers.append(WriteBeliefs(run))
 
-    check_room(trainer, config.save_every > 0)
-    held_out_reward = guard_reward(task.reward)
-
-    def measure(step: int) -> None:
-        def accuracy(prompts: list[dict[str, Any]]) -> dict[str, float]:
-            return evaluate(
-                trainer.model,
-                loaded.tokenizer,
-                prompts,
-                held_out_reward,
-                max_completion_tokens=max_tokens,
-                temperature=config.temperature,
-                samples=config.eval_samples,
-            )
-
-        result = accuracy(task.test[: config.eval_prompts])
-        if config.pool_prompts:
-            pool = accuracy(task.train[: config.pool_prompts])
-            result |= {name.replace("eval/", "pool/"): value for name, value in pool.items()}
-        run.log("eval", step, **result)
-        say(
-            f"held-out at step {step}: sampled {result['eval/sampled_accuracy']:.3f}, "
-            f"greedy {result['eval/greedy_accuracy']:.3f} ({int(result['eval/count'])} prompts)"
-        )
-
+    check_room(trainer, config.save_every > 0, config.keep_best)
+    measure = HeldOut(config, run, trainer, loaded, task, max_tokens, say)
     for callback in (
         WriteMetrics(run, progress),
         NoSignal(say),
@@ -246,7 +225,9 @@ def _train(
     if checkpoint is None and 0 not in evaluated:
         measure(0)
     if config.measure_prior and checkpoint is None and trainer.tracking is not None:
-        numbers = measure_prior(config, trainer.tracking, trainer.model, loaded.tokenizer, task, max_tokens)
+        numbers = measure_prior(
+            config, trainer.tracking, trainer.model, loaded.tokenizer, task, max_tokens, loaded.stop_texts
+        )
         if not any(row["kind"] == "prior" for row in read_metrics(run.path)):
             run.log("prior", 0, **numbers)
         say(
@@ -263,10 +244,12 @@ def _train(
         for reward in trainer.supervised:
             if lost := reward.summary():
                 say(f"note: reward {lost}")
+        if said := trend(rewards_of(read_metrics(run.path))):
+            say(said)
     else:  # trained already: what is left is to save and to evaluate
         trainer.state.global_step = stop.step
         trainer._load_from_checkpoint(str(checkpoint))
-    trainer.save_trained(loaded.tokenizer)
+    trainer.save_trained("model", loaded.tokenizer)
     try:
         if stop.requested:
             raise KeyboardInterrupt
@@ -284,100 +267,23 @@ def _keep_last_step(trainer: RunTrainer, run: Run) -> None:
         trainer._save_checkpoint(trainer.model, trial=None)
 
 
-def build_trainer(
-    config: TrainConfig, method: Method, task: Task, loaded: LoadedModel, run: Run, max_tokens: int
-) -> RunTrainer:
-    """The TRL trainer for a configuration: our words to TRL's, nothing else."""
-    micro_batches = config.updates_per_generation * config.gradient_accumulation
-    rollouts = config.prompts * config.group_size
-    cycle = config.updates_per_generation * config.iterations
-    save_every = -(-config.save_every // cycle) * cycle  # only between generation batches
-    bf16 = loaded.dtype == torch.bfloat16
-    budget = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(Budget)}
-    budget["rounds"] = list(config.rounds)
-    if config.reward_noise:
-        budget["reward_range"] = "real"
-        budget["reward_noise_variance"] = config.reward_noise_variance + config.reward_noise**2
-    args = KalmanGRPOConfig(
-        **budget,
-        output_dir=str(run.path / "checkpoints"),
-        method=config.method,
-        method_options=config.method_options,
-        per_device_train_batch_size=rollouts // micro_batches,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        steps_per_generation=micro_batches,
-        num_iterations=config.iterations,
-        num_generations=config.group_size,
-        belief=config.belief if config.advantage == "tracked" else None,
-        belief_options=config.belief_options,
-        prompt_features=config.prompt_features,
-        source_column=config.source_column,
-        prior_column=config.prior_column,
-        max_completion_length=max_tokens,
-        temperature=config.temperature,
-        max_steps=config.steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        nonfinite=config.nonfinite,
-        beta=config.kl,
-        seed=config.seed,
-        data_seed=config.seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=bf16,
-        gradient_checkpointing=False,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=max(save_every, 1),
-        save_total_limit=None,  # older ones go by step, once the new one is sealed
-        logging_steps=config.log_every,
-        report_to="none",  # trackers come as guarded callbacks
-        disable_tqdm=True,
-    )
-    peft_config = None
-    if config.lora_rank:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=2 * config.lora_rank,
-            lora_dropout=0.0,
-            target_modules=LORA_TARGETS,
-            task_type="CAUSAL_LM",
-        )
-    plain = trainer_rows(task.train, *filter(None, [config.source_column]))
-    dataset = [row | more for row, more in zip(plain, prior_rows(task.train, config.prior_column))]
-    kind: Any = RunTrainer
-    if config.sampler_lag or config.sampler_bits:
-        kind = functools.partial(StaleRunTrainer, lag=config.sampler_lag, bits=config.sampler_bits)
-    trainer: RunTrainer = kind(
-        run=run,
-        model=loaded.model,
-        reward_funcs=with_noise(by_row(guard_reward(task.reward), task.train), config.reward_noise),
-        args=args,
-        train_dataset=Dataset.from_list(dataset),
-        processing_class=loaded.tokenizer,
-        peft_config=peft_config,
-        method=method,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
 def chosen_task(config: TrainConfig) -> Task:
     """The task that a configuration names, with its own rows and reward.
 
     Raises: ConfigError, RewardError for rows, rewards or sizes that do not fit.
     """
     limits = {"seconds": config.reward_timeout, "memory": config.reward_memory}
-    reward = supervised_reward(config.reward, **limits) if config.reward else None
+    reward = (
+        supervised_reward(*config.reward, weights=config.reward_weights, **limits) if config.reward else None
+    )
     if config.data is not None:
-        task = rows(config.data, reward=reward)
+        task = rows(config.data, reward=reward, test_share=config.test_share, stop=config.stop)
     else:
         task = load_task(config.task, train_size=config.train_size, test_size=config.test_size)
         if reward is not None:
             task = dataclasses.replace(task, reward=reward)
+        if config.stop:
+            task = dataclasses.replace(task, stop=config.stop)
     _check_rows(task, config)
     return task
 

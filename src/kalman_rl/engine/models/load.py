@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kalman_rl.engine.models.stops import StopTexts, end_replies, set_ends
 from kalman_rl.engine.models.tiny import (
     cache_key,
     check_spelling,
@@ -48,10 +49,11 @@ class LoadedModel:
         model: the model on the CPU, in evaluation mode and without dropout. Its ``generation_config.eos_token_id``
             holds every token that ends a reply; TRL reads that list both to stop sampling and to mask what follows.
         tokenizer: pads on the left, with a pad token and an end-of-sequence token.
-        path: directory or hub id from which the same weights load again.
+        path: whole path of a directory, or hub id, from which the same weights load again; adapters name it.
         dtype: type of the weights.
         stop_token_ids: tokens that end a reply because they contain the task's stop text, e.g. all with a
             newline.
+        stop_texts: longer texts that end a reply, or None.
         notes: what a reader of the run should know, e.g. why float32 was chosen.
     """
 
@@ -60,6 +62,7 @@ class LoadedModel:
     path: str
     dtype: torch.dtype
     stop_token_ids: list[int] = field(default_factory=list)
+    stop_texts: StopTexts | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -93,10 +96,10 @@ def load_model(
     """
     chosen, notes = _choose_dtype("float32" if name == "tiny" else dtype)
     if name in EMBEDDED:
-        path = str(EMBEDDED[name](Path(cache).expanduser(), task, seed, progress))
+        path = str(EMBEDDED[name](Path(cache).expanduser().absolute(), task, seed, progress))
         model, tokenizer = _from_cache(path, chosen)
     elif _looks_like_path(name):
-        path = str(_checked_directory(Path(name).expanduser()))
+        path = str(checked_directory(Path(name).expanduser().absolute()))
         model, tokenizer = _from_user(path, chosen, ConfigError, "expected a model transformers can load")
     elif name.count("/") == 1:
         path = name
@@ -106,7 +109,7 @@ def load_model(
         raise _unknown_model(name)
     if task is not None:
         check_template(tokenizer, task, name)
-    stop_token_ids = _end_replies(model, tokenizer, task)
+    stop_token_ids, stop_texts = end_replies(model, tokenizer, task.stop if task is not None else ())
     if dropped := switch_off_dropout(model):
         notes.append(
             f"dropout up to {max(dropped.values()):g} is switched off: its noise would enter every log-ratio"
@@ -114,7 +117,7 @@ def load_model(
     if own := drop_own_sampling(model):
         listed = ", ".join(f"{name} = {value}" for name, value in own.items())
         notes.append(f"the model's own sampling settings are not used ({listed}): they bias every ratio")
-    return LoadedModel(model.eval(), tokenizer, path, chosen, stop_token_ids, notes)
+    return LoadedModel(model.eval(), tokenizer, path, chosen, stop_token_ids, stop_texts, notes)
 
 
 def check_available(name: str, cache: Path) -> None:
@@ -128,7 +131,7 @@ def check_available(name: str, cache: Path) -> None:
         if not _complete(Path(cache).expanduser() / SMOLLM2_FOLDER):
             _find_gguf()
     elif name not in EMBEDDED and _looks_like_path(name):
-        _checked_directory(Path(name).expanduser())
+        checked_directory(Path(name).expanduser())
     elif name not in EMBEDDED and name.count("/") != 1:
         raise _unknown_model(name)
 
@@ -207,7 +210,7 @@ def _smollm2(cache: Path, task: Task | None, seed: int, progress: Progress) -> P
         tokenizer.add_special_tokens(SMOLLM2_TOKENS)
         tokenizer.padding_side = "left"
         tokenizer.clean_up_tokenization_spaces = False
-        _set_ends(model, tokenizer, [tokenizer.eos_token_id, tokenizer.pad_token_id])
+        set_ends(model, tokenizer, [tokenizer.eos_token_id, tokenizer.pad_token_id])
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
@@ -266,7 +269,7 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
 
 
-def _checked_directory(path: Path) -> Path:
+def checked_directory(path: Path) -> Path:
     """``path``, when it holds weights that load without running anybody's code."""
     if not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
@@ -310,51 +313,12 @@ def _from_user(path: str, dtype: torch.dtype, kind: type[Exception], expected: s
 def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     return model, tokenizer
-
-
-# --- how replies end
-
-
-def _end_replies(model: Any, tokenizer: Any, task: Task | None) -> list[int]:
-    """Makes every way a reply may end known to the model, and pads on the left."""
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is None:
-        if not ends:
-            raise ConfigError(
-                "tokenizer: got no end-of-sequence token, expected one; set eos_token in its config"
-            )
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    stops = stop_tokens(tokenizer, task.stop) if task is not None and task.stop else []
-    _set_ends(model, tokenizer, [tokenizer.eos_token_id, *ends, *stops])
-    return stops
-
-
-def _set_ends(model: Any, tokenizer: Any, ends: list[int]) -> None:
-    model.generation_config.eos_token_id = list(dict.fromkeys(ends))
-    model.generation_config.bos_token_id = model.config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
-
-
-def stop_tokens(tokenizer: Any, stop: str) -> list[int]:
-    """Ids of all ordinary tokens whose text contains ``stop``.
-
-    A vocabulary has many tokens with a newline (two newlines, a newline with an indent), and each of them
-    ends a line.
-    """
-    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-    special = set(tokenizer.all_special_ids)
-    return [index for index, text in enumerate(texts) if stop in text and index not in special]
 
 
 # --- the cache
@@ -381,7 +345,7 @@ def _publish(build: Callable[[Path], None], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
             temporary.mkdir()
-            with _quiet_transformers():
+            with quiet_transformers():
                 build(temporary)
             (temporary / SEAL).write_text(json.dumps({"files": digests(temporary)}, indent=1))
             if not _complete(target) and target.exists():
@@ -395,7 +359,7 @@ def _publish(build: Callable[[Path], None], target: Path) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without the progress bars and hints of transformers, which drown our own lines."""
     from transformers.utils import logging
 

@@ -102,7 +102,7 @@ def check_template(tokenizer: Any, task: Task, name: str) -> None:
 def cache_key(task: Task) -> str:
     """Hash of all that decides the warm-started weights beside task name and seed; part of the cache path."""
     numbers = [SHAPE, warm_start_steps(task), BATCH, PEAK_LEARNING_RATE, WARM_UP_STEPS]
-    parts: list[Any] = [*numbers, CHARACTERS, task.lead, task.stop]
+    parts: list[Any] = [*numbers, CHARACTERS, task.lead, list(task.stop)]
     if task.fresh is None:
         parts.append(sorted(row["prompt"] + task.target(row) for row in task.train))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]

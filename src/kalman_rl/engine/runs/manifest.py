@@ -35,6 +35,7 @@ def new_manifest(labels: Mapping[str, Any]) -> dict[str, Any]:
         "cpu": _cpu(),
         "git": _git(),
         "pid": os.getpid(),
+        "folder": os.getcwd(),
         "seconds": 0.0,
     }
 

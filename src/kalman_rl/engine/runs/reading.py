@@ -178,7 +178,9 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         labels["seed"] = clean(manifest["seed"], 20)
     train, evals = _metrics_of(path, notes)
     git = _scalars(manifest.get("git"))
-    facts = {key: text for key, text in _scalars(manifest).items() if key not in ("format", "status")}
+    facts = {
+        key: text for key, text in _scalars(manifest).items() if key not in ("format", "status", "folder")
+    }
     facts |= {f"git {key}": text for key, text in git.items()}
     return RunRecord(
         path=path,

@@ -4,7 +4,8 @@ from kalman_rl.engine.tasks.rewards import from_verl, guard_reward, load_reward,
 from kalman_rl.engine.tasks.rows import rows
 from kalman_rl.engine.tasks.scoring import by_row, score_replies, trainer_rows
 from kalman_rl.engine.tasks.table import TASKS, load_task
-from kalman_rl.engine.tasks.task import Prompt, Reward, Row, Task, prompt_text
+from kalman_rl.engine.tasks.task import Prompt, Reward, Row, Task, plain_prompt, prompt_text
+from kalman_rl.engine.tasks.weighted import WeightedReward, parts_of
 
 __all__ = [
     "TASKS",
@@ -12,11 +13,14 @@ __all__ = [
     "Reward",
     "Row",
     "Task",
+    "WeightedReward",
     "by_row",
     "from_verl",
     "guard_reward",
     "load_reward",
     "load_task",
+    "parts_of",
+    "plain_prompt",
     "prompt_text",
     "rows",
     "score_replies",

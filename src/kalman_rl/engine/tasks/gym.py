@@ -233,7 +233,7 @@ def gym_task(
         test=take(rows(True), test_size, DEFAULT_TEST, "test_size", name),
         reward=reward,
         max_completion_tokens=spec.max_completion_tokens,
-        stop="\n",
+        stop=("\n",),
         lead=" ",
     )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
 
 from kalman_rl.engine.tasks.scoring import reply_text
 from kalman_rl.engine.tasks.task import Reward
+from kalman_rl.engine.tasks.weighted import WeightedReward, joined
 from kalman_rl.errors import ConfigError, RewardError, quote
 from kalman_rl.hosts.rewards import SupervisedReward
 from kalman_rl.hosts.rewards.values import numbers
@@ -33,13 +34,20 @@ def load_reward(name: str) -> Reward:
     return from_verl(function) if {"solution_str", "ground_truth"} <= parameters else function
 
 
-def supervised_reward(name: str, *, seconds: float, memory: float) -> SupervisedReward:
-    """The function that :func:`load_reward` finds, imported and called in a watched process.
+def supervised_reward(
+    *names: str, weights: Sequence[float] = (), seconds: float, memory: float
+) -> SupervisedReward | WeightedReward:
+    """The functions that :func:`load_reward` finds, each imported and called in a watched process.
 
-    Args: seconds: longest call. memory: GiB.
+    Args: weights: of the functions; none is 1 for all. seconds: longest call. memory: GiB.
     Raises: ConfigError as load_reward does.
     """
-    return SupervisedReward(pickle.dumps(partial(load_reward, name)), seconds=seconds, memory=memory)
+    made = [
+        SupervisedReward(pickle.dumps(partial(load_reward, name)), seconds=seconds, memory=memory)
+        for name in names
+    ]
+    found: SupervisedReward | WeightedReward = joined(names, made, weights)
+    return found
 
 
 def from_verl(compute_score: Callable[..., Any]) -> Reward:
@@ -101,9 +109,9 @@ class GuardedReward:
         return rewards
 
 
-def guard_reward(function: Callable[..., Any]) -> GuardedReward | SupervisedReward:
+def guard_reward(function: Callable[..., Any]) -> GuardedReward | SupervisedReward | WeightedReward:
     """Wraps a reward function so that its mistakes are named and its missing values are counted; a supervised one does
-    that itself.
+    that itself, and of a weighted sum each part is wrapped.
 
     Booleans, integers, numpy numbers and 0-d tensors become floats; None, NaN and infinities become None, a
     missing observation, which is not zero.
@@ -124,6 +132,10 @@ def guard_reward(function: Callable[..., Any]) -> GuardedReward | SupervisedRewa
     """
     if isinstance(function, SupervisedReward):
         return function
+    if isinstance(function, WeightedReward):
+        return WeightedReward(
+            tuple(part._replace(function=guard_reward(part.function)) for part in function.parts)
+        )
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         raise ConfigError(
             f"reward: got the async function {quote(function)}, expected an ordinary one; wrap asyncio.run"

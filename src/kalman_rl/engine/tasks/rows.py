@@ -1,12 +1,11 @@
-"""The user's own questions from a JSON Lines or Parquet file."""
+"""The user's own questions: rows of a file that are checked, merged and split."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kalman_rl.engine.tasks.files import read_rows
 from kalman_rl.engine.tasks.scoring import reply_text
 from kalman_rl.engine.tasks.task import (
     Prompt,
@@ -41,9 +40,9 @@ def rows(
     reward: Reward | None = None,
     test_share: float = 0.1,
     max_completion_tokens: int = 64,
-    stop: str | None = None,
+    stop: tuple[str, ...] = (),
 ) -> Task:
-    """Task made of the rows of a ``.jsonl`` or ``.parquet`` file.
+    """Task made of the rows of a ``.jsonl``, ``.parquet`` or ``.csv`` file.
 
     Args:
         path: file with a ``prompt`` column of texts, or of chats (lists of messages with ``role`` and
@@ -55,7 +54,7 @@ def rows(
         test_share: part of the different prompts kept aside when there is no ``split`` column, 0 to below 1.
             Which ones depends on their content, not on their order.
         max_completion_tokens: longest reply to sample, in tokens.
-        stop: text at which a reply ends; the newline when the default reward is used.
+        stop: texts at which a reply ends; the newline when the default reward is used.
 
     Raises:
         ConfigError: the file is missing, empty, not UTF-8, not JSON, lacks a column, or gives one
@@ -64,7 +63,7 @@ def rows(
     file = Path(path).expanduser()
     if not 0 <= test_share < 1:
         raise ConfigError(f"test_share: got {test_share}, expected 0 <= share < 1; {file}")
-    located = list(_reader(file)(file))
+    located = read_rows(file)
     if not located:
         raise ConfigError(
             f"rows: got an empty file, expected at least one row with a 'prompt' column; {file}"
@@ -84,7 +83,7 @@ def rows(
         test=test,
         reward=reward or first_line_reward,
         max_completion_tokens=max_completion_tokens,
-        stop="\n" if reward is None and stop is None else stop,
+        stop=("\n",) if reward is None and not stop else stop,
         notes=(*notes, *more),
     )
 
@@ -99,69 +98,6 @@ def first_line_reward(completions: list[Any], answer: list[str], **columns: Any)
         float(first_line(reply_text(reply)) == right.strip())
         for reply, right in zip(completions, answer, strict=True)
     ]
-
-
-def _json_lines(file: Path) -> Iterator[tuple[str, Row]]:
-    for number, raw in enumerate(_read(file).split(b"\n"), start=1):
-        where = f"{file}:{number}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"rows: got bytes that are not UTF-8 ({error.reason} at byte {error.start}), expected UTF-8 "
-                f"text; {where}; save the file as UTF-8"
-            ) from error
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-            raise ConfigError(
-                f"rows: got invalid JSON ({error}), expected one object per line; {where}"
-            ) from error
-        if not isinstance(row, dict):
-            raise ConfigError(
-                f'rows: got a {type(row).__name__}, expected an object such as {{"prompt": ...}}; {where}'
-            )
-        yield where, row
-
-
-def _parquet(file: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    _read(file, 4)
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(
-            f"rows: got a file that Parquet cannot read ({error}), expected Parquet; {file}"
-        ) from error
-    for number, row in enumerate(table.to_pylist()):
-        yield f"{file} row {number}", row
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".parquet": _parquet,
-}
-
-
-def _reader(file: Path) -> Callable[[Path], Iterator[tuple[str, Row]]]:
-    if file.suffix not in READERS:
-        raise ConfigError(
-            f"rows: got a file named {quote(file.name)}, expected one ending in {', '.join(READERS)}; {file}"
-        )
-    return READERS[file.suffix]
-
-
-def _read(file: Path, count: int = -1) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(count)
-    except OSError as error:
-        raise ConfigError(f"rows: got {error.strerror or error}, expected a readable file; {file}") from error
 
 
 def _check_columns(columns: list[str], file: Path, *, needs_answer: bool) -> None:
@@ -282,7 +218,7 @@ def _by_share(merged: list[Row], share: float, file: Path) -> tuple[list[Row], l
     if count >= len(prompts):
         raise ConfigError(
             f"rows: got {len(prompts)} different prompts, expected at least 2 to keep one aside for testing; "
-            f"{file}; add rows, or set test_share to 0"
+            f"{file}; add rows, or set test_share = 0"
         )
     kept = set(prompts[:count])
     train = [row for row in merged if _key(row["prompt"]) not in kept]

@@ -11,38 +11,36 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-from kalman_rl.engine.tasks.task import Prompt, Row
+from kalman_rl.engine.tasks.task import Prompt, Row, plain_prompt
 
 
-def trainer_rows(rows: Sequence[Row], *columns: str) -> list[Row]:
-    """What a trainer's dataset holds of each row: the prompt, the id by which :func:`by_row` finds the rest, and the
-    ``columns`` that the trainer reads itself, as texts.
+def trainer_rows(
+    rows: Sequence[Row], *columns: str, ask: Callable[[Prompt], Prompt] = plain_prompt
+) -> list[Row]:
+    """What a trainer's dataset holds of each row: the prompt as the model is asked, the id by which :func:`by_row`
+    finds the rest, and the ``columns`` that the trainer reads itself, as texts.
 
     >>> trainer_rows([{"prompt": "2 * 3 =", "prompt_id": 7, "answer": {"value": 6}}])
     [{'prompt': '2 * 3 =', 'prompt_id': '7'}]
     """
     texts = ("prompt_id", *columns)
-    return [
-        {"prompt": plain_prompt(row["prompt"])} | {name: str(row[name]) for name in texts} for row in rows
-    ]
-
-
-def plain_prompt(prompt: Prompt) -> Prompt:
-    """A prompt without what a table filled in: the messages of a chat have a role and a content."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+    return [{"prompt": ask(row["prompt"])} | {name: str(row[name]) for name in texts} for row in rows]
 
 
 def by_row(reward: Callable[..., Any], rows: Sequence[Row]) -> Callable[..., Any]:
-    """The reward for a trainer whose dataset is :func:`trainer_rows` of the same rows."""
+    """The reward for a trainer whose dataset is :func:`trainer_rows` of the same rows; it gets replies in the form of
+    the row's prompt, also where a text was asked as a chat."""
     found = {str(row["prompt_id"]): row for row in rows}
 
     @wraps(reward, assigned=("__name__", "__doc__"), updated=())
     def scored(completions: list[Any], prompt_id: list[str], **trainer: Any) -> Any:
         asked = [found[name] for name in prompt_id]
         rest = {name: value for name, value in trainer.items() if name not in ("prompts", *asked[0])}
-        return call_reward(reward, asked, completions, **rest)
+        replies = [
+            reply_text(reply) if isinstance(row["prompt"], str) else reply
+            for row, reply in zip(asked, completions, strict=True)
+        ]
+        return call_reward(reward, asked, replies, **rest)
 
     return scored
 

@@ -16,6 +16,13 @@ Prompt = str | list[dict[str, Any]]
 Reward = Callable[..., list[float | None]]
 
 
+def plain_prompt(prompt: Prompt) -> Prompt:
+    """A prompt without what a table filled in: the messages of a chat have a role and a content."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+
+
 @dataclass(frozen=True)
 class Task:
     """Questions with a reward, in the form TRL's trainers take them.
@@ -29,12 +36,13 @@ class Task:
         reward: TRL's signature, ``reward(completions, **columns) -> list[float | None]``; every column is a
             list as long as ``completions``; ``None`` is a missing observation, which is not zero.
         max_completion_tokens: longest reply to sample, in tokens, the stop token included.
-        stop: text at which a reply ends (one character), or None when only the end-of-sequence token ends it.
-            The reply is scored up to the first ``stop``.
+        stop: texts at which a reply ends; without one only the end-of-sequence token ends it. A perfect reply ends in
+            the first of them.
         lead: text between the prompt and the answer in a solved example, e.g. the blank of ``"5 * 9 = 45"``.
         fresh: ``fresh(count, seed)`` draws that many further training rows, for tasks with unlimited
             questions.
         notes: what a reader of the run should know about the data, e.g. merged duplicates.
+        ask: how a prompt is put to the model: as it is, or as a chat. The reward sees the row either way.
         warm_start: supervised steps that the tiny model starts with; None = as many as teach the form of the replies.
     """
 
@@ -43,10 +51,11 @@ class Task:
     test: list[Row]
     reward: Reward
     max_completion_tokens: int
-    stop: str | None = None
+    stop: tuple[str, ...] = ()
     lead: str = ""
     fresh: Callable[[int, int], list[Row]] | None = None
     notes: tuple[str, ...] = ()
+    ask: Callable[[Prompt], Prompt] = plain_prompt
     warm_start: int | None = None
 
     @staticmethod
@@ -68,7 +77,7 @@ class Task:
 
     def target(self, row: Row) -> str:
         """Text that a perfect reply to ``row`` consists of, up to and including the stop text."""
-        return f"{self.lead}{row['answer']}{self.stop or ''}"
+        return f"{self.lead}{row['answer']}{''.join(self.stop[:1])}"
 
 
 def make_prompt_id(task: str, question: str) -> str:

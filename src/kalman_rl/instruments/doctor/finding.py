@@ -47,7 +47,7 @@ class PlannedRun:
     Args:
         task: name of a built-in task.
         data: file of the user's rows; replaces the task.
-        reward: the user's reward function, ``module:function``.
+        reward: the user's reward functions, each ``module:function``.
         run: folder that runs are written to.
         config: TOML file of the run that is planned.
         settings: what that file says, once it was read: a :class:`~kalman_rl.engine.config.TrainConfig`.
@@ -55,7 +55,7 @@ class PlannedRun:
 
     task: str | None = None
     data: Path | None = None
-    reward: str | None = None
+    reward: tuple[str, ...] = ()
     run: Path = Path("runs")
     config: Path | None = None
     settings: Any = None

@@ -15,19 +15,19 @@ from kalman_rl.instruments.doctor.finding import Finding, PlannedRun, explain
 from kalman_rl.kernels import hooks as kernels
 
 
-def _of_the_engine() -> tuple[Host, ...]:
+def _of_the_engine(library: str) -> tuple[Host, ...]:
     """Nothing where the extra of the engine is not installed."""
     try:
         from kalman_rl.engine import hooks
     except AdapterError:
         return ()
-    return (hooks.TORCH,)
+    return tuple(host for host in (hooks.TORCH, hooks.TRANSFORMERS, hooks.TRL) if host.name == library)
 
 
 HOOKS = {
-    "torch": (trl.TORCH, kernels.TORCH, *_of_the_engine()),
-    "transformers": (trl.TRANSFORMERS,),
-    "trl": (trl.TRL,),
+    "torch": (trl.TORCH, kernels.TORCH, *_of_the_engine("torch")),
+    "transformers": (trl.TRANSFORMERS, *_of_the_engine("transformers")),
+    "trl": (trl.TRL, *_of_the_engine("trl")),
     "verl": (verl.VERL, verl.TRAINER, verl.ENGINE, verl.CPU),
 }
 SWITCH = "VERL_USE_EXTERNAL_PLUGINS"

@@ -18,7 +18,8 @@ def model(plan: PlannedRun) -> Iterator[Finding]:
     from kalman_rl.engine.early import check_lora_targets, fit_prompts
     from kalman_rl.engine.models.load import EMBEDDED, check_available
     from kalman_rl.engine.models.tiny import check_template
-    from kalman_rl.engine.train import LORA_TARGETS, chosen_task
+    from kalman_rl.engine.tasks.chat import put_to_model
+    from kalman_rl.engine.train import chosen_task
 
     if settings.model in EMBEDDED:
         try:
@@ -40,10 +41,14 @@ def model(plan: PlannedRun) -> Iterator[Finding]:
     try:
         task = chosen_task(settings)
         check_template(tokenizer, task, settings.model)
+        own = settings.data is not None
+        task, said = put_to_model(task, tokenizer, settings.chat, settings.system, own_rows=own)
+        if said:
+            yield Finding("chat", "ok", said.removeprefix("chat: "))
         tokens = settings.max_completion_tokens or task.max_completion_tokens
         fit_prompts(task, tokenizer, empty, settings.max_prompt_tokens, tokens, notes.append)
         if settings.lora_rank:
-            check_lora_targets(empty, LORA_TARGETS, notes.append)
+            check_lora_targets(empty, settings.lora_target_modules, notes.append)
     except ConfigError as error:
         yield Finding("model", "problem", str(error))
     yield from (Finding("model", "warning", note) for note in notes)

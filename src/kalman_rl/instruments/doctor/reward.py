@@ -27,7 +27,7 @@ def settings(plan: PlannedRun) -> Iterator[Finding]:
         found = f"not looked at: {explain(error)}"
         yield Finding("settings", "warning", found, "pip install 'kalman-rl[app]'")
         return
-    given = {name: value for name in ("task", "data", "reward") if (value := getattr(plan, name)) is not None}
+    given = {name: value for name in ("task", "data", "reward") if (value := getattr(plan, name))}
     try:
         config = build(TrainConfig, load_toml(plan.config), given)
         validate(config)
@@ -45,26 +45,32 @@ def settings(plan: PlannedRun) -> Iterator[Finding]:
 def dry_run(plan: PlannedRun) -> Iterator[Finding]:
     """Reward of three rows, called as in training: the row's own answer as a reply, and an empty reply."""
     if plan.task is None and plan.data is None:
-        if plan.reward is None:
+        if not plan.reward:
             found = "not asked for; --data rows.jsonl --reward module:function tries it on three rows"
             yield Finding("reward", "ok", found)
         else:
-            found = f"{plan.reward} needs rows to be tried on"
+            found = f"{', '.join(plan.reward)} needs rows to be tried on"
             yield Finding("reward", "warning", found, "add --data or --task")
         return
+    for number, name in enumerate(plan.reward or (None,)):
+        yield from _tried(plan, name, first=number == 0)
+
+
+def _tried(plan: PlannedRun, name: str | None, *, first: bool) -> Iterator[Finding]:
+    """One reward function, or the task's own; the columns are told with the first."""
     from kalman_rl.engine.tasks import guard_reward, prompt_text, score_replies
     from kalman_rl.hosts.rewards import SupervisedReward
 
     said: list[str] = []
     try:
-        task = _task(plan)
+        task = _task(plan, name)
         guarded = guard_reward(task.reward)
         if isinstance(guarded, SupervisedReward):
             guarded.say = said.append
     except ConfigError as error:
         yield Finding("reward", "problem", str(error))
         return
-    if plan.data is not None:
+    if first and plan.data is not None:
         yield columns([*task.train, *task.test])
     rows = task.train[:ROWS]
     known = all(row.get("answer") for row in rows)
@@ -90,6 +96,8 @@ def dry_run(plan: PlannedRun) -> Iterator[Finding]:
         yield Finding(
             "reward", "problem" if failed else "ok", text.partition("\n")[0], advice if failed else ""
         )
+    if len(plan.reward) > 1:
+        yield Finding("reward", "ok", f"{name}:")
     for row, reply, score, nothing in zip(rows, replies, right, empty):
         prompt, text = (repr(one_line(text, 40)) for text in (prompt_text(row["prompt"]), reply))
         found = f"{prompt} reply {text} -> {score}; empty reply -> {nothing}"
@@ -151,15 +159,16 @@ def _kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _task(plan: PlannedRun) -> Any:
+def _task(plan: PlannedRun, name: str | None) -> Any:
     from kalman_rl.engine.tasks import load_task, rows, supervised_reward
     from kalman_rl.hosts.rewards.supervised import MEMORY
 
     settings = plan.settings
     seconds = min(LONGEST, settings.reward_timeout) if settings else LONGEST
     memory = settings.reward_memory if settings else MEMORY
-    reward = supervised_reward(plan.reward, seconds=seconds, memory=memory) if plan.reward else None
+    reward = supervised_reward(name, seconds=seconds, memory=memory) if name else None
     if plan.data is not None:
-        return rows(plan.data, reward=reward)
+        share = {"test_share": settings.test_share} if settings else {}
+        return rows(plan.data, reward=reward, **share)
     task = load_task(plan.task or "")
     return task if reward is None else dataclasses.replace(task, reward=reward)
