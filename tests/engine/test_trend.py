@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from kalman_rl.engine.trend import rewards_of, trend
+from kalman_rl.engine.trend import course, fall, rewards_of
 
 
 def series(*levels: tuple[int, float], noise: float = 0.05, seed: int = 0) -> list[tuple[int, float]]:
@@ -14,22 +14,23 @@ def series(*levels: tuple[int, float], noise: float = 0.05, seed: int = 0) -> li
 
 
 def test_a_fall_is_said_with_its_steps() -> None:
-    said = trend(series((10, 0.2), (10, 0.8), (10, 0.3)))
-    assert said.startswith("warning: the training reward fell: mean 0.2") or "fell: mean 0.3" in said
+    rewards = series((10, 0.2), (10, 0.8), (10, 0.3))
+    said = course(rewards)
+    assert said.startswith(f"warning: {fall(rewards)}; try") and "fell: mean 0." in said
     begin, end = (int(word.strip("),;")) for word in said.partition("(steps ")[2].split()[:3:2])
     assert begin >= 11 and end <= 20
 
 
 def test_noise_and_growth_are_no_fall() -> None:
-    fallen = sum(trend(series((40, 0.5), seed=seed)).startswith("warning") for seed in range(200))
+    fallen = sum(course(series((40, 0.5), seed=seed)).startswith("warning") for seed in range(200))
     assert fallen <= 10
-    assert "fell" not in trend(series((10, 0.2), (10, 0.5), (10, 0.8)))
+    assert "fell" not in course(series((10, 0.2), (10, 0.5), (10, 0.8)))
 
 
 def test_too_little_says_nothing() -> None:
-    assert trend([]) == trend(series((5, 0.5))) == ""
+    assert course([]) == course(series((5, 0.5))) == ""
     assert (
-        trend(series((6, 0.5), noise=0))
+        course(series((6, 0.5), noise=0))
         == "training reward: mean 0.500 over the first 3 batches, 0.500 over the last"
     )
 

@@ -456,3 +456,25 @@ def test_alarms_are_listed_as_text_and_only_where_there_are_some(tmp_path: Path)
     assert f"The first {MAX_ALARMS} of {MAX_ALARMS + 2} alarms" in text
     assert hostile not in text and "&lt;script&gt;alert(1)" in text
     assert "the reward has fallen to 0.1, below half of its best 0.5 (-6.0 deviations)" in text
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def test_held_out_rewards_and_each_function_are_drawn_and_a_fall_is_said(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"method": "kpo", "seed": 0}, updates=40)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "train":
+            row["reward"] = 0.8 if row["step"] <= 20 else 0.3
+            row |= {"rewards/exact/mean": row["reward"], "rewards/brief/mean": 0.5}
+        else:
+            row["eval/sampled_reward"] = row["step"] / 80
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page([run])
+    said = "The training reward fell: mean 0.300 over the last 10 batches, 0.800 at its best (steps 1 to 10)."
+    assert said in text
+    drawn = [chart["lines"] for chart in charts_of(text) if chart.get("lines")]
+    (held_out,) = [lines for lines in drawn if lines[0]["points"][1] == [0, 0.1, 0.2, 0.3, 0.4, 0.5]]
+    assert [line["name"] for line in held_out] == ["sampled", "greedy"]
+    assert ["exact", "brief"] in [[line["name"] for line in lines] for lines in drawn]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from kalman_rl.cli.demo import run_one
 from kalman_rl.cli.stress import is_finished
@@ -61,17 +60,15 @@ def sweep(config: TrainConfig, seeds: int, *, overwrite: bool = False) -> int:
 
 def pooled(runs: list[Path], name: str, said: str) -> str:
     """A measure before and after, with Student's interval over the runs; "" where it is missing in one."""
-    from kalman_rl.instruments.report.stats.intervals import t_quantile
+    from kalman_rl.instruments.report.stats.intervals import t_interval
 
     evals = [[row for row in read_metrics(run) if row["kind"] == "eval"] for run in runs]
     series = [[row[name] for row in rows if row.get(name) is not None] for rows in evals]
-    if not all(series):
+    if not all(series) or (interval := t_interval(finals := [values[-1] for values in series])) is None:
         return ""
-    finals = [values[-1] for values in series]
-    half = t_quantile(len(finals) - 1) * stdev(finals) / math.sqrt(len(finals))
     return (
         f"{said}: {fmean(values[0] for values in series):.3f} before, {fmean(finals):.3f} after (95 % interval over "
-        f"{len(finals)} seeds: {fmean(finals) - half:.3f} to {fmean(finals) + half:.3f})"
+        f"{len(finals)} seeds: {interval[0]:.3f} to {interval[1]:.3f})"
     )
 
 

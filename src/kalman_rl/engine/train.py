@@ -59,7 +59,7 @@ from kalman_rl.engine.tasks import (
     supervised_reward,
 )
 from kalman_rl.engine.tasks.chat import AsChat, put_to_model
-from kalman_rl.engine.trend import rewards_of, trend
+from kalman_rl.engine.trend import course, rewards_of
 from kalman_rl.errors import ConfigError, NoSpaceError, quote
 from kalman_rl.hosts.rewards import RewardRecord, SupervisedReward
 from kalman_rl.hosts.trl import make_sinks
@@ -244,7 +244,7 @@ def _train(
         for reward in trainer.supervised:
             if lost := reward.summary():
                 say(f"note: reward {lost}")
-        if said := trend(rewards_of(read_metrics(run.path))):
+        if said := course(rewards_of(read_metrics(run.path))):
             say(said)
     else:  # trained already: what is left is to save and to evaluate
         trainer.state.global_step = stop.step

@@ -55,8 +55,8 @@ def put_to_model(
     template = getattr(tokenizer, "chat_template", None) is not None
     if chat == "never" and messages:
         raise ConfigError(
-            f"chat: got 'never', but the prompts of {quote(task.name)} are lists of messages, expected auto or always; or "
-            "write the prompts as texts"
+            f"chat: got 'never', but the prompts of {quote(task.name)} are lists of messages, expected auto or always; "
+            "or write the prompts as texts"
         )
     if chat == "always" and not template:
         raise ConfigError(

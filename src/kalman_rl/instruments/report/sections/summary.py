@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.engine.runs.received import parse_toml
+from kalman_rl.engine.trend import fall
 from kalman_rl.errors import KalmanRLError
 from kalman_rl.instruments.report.stats.intervals import t_quantile
 from kalman_rl.instruments.report.stats.series import finite, series, typical
@@ -120,6 +122,8 @@ def _main_sentences(run: RunRecord, arm: StudyArm, name: str, *, alone: bool) ->
         sentences.append(f"In {share:.0%} of the updates every log-ratio was zero; {reason}.")
     if alone and (hint := _narrow(run)):
         sentences.append(f"{hint}.")
+    if alone and (said := fall([point for point in series(run.train, "reward") if math.isfinite(point[1])])):
+        sentences.append(f"{said[0].upper()}{said[1:]}.")
     return sentences
 
 

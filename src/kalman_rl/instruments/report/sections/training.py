@@ -20,6 +20,7 @@ from kalman_rl.instruments.report.stats.metrics import (
     Figure,
     Metric,
     Panel,
+    each_reward,
 )
 from kalman_rl.instruments.report.stats.pool import Group
 from kalman_rl.instruments.report.stats.series import (
@@ -143,7 +144,9 @@ def _section(groups: Sequence[Group], arms: Sequence[StudyArm], subject: str, nu
     if section.figure is None:
         section.missing.append("No held-out evaluation was recorded, so there is no accuracy to draw.")
     absent = []
-    for metrics, figures in ((LEARNING, section.learning), (RATIOS, section.ratios), (COSTS, section.costs)):
+    rewards = each_reward([run for group in groups for run in group.runs])
+    learning = (*LEARNING, *([rewards] if rewards else []))
+    for metrics, figures in ((learning, section.learning), (RATIOS, section.ratios), (COSTS, section.costs)):
         for metric in metrics:
             figure = _small(metric, drawn)
             if figure:
@@ -292,11 +295,12 @@ def _through(line: ChartLine, raw: Sequence[Point], metric: Metric) -> tuple[Cha
 def _panel(run: RunRecord, metric: Metric, panel: Panel) -> tuple[list[Point], list[Point]] | None:
     """Smoothed points, and the raw ones if smoothing did anything; None without a finite value."""
     ratio = panel.key.startswith(("ratio/", "trust/", "policy/"))
-    points = series(run.train, panel.key, panel.change, skip_noop=ratio)
+    evaluated = panel.key.startswith("eval/")
+    points = series(run.evals if evaluated else run.train, panel.key, panel.change, skip_noop=ratio)
     if not finite(points):
         return None
     window = window_of(len(points), cycle_of(run.train) if metric.of_ratio else 1)
-    window = 1 if panel.key in CUMULATIVE else window
+    window = 1 if evaluated or panel.key in CUMULATIVE else window
     return smooth(points, window), points if window > 1 else []
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kalman_rl.engine.runs.reading import RunRecord
 from kalman_rl.instruments.report.stats.series import complement, same
 
 OF_RATIO = ("ratio/", "trust/", "policy/", "effective_sample_size/")
 """Where the names of metrics begin that a ratio decides."""
+REWARD_OF = re.compile(r"rewards/(.+)/mean")
+MOST_REWARDS = 8
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,12 @@ REWARD = Metric(
     "Mean reward of the completions drawn for each update.",
     "reward",
     [Panel("reward", "reward")],
+)
+HELD_OUT = Metric(
+    "Held-out reward",
+    "Mean reward of the replies to held-out prompts.",
+    "reward",
+    [Panel("sampled", "eval/sampled_reward"), Panel("greedy", "eval/greedy_reward", dashed=True)],
 )
 ENTROPY = Metric(
     "Entropy",
@@ -181,9 +191,21 @@ MEMORY = Metric(
     limits=(0.0,),
 )
 
-LEARNING = (REWARD, ENTROPY, LENGTH)
+LEARNING = (REWARD, HELD_OUT, ENTROPY, LENGTH)
 RATIOS = (VARIANCE, SAMPLE_SIZE, SEQUENCE_SIZE, CLIPPED, SIGN_SWITCH, LARGEST, KL, REFERENCE)
 COSTS = (CLOCK, PACE, TOKENS, MEMORY)
 CUMULATIVE = frozenset({"num_tokens", "time", "memory/process_most", "memory/device_most"})
 """Series that grow or stand: never smoothed."""
 STRESS = (FILTERED, CLIPPED, KL)
+
+
+def each_reward(runs: Sequence[RunRecord]) -> Metric | None:
+    """The reward functions of runs one by one, None where there is one alone."""
+    found = (REWARD_OF.fullmatch(name) for run in runs for row in run.train for name in row)
+    names = list(dict.fromkeys(match[1] for match in found if match))
+    panels = [
+        Panel(name, f"rewards/{name}/mean", dashed=place > 0)
+        for place, name in enumerate(names[:MOST_REWARDS])
+    ]
+    note = "Mean of each reward function, before weights."
+    return Metric("Rewards one by one", note, "reward", panels) if len(panels) > 1 else None
