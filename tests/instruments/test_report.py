@@ -138,7 +138,7 @@ def test_the_page_is_one_closed_file(demo: Path) -> None:
         "Where each method ends", "condition B", "trainer.learning_rate", "2.13.0", "0123abc",
     ):  # fmt: skip
         assert words in page.text
-    assert len(charts) == 1 + (3 + 5 + 1 + 1) + 3 * 5
+    assert len(charts) == 1 + (4 + 5 + 1 + 1) + 3 * 5
 
 
 def test_the_library_of_the_charts_is_the_released_file_under_its_licence() -> None:
