@@ -38,6 +38,18 @@ def test_the_weighted_sum_of_what_is_there() -> None:
     assert [part.name for part in parts_of(same)] == ["a-score", "b-c-score"]
 
 
+def test_an_edit_of_any_function_changes_the_source() -> None:
+    class Watched:
+        def __init__(self, source: str | None) -> None:
+            self.source = source
+
+    def source(*of: str | None) -> str | None:
+        return joined(["a:one", "b:two"], [Watched(each) for each in of], []).source  # type: ignore[misc]
+
+    assert source("1", "2") == source("1", "2") != source("1", "3")
+    assert source("2", "1") != source("1", "2") and source(None, None) is None
+
+
 def test_each_reward_has_a_curve_and_a_record(model_path: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
     _, code = start(model_path, path, reward=NAMES, reward_weights=(1.0, 0.5), steps=2)
