@@ -413,7 +413,7 @@ def test_a_training_experiment_end_to_end(
         "predictive": Arm(advantage="k_grpo", batch=16, allocation="predictive", candidates=16),
         "late": Arm(group=4, batch=16, old="trainer", correction=Truncated()),
     }
-    late = replace(setting, lag=2, bits=4)
+    late = replace(setting, lag=2, bits=4, mix=(0.0, 1.0, 0.0))
     experiment = Experiment(
         "tiny",
         "Does it run?",
@@ -439,6 +439,10 @@ def test_a_training_experiment_end_to_end(
     again = Training(setting, arms["stream"]).run(lambda: world, 1000)
     assert again["accuracy"] == pytest.approx(found["arms"]["stream"]["accuracy"][0], rel=1e-5)
     assert found["arms"]["late"]["numbers"]["apart"][0] > 0.001
+    row = next(line for line in page.read_text().splitlines() if line.startswith("| late |")).split("|")
+    head = next(line for line in page.read_text().splitlines() if line.startswith("| arm |")).split("|")
+    kinds = dict(zip(map(str.strip, head), map(str.strip, row)))
+    assert (kinds["hopeless"], kinds["solved"]) == ("", "") != (kinds["between"], kinds["mean"])
 
 
 def test_training_follows_the_reward(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

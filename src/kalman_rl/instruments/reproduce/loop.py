@@ -182,7 +182,8 @@ def train(world: World, setting: Setting, arm: Arm, seed: int, *, signals: bool 
     found["kept"] = found["final"] / max(found["accuracy"])
     found["held_out"] = run.policy.success(run.pool.held_out).mean().item()
     for kind, name in enumerate(KINDS):
-        found[name] = success[run.pool.kind == kind].mean().item()
+        if (run.pool.kind == kind).any():
+            found[name] = success[run.pool.kind == kind].mean().item()
     if run.surprise:
         expected = sum(variance for _, variance in run.surprise)
         found["calibration"] = sum(error for error, _ in run.surprise) / expected

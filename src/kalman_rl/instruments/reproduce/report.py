@@ -184,12 +184,14 @@ def _watched(name: str, arm: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _mean(values: Sequence[float] | None) -> str:
+def _mean(values: Sequence[float | None] | None) -> str:
+    """Mean and half of its interval, of the runs that have the number."""
     from kalman_rl.instruments.report.stats.intervals import t_interval
 
-    if not values:
+    known = [value for value in values or () if value is not None]
+    if not known:
         return ""
-    mean, interval = sum(values) / len(values), t_interval(values)
+    mean, interval = sum(known) / len(known), t_interval(known)
     half = 0.0 if interval is None else interval[1] - mean
     digits = 3 if abs(mean) < 10 else 1
     if 0 < abs(mean) < 5e-4:
