@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "length_hack": {
         "method": "kpo_diffuse",
         "learning_rate": 3e-4,
-        "reward": "benchmarks.collapse.reward:length",
+        "reward": ("benchmarks.collapse.reward:length",),
         "max_completion_tokens": hacked_reward.MAX_LENGTH,
     },
 }
