@@ -34,7 +34,7 @@ def one_run(task: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
             steps,
             seed,
             settings_for(task, told),
-            horizon=horizon_for(task),
+            horizon=told.get("horizon", horizon_for(task)),
             evaluations=plan.EVALUATIONS,
             episodes=plan.EPISODES,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.reppo.plan import ARMS, EPISODES, SEEDS, TASKS
 
-COLOURS = dict(zip(ARMS, ("#2f5fb3", "#8a8f98", "#d97a1f", "#3a9a5b", "#8e5bb3", "#b3455b")))
+COLOURS = dict(zip(ARMS, ("#2f5fb3", "#8a8f98", "#d97a1f", "#3a9a5b", "#8e5bb3", "#4db3b3", "#b3455b")))
 
 
 def read(ledger: Path) -> list[dict[str, Any]]:
@@ -58,15 +58,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Every run as a thin line, the median as a thick one."""
+def draw(rows: list[dict[str, Any]], file: Path) -> Any:
+    """Every run as a thin line, the median as a thick one; returns matplotlib's figure."""
     from matplotlib.figure import Figure
 
     found = cells(rows)
     tasks = [task for task in TASKS if any(key[0] == task for key in found)]
     figure = Figure(figsize=(4.2 * min(len(tasks), 3), 3.0 * -(-len(tasks) // 3)), layout="constrained")
-    axes = figure.subplots(-(-len(tasks) // 3), min(len(tasks), 3), squeeze=False).flat
-    for ax in list(axes)[len(tasks) :]:
+    axes = list(figure.subplots(-(-len(tasks) // 3), min(len(tasks), 3), squeeze=False).flat)
+    for ax in axes[len(tasks) :]:
         ax.set_axis_off()
     for ax, task in zip(axes, tasks):
         for arm in ARMS:
@@ -87,6 +87,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize="x-small")
     figure.savefig(file, dpi=110)
+    return figure
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -94,8 +95,8 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
     if not rows:
         return
     text = (
-        f"Return of {EPISODES} episodes without noise after the last step; every seed, none of which chose a setting. "
-        "Seconds on one thread of a shared machine.\n\n"
+        f"Return of {EPISODES} episodes without noise after the last step, every seed. Seconds on one thread of a "
+        "crowded machine.\n\n"
     )
     (folder / "reppo.md").write_text(text + table(rows), encoding="utf-8")
     draw(rows, folder / "reppo.png")

@@ -197,7 +197,7 @@ def test_a_preset_s_range_holds_every_return_three_bins_from_its_ends(
 def test_presets_are_settings_and_changes_come_after_them() -> None:
     for env in PRESETS:
         settings_for(env, {})
-    assert (horizon_for("CartPole-v1"), horizon_for("Pendulum-v1"), horizon_for("other")) == (64, 128, 128)
+    assert (horizon_for("CartPole-v1"), horizon_for("Pendulum-v1"), horizon_for("other")) == (512, 128, 128)
     assert settings_for("CartPole-v1", {"gamma": 0.5}).gamma == 0.5
 
 
@@ -218,7 +218,7 @@ def test_the_command_trains_draws_and_names_mistakes(
     )
     assert {"run.json", "checkpoint.pt", "curve.csv"} <= {file.name for file in (tmp_path / "run").iterdir()}
     assert main([*words, "--gamma", "0.5"]) == 1
-    assert "got a run with gamma 0.98" in capsys.readouterr().err
+    assert "got a run with gamma 0.99" in capsys.readouterr().err
     assert (
         main(["--env", "CartPol-v1", "--steps", "10", "--low", "0", "--high", "1", "--output", str(tmp_path)])
         == 1
