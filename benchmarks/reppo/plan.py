@@ -1,7 +1,7 @@
 """What is compared, on what, with how many steps, and when it counts as met; written before the first run.
 
-Settings were chosen on seeds from 900 on. The first ones for discrete actions, ``small batches``, failed on seeds 0 and 1;
-so the comparison goes on at 10.
+Settings were chosen on seeds from 900 on. The first ones for discrete actions, ``small batches``, failed on seeds 0 and
+1; so the comparison goes on at 10.
 """
 
 from __future__ import annotations
