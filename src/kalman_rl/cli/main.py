@@ -29,7 +29,6 @@ from kalman_rl.engine.config import (
     labels,
     load_toml,
     notes,
-    settings_of,
     to_toml,
     validate,
 )
@@ -109,20 +108,9 @@ class Resume:
 
     def __call__(self) -> int:
         _check_one_process()
-        from kalman_rl.engine.resume import began_elsewhere, changed_settings
-        from kalman_rl.engine.runs.run import Run
-        from kalman_rl.engine.train import train
+        from kalman_rl.cli.resume import resume
 
-        folder = began_elsewhere(self.run)
-        path = self.run if folder is None else Path(os.path.abspath(self.run))
-        with contextlib.chdir(folder or "."), Run.open(path) as run:
-            config = build(TrainConfig, settings_of(path))
-            config = dataclasses.replace(config, run=path, quiet=config.quiet or self.quiet)
-            if run.manifest.get("status") == "finished" and not changed_settings(run, config):
-                tell(f"{self.run}: this run is finished; there is nothing to continue", error=True)
-                return 0
-            validate(config)
-            return train(config, run, resume=True, allow_change=self.allow_change)
+        return resume(self.run, quiet=self.quiet, allow_change=self.allow_change)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from kalman_rl.cli.demo import run_one
+from kalman_rl.cli.resume import resume
 from kalman_rl.cli.stress import is_finished
 from kalman_rl.engine.config import TrainConfig, build, settings_of, to_toml
 from kalman_rl.engine.runs.reading import read_metrics
@@ -73,11 +74,9 @@ def pooled(runs: list[Path], name: str, said: str) -> str:
 
 
 def _train(config: TrainConfig, overwrite: bool) -> int:
-    from kalman_rl.cli.main import main
-
     assert config.run is not None
     if _there(config) and not overwrite:
-        return main(["resume", str(config.run)] + (["--quiet"] if config.quiet else []))
+        return resume(config.run, quiet=config.quiet)
     return run_one(config, config.run.parent.parent / ".cache", overwrite=overwrite)
 
 
