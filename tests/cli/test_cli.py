@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import kalman_rl.engine
-from kalman_rl.cli.main import default_run, main
+from kalman_rl.cli.main import main
+from kalman_rl.cli.training import default_run
 from kalman_rl.engine.config import DemoConfig, StressConfig, TrainConfig, build, load_toml
 from kalman_rl.engine.runs.reading import read_manifest
 from kalman_rl.engine.runs.run import Run

@@ -281,6 +281,7 @@ NOT_OF_A_RUN = {
     "instruments/reproduce": "results of one's own experiments",
     "instruments/verify": "a file of the package",
     "cli/main.py": "the null device",
+    "cli/resume.py": "a run, by its own ``open``",
 }
 
 
