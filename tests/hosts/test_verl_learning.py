@@ -22,7 +22,7 @@ from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from verl.workers.engine.base import BaseEngine, EngineRegistry
 
 from kalman_rl.errors import RunError
-from kalman_rl.hosts.verl.learning import Learner, watch_engines
+from kalman_rl.hosts.verl.learning import EngineLearning, watch_engines
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.aggregate import token_mean
 from kalman_rl.objectives.learning import step_statistics, with_bounds
@@ -52,7 +52,7 @@ class Table(BaseEngine):
     def __init__(self, batch: Batch) -> None:
         self.batch, self.logp = batch, batch.logp.clone().requires_grad_()
         self.metrics: list[dict[str, float]] = []
-        Learner(self)
+        EngineLearning(self)
 
     def forward_backward_batch(
         self, data: Any, loss_function: Any, forward_only: bool = False
@@ -208,7 +208,7 @@ def test_every_engine_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     watch_engines()
     monkeypatch.setattr(EngineRegistry, "get_engine_cls", lambda *kind: lambda **options: Bare())
     found = EngineRegistry.new(model_type="language_model", backend="fsdp2")
-    assert isinstance(found.train_batch.__self__, Learner)
+    assert isinstance(found.train_batch.__self__, EngineLearning)
     critic = EngineRegistry.new(model_type="value_model", backend="fsdp2")
     assert critic.train_batch.__self__ is critic
 

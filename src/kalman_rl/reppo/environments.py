@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalman_rl.errors import AdapterError, ConfigError, NumericError, did_you_mean, extra, one_line
+from kalman_rl.errors import AdapterError, ConfigError, NumericError, did_you_mean, extra, one_line, quote
 from kalman_rl.reppo.learner import Learner, Rollout
 
 with extra("control", "kalman_rl.reppo"):
@@ -106,7 +106,7 @@ def make(name: str, options: dict[str, Any]) -> Any:
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         near = did_you_mean(name, gymnasium.registry)
         raise ConfigError(
-            f"env: got {name[:80]!r}, expected an environment of gymnasium ({one_line(error, 120)}){near}"
+            f"env: got {quote(name, 80)}, expected an environment of gymnasium ({one_line(error, 120)}){near}"
         ) from error
     seen, acts = env.observation_space, env.action_space
     if not (isinstance(seen, Box) and seen.shape and np.issubdtype(seen.dtype, np.number)):

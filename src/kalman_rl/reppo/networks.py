@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 START = 40.0
 """Factor of a learned vector added to the critic's logits; it makes Q = 0 at first, and learns that much faster."""
@@ -297,4 +297,4 @@ def value_head(kind: str, low: float, high: float, bins: int) -> HLGauss | Scala
         return HLGauss(low, high, bins)
     if kind == "scalar":
         return Scalar(low, high)
-    raise ConfigError(f"critic: got {kind!r}, expected categorical or scalar")
+    raise ConfigError(f"critic: got {quote(kind)}, expected categorical or scalar")

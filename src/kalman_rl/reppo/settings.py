@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kalman_rl.checks import is_real, is_whole
-from kalman_rl.errors import ConfigError
+from kalman_rl.errors import ConfigError, quote
 
 
 @dataclass(frozen=True)
@@ -87,4 +87,4 @@ class Settings:
 
 def _expect(name: str, legal: bool, value: object, expected: str) -> None:
     if not legal:
-        raise ConfigError(f"{name}: got {value!r:.80}, expected {expected}")
+        raise ConfigError(f"{name}: got {quote(value, 80)}, expected {expected}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kalman_rl.checks import is_whole
-from kalman_rl.errors import ConfigError, RunError
+from kalman_rl.errors import ConfigError, RunError, quote
 from kalman_rl.reppo.environments import Environments, evaluate, make
 from kalman_rl.reppo.learner import Learner
 from kalman_rl.reppo.presets import PRESETS
@@ -49,9 +49,9 @@ class TrainingPlan:
         for name in ("steps", "copies", "horizon", "evaluations", "episodes"):
             value = getattr(self, name)
             if not is_whole(value, 1):
-                raise ConfigError(f"{name}: got {value!r:.40}, expected a whole number of at least 1")
+                raise ConfigError(f"{name}: got {quote(value, 40)}, expected a whole number of at least 1")
         if not is_whole(self.seed, 0, 2**31):
-            raise ConfigError(f"seed: got {self.seed!r:.40}, expected a whole number from 0 to 2**31")
+            raise ConfigError(f"seed: got {quote(self.seed, 40)}, expected a whole number from 0 to 2**31")
 
 
 def settings_for(env: str, changes: dict[str, Any]) -> Settings:
@@ -158,8 +158,8 @@ def begin(plan: TrainingPlan, folder: Path) -> None:
     if other:
         name = other[0]
         raise RunError(
-            f"{folder}: got a run with {name} {flat[0].get(name)!r}, expected {flat[1][name]!r}; name another folder "
-            "with --output"
+            f"{folder}: got a run with {name} {quote(flat[0].get(name))}, expected {quote(flat[1][name])}; name "
+            "another folder with --output"
         )
 
 

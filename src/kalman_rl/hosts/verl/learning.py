@@ -11,7 +11,6 @@ import dataclasses
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import logging
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -29,8 +28,7 @@ from kalman_rl.hosts.verl.settings import PREFIX
 from kalman_rl.objectives.learning import LearnedState, step_statistics
 from kalman_rl.objectives.loss import Method
 from kalman_rl.objectives.rollouts import Rollouts
-
-logger = logging.getLogger(__name__)
+from kalman_rl.terminal import logger
 
 ENGINES = "verl.workers.engine.base"
 """The module with verl's table of engines. Importing it costs seconds where Megatron is installed."""
@@ -67,7 +65,7 @@ STEP: ContextVar[Step | None] = ContextVar("STEP", default=None)
 """The optimizer step that the loss is called in; None for a method that learns nothing, and outside verl's engines."""
 
 
-class Learner:
+class EngineLearning:
     """Stands around an engine of verl: its steps, and its checkpoints.
 
     Args: engine: a ``BaseEngine``, whose three methods are replaced.
@@ -154,7 +152,7 @@ def folder(local_path: str) -> Path:
 
 
 def watch_engines() -> None:
-    """Put a :class:`Learner` around every language model that verl's engines are made for, once they are imported."""
+    """Put an :class:`EngineLearning` around every language model of verl's engines, once they are imported."""
     if ENGINES in sys.modules:
         _wrap(sys.modules[ENGINES])
     elif not any(isinstance(finder, _Engines) for finder in sys.meta_path):
@@ -195,7 +193,7 @@ def _wrap(module: Any) -> None:
     def new(model_type: str, backend: str, *others: Any, **options: Any) -> Any:
         engine = inner(model_type, backend, *others, **options)
         if model_type == "language_model":
-            Learner(engine)
+            EngineLearning(engine)
         return engine
 
     new.kalman_rl = True  # type: ignore[attr-defined]
