@@ -115,5 +115,5 @@ def test_a_prior_column_of_the_rows(model_path: str, rewards_module: Path) -> No
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        validate(build(TrainConfig, STREAM | {"reward": None} | changes))
+        validate(build(TrainConfig, STREAM | {"reward": []} | changes))
     assert str(caught.value).startswith(message)

@@ -237,7 +237,7 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     warned: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("kalman_rl.hosts.verl.trainer").addHandler(handler)
+    logging.getLogger("kalman_rl").addHandler(handler)
     config = composed(folder, *PREDICTIVE)
     first = make_trainer(config)
     for _ in range(2):

@@ -67,7 +67,7 @@ REWARD = Metric(
 HELD_OUT = Metric(
     "Held-out reward",
     "Mean reward of the replies to held-out prompts.",
-    "reward",
+    "held-out reward",
     [Panel("sampled", "eval/sampled_reward"), Panel("greedy", "eval/greedy_reward", dashed=True)],
 )
 ENTROPY = Metric(
