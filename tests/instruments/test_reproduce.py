@@ -148,6 +148,15 @@ def test_a_quick_run_tunes_nothing(counted: Path) -> None:
     assert len(counted.read_text().splitlines()) == 4
 
 
+def test_a_quick_run_leaves_out_what_has_no_quick_seeds(counted: Path) -> None:
+    room.EXPERIMENTS["twin"] = replace(room.EXPERIMENTS["twin"], quick_seeds=0)
+    output = counted.parent / "evidence"
+    reproduce(output=output, quick=True, jobs=1, say=lambda line: None)
+    assert not (output / "twin.json").exists() and (output / "counted.json").exists()
+    reproduce(["twin"], output=output, quick=True, jobs=1, say=lambda line: None)
+    assert json.loads((output / "twin.json").read_text())["arms"]["b"]["seeds"] == [1000, 1001]
+
+
 def test_a_second_call_goes_on_with_what_is_left(counted: Path) -> None:
     stop = counted.parent / "fail"
     stop.touch()

@@ -226,11 +226,11 @@ class Reproduce:
     """
 
     claims: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names of experiments, as --list shows them. Unset: all."""
+    """Names of experiments, as --list shows them. Unset: all, or with --quick those behind the headlines."""
     list: Switch = False
     """Print every experiment with its claims and acceptance, and stop."""
     quick: Switch = False
-    """Few seeds, and learning rates as chosen before: at most 15 minutes on two cores for all of them."""
+    """Few seeds, and learning rates as chosen before: at most 15 minutes on two cores without names."""
     model: str = "tiny"
     """What is trained: tiny, tiny-long (replies of 65 to 152 tokens) or smollm2, each with experiments of its own."""
     output: Path = Path("runs/reproduce")

@@ -78,7 +78,8 @@ def reproduce(
     """Run experiments, or what is left of them, and write numbers, figures and the table of evidence.
 
     Args:
-        names: of experiments; none = all. output: folder of the results; the table is beside it, with ``.md``.
+        names: of experiments; none = all, or with ``quick`` those that have quick seeds.
+        output: folder of the results; the table is beside it, with ``.md``.
         model: key of ``MODELS``. quick: few seeds, and rates as chosen before.
         seeds: test seeds in place of each experiment's own. jobs: runs at a time; 0 = one per core.
         command: how it was called, for the table. say: called with a line of progress.
@@ -96,7 +97,8 @@ def reproduce(
     with explained(output, "create"):
         output.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(output / "runs.jsonl", model)
-    chosen = [known[name] for name in dict.fromkeys(names or known)]
+    unnamed = [name for name, experiment in known.items() if experiment.quick_seeds or not quick]
+    chosen = [known[name] for name in dict.fromkeys(names or unnamed)]
     make_world = functools.partial(MODELS[model], output.parent / ".cache", progress)
     found = run_all(
         chosen,

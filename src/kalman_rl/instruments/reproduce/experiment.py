@@ -45,7 +45,8 @@ class Experiment:
     Args:
         name: on the command line. question: in one sentence. pool: what is trained on, and how much.
         arms: by name. claims: with their acceptance.
-        seeds: test seeds of a full run. quick_seeds: of a quick one, which tunes nothing.
+        seeds: test seeds of a full run. quick_seeds: of a quick one, which tunes nothing; 0 leaves it out unless it is
+            named, and then two are taken.
         tuning_seeds: that its settings are chosen on. model: that it is about.
     """
 
@@ -185,7 +186,7 @@ def check_seeds(seeds: Iterable[int]) -> None:
 
 
 def _seeds(experiment: Experiment, quick: bool, seeds: Sequence[int] | None) -> list[int]:
-    count = experiment.quick_seeds if quick else experiment.seeds
+    count = (experiment.quick_seeds or 2) if quick else experiment.seeds
     return list(seeds) if seeds else list(range(FIRST_SEED, FIRST_SEED + count))
 
 

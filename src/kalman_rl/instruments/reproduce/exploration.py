@@ -153,6 +153,7 @@ EXPLORATION = Experiment(
         ),
     ),
     tuning_seeds=(900, 901, 902, 903),
+    quick_seeds=0,
 )
 
 MOST = 32
@@ -182,4 +183,5 @@ CONCENTRATION = Experiment(
             high=0.02,
         ),
     ),
+    quick_seeds=0,
 )

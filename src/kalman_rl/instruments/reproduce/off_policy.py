@@ -98,6 +98,7 @@ LAG = Experiment(
             for claim in filtering(f"With a sampler {steps(lag)} behind", f", lag {lag}")
         ),
     ),
+    quick_seeds=0,
 )
 
 _COARSE = Setting(mix=TEACHING, bits=4, budget=3072, points=8)
@@ -130,6 +131,7 @@ QUANTISED = Experiment(
             for name in FILTERS
         ),
     ),
+    quick_seeds=0,
 )
 
 _LONG = Setting(mix=(0.0, 1.0, 0.0), size=128, budget=3072, points=8)

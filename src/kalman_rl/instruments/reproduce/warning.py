@@ -140,4 +140,5 @@ WARNING = Experiment(
         *_claims("all runs that hold", tuple(_ALL), tuple(_ALL), "them"),
         *_claims("the slow runs alone", tuple(_SLOW), tuple(_FAST), "the fast runs that hold"),
     ),
+    quick_seeds=0,
 )
