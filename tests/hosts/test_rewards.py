@@ -233,6 +233,25 @@ def test_what_is_no_list_of_numbers_is_an_error_at_once(value: Any, message: str
         returned(["a", "b"], value=value)
 
 
+def levelled(completions: list[str], level: list[int], **columns: Any) -> list[float]:
+    return [1.0 for _ in level]
+
+
+def closed(completions: list[str]) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+def confused(completions: list[str], **columns: Any) -> list[float]:
+    return [levelled(completions)[0]]  # type: ignore[call-arg]
+
+
+def test_columns_that_do_not_fit_are_an_error_at_once() -> None:
+    for function, message in ((levelled, "'level'"), (closed, "unexpected keyword argument 'answer'")):
+        with pytest.raises(RewardError, match=f"{function.__name__} cannot be called: .*{message}; .*answer"):
+            supervise(function)(["a"], answer=["b"])
+    assert supervise(confused)(["a"], answer=["b"]) == [None]
+
+
 def test_what_cannot_be_sent_is_named(returned: Any) -> None:
     with pytest.raises(ConfigError, match="^reward_timeout: got a column 'lock' that cannot be sent"):
         returned(["a"], value=[1.0], lock=threading.Lock())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kalman_rl.cli.main import main
-from kalman_rl.errors import RunError
+from kalman_rl.errors import PlaceError, RunError
 from kalman_rl.instruments.foreign import inspect_file
 from kalman_rl.instruments.report.page import SCRIPTS
 from kalman_rl.instruments.report.sections.tokens import MAX_TOKENS
@@ -104,8 +104,9 @@ def test_other_and_damaged_files_are_named(tmp_path: Path) -> None:
     os.symlink(write_lines(tmp_path / "real.jsonl", [exported()]), tmp_path / "link.jsonl")
     with pytest.raises(RunError, match="a link"):
         inspect_file(tmp_path / "link.jsonl")
-    with pytest.raises(RunError):
+    with pytest.raises(PlaceError, match="got no file there"):
         inspect_file(tmp_path / "absent.jsonl")
+    assert main(["inspect", str(tmp_path / "absent.jsonl")]) == 2
     assert main(["inspect", str(tmp_path / "text.jsonl")]) == 1
     assert not list(tmp_path.glob("*.html"))
 

@@ -161,7 +161,7 @@ class TrainConfig(Budget, Subject):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the weights; auto is bfloat16 on a GPU that has it, else float32."""
+    """Number format of the weights; auto is bfloat16 where the GPU or CPU computes in it, else float32."""
     eval_every: Annotated[int, Interval(ge=0, le=10_000_000)] = 10
     """Optimizer steps between held-out evaluations; 0 evaluates only before and after."""
     eval_prompts: Annotated[int, Interval(ge=1, le=1_000_000)] = 128

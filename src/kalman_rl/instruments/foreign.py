@@ -17,7 +17,7 @@ from typing import Any
 
 from kalman_rl.engine.runs.reading import clean
 from kalman_rl.engine.runs.received import parse_json, read_bytes, read_lines
-from kalman_rl.errors import RunError, extra, one_line, quote
+from kalman_rl.errors import PlaceError, RunError, extra, one_line, quote
 from kalman_rl.instruments.report.page import PageParts, write_page
 from kalman_rl.instruments.report.sections.completions import MAX_LISTED, Listed
 from kalman_rl.instruments.report.sections.other_methods import on_tokens
@@ -48,9 +48,11 @@ def inspect_file(path: Path, output: Path | None = None, *, tokenizer: str | Non
         tokenizer: folder or name of the tokenizer, for the text of tokens that a file has as numbers only.
 
     Returns: the path of the page.
-    Raises: RunError for another or a damaged file.
+    Raises: PlaceError where no file or no tokenizer is; RunError for another or a damaged file.
     """
     path = Path(path)
+    if not path.is_file() and not path.is_symlink():
+        raise PlaceError(f"{path}: got no file there, expected {FORMATS}")
     parts = _completions(path) if path.suffix == ".parquet" else _tokens(path, _decoder(tokenizer))
     return write_page(parts, path.with_name(path.stem + ".html") if output is None else Path(output))
 
@@ -172,7 +174,7 @@ def _decoder(tokenizer: str | None) -> Decode | None:
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
-        raise RunError(
+        raise PlaceError(
             f"tokenizer: got {quote(tokenizer)}, expected a folder with one: {one_line(error, 200)}"
         ) from None
     size = len(loaded)

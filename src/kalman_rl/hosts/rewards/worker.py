@@ -142,6 +142,12 @@ def answer(function: Callable[..., Any], name: str, job: dict[str, Any]) -> dict
         except RewardError as error:
             found["wrong"] = without_secrets(str(error))
     except BaseException as error:
+        if _does_not_fit(function, columns, error):
+            names = ", ".join(columns)
+            found["wrong"] = (
+                f"reward: {name} cannot be called: {_said(error)}; expected a function of {names}, "
+                + ("or of some of them and **columns")
+            )
         found["raised"] = without_secrets(_said(error))
         found["place"] = _place(error)
         found["traceback"] = without_secrets(_trace(error))[-TRACEBACK:]
@@ -150,6 +156,20 @@ def answer(function: Callable[..., Any], name: str, job: dict[str, Any]) -> dict
         with contextlib.suppress(BaseException):
             stream.flush()
     return found
+
+
+def _does_not_fit(function: Callable[..., Any], columns: dict[str, Any], error: BaseException) -> bool:
+    """Whether a call failed at its own arguments (a column that is not there, no ``**columns``): no retry helps."""
+    inside = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    if not isinstance(error, TypeError) or inside is not None:
+        return False
+    try:
+        inspect.signature(function).bind(**columns, log_metric=None, log_extra=None)
+    except TypeError:
+        return True
+    except ValueError:  # compiled, without a signature
+        return False
+    return False
 
 
 def _said(error: BaseException) -> str:

@@ -69,7 +69,7 @@ def _found(name: str) -> Callable[..., Any]:
         if name in table:
             builder: Callable[..., Any] = table[name]
             return builder
-    raise unknown_name("contract", name, [*METHODS, *BELIEFS])
+    raise unknown_name("contract", name, {*METHODS, *BELIEFS})
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

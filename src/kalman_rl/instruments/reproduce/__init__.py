@@ -92,7 +92,7 @@ def reproduce(
     known = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.model == model}
     for name in names:
         if name not in known:
-            raise unknown_name(f"claim on model {quote(model)}", name, known)
+            raise unknown_name(f"experiment with model {quote(model)}", name, known)
     check_seeds(seeds or ())
     with explained(output, "create"):
         output.mkdir(parents=True, exist_ok=True)
