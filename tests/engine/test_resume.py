@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from kalman_rl.engine import held_out
 from kalman_rl.engine import train as train_module
-from kalman_rl.engine.config import TrainConfig, build
+from kalman_rl.engine.config import TrainConfig, build, load_toml, to_toml
 from kalman_rl.engine.resume import FREE, changed_settings, note_machine, plain_settings
 from kalman_rl.engine.runs.reading import read_manifest
 from kalman_rl.engine.runs.run import Run
@@ -153,3 +153,21 @@ def test_another_machine_is_said_and_written_down(tmp_path: Path) -> None:
         assert f"torch 2.0.0 -> {now}" in text and "threads 2 -> 4" in text and "bitwise" in text
         assert run.manifest["resumed"][1] == {"step": 4, "torch": ["2.0.0", now], "threads": [2, 4]}
         assert run.manifest["threads"] == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"advantage": "tracked"},
+        {"completions_per_prompt": 4},
+        {"advantage": "tracked", "select": "stream"},
+    ],
+)
+def test_the_settings_that_a_run_wrote_are_those_it_resumes_with(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = TrainConfig(run=tmp_path / "run", **changes)
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    read = build(TrainConfig, load_toml(tmp_path / "config.toml"))
+    assert plain_settings(read) == plain_settings(config)

@@ -43,8 +43,9 @@ def began_elsewhere(run: Path) -> str | None:
 
 
 def plain_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings as ``manifest.json`` holds them: plain values, without secrets."""
+    """The settings as ``manifest.json`` holds them: plain values, without secrets, the batch's size as it came out."""
     table = {spec.name: getattr(config, spec.name) for spec in fields(config) if spec.name not in FREE}
+    table |= {"prompts_per_generation": config.prompts, "completions_per_prompt": config.group_size}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in table.items()}
     found: dict[str, Any] = json.loads(json.dumps(redacted(plain)))
     return found
