@@ -93,7 +93,9 @@ def warm(model: Path, run: Path) -> None:
 
 
 def forked(work: Callable[[], int], log: Path) -> int:
-    """Process id of a fork that does some work and ends with the code it returns; its output goes to ``log``."""
+    """Process id of a fork that does some work and ends with the code it returns; its output goes to ``log``, which is
+    there even if the fork is killed at once."""
+    log.touch()
     pid = os.fork()
     if pid:
         return pid
