@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,15 @@ def over_seeds(values: np.ndarray) -> Mean:
         return Mean(float("nan"), float("nan"), 0)
     half = stats.t.ppf(0.975, n - 1) * known.std(ddof=1) / np.sqrt(n) if n > 1 else float("nan")
     return Mean(float(known.mean()), float(half), n)
+
+
+def stored(values: Sequence[float]) -> Mean:
+    """The mean that was written as a list.
+
+    >>> stored([0.5, 0.1, 20])
+    Mean(mean=0.5, half=0.1, n=20)
+    """
+    return Mean(float(values[0]), float(values[1]), int(values[2]))
 
 
 def text(value: Mean | None, digits: int | None = None) -> str:

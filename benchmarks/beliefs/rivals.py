@@ -19,11 +19,8 @@ the share of the completions of prompts with p < 0.5 that is kept over the share
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,12 +28,12 @@ from scipy.special import betaln
 
 from benchmarks.beliefs.allocation import POOLS, Pool, _Truth, quality
 from benchmarks.beliefs.beta_bank import BetaBank
+from benchmarks.beliefs.command import study
 from benchmarks.beliefs.rules import MAX_SAMPLES, Draws, Fixed, Knapsack, Predictive, Rule, Vip
-from benchmarks.intervals import over_seeds, text
+from benchmarks.intervals import over_seeds, stored, text
 from kalman_rl.sampling.divide import divide, gradient_gains
 from kalman_rl.sampling.gains import beta_signal
 
-RESULTS = Path(__file__).parents[1] / "results" / "beliefs"
 BUDGET = 8.0
 """Completions per prompt of a batch."""
 PILOT = 4
@@ -245,34 +242,16 @@ def render(rows: Sequence[dict[str, object]], command: str, worlds: int) -> str:
                 if row["pool"] == pool and row["late"] == late:
                     numbers = row["numbers"]
                     assert isinstance(numbers, dict)
-                    cells = [text(over(numbers[key]), 3) for key in keys]
+                    cells = [text(stored(numbers[key]), 3) for key in keys]
                     lines.append(f"| {row['rule']} | " + " | ".join(cells) + " |")
             lines.append("")
     lines.append(f"`{command}`, {worlds} worlds, 95 % intervals over worlds.")
     return "\n".join(lines) + "\n"
 
 
-def over(values: Sequence[float]) -> object:
-    """The mean that was stored as a list."""
-    from benchmarks.intervals import Mean
-
-    return Mean(float(values[0]), float(values[1]), int(values[2]))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.beliefs.rivals")
-    parser.add_argument("--seeds", type=int, default=20, help="worlds")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of rivals.json and rivals.md")
-    given = parser.parse_args(argv)
-    rows = measure(POOLS, range(given.seeds))
-    command = " ".join(["python -m benchmarks.beliefs.rivals", *(argv if argv is not None else sys.argv[1:])])
-    page = render(rows, command, given.seeds)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "rivals.json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
-    (given.out / "rivals.md").write_text(page)
-    print(page)
-    return 0
+    return study("rivals", lambda seeds: measure(POOLS, seeds), render, argv)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,19 @@ our own short ones; the oracle knows every p.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.intervals import Mean, over_seeds, text
+from benchmarks.beliefs.command import study
+from benchmarks.intervals import over_seeds, stored, text
 from kalman_rl.beliefs.beta import BetaBelief
 from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.stream import PromptStream
-
-RESULTS = Path(__file__).parents[1] / "results" / "beliefs"
 
 
 @dataclass(frozen=True)
@@ -95,9 +92,9 @@ def _scores(rule: str, belief: BetaBelief, bank: Bank, step: int, rng: np.random
     return p * (1 - p)
 
 
-def measure(seeds: Sequence[int], banks: Sequence[Bank] = BANKS) -> list[dict[str, object]]:
+def measure(seeds: Sequence[int], banks: Sequence[Bank] = BANKS) -> list[dict[str, Any]]:
     """A row for each bank and rule: mean and half of the 95 % interval over worlds."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for bank in banks:
         for rule in RULES:
             signal, cover = zip(*(play(rule, bank, seed) for seed in seeds))
@@ -109,14 +106,14 @@ def measure(seeds: Sequence[int], banks: Sequence[Bank] = BANKS) -> list[dict[st
     return rows
 
 
-def render(rows: Sequence[dict[str, object]], command: str, worlds: int) -> str:
+def render(rows: Sequence[dict[str, Any]], command: str, worlds: int) -> str:
     """Tables as Markdown."""
     head = "\n\n".join((__doc__ or "").strip().split("\n\n")[2:])
     lines = ["# Which prompts to draw", "", head, ""]
     for bank in dict.fromkeys(row["bank"] for row in rows):
         lines += [f"## {bank}", "", "| rule | signal | cover |", "|---|---|---|"]
         lines += [
-            f"| {row['rule']} | {text(Mean(*row['signal']), 3)} | {text(Mean(*row['cover']))} |"  # type: ignore[misc]
+            f"| {row['rule']} | {text(stored(row['signal']), 3)} | {text(stored(row['cover']))} |"
             for row in rows
             if row["bank"] == bank
         ]
@@ -126,20 +123,7 @@ def render(rows: Sequence[dict[str, object]], command: str, worlds: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.beliefs.selection")
-    parser.add_argument("--seeds", type=int, default=20, help="worlds")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the two files")
-    given = parser.parse_args(argv)
-    rows = measure(range(given.seeds))
-    command = " ".join(
-        ["python -m benchmarks.beliefs.selection", *(argv if argv is not None else sys.argv[1:])]
-    )
-    page = render(rows, command, given.seeds)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "selection.json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
-    (given.out / "selection.md").write_text(page)
-    print(page)
-    return 0
+    return study("selection", measure, render, argv)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ ARMS = (*list(REPPO)[:1], "ppo", *list(REPPO)[1:])
 
 # Stable-baselines3 as its zoo sets it (rl-baselines3-zoo 00128b5, hyperparams/ppo.yml); v3 settings for v5 bodies.
 # Observations are normalised everywhere, rewards nowhere.
+BODIES = dict(
+    log_std_init=-2, ortho_init=False, activation="ReLU", net_arch=dict(pi=[256, 256], vf=[256, 256])
+)
 ZOO: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
         copies=8,
@@ -94,9 +97,7 @@ ZOO: dict[str, dict[str, Any]] = {
         gae_lambda=0.99,
         max_grad_norm=0.7,
         vf_coef=0.835671,
-        policy_kwargs=dict(
-            log_std_init=-2, ortho_init=False, activation="ReLU", net_arch=dict(pi=[256, 256], vf=[256, 256])
-        ),
+        policy_kwargs=BODIES,
     ),
     "HalfCheetah-v5": dict(
         copies=1,
@@ -110,8 +111,6 @@ ZOO: dict[str, dict[str, Any]] = {
         gae_lambda=0.92,
         max_grad_norm=0.8,
         vf_coef=0.58096,
-        policy_kwargs=dict(
-            log_std_init=-2, ortho_init=False, activation="ReLU", net_arch=dict(pi=[256, 256], vf=[256, 256])
-        ),
+        policy_kwargs=BODIES,
     ),
 }

@@ -8,8 +8,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.reppo.plan import ARMS, EPISODES, SEEDS, TASKS
+from kalman_rl.palette import LIGHT
 
-COLOURS = dict(zip(ARMS, ("#2f5fb3", "#8a8f98", "#d97a1f", "#3a9a5b", "#8e5bb3", "#4db3b3", "#b3455b")))
+COLOURS = dict(zip(ARMS, LIGHT))
 
 
 def read(ledger: Path) -> list[dict[str, Any]]:

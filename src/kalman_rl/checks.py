@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -51,6 +51,15 @@ def expect_tensor(name: str, value: object, expected: str = "a tensor") -> None:
     """
     if not hasattr(value, "dtype") or not hasattr(value, "detach"):
         raise ShapeError(f"{name}: got {type(value).__name__}, expected {expected}")
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of ``shape`` is a number, a line or a table that broadcasts to the two axes ``to``.
+
+    >>> broadcasts((), (2, 3)), broadcasts((2, 1), (2, 3)), broadcasts((2,), (2, 3))
+    (True, True, False)
+    """
+    return len(shape) <= 2 and all(size in (1, wanted) for size, wanted in zip(shape[::-1], to[::-1]))
 
 
 def saved(what: str, state: Any, *names: str) -> tuple[Any, ...]:

@@ -29,14 +29,14 @@ SOURCE = ROOT / "src" / "kalman_rl"
 
 # From the ground up: a module imports from its own row and the rows before it, never from a later one.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "terminal", "checks", "registry", "hooks"),
+    ("errors", "terminal", "checks", "registry", "hooks", "palette"),
     ("kernels",),
     ("numerics",),
     ("kinematic", "reppo"),
     ("objectives", "beliefs"),
     ("sampling",),
     ("methods",),
-    ("hosts", "plot", "palette"),
+    ("hosts", "plot"),
     ("engine",),
     ("instruments",),
     ("cli", "__main__"),

@@ -20,17 +20,9 @@ MEASURED = {
     "eval/greedy_accuracy": "accuracy, greedy",
 }
 SETTINGS = (
-    *("learning_rate", "schedule", "warmup_steps", "prompts_per_generation", "completions_per_prompt"),
-    *(
-        "updates_per_generation",
-        "iterations",
-        "temperature",
-        "kl",
-        "lora_rank",
-        "lora_target_modules",
-        "seed",
-    ),
-)
+    "learning_rate schedule warmup_steps prompts_per_generation completions_per_prompt updates_per_generation "
+    "iterations temperature kl lora_rank lora_target_modules seed"
+).split()
 
 
 def model_card(

@@ -14,7 +14,7 @@ from kalman_rl.engine.resume import weights_digest
 from kalman_rl.engine.runs.files import explained, replacing
 from kalman_rl.engine.runs.reading import read_manifest, read_metrics
 from kalman_rl.engine.runs.received import read_json
-from kalman_rl.errors import ConfigError, KalmanRLError, PlaceError, RunError, quote
+from kalman_rl.errors import KalmanRLError, PlaceError, RunError, quote
 
 ADAPTER = "adapter_config.json"
 
@@ -101,7 +101,7 @@ def _base(run: Path, source: Path, config: TrainConfig, manifest: dict[str, Any]
             model = load_model(
                 name, cache=run.parent / ".cache", dtype=dtype, progress=lambda text: None
             ).model
-        except (ConfigError, KalmanRLError) as error:
+        except KalmanRLError as error:
             problem = error
             continue
         known = manifest.get("model_sha256")

@@ -76,7 +76,7 @@ def _page(path: Path, what: str, inspected: Inspected, listed: Listed, missing: 
 
 
 def _tokens(path: Path, decode: Decode | None) -> PageParts:
-    sequences = [row for row in islice(_sequences(path), MAX_SEQUENCES)]
+    sequences = list(islice(_sequences(path), MAX_SEQUENCES))
     if not sequences:
         raise RunError(f"{path}: got no sequence of tokens, expected {FORMATS}")
     tables = [_table(row, number, decode) for number, row in enumerate(sequences)]
@@ -223,8 +223,8 @@ def _completions(path: Path) -> PageParts:
     if rows < source.metadata.num_rows:
         listed.said.append(f"The first {rows} of {source.metadata.num_rows} completions.")
     note = "This file has no tokens and no log-probabilities, so there is no token to inspect."
-    missing = ["tokens, log-probabilities and ratios"] + ([] if answer else ["expected answers"])
-    missing[0] += " (a run of `kalman-rl train` records them)"
+    missing = ["tokens, log-probabilities and ratios (a run of `kalman-rl train` records them)"]
+    missing += [] if answer else ["expected answers"]
     what = f"{counted(source.metadata.num_rows, 'completion')} as TRL logged them"
     return _page(path, what, Inspected(note), listed, missing)
 

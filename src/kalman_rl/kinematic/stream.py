@@ -14,7 +14,7 @@ from kalman_rl.kinematic.tokens import normalised, pair_after
 from kalman_rl.numerics import state_space
 from kalman_rl.numerics.arguments import expect_shape, expect_values
 from kalman_rl.numerics.kalman import Gaussian, Noise
-from kalman_rl.numerics.smoother import made_steps
+from kalman_rl.numerics.smoother import expect_begun, made_steps
 from kalman_rl.numerics.state_space import Columns, Steps
 
 WHAT = "tokenizer state"
@@ -69,7 +69,6 @@ class Stream(NamedTuple):
             before = state_space.start(steps, len(value))
         shown = torch.nn.functional.pad(value[:, None], (0, self.order))
         state, innovation, total = state_space.update(before, steps.row, shown, variance)
-        gained = innovation[..., None] * innovation[..., None, :] / total[..., None, None]
         expected = state_space.innovation_given(innovation, total, self.evidence, self.seen >= self.order)
         return self._replace(
             time=self._kept(self.time, now),
@@ -77,7 +76,7 @@ class Stream(NamedTuple):
             covariance=self._kept(self.covariance, state.covariance[None]),
             innovation=self._kept(self.innovation, normalised(expected, observed, 1.0)[None]),
             observed=self._kept(self.observed, observed[None]),
-            evidence=self.evidence + gained,
+            evidence=self.evidence + state_space.evidence_of(innovation, total),
             seen=self.seen + observed.long(),
         )
 
@@ -157,10 +156,7 @@ class Stream(NamedTuple):
         value = torch.where(mask, observation.detach(), 0.0).double().cpu()
         advice = "mask it out where missing"
         expect_values("observation", value, value.isfinite(), "a finite number", advice, "(series,)")
-        if self.integral and not len(self.time) and bool(mask.any()):
-            raise NumericError(
-                "mask: got an integral observed at the first time, expected none; it has no time before"
-            )
+        expect_begun(self.integral and not len(self.time), mask)
         noise = torch.as_tensor(relative_noise, dtype=torch.float64)
         if noise.ndim > 1 or (noise.ndim == 1 and noise.shape != shape):
             raise ShapeError(

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import expect_tensor, is_real
+from kalman_rl.checks import broadcasts, expect_tensor, is_real
 from kalman_rl.errors import NumericError, quote
 from kalman_rl.kernels import triton_support
 from kalman_rl.kernels.filter import cpu as filter_cpu
@@ -408,7 +408,7 @@ def _prepare(z: Tensor, mask: Tensor, q: Noise, r: Noise, segment: Tensor | None
     z = torch.where(mask, z, 0.0).double()
     q, r = (torch.as_tensor(noise, dtype=z.dtype, device=z.device) for noise in (q, r))
     for name, noise in (("process_noise", q), ("observation_noise", r)):
-        fits = noise.ndim <= 2 and all(n in (1, m) for n, m in zip(noise.shape[::-1], shape[::-1]))
+        fits = broadcasts(noise.shape, shape)
         expect_shape(name, noise, fits, f"a number or a tensor broadcastable to {tuple(shape)}; reshape it")
     expect_values("observation", z, z.isfinite(), "a finite number where observed", "mask the token out")
     expect_values("process_noise", q, q >= 0, "[0, inf]", "use 0.0 for a constant latent value")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import expect_tensor, is_real, is_whole
+from kalman_rl.checks import broadcasts, expect_tensor, is_real, is_whole
 from kalman_rl.errors import ConfigError, NumericError, ShapeError, quote
 from kalman_rl.numerics import state_space, wiener
 from kalman_rl.numerics.arguments import expect_shape, expect_values
@@ -234,10 +234,7 @@ def prepared(
         _positive("observation_noise", observation_noise, value, tuple(value.shape)),
     ]
     time = checked_times(times, value)
-    if integral and bool(mask[:, 0].any()):
-        raise NumericError(
-            "mask: got an integral observed at the first time, expected none; it has no time before"
-        )
+    expect_begun(integral, mask[:, 0])
     enough = mask.sum(1) >= order
     if not enough.all():
         row = int((~enough).nonzero()[0])
@@ -247,6 +244,14 @@ def prepared(
         )
     series = Checked(value, torch.where(mask, noise[1].expand_as(value), math.inf), time)
     return series, made_steps(time, noise[0][:, 0], order, integral)
+
+
+def expect_begun(integral: bool, first: Tensor) -> None:
+    """Raises: NumericError where an integral is ``first`` observed at a time that has none before."""
+    if integral and bool(first.any()):
+        raise NumericError(
+            "mask: got an integral observed at the first time, expected none; it has no time before"
+        )
 
 
 def made_steps(time: Tensor, process_noise: Tensor, order: int, integral: bool) -> Steps:
@@ -280,8 +285,7 @@ def _positive(name: str, noise: Noise, like: Tensor, shape: tuple[int, ...]) -> 
     if not (is_real(noise) or isinstance(noise, float | Tensor)):
         raise NumericError(f"{name}: got {quote(noise, 80)}, expected a number or a tensor of numbers")
     variance = torch.as_tensor(noise, dtype=like.dtype, device=like.device)
-    fits = variance.ndim <= 2 and all(n in (1, m) for n, m in zip(variance.shape[::-1], shape[::-1]))
-    if not fits:
+    if not broadcasts(variance.shape, shape):
         raise ShapeError(
             f"{name}: got shape {tuple(variance.shape)}, expected a number or broadcastable to {shape}"
         )

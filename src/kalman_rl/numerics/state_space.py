@@ -139,10 +139,15 @@ def filtered(observation: Tensor, variance: Tensor, steps: Steps) -> FilterPath:
         innovations.append(innovation)
         variances.append(total)
     innovation, total = torch.stack(innovations), torch.stack(variances)
-    evidence = (innovation[..., None] * innovation[..., None, :] / total[..., None, None]).cumsum(0)
+    evidence = evidence_of(innovation, total).cumsum(0)
     seen = (~variance.isinf()).T.cumsum(0)
     path = Columns(*(torch.stack(part) for part in zip(*states)))
     return FilterPath(path, innovation, total, evidence, seen)
+
+
+def evidence_of(innovation: Tensor, variance: Tensor) -> Tensor:
+    """What innovations (..., 1 + m) with a variance (...,) say of the start: ``e e' / S`` (..., 1 + m, 1 + m)."""
+    return innovation[..., None] * innovation[..., None, :] / variance[..., None, None]
 
 
 def smoothed(path: FilterPath, steps: Steps) -> tuple[Columns, Tensor]:

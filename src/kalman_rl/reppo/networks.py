@@ -39,13 +39,12 @@ class GaussianPolicy:
     def sample(self, number: int = 1, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """``number`` actions (number, ..., A) and their log-densities (number, ...); both carry a gradient, as the
         noise does not depend on the policy."""
-        noise = torch.randn((number, *self.mean.shape), generator=generator, dtype=self.mean.dtype)
-        return self._action(self.mean + self.std * noise), self._log_prob(self.mean + self.std * noise)
+        u = self._noisy(number, generator)
+        return self._action(u), self._log_prob(u)
 
     def draw(self, number: int = 1, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Like :meth:`sample`, but only the log-densities carry a gradient: for the score-function estimator."""
-        noise = torch.randn((number, *self.mean.shape), generator=generator, dtype=self.mean.dtype)
-        u = (self.mean + self.std * noise).detach()
+        u = self._noisy(number, generator).detach()
         return self._action(u), self._log_prob(u)
 
     def kl(self, other: GaussianPolicy) -> Tensor:
@@ -61,6 +60,10 @@ class GaussianPolicy:
     def at(self, rows: Tensor) -> GaussianPolicy:
         """The policy of some rows."""
         return GaussianPolicy(self.mean[rows], self.std[rows], self.squash)
+
+    def _noisy(self, number: int, generator: torch.Generator | None) -> Tensor:
+        noise = torch.randn((number, *self.mean.shape), generator=generator, dtype=self.mean.dtype)
+        return self.mean + self.std * noise
 
     def _action(self, u: Tensor) -> Tensor:
         return u.tanh() if self.squash else u

@@ -15,6 +15,7 @@ import torch
 
 from kalman_rl.checks import is_whole
 from kalman_rl.errors import ConfigError, RunError, quote
+from kalman_rl.palette import LIGHT, MUTED
 from kalman_rl.reppo.environments import Environments, evaluate, make
 from kalman_rl.reppo.learner import Learner
 from kalman_rl.reppo.presets import PRESETS
@@ -207,9 +208,9 @@ def draw_curve(rows: list[dict[str, float]], title: str, file: Path) -> None:
     figure = Figure(figsize=(7.0, 3.4), layout="constrained")
     ax = figure.subplots()
     steps = [row["step"] for row in rows]
-    ax.plot(steps, [row["return"] for row in rows], color="#2f5fb3", label="without noise, mean")
-    ax.plot(steps, [row["lowest"] for row in rows], color="#2f5fb3", alpha=0.35, label="lowest episode")
-    ax.plot(steps, [row["training_return"] for row in rows], color="#8a8f98", label="while training")
+    ax.plot(steps, [row["return"] for row in rows], color=LIGHT[0], label="without noise, mean")
+    ax.plot(steps, [row["lowest"] for row in rows], color=LIGHT[0], alpha=0.35, label="lowest episode")
+    ax.plot(steps, [row["training_return"] for row in rows], color=MUTED, label="while training")
     ax.set_xlabel("steps of the environment")
     ax.set_ylabel("return")
     ax.set_title(title, fontsize="medium")

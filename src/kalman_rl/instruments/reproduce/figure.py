@@ -13,7 +13,7 @@ from kalman_rl.instruments.report.picture import STYLE
 from kalman_rl.instruments.report.stats.intervals import t_interval
 from kalman_rl.palette import LIGHT, MUTED
 
-COLOURS = {"reproduced": "#009e73", "refuted": "#d55e00", "not decided": MUTED}
+COLOURS = {"reproduced": LIGHT[2], "refuted": LIGHT[1], "not decided": MUTED}
 FARTHEST = 8
 """Half-widths from its bound at which a claim is drawn at the rim, as an arrow."""
 COLUMNS = 2  # of the legend

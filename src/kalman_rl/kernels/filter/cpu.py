@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kalman_rl.checks import broadcasts
 from kalman_rl.kernels.filter import cpu_fields as field_loops
 from kalman_rl.kernels.jit import compiled, module, usable
 from kalman_rl.kernels.memory import empty_like
@@ -288,7 +289,7 @@ def _arrays(model: Model, z: Tensor) -> tuple[Any, Any, tuple[int, int, int, int
         if not isinstance(noise, Tensor):
             noise = torch.full((1, 1), noise, dtype=torch.float64)
         tensor = noise.detach().to(torch.float64)
-        if tensor.dim() > 2 or any(n not in (1, m) for n, m in zip(tensor.shape[::-1], z.shape[::-1])):
+        if not broadcasts(tensor.shape, z.shape):
             return None
         tensor = tensor.reshape((1,) * (2 - tensor.dim()) + tensor.shape).contiguous()
         rows, tokens = tensor.shape
