@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.beliefs.targets import find
+from kalman_rl.palette import INK, LIGHT, MUTED, RULE
 
 Row = dict[str, Any]
-OURS, PLAIN, DARK, PALE, WARN = "#1b6ca8", "#8d99a6", "#2f3a45", "#c9d3dc", "#c8553d"
+OURS, WARN, LOOSE = LIGHT[0], LIGHT[1], LIGHT[3]
 WHISKERS = "whiskers: 95 % intervals"
 
 
@@ -26,7 +27,7 @@ def draw(results: Row, out: Path) -> list[Path]:
             "axes.spines.right": False,
             "axes.titlesize": 11,
             "axes.titlelocation": "left",
-            "axes.edgecolor": DARK,
+            "axes.edgecolor": INK,
             "legend.frameon": False,
         }
     )
@@ -57,7 +58,7 @@ def _error(results: Row, plt: Any) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, gridspec_kw={"width_ratios": [5, 4]})
     bars = (
         ("gain", "over the group mean", OURS),
-        ("over_const", "over a constant (mean of the pool)", PLAIN),
+        ("over_const", "over a constant (mean of the pool)", MUTED),
     )
     for axis, (cells, label) in zip(axes, panels):
         for k, (key, name, colour) in enumerate(bars):
@@ -65,10 +66,10 @@ def _error(results: Row, plt: Any) -> Any:
                 mean, half, _n = task["rows"]["ours"][key]
                 place = i + (k - 0.5) * 0.38
                 axis.bar(place, mean - 1, 0.36, bottom=1, color=colour, label=name if i == 0 else None)
-                axis.errorbar(place, mean, half or 0, color=DARK, lw=1, capsize=2)
+                axis.errorbar(place, mean, half or 0, color=INK, lw=1, capsize=2)
                 inside = key == "gain"  # above that bar lies the ceiling
                 high = (mean - (half or 0)) / 1.1 if inside else max(mean + (half or 0), 1) * 1.1
-                side, ink = ("top", "white") if inside else ("bottom", DARK)
+                side, ink = ("top", "white") if inside else ("bottom", INK)
                 axis.text(place, high, f"{mean:.1f}", ha="center", va=side, fontsize=9, color=ink)
         for i, (task, _) in enumerate(cells):
             top = task["rows"]["ceiling"]["gain"][0]
@@ -79,7 +80,7 @@ def _error(results: Row, plt: Any) -> Any:
                 lw=1.5,
                 label="ceiling, over the group mean" if i == 0 else None,
             )
-        axis.axhline(1, color=DARK, lw=0.8)  # as good as the reference: bars begin here, on a log scale
+        axis.axhline(1, color=INK, lw=0.8)  # as good as the reference: bars begin here, on a log scale
         axis.set_yscale("log")
         axis.set_xticks(range(len(cells)), [x for _, x in cells])
         axis.set_xlabel(label)
@@ -117,12 +118,12 @@ def _compute(results: Row, plt: Any) -> Any:
             if value is None:
                 axis.text(0.03, i, "not reached", va="center", fontsize=9, color=WARN)
                 continue
-            colour = OURS if name.startswith(("ours", "RoundPlan")) else PLAIN
+            colour = OURS if name.startswith(("ours", "RoundPlan")) else MUTED
             axis.barh(i, value[0], color=colour, height=0.7)
-            axis.errorbar(value[0], i, xerr=value[1] or 0, color=DARK, lw=1, capsize=2)
+            axis.errorbar(value[0], i, xerr=value[1] or 0, color=INK, lw=1, capsize=2)
             axis.text(value[0] + (value[1] or 0) + 0.03, i, f"{value[0]:.2f}", va="center", fontsize=9)
         axis.set_yticks(range(len(order)), [_label(n, key) for n in order])
-        axis.axvline(1, color=DARK, lw=0.8)
+        axis.axvline(1, color=INK, lw=0.8)
         axis.set_xlim(0, 3.4)
         axis.set_ylim(-0.7, len(order) - 0.3)
         axis.set_title(title)
@@ -165,9 +166,9 @@ def _robustness(results: Row, plt: Any) -> Any:
     series = (
         ("ours", "ours: learned noise and drift", OURS),
         ("fixed_Q1e-05", "fixed Q = 1e-5 (too stiff)", WARN),
-        ("fixed_Q0.1", "fixed Q = 0.1 (too loose)", "#e0a458"),
-        ("krpo_constants", "KRPO's constants, kept across visits", PLAIN),
-        ("const", "constant (mean of the pool)", PALE),
+        ("fixed_Q0.1", "fixed Q = 0.1 (too loose)", LOOSE),
+        ("krpo_constants", "KRPO's constants, kept across visits", MUTED),
+        ("const", "constant (mean of the pool)", RULE),
     )
     figure, axis = plt.subplots(figsize=(11.5, 4.6))
     for k, (key, name, colour) in enumerate(series):
@@ -175,10 +176,10 @@ def _robustness(results: Row, plt: Any) -> Any:
             mean, half, _n = task["rows"][key]["gain"]
             place = i + (k - 2) * 0.165
             axis.bar(place, mean - 1, 0.155, bottom=1, color=colour, label=name if i == 0 else None)
-            axis.errorbar(place, mean, min(half or 0, 0.95 * mean), color=DARK, lw=1, capsize=1.5)
+            axis.errorbar(place, mean, min(half or 0, 0.95 * mean), color=INK, lw=1, capsize=1.5)
             if key == "ours":
                 axis.text(place, max(mean + (half or 0), 1) * 1.08, f"{mean:.1f}", ha="center", fontsize=9)
-    axis.axhline(1, color=DARK, lw=0.8)
+    axis.axhline(1, color=INK, lw=0.8)
     axis.set_yscale("log")
     axis.set_yticks([0.1, 0.3, 1, 3, 10, 30], ["0.1", "0.3", "1", "3", "10", "30"])
     axis.set_xticks(range(len(worlds)), [t["cell"]["label"].replace(", ", ",\n") for t in worlds])

@@ -8,6 +8,7 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.collapse.recorded import Recorded
+from kalman_rl.palette import LIGHT
 
 
 def share(result: dict[str, Any]) -> str:
@@ -49,7 +50,7 @@ def picture(runs: list[Recorded], results: dict[str, dict[str, Any]], path: Path
     figure, axes = plt.subplots(
         -(-len(failed) // columns), columns, figsize=(11, 2.3 * -(-len(failed) // columns)), squeeze=False
     )
-    marks = dict(zip(results, (("C0", "-"), ("C3", "-."), ("C1", "--"), ("C2", ":"))))
+    marks = dict(zip(results, zip(LIGHT, ("-", "-.", "--", ":"))))
     for axis, run in zip(axes.flat, failed):
         axis.plot(*zip(*run.accuracy), color="0.3", lw=1.2)
         axis.axvspan(run.collapse, run.steps, color="0.9", lw=0)

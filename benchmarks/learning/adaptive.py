@@ -33,6 +33,7 @@ from kalman_rl.engine.config import TrainConfig, build, labels, load_toml, to_to
 from kalman_rl.engine.runs.reading import read_manifest
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.errors import ConfigError
+from kalman_rl.palette import LIGHT
 
 RESULTS = Path(__file__).parents[1] / "results" / "learning"
 ROWS, UPDATES, POOL = 256, 4, 256
@@ -231,9 +232,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(
-        zip(ARMS, ("#9a9a9a", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#e69f00", "#0072b2", "#000000"))
-    )
+    colours = dict(zip(ARMS, LIGHT))
     groups = sorted({row["group"] for row in rows})
     noises = sorted({row["noise"] for row in rows})
     size = (3.6 * len(noises) + 1.8, 3.0 * len(groups) + 0.6)

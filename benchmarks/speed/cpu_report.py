@@ -18,6 +18,7 @@ from benchmarks.speed.interleaved import Row, table
 from benchmarks.speed.published import kpo_filter
 from benchmarks.speed.recursion import Q, R, batch, reference
 from kalman_rl.numerics.kalman import causal_mean
+from kalman_rl.palette import LIGHT, MUTED
 
 
 def where_it_breaks() -> list[str]:
@@ -101,8 +102,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 0.32 * len(shown) + 1.2))
     for place, row in enumerate(reversed(shown)):
         margins = [row.target / v if row.smaller else v / row.target for v in (row.low, row.ratio, row.high)]
-        axes.plot([margins[0], margins[2]], [place, place], color="#8899aa", linewidth=3)
-        axes.plot(margins[1], place, "o", color="#1f6f54" if row.holds else "#b3391f")
+        axes.plot([margins[0], margins[2]], [place, place], color=MUTED, linewidth=3)
+        axes.plot(margins[1], place, "o", color=LIGHT[2] if row.holds else LIGHT[1])
     names = [f"{row.name} / {row.peer}, {row.case}" for row in reversed(shown)]
     axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.axvline(1.0, color="black", linewidth=1)
