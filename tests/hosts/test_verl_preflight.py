@@ -138,3 +138,11 @@ def test_the_command_line_stops_at_the_sentence() -> None:
     assert done.returncode != 0
     assert "ConfigError: actor.policy_loss.loss_mode: got 'kpo', expected 'kalman_rl/kpo'" in done.stderr
     assert "ray init kwargs" not in done.stdout
+
+
+def test_a_clip_too_wide_for_the_response_length_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    diffuse = f"{P}.loss_mode=kalman_rl/kpo_diffuse"
+    validate(diffuse, "data.max_response_length=50")
+    assert "clip" not in caplog.text
+    validate(diffuse, "data.max_response_length=512")
+    assert "kpo_diffuse: got a clip of 0.03 for a ratio averaged over up to 512 tokens" in caplog.text

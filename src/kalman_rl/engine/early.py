@@ -11,8 +11,6 @@ from kalman_rl.engine.evaluation import prompt_tokens
 from kalman_rl.engine.runs.run import Run
 from kalman_rl.engine.tasks import Row, Task
 from kalman_rl.errors import ConfigError
-from kalman_rl.objectives.loss import Method
-from kalman_rl.objectives.ratio.transforms import KalmanFiltered
 
 Say = Callable[[str], None]
 NAMED = 3  # rows or layers that a sentence names
@@ -108,17 +106,3 @@ def check_lora_targets(model: Any, targets: Sequence[str], say: Say) -> None:
         f"lora_target_modules: got a model without any of {', '.join(targets)}, expected at least one to adapt; it has "
         f"{found}; name them, or set lora_rank = 0 to train every weight"
     )
-
-
-def warn_short(method: Method, max_tokens: int, say: Say) -> None:
-    """Warn when a zero-start filter cannot leave ratio 1 within the completions."""
-    ratio = method.ratio
-    if isinstance(ratio, KalmanFiltered) and ratio.initial_variance == 0:
-        constants = ratio.time_constants(max_tokens)
-        if constants < 0.5:
-            say(
-                f"note: {method.name} with a zero start and Q/R = "
-                f"{ratio.process_noise / ratio.observation_noise:g} has {constants:.2g} filter time "
-                f"constants in {max_tokens} tokens (< 0.5): the ratio stays at 1 and the clip never "
-                "acts. kpo_diffuse, or a larger process_noise, avoids this"
-            )

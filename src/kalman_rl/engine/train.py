@@ -32,7 +32,7 @@ from kalman_rl.engine.callbacks import (
 )
 from kalman_rl.engine.collapse.callback import CollapseAlarm
 from kalman_rl.engine.config import TrainConfig
-from kalman_rl.engine.early import check_lora_targets, check_same_data, fit_prompts, warn_short
+from kalman_rl.engine.early import check_lora_targets, check_same_data, fit_prompts
 from kalman_rl.engine.held_out import HeldOut
 from kalman_rl.engine.method import chosen_method
 from kalman_rl.engine.models.load import load_model
@@ -190,7 +190,6 @@ def _train(
     _check_rows(task, config)
     if config.lora_rank:
         check_lora_targets(loaded.model, config.lora_target_modules, say)
-    warn_short(method, max_tokens, say)
     run.update_manifest(train_rows=len(task.train), test_rows=len(task.test))
 
     trainer = build_trainer(config, method, task, loaded, run, max_tokens)

@@ -18,6 +18,7 @@ from trl import GRPOConfig
 
 from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import AdapterError, quote
+from kalman_rl.hosts.lengths import notes_on_length
 from kalman_rl.hosts.state import load_state, save_state
 from kalman_rl.hosts.trl.candidates import candidates_of
 from kalman_rl.hosts.trl.config import (
@@ -137,6 +138,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
         self.failed_calls = 0
         own = self.accelerator.unwrap_model(self.model)
         check_own_sampling(self.method, args, own, named=not self.as_trl)
+        for text in notes_on_length(self.method, args.max_completion_length):
+            logger.warning("%s", text)
         if self.environment_factories is None:
             check_prompts(getattr(self.train_dataset, "column_names", None))
         if self.tracking is not None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kalman_rl.errors import ConfigError, quote, unknown_name
+from kalman_rl.hosts.lengths import notes_on_length
 from kalman_rl.hosts.sampling import NEUTRAL, biased, refusals
 from kalman_rl.hosts.verl.choice import SelectedMethod, choose
 from kalman_rl.hosts.verl.estimators import (
@@ -27,6 +28,7 @@ from kalman_rl.hosts.verl.settings import PREFIX, check_actor, check_algorithm, 
 from kalman_rl.hosts.verl.tracker import make_tracking, read_settings
 from kalman_rl.methods import make_method
 from kalman_rl.objectives.inputs import check_group_size
+from kalman_rl.terminal import logger
 
 MODE = "kalman_rl"
 """Name of our trainer in ``trainer.v1.trainer_mode``."""
@@ -106,6 +108,8 @@ def check_loss(actor: Any, rollout: Any) -> None:
                 f"actor_rollout_ref.rollout.calculate_log_probs: got false with {PREFIX}{name}, expected true because "
                 "its ratio is to the policy that sampled"
             )
+        for text in notes_on_length(chosen.method, rollout.response_length):
+            logger.warning("%s", text)
 
 
 def check_rollout(models: Any) -> None:
