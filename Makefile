@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
+MUTANTS_ARGS ?= --sample 400 --seed 1
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,7 +27,7 @@ WARM := import datasets, gguf, jinja2, matplotlib.figure, peft, pyarrow.parquet,
 	from transformers import LlamaForCausalLM, PreTrainedTokenizerFast; from trl import GRPOTrainer; import kalman_rl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test engines test-engines test-verl test-versions check format audit bench bench-gpu chaos methods site package clean
+.PHONY: help install demo test engines test-engines test-verl test-versions check format audit bench bench-gpu chaos cover mutants methods site package clean
 # Compiled bytecode of the libraries saves ten seconds in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -106,6 +107,17 @@ audit: install ## known weaknesses of the tested versions, where the registry te
 
 chaos: install ## faults on purpose, at most 15 minutes; writes benchmarks/results/chaos.md (CHAOS_ARGS="kills --seed 7")
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m benchmarks.chaos --output benchmarks/results/chaos.md $(CHAOS_ARGS)
+
+$(TOOLS)/mutants: pyproject.toml | install
+	@$(PY) -m venv --without-pip $@ && printf '%s\n' $(CURDIR)/$(VENV)/lib/python*/site-packages >$@/installed.pth
+	@mv $@/installed.pth $@/lib/python*/site-packages/
+	@$(PIP) --python $@/bin/python install --group mutants && touch $@
+
+cover: install $(TOOLS)/mutants ## branches of the numeric core that its tests run (half an hour, goes on where it stopped)
+	@$(TOOLS)/mutants/bin/python tools/mutants.py cover
+
+mutants: cover ## small faults put into the numeric core, and whether a test fails (MUTANTS_ARGS="--sample 400 --seed 1")
+	@$(TOOLS)/mutants/bin/python tools/mutants.py judge $(MUTANTS_ARGS)
 
 $(TOOLS)/package: pyproject.toml | install
 	@$(PY) -m venv --without-pip $@ && $(PIP) --python $@/bin/python install --group package && touch $@
