@@ -41,7 +41,7 @@ from kalman_rl.sampling.one_prompt.environment import SimulatedPreferenceEnv
 from kalman_rl.sampling.one_prompt.loop import run_adaptive_sampling
 
 PAIR = torch.full((2,), 0.5)
-LINE = torch.tensor([[0.0, 1.0, 0.5]])
+LINE = torch.tensor([[0.0, 1.0, 0.5, 2.0, 1.0, 0.0]])
 LEAST, MOST = torch.tensor([1, 1]), torch.tensor([2, 2])
 
 
@@ -68,6 +68,16 @@ def divided(**options: Any) -> Any:
     return allocate(GaussianBelief(), ["a", "b"], **given)
 
 
+def effect(**options: Any) -> curvature.CurvatureMask:
+    return curvature.CurvatureMask(**{"objective": 1.0, "policy": 1.0, "then": clip.unclipped, **options})
+
+
+def distance(**options: Any) -> divergence.DivergenceMask:
+    return divergence.DivergenceMask(
+        **{"divergence": divergence.binary_tv, "low": 0.1, "high": 0.1, **options}
+    )
+
+
 def prior(rate: float = 0.5, count: int = 2) -> Any:
     return priors.read_priors(["a"], [{"rate": rate, "count": count}], column="solved")
 
@@ -78,7 +88,8 @@ RANGES: list[tuple[Callable[..., Any], dict[str, str]]] = [
     (lambda gap: KalmanPreferenceTracker(2).predict(gap), {"gap": "[0, inf)"}),
     (lambda **given: SRHT(**{"dimension_in": 5, "dimension_out": 2, **given}),
      {"dimension_in": "[2 .. ]", "dimension_out": "[1 .. 8]", "seed": "[0 .. ]"}),
-    (lambda order: smoother.wiener_smoother(LINE, None, order=order), {"order": f"[1 .. {wiener.HIGHEST_ORDER}]"}),
+    (lambda order: smoother.wiener_smoother(LINE, process_noise=1.0, order=order),
+     {"order": f"[1 .. {wiener.HIGHEST_ORDER}]"}),
     (filtered.GroupFilter, {"process_noise": "[0, inf)", "observation_noise": "(0, inf)",
                             "initial_variance": "(0, inf)", "epsilon": "[0, inf)"}),
     (filtered.BatchFilter, {"process_noise": "[0, inf)", "observation_noise": "(0, inf)",
@@ -93,23 +104,23 @@ RANGES: list[tuple[Callable[..., Any], dict[str, str]]] = [
                              "least": "(0, inf)"}),
     (token_noise.NoiseModel, {"floor": "(0, inf)", "scale": "[0, inf)"}),
     (token_noise.NoiseFiltered, {"floor": "(0, inf)", "scale": "[0, inf)", "process_noise": "[0, inf]",
-                                 "initial_variance": "[0, inf]", "memory": "[0, 1)"}),
-    (learned.AutoFiltered, {"process_noise": "[0, inf)", "observation_noise": "(0, inf)", "memory": "[0, 1)"}),
+                                 "initial_variance": "[0, inf]", "memory": "[0, 1)", "least": "(0, inf)"}),
+    (learned.AutoFiltered, {"process_noise": "[0, inf]", "observation_noise": "(0, inf)", "memory": "[0, 1)",
+                            "least": "(0, inf)"}),
     (clip.Clip, {"low": "[0, inf]", "high": "[0, inf]", "dual": "(1, inf]"}),
     (clip.Cap, {"high": "(0, inf]", "low": "[0, 5]"}),
-    (clip.Band, {"low": "[0, inf]", "high": "[0, inf]"}),
+    (lambda **given: clip.Band(**{"low": 0.1, "high": 0.1, **given}), {"low": "[0, inf]", "high": "[0, inf]"}),
     (clip.GeometricClip, {"low": "[0, inf]", "high": "[0, inf]"}),
     (clip.SoftGate, {"positive": "(0, inf)", "negative": "(0, inf)"}),
-    (balance.Balance, {"target": "[0, inf]", "low": "[0, 0.9]", "low_end": "[0.6, 1]", "high": "[1, 3]",
-                       "high_end": "[1.2, 5]"}),
-    (curvature.CurvatureMask, {"objective": "(0, inf]", "policy": "(0, inf]"}),
-    (divergence.DivergenceMask, {"low": "[0, inf]", "high": "[0, inf]", "cap": "(0, inf]"}),
+    (balance.Balance, {"target": "[0, inf]", "low": "[0, 0.9]", "low_end": "[0.6, 1]", "high": "[1, 3]"}),
+    (effect, {"objective": "(0, inf]", "policy": "(0, inf]"}),
+    (distance, {"low": "[0, inf]", "high": "[0, inf]", "cap": "(0, inf]"}),
     (gamma.Gamma, {"positive_power": "[0, inf)", "negative_power": "[0, inf)", "positive_decay": "(0, inf)",
                          "negative_decay": "(0, inf)"}),
     (moment.SecondMoment, {"bound": "(0, inf]"}),
     (quadratic.Quadratic, {"bound": "(0, inf]"}),
     (prefix.PrefixBudget, {"bound": "(0, inf]", "rate": "[0, inf]", "least": "(0, 1]"}),
-    (decoupled.Decoupled, {"cap": "(0, inf]"}),
+    (lambda cap: decoupled.Decoupled(clip.unclipped, cap), {"cap": "(0, inf]"}),
     (penalty.SquaredLogRatio, {"coefficient": "(0, inf)"}),
     (penalty.KL, {"coefficient": "[0, inf)"}),
     (correction.Truncated, {"cap": "(0, inf]"}),
@@ -126,7 +137,7 @@ RANGES: list[tuple[Callable[..., Any], dict[str, str]]] = [
     (RegressionBelief, {"forgetting": "(0, 1]", "dimension": "[1 .. ]", "seed": "[0 .. ]"}),
     (Ridge, {"forgetting": "(0, 1]"}),
     (SPOBelief, {"rho": "(0, 1]", "half": "(0, inf]", "low": "(0, 0.96]", "high": "[0.875, 1]"}),
-    (coverage.Coverage, {"every": "[1 .. ]", "share": "(0, 1]"}),
+    (lambda **given: coverage.Coverage(**{"every": 3, **given}), {"every": "[1 .. ]", "share": "(0, 1]"}),
     (prior, {"rate": "[0, 1]", "count": f"[1 .. {priors.MOST}]"}),
     (lambda k: gains.mixed_group_gain(1.0, 1.0, 0, 0, k=k), {"k": "[1 .. ]"}),
     (plan, {"total": "[2 .. 6]", "max_rounds": "[1 .. ]"}),

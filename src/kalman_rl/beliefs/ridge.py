@@ -24,14 +24,16 @@ class Features:
 
     Args:
         dimension: wider features are projected by an SRHT; narrower ones are taken as they are.
-        seed: of the projection.
+        seed: of the projection, >= 0.
 
-    Raises: ConfigError for a dimension below 1.
+    Raises: ConfigError for a dimension below 1 or a seed below 0.
     """
 
     def __init__(self, dimension: int, seed: int) -> None:
         if not is_whole(dimension, 1):
             raise ConfigError(f"dimension: got {quote(dimension)}, expected an integer >= 1")
+        if not is_whole(seed):
+            raise ConfigError(f"seed: got {quote(seed)}, expected an integer >= 0")
         self.dimension, self.seed = dimension, seed
         self.width: int | None = None  # of what comes in, once seen
         self.centre = torch.zeros(0, dtype=torch.float64)

@@ -23,11 +23,15 @@ LOG_GRID: tuple[float, ...] = (-math.inf, *(math.log(10) * (-8 + 10 * i / 31) fo
 """Natural logs of the grid of q: 0, then 32 values from 1e-8 to 1e2."""
 
 
-def check_memory(memory: float) -> None:
-    """Refuse a share of the past outside [0, 1). Raises: NumericError."""
+def check_memory(memory: float, least: float) -> None:
+    """Refuse a share of the past outside [0, 1) and an amount to learn from outside (0, inf). Raises: NumericError."""
     if not 0 <= memory < 1:
         raise NumericError(
             f"memory: got {quote(memory)}, expected [0, 1), the share of the past a step keeps"
+        )
+    if not 0 < least < math.inf:
+        raise NumericError(
+            f"least: got {quote(least)}, expected a finite number of tokens > 0 to learn from, weighted by memory"
         )
 
 
@@ -72,9 +76,7 @@ class AutoFiltered:
     least: float = 100.0
 
     def __post_init__(self) -> None:
-        check_memory(self.memory)
-        if not 0 < self.least < math.inf:
-            raise NumericError(f"least: got {quote(self.least)}, expected a finite number of innovations > 0")
+        check_memory(self.memory, self.least)
         _ = self.start
 
     @property

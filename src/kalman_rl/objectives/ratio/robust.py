@@ -72,13 +72,11 @@ class RobustFiltered:
 
     def __post_init__(self) -> None:
         KalmanFiltered(self.process_noise, self.observation_noise, self.initial_variance)
-        check_memory(self.memory)
+        check_memory(self.memory, self.least)
         if not self.threshold > 0:
             raise NumericError(
                 f"threshold: got {quote(self.threshold)}, expected > 0 standard deviations, or inf"
             )
-        if not 0 < self.least < math.inf:
-            raise NumericError(f"least: got {quote(self.least)}, expected a finite number of steps > 0")
 
     def __call__(self, logp: Tensor, rollouts: Rollouts) -> Ratio:
         log_ratio = token_log_ratio(logp, rollouts)

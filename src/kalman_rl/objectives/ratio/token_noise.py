@@ -176,9 +176,9 @@ class NoiseFiltered:
     least: float = 100.0
 
     def __post_init__(self) -> None:
-        check_memory(self.memory)
+        check_memory(self.memory, self.least)
         _ = self.model
-        for name in ("process_noise", "initial_variance", "least"):
+        for name in ("process_noise", "initial_variance"):
             if not getattr(self, name) >= 0:
                 raise NumericError(f"{name}: got {getattr(self, name)}, expected 0 <= value <= inf")
 
