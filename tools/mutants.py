@@ -75,11 +75,7 @@ class Mutant:
 
     @cached_property
     def name(self) -> str:
-        """What tells it from every other one, also after an edit elsewhere: place, lines that go, lines that come.
-
-        >>> Mutant("src/kalman_rl/beliefs/beta.py", "A.a", range(0), range(0), "a\\n  b = 1", "a\\n  b = 2").name
-        'beliefs/beta.py A.a | b = 1 | b = 2'
-        """
+        """What tells it from every other one, also after an edit elsewhere: place, lines that go, lines that come."""
         gone, come = (" ".join(line[1:].strip() for line in self.diff(0) if line[0] == sign) for sign in "-+")
         return f"{self.file.removeprefix('src/kalman_rl/')} {self.function} | {gone} | {come}"
 

@@ -301,6 +301,21 @@ def test_state_continues_bit_for_bit(name: str, real: bool, tmp_path: Any) -> No
     assert snapshot(belief) == snapshot(restored)
 
 
+def types(value: Any, path: str = "") -> dict[str, torch.dtype]:
+    """Type of every tensor inside a state, by its place."""
+    if isinstance(value, Tensor):
+        return {path: value.dtype}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    return {at: kind for key, part in pairs for at, kind in types(part, f"{path}/{key}").items()}
+
+
+@each
+def test_a_new_state_has_the_types_of_a_trained_one(name: str) -> None:
+    new, later = types(MAKERS[name]().state_dict()), types(trained(name, 5, False).state_dict())
+    assert new.items() <= later.items()
+    assert torch.float64 in new.values() or name == "by-source"  # a source begins with its first prompt
+
+
 @each
 def test_a_stranger_state_is_refused_and_changes_nothing(name: str) -> None:
     belief = trained(name, 3)

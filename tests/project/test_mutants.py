@@ -26,6 +26,13 @@ def test_its_examples(tool: ModuleType) -> None:
     assert doctest.testmod(tool).failed == 0
 
 
+def test_its_name_is_what_changes(tool: ModuleType) -> None:
+    one = tool.Mutant(
+        "src/kalman_rl/beliefs/beta.py", "A.a", range(1), range(1), "if a:\n  b = 1", "if a:\n  b = 2"
+    )
+    assert one.name == "beliefs/beta.py A.a | b = 1 | b = 2" and one.room == "beliefs"
+
+
 def test_a_mutant_is_put_into_the_live_function(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     was = "class A:\n    @classmethod\n    def a(cls, by=2): return by + 1\ndef b(*, by=2): return by + 1\n"
     module = ModuleType("kalman_rl.made")
