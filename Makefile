@@ -114,10 +114,10 @@ $(TOOLS)/mutants: pyproject.toml | install
 	@$(PIP) --python $@/bin/python install --group mutants && touch $@
 
 cover: install $(TOOLS)/mutants ## branches of the numeric core that its tests run (half an hour, goes on where it stopped)
-	@$(TOOLS)/mutants/bin/python tools/mutants.py cover
+	@$(TOOLS)/mutants/bin/python tools/cover.py
 
 mutants: cover ## small faults put into the numeric core, and whether a test fails (MUTANTS_ARGS="--sample 400 --seed 1")
-	@$(TOOLS)/mutants/bin/python tools/mutants.py judge $(MUTANTS_ARGS)
+	@$(TOOLS)/mutants/bin/python tools/mutants.py $(MUTANTS_ARGS)
 
 $(TOOLS)/package: pyproject.toml | install
 	@$(PY) -m venv --without-pip $@ && $(PIP) --python $@/bin/python install --group package && touch $@

@@ -1,16 +1,14 @@
-"""How well the numeric core is tested: branches that the tests run, and small faults that they notice.
+"""Mutation score of the numeric core: small faults put into the code one by one, and whether a test notices.
 
-    python tools/mutants.py cover
-    python tools/mutants.py judge --sample 400 --seed 1
+    python tools/mutants.py --sample 400 --seed 1
 
-Run by ``make cover`` and ``make mutants``, in an environment that has mutmut and coverage beside the packages of
-``.venv``. Both verbs go on where they were stopped (``--seconds``), as long as no source changes.
+Run by ``make mutants`` after ``make cover``, in an environment that has mutmut and coverage beside the packages of
+``.venv``. Stopped by ``--seconds``, the same command goes on, as long as no source has changed.
 
-``cover`` runs ``TESTS`` and records for every test the lines and branches that it runs, and its seconds.
-
-``judge`` draws mutants of mutmut at random. One process imports everything and collects the tests once; for every
+The mutants are mutmut's, drawn at random. One process imports everything and collects the tests once; for every
 mutant a fork of it puts the changed code into the function and runs the tests that run one of the mutant's lines: first
 those of the folder with the room's name, then the quick ones, until they would take ``--budget`` seconds.
+A test that fails kills only if it passes alone without the mutant.
 
 Not drawn are mutants that change nothing but the text of a message: those inside the arguments of a raised error, or
 inside the arguments of a check that go into its message (``SPOKEN``). A survivor that no test can kill is named in
@@ -20,6 +18,7 @@ inside the arguments of a check that go into its message (``SPOKEN``). A survivo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -30,23 +29,16 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "mutants"
+from cover import BUILD, ROOMS, ROOT, collected, say, seconds_of_tests, tests_of_lines
+
 PAGE = ROOT / "benchmarks" / "results" / "mutants.md"
 EQUIVALENT = ROOT / "tools" / "equivalent_mutants.toml"
-ROOMS = ("numerics", "objectives", "beliefs", "sampling")
-TESTS = (
-    *(f"tests/project/test_{name}.py" for name in ("borders", "damaged_states", "bad_input", "odd_types")),
-    *(f"src/kalman_rl/{room}" for room in ROOMS),
-    *(f"tests/{room}" for room in reversed(ROOMS)),
-    "tests/methods",
-)
 SPOKEN = {"expect": (0, 1, 4), "expect_tensor": (0, 2), "reading": (0,), "saved": (0,)}
 """Functions of ``kalman_rl.checks``, and the places of their arguments that go into a message."""
 DEAD = ("killed", "out of time")
@@ -128,7 +120,7 @@ def spoken(module: Any) -> set[int]:
     return found
 
 
-def draw(sample: int, seed: int) -> tuple[list[Mutant], int, int]:
+def draw(sample: int, seed: int, rooms: Sequence[str]) -> tuple[list[Mutant], int, int]:
     """A random sample over all rooms. Returns: the mutants, how many there are, how many of these change only text."""
     import libcst as cst
     from libcst.metadata import MetadataWrapper, PositionProvider
@@ -136,7 +128,7 @@ def draw(sample: int, seed: int) -> tuple[list[Mutant], int, int]:
 
     every: list[tuple[str, Any, Any]] = []
     total, sources = 0, ROOT / "src" / "kalman_rl"
-    for path in [file for room in ROOMS for file in sorted((sources / room).rglob("*.py"))]:
+    for path in [file for room in rooms for file in sorted((sources / room).rglob("*.py"))]:
         file = path.relative_to(ROOT).as_posix()
         module, made, _, _ = create_mutations(file, path.read_text())
         inside = [one for one in made if one.contained_by_top_level_function]
@@ -161,22 +153,21 @@ def draw(sample: int, seed: int) -> tuple[list[Mutant], int, int]:
     return sorted(drawn, key=lambda mutant: mutant.name), total, total - len(every)
 
 
-def in_child(work: Callable[[], object], seconds: int) -> int:
+def in_child(work: Callable[[], int], seconds: int) -> int:
     """Run ``work`` in a fork, with at most so many seconds of the processor (ten times as many on the clock) and 8 GB.
 
-    Returns: its exit code: 0, 1 after an exception, negative for a signal.
+    Returns: what it returns, 70 after an exception, negative for a signal.
     """
     child = os.fork()
     if not child:
-        code = 1
+        code = 70
         try:
             quiet = os.open(BUILD / "last.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
             resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
-            work()
-            code = 0
+            code = work()
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -187,44 +178,12 @@ def in_child(work: Callable[[], object], seconds: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-class Cover:
-    """A plugin of pytest that runs every test under coverage, and keeps which lines it runs and its seconds."""
-
-    def __init__(self, until: float) -> None:
-        self.until, self.seconds, self.recorder = until, seconds_of_tests(), recorder_of_lines()
-        if self.seconds:
-            self.recorder.load()
-        self.recorder.start()  # before the tests, and with them the package, are imported
-
-    def pytest_runtestloop(self, session: Any) -> bool:
-        """Run the tests that were not run before."""
-        from _pytest.runner import runtestprotocol
-
-        todo = [item for item in session.items if item.nodeid not in self.seconds]
-        for item, following in zip(todo, [*todo[1:], None]):
-            self.recorder.switch_context(item.nodeid)
-            start = time.process_time()
-            last = time.time() > self.until or following is None
-            reports = runtestprotocol(item, nextitem=None if last else following, log=False)
-            self.seconds[item.nodeid] = time.process_time() - start
-            for report in reports:
-                if report.failed:
-                    say(f"{item.nodeid} fails\n{report.longreprtext}")
-                    self.seconds[item.nodeid] = -1.0  # it judges nothing
-            if last:
-                break
-        self.recorder.stop()
-        self.recorder.save()
-        (BUILD / "seconds.json").write_text(json.dumps(self.seconds))
-        say(f"{len(self.seconds)} of {len(session.items)} tests run")
-        return True
-
-
 class Judge:
     """A plugin of pytest: takes the place of the run once the tests are collected."""
 
     def __init__(self, mutants: list[Mutant], known: dict[str, str], budget: float, until: float) -> None:
         self.mutants, self.known, self.budget, self.until = mutants, known, budget, until
+        self.sound: dict[str, bool] = {}  # whether a test that failed passes alone without a mutant
 
     def pytest_runtestloop(self, session: Any) -> bool:
         """Judge every mutant that has no verdict yet."""
@@ -232,6 +191,8 @@ class Judge:
 
         session.config.pluginmanager.unregister(self)
         items = {item.nodeid: item for item in session.items}
+        if items.keys() - seconds_of_tests().keys():
+            raise SystemExit("mutants: cover has not run all tests, see make cover")
         lines, seconds = tests_of_lines(), seconds_of_tests()
         gc.collect()
         gc.freeze()
@@ -247,60 +208,67 @@ class Judge:
                 if seconds[name] >= 0 and (not chosen or spent + seconds[name] <= self.budget):
                     chosen.append(items[name])
                     spent += seconds[name]
-            self.known[mutant.name] = self.verdict(session, mutant, chosen, spent)
-            if self.known[mutant.name] not in DEAD:
-                say(f"{self.known[mutant.name]}: {mutant.name}")
+            verdict = "not reached" if not chosen else self.verdict(session, mutant, chosen, spent)
+            self.known[mutant.name] = verdict
+            if verdict not in DEAD:
+                say(f"{verdict}: {mutant.name}")
         return True
 
     def verdict(self, session: Any, mutant: Mutant, chosen: list[Any], spent: float) -> str:
-        """One of "killed", "out of time" (or out of memory), "survived", "not reached"."""
+        """One of "killed", "out of time" (or out of memory), "survived"."""
+        code, killer = run(session, chosen, int(20 + 4 * spent), mutant)
+        if code == 1 and not self.alone(session, chosen, killer):
+            rest = [item for item in chosen if item.nodeid != killer]
+            return self.verdict(session, mutant, rest, spent)
+        if code == 70:
+            raise SystemExit(f"mutants: {mutant.name} could not be judged, see {BUILD / 'last.txt'}")
+        return {0: "survived", 1: "killed"}.get(code, "out of time")
 
-        def work() -> None:
-            import hypothesis
+    def alone(self, session: Any, chosen: list[Any], killer: str) -> bool:
+        """Whether a test passes alone, without a mutant."""
+        if killer not in self.sound:
+            one = [item for item in chosen if item.nodeid == killer]
+            self.sound[killer] = run(session, one, 600, None)[0] == 0
+        return self.sound[killer]
 
-            phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
-            hypothesis.settings.register_profile("mutants", hypothesis.settings(), phases=phases)
-            hypothesis.settings.load_profile("mutants")
+
+def run(session: Any, chosen: list[Any], seconds: int, mutant: Mutant | None) -> tuple[int, str]:
+    """Run tests in a fork, the mutant in place. Returns: 1 after the first that fails, else 0; the name of that one."""
+    killer = BUILD / "killer.txt"
+
+    def work() -> int:
+        import hypothesis
+
+        phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+        hypothesis.settings.register_profile("mutants", hypothesis.settings(), phases=phases)
+        hypothesis.settings.load_profile("mutants")
+        if mutant:
             mutant.put()
-            session.items = chosen
+        session.items = chosen
+        session.config.pluginmanager.register(Killer(killer))
+        with contextlib.suppress(session.Failed):
             session.config.hook.pytest_runtestloop(session=session)
-            assert not session.testsfailed
+        return int(session.testsfailed > 0)
 
-        if not chosen:
-            return "not reached"
-        return {0: "survived", 1: "killed"}.get(in_child(work, int(20 + 4 * spent)), "out of time")
-
-
-def recorder_of_lines() -> Any:
-    """coverage of the rooms, with branches."""
-    import coverage
-
-    sources = [str(ROOT / "src" / "kalman_rl" / room) for room in ROOMS]
-    return coverage.Coverage(
-        data_file=str(BUILD / "coverage"), branch=True, source=sources, config_file=False
-    )
+    killer.write_text("")
+    return in_child(work, seconds), killer.read_text()
 
 
-def tests_of_lines() -> dict[str, dict[int, list[str]]]:
-    """File to line to the tests that run it."""
-    recorder = recorder_of_lines()
-    recorder.load()
-    data = recorder.get_data()
-    return {
-        Path(file).relative_to(ROOT).as_posix(): data.contexts_by_lineno(file)
-        for file in data.measured_files()
-    }
+class Killer:
+    """A plugin of pytest that writes down which test failed."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Keep the name of a test that failed."""
+        if report.failed:
+            self.file.write_text(report.nodeid)
 
 
 def run_by(lines: range, tests: dict[int, list[str]]) -> set[str]:
     """Tests that run one of the lines."""
     return {test for line in lines for test in tests.get(line, ())}
-
-
-def seconds_of_tests() -> dict[str, float]:
-    """Test to the seconds of the processor that it took; negative where it failed."""
-    file = BUILD / "seconds.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
 def page(title: str, total: int, text: int, mutants: list[Mutant], verdicts: dict[str, str]) -> str:
@@ -331,15 +299,10 @@ def page(title: str, total: int, text: int, mutants: list[Mutant], verdicts: dic
     return "\n".join(lines) + "\n"
 
 
-def say(text: str) -> None:
-    """Print past pytest's capture."""
-    print(f"mutants: {text}", file=sys.__stdout__, flush=True)
-
-
 def main() -> None:
-    """Cover or judge, print, and write what a reader wants."""
-    parser = argparse.ArgumentParser(description="How well the numeric core is tested.")
-    parser.add_argument("verb", choices=("cover", "judge"))
+    """Draw, judge, print."""
+    parser = argparse.ArgumentParser(description="Mutation score of the numeric core.")
+    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=ROOMS)
     parser.add_argument("--sample", type=int, default=400, help="how many mutants")
     parser.add_argument("--seed", type=int, default=1, help="of the draw")
     parser.add_argument("--budget", type=float, default=20, help="seconds of tests for one mutant")
@@ -354,30 +317,24 @@ def main() -> None:
     until = time.time() + options.seconds
     os.chdir(ROOT)
     BUILD.mkdir(parents=True, exist_ok=True)
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
-    os.environ.update(PYTHONPATH=os.pathsep.join(sys.path[:2]), CI="1", OMP_NUM_THREADS="1")
-    import pytest
-
-    arguments = "-x -q --tb=line --no-header --timeout 600 -p no:cacheprovider -p no:xdist".split()
-    arguments += ["--basetemp", str(BUILD / "files"), *TESTS]
-    if options.verb == "cover":
-        pytest.main(arguments, plugins=[Cover(until)])
-        recorder = recorder_of_lines()
-        recorder.load()
-        recorder.report(show_missing=True, skip_covered=True, file=sys.__stdout__)
-        return
-    drawn, total, text = draw(options.sample, options.seed)
-    kept = BUILD / f"verdicts-{options.seed}.json"
+    drawn, total, text = draw(options.sample, options.seed, options.rooms)
+    kept = BUILD / f"verdicts-{options.seed}-{'-'.join(options.rooms)}.json"
     known = dict(json.loads(kept.read_text())) if kept.exists() else {}
     if options.again:
         known = {name: verdict for name, verdict in known.items() if verdict in DEAD}
-    pytest.main(arguments, plugins=[Judge(drawn, known, options.budget, until)])
+    collected(options.rooms, Judge(drawn, known, options.budget, until))
     kept.write_text(json.dumps(known, indent=0))
     left = [mutant for mutant in drawn if mutant.name not in known]
     if left:
-        say(f"{len(drawn) - len(left)} judged, {Counter(known.values())}, {len(left)} left")
-        return
-    written = page(f"`judge --sample {options.sample} --seed {options.seed}`", total, text, drawn, known)
+        return say(f"{len(drawn) - len(left)} judged, {Counter(known.values())}, {len(left)} left")
+    rooms = "" if options.rooms == ROOMS else f" --rooms {' '.join(options.rooms)}"
+    written = page(
+        f"`tools/mutants.py --sample {options.sample} --seed {options.seed}{rooms}`",
+        total,
+        text,
+        drawn,
+        known,
+    )
     print(written)
     if options.output:
         with options.output.open("a") as out:

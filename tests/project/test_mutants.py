@@ -1,4 +1,4 @@
-"""tools/mutants.py: what is counted, and that a fault reaches whoever holds the function."""
+"""tools/mutants.py and tools/cover.py: what is counted, and that a fault reaches whoever holds the function."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("mutants", TOOL)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "mutants", module)
+    monkeypatch.syspath_prepend(str(TOOL.parent))  # it imports its neighbour
     spec.loader.exec_module(module)
     return module
 
 
 def test_its_examples(tool: ModuleType) -> None:
-    assert doctest.testmod(tool).failed == 0
+    for module in (tool, sys.modules["cover"]):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
 
 
 def test_its_name_is_what_changes(tool: ModuleType) -> None:
