@@ -181,9 +181,12 @@ def test_learned_noise_is_robust_in_prediction_and_baseline_together(make: type)
     assert far.abs().max() < 20
 
 
-@pytest.mark.parametrize("value, share", [(0.5, 1.0), (0.25, 0.5625), (1.0, 0.0), (1.7, 0.0), (-0.3, 0.0)])
-def test_the_drift_of_binary_values_falls_to_nothing_at_the_ends(value: float, share: float) -> None:
-    belief = GaussianBelief(mean=value, variance=1e-12, process_noise=0.01)
-    belief.update(["a", "b", "b"], torch.tensor([1.0, 0.0, 1.0]), step=0)
-    near, far = (belief.predict(["a"], step=step).variance.item() for step in (1, 5))
-    assert far - near == pytest.approx(4 * 0.01 * share, abs=1e-6)
+@pytest.mark.parametrize("start, share", [(0.0, 1.0), (0.5, 0.5625), (1.0, 0.0), (1.7, 0.0), (-2.0, 0.0)])
+def test_the_drift_of_binary_values_falls_to_nothing_at_the_ends(start: float, share: float) -> None:
+    belief = GaussianBelief(mean=start, variance=1e-12, process_noise=0.01)
+    belief.update(
+        ["a", "b", "b"], torch.tensor([1.0, 0.0, 1.0]), step=0
+    )  # R = P: half way from the start to 1
+    near, far = (belief.predict(["a"], step=step) for step in (1, 5))
+    assert near.mean.item() == pytest.approx((start + 1) / 2)
+    assert (far.variance - near.variance).item() == pytest.approx(4 * 0.01 * share, abs=1e-9)
