@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.intervals import Mean, text
-from benchmarks.kinematic import decision, truth
+from benchmarks.kinematic import decision, series, truth
 from benchmarks.kinematic.controls import controls
+from kalman_rl.palette import INK, LIGHT
 
 Stored = dict[str, Any]
 
@@ -105,7 +106,7 @@ def _decision(stored: Stored, titles: dict[str, str]) -> list[str]:
 
 
 def _walks(stored: Stored) -> list[Stored]:
-    return [cell for name, cell in stored.items() if name.startswith("series ")]
+    return [stored[f"series {name}"] for name in series.SHIPPED if f"series {name}" in stored]
 
 
 def _mean(values: Any) -> Mean:
@@ -136,7 +137,7 @@ def _series(stored: Stored, titles: dict[str, str]) -> list[str]:
             lines.append(_row(name, part["steps"], f"{part['log10_ratio']:.1f}", *cells))
     lines += [
         "",
-        "b minus holding, and b minus f, of the series itself:",
+        "b and f minus holding, of the series itself:",
         "",
         *_head("series", "b - hold", "f - hold"),
     ]
@@ -197,7 +198,8 @@ def picture(stored: Stored, path: Path) -> None:
     for number, name in enumerate(("finite differences", "Savitzky-Golay", "lag 1", "lag 4", "smoother")):
         found = [truth.summary(stored[f"truth {kind}"], kind)[name][0] for kind in kinds]
         places = [k + 0.15 * (number - 2) for k in range(len(kinds))]
-        left.bar(places, [f.mean for f in found], 0.14, yerr=[f.half for f in found], label=name)
+        heights, halves = [f.mean for f in found], [f.half for f in found]
+        left.bar(places, heights, 0.14, yerr=halves, label=name, color=LIGHT[number], ecolor=INK)
     left.set_xticks(range(len(kinds)), kinds)
     left.set_ylabel("error of velocity (root mean square)")
     cells = _cells(stored, False)
@@ -207,12 +209,12 @@ def picture(stored: Stored, path: Path) -> None:
         rows = [each[letter]["regret"] for each in found]
         places = [cell["size"] * 1.06 ** (number - 3) for cell in cells]
         label = f"{letter}: {titles[letter].title}"
-        right.errorbar(
-            places, [r.mean for r in rows], [r.half for r in rows], marker="o", ms=4, capsize=2, label=label
-        )
+        means, halves = [r.mean for r in rows], [r.half for r in rows]
+        right.errorbar(places, means, halves, marker="o", ms=4, capsize=2, label=label, color=LIGHT[number])
     if cells:
-        right.axhline(cells[0]["bayes"], color="black", lw=0.8, ls=":")
-        right.annotate("never acts", (cells[0]["size"], cells[0]["bayes"]), va="bottom", fontsize="small")
+        right.axhline(cells[0]["bayes"], color=INK, lw=0.8, ls=":")
+        last = (cells[-1]["size"], cells[0]["bayes"])
+        right.annotate("never acts", last, va="bottom", ha="right", fontsize="small")
         right.set_xscale("log")
         right.set_xticks([cell["size"] for cell in cells], [str(cell["size"]) for cell in cells], minor=False)
         right.minorticks_off()
