@@ -313,6 +313,16 @@ BAD: dict[str, tuple[type[KalmanRLError], str, Callable[[], Any]]] = {
         lambda: plain().transform(Y, torch.tensor([0.0, 1.0, 5.0, 4.0, 6.0, 7.0])),
     ),
     "missing": (NumericError, "observation: got 0 observed", lambda: plain().transform(Y, None, Y > 99)),
+    "noise of an observation": (
+        NumericError,
+        "relative_noise: got 0.0, expected a finite variance > 0",
+        lambda: plain().transform(Y, relative_noise=0.0),
+    ),
+    "unit of time": (
+        NumericError,
+        "times: got steps from 1e-150 to 1e-150, .* another unit",
+        lambda: plain().transform(Y, 1e-150 * torch.arange(6, dtype=torch.float64)),
+    ),
     "length": (ConfigError, "length: got 1, expected an integer from 2", lambda: plain().matrix(1)),
     "stream without lag": (
         ConfigError,
@@ -333,6 +343,12 @@ BAD: dict[str, tuple[type[KalmanRLError], str, Callable[[], Any]]] = {
         lambda: streamed(torch.tensor([0.0, math.nan])),
     ),
     "stream mask": (ShapeError, "mask: got torch.float32", lambda: streamed(Y[:, 0], 1.0, Y[:, 0])),
+    "stream list": (ShapeError, "mask: got list", lambda: streamed(Y[:, 0], 1.0, [True, True])),
+    "stream noise": (
+        NumericError,
+        "relative_noise: got 'a', expected a number",
+        lambda: plain().update(Y[:, 0], relative_noise="a"),
+    ),
     "first integral": (
         NumericError,
         "mask: got an integral observed at the first",

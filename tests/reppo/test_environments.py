@@ -12,6 +12,7 @@ from kalman_rl.reppo.settings import Settings
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs the extra control")
 
+from kalman_rl.reppo import environments  # noqa: E402
 from kalman_rl.reppo.environments import Environments, evaluate, make  # noqa: E402
 from tests.reppo.worlds import register  # noqa: E402
 
@@ -73,12 +74,21 @@ def test_evaluation_takes_the_first_episode_of_each_copy() -> None:
     assert evaluate("test/Counter-v0", act, episodes=3, seed=0) == [12.0] * 3
 
 
+def test_an_evaluation_of_an_episode_without_an_end_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "LONGEST_EPISODE", 2)  # one step less than the episode has
+    with pytest.raises(
+        ConfigError, match=r"test/Counter-v0: got an episode of more than 2 steps.*max_episode_steps"
+    ):
+        evaluate("test/Counter-v0", lambda seen: torch.zeros(len(seen), 1), episodes=1, seed=0)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "sentence"),
     [
         ("Pendulm-v1", ConfigError, r"env: got 'Pendulm-v1'.*did you mean 'Pendulum-v1'\?"),
         ("Pendulum-v99", ConfigError, r"env: got 'Pendulum-v99', expected an environment of gymnasium"),
         ("no_such_module:Thing-v0", ConfigError, r"env: got 'no_such_module:Thing-v0'"),
+        ("Nowhere/Pong-v5", ConfigError, r"env: got 'Nowhere/Pong-v5'.*Namespace Nowhere not found[^;]*$"),
         ("test/Many-v0", ConfigError, r"test/Many-v0: got actions MultiDiscrete.*expected Discrete or a Box"),
         ("test/Free-v0", ConfigError, r"test/Free-v0: got actions Box\(-inf, inf.*finite bounds"),
         ("test/Mapping-v0", ConfigError, r"test/Mapping-v0: got observations Dict.*expected a Box"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
+import math
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -123,9 +126,72 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"PK cut short")
     with pytest.raises(RunError, match=r"checkpoint.pt: got a damaged checkpoint .*delete it to begin again"):
         train(plan(), tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(RunError, match=r"run.json: cannot be read"):
-        train(plan(), tmp_path)
+    for text in ("{", "[]", '{"settings": 3}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(RunError, match=r"run.json: cannot be read"):
+            train(plan(), tmp_path)
+
+
+def test_one_changed_byte_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+    train(plan(), tmp_path, quiet=True)
+    file = tmp_path / "checkpoint.pt"
+    whole, weight = file.read_bytes(), newest(tmp_path)[2]["actor"]["last.weight"].numpy().tobytes()
+    place = whole.index(weight) + 2
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(
+        RunError, match=r"checkpoint.pt: got a damaged checkpoint \(ValueError: a checksum is wrong"
+    ):
+        train(plan(steps=128), tmp_path)
+    file.write_bytes(whole)
+    found = torch.load(file, weights_only=True)
+    found["learner"]["actor"]["last.bias"].fill_(float("nan"))
+    torch.save(found, file)
+    with pytest.raises(RunError, match=r"checkpoint.pt: got a damaged .*NaN in actor.last.bias.*begin again"):
+        train(plan(steps=128), tmp_path)
+
+
+@pytest.mark.parametrize("dies_at", ["checkpoint.pt", "curve.csv"])
+def test_a_run_that_dies_in_a_save_goes_on(
+    dies_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest row of the curve is at most one ahead of the checkpoint, and is made again."""
+    replace, saves = os.replace, []
+
+    def dies(source: Path, target: Path) -> None:
+        saves.append(target.name)
+        if saves.count(dies_at) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(plan(), tmp_path, quiet=True)
+    monkeypatch.undo()
+    assert newest(tmp_path)[0] == 32
+    rows = train(plan(), tmp_path, quiet=True)
+    with (tmp_path / "curve.csv").open() as file:
+        assert (
+            [float(row["step"]) for row in csv.DictReader(file)]
+            == [row["step"] for row in rows]
+            == [32, 64, 96]
+        )
+
+
+@pytest.mark.parametrize("name", ["run.json", "curve.csv", "checkpoint.pt", "curve.png"])
+def test_a_full_disk_is_one_sentence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if self.name == f".{name}":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        RunError, match=rf"{name}: cannot be written \(.*No space left.*the same command goes on"
+    ):
+        training.draw_curve(train(plan(), tmp_path, quiet=True), "title", tmp_path / "curve.png")
+    assert not (tmp_path / name).exists()
 
 
 def test_a_state_of_other_networks_is_refused() -> None:
@@ -163,10 +229,13 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     ("changes", "sentence"),
     [
         ({"low": 3.0, "high": 1.0}, r"low, high: got \(3.0, 1.0\), expected low < high"),
+        ({"low": -math.inf}, r"low, high: got \(-inf, 1.0\), expected low < high, finite"),
+        ({"target_entropy": math.nan}, "target_entropy: got nan, expected a finite number or None"),
+        ({"alpha": math.inf}, "alpha: got inf, expected a finite number above 0"),
         ({"gamma": 1.5}, "gamma: got 1.5, expected a number from 0 to 1"),
-        ({"lr": 0.0}, "lr: got 0.0, expected a number above 0"),
+        ({"lr": 0.0}, "lr: got 0.0, expected a finite number above 0"),
         ({"bins": 2}, "bins: got 2, expected a whole number of at least 3"),
-        ({"auxiliary": -1.0}, "auxiliary: got -1.0, expected a number of at least 0"),
+        ({"auxiliary": -1.0}, "auxiliary: got -1.0, expected a finite number of at least 0"),
         ({"gradient": "both"}, "gradient: got 'both', expected 'expected' or 'score'"),
         ({"critic": "mlp"}, "critic: got 'mlp', expected 'categorical' or 'scalar'"),
     ],

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.checks import expect, is_real, is_whole, saved
+from kalman_rl.checks import expect, expect_tensor, is_real, is_whole, saved
 from kalman_rl.errors import NumericError, ShapeError, quote
 from kalman_rl.kinematic.tokens import normalised, pair_after
 from kalman_rl.numerics import state_space
@@ -150,6 +150,7 @@ class Stream(NamedTuple):
         expect_shape("observation", observation, fits, f"floating point {tuple(shape)}, one per series")
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool)
+        expect_tensor("mask", mask)
         expect_shape(
             "mask", mask, mask.dtype == torch.bool and mask.shape == shape, f"torch.bool {tuple(shape)}"
         )
@@ -157,6 +158,10 @@ class Stream(NamedTuple):
         advice = "mask it out where missing"
         expect_values("observation", value, value.isfinite(), "a finite number", advice, "(series,)")
         expect_begun(self.integral and not len(self.time), mask)
+        if not isinstance(relative_noise, Tensor) and not is_real(relative_noise):
+            raise NumericError(
+                f"relative_noise: got {quote(relative_noise, 80)}, expected a number or a tensor of numbers"
+            )
         noise = torch.as_tensor(relative_noise, dtype=torch.float64)
         if noise.ndim > 1 or (noise.ndim == 1 and noise.shape != shape):
             raise ShapeError(

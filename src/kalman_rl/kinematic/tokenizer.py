@@ -322,7 +322,7 @@ class KinematicTokenizer:
         """Derivatives and deviations (series, tokens, degree), innovation and missing (series, tokens), float64."""
         ratio, noise = self._noises()
         given = (observations, times, mask, ratio, relative_noise)
-        series, steps = prepared(*given, self.order, self.integral)
+        series, steps = prepared(*given, self.order, self.integral, name="relative_noise")
         length = series.value.shape[1]
         count = length - (1 if self.lag is None else self.lag)
         if count < 1:

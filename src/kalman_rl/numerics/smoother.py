@@ -150,7 +150,8 @@ def likely_noise(
     """
     grid = LOG_RATIOS
     if noise_ratio is not None:
-        time = prepared(observation, times, mask, 1.0, relative_noise, order, integral)[0].time
+        given = (observation, times, mask, 1.0, relative_noise, order, integral)
+        time = prepared(*given, name="relative_noise")[0].time
         grid = [math.log(noise_ratio) + (2 * order - 1) * math.log(float(time.diff(dim=-1).mean()))]
     sums, log_ratios = noise_sums(
         observation, times, mask, grid, relative_noise=relative_noise, order=order, integral=integral
@@ -182,7 +183,8 @@ def noise_sums(
     Returns: what :func:`kalman_rl.numerics.likelihood.profile` takes (1 + 2 G,), and log(q / R) (G,) in units of the
         times.
     """
-    series, steps = prepared(observation, times, mask, 1.0, relative_noise, order, integral)
+    given = (observation, times, mask, 1.0, relative_noise, order, integral)
+    series, steps = prepared(*given, name="relative_noise")
     unit = (2 * order - 1) * math.log(float(series.time.diff(dim=-1).mean()))
     log_ratios = torch.tensor(grid, dtype=torch.float64).sub(unit)
     ratio = log_ratios.exp().to(series.value.device)
@@ -213,8 +215,13 @@ def prepared(
     observation_noise: Noise,
     order: int,
     integral: bool,
+    *,
+    name: str = "observation_noise",
 ) -> tuple[Checked, Steps]:
-    """The checked series and the model of their steps. Raises: as :func:`wiener_smoother`."""
+    """The checked series and the model of their steps; ``name`` is what the caller calls the noise of an observation.
+
+    Raises: as :func:`wiener_smoother`.
+    """
     if not is_whole(order, 1, wiener.HIGHEST_ORDER):
         raise ConfigError(f"order: got {quote(order)}, expected an integer from 1 to {wiener.HIGHEST_ORDER}")
     expect_tensor("observation", observation)
@@ -231,7 +238,7 @@ def prepared(
     )
     noise = [
         _positive("process_noise", process_noise, value, (value.shape[0], 1)),
-        _positive("observation_noise", observation_noise, value, tuple(value.shape)),
+        _positive(name, observation_noise, value, tuple(value.shape)),
     ]
     time = checked_times(times, value)
     expect_begun(integral, mask[:, 0])
@@ -255,10 +262,17 @@ def expect_begun(integral: bool, first: Tensor) -> None:
 
 
 def made_steps(time: Tensor, process_noise: Tensor, order: int, integral: bool) -> Steps:
-    """The model of the steps between times (1 or B, T), with q (1 or B,)."""
+    """The model of the steps between times (1 or B, T), with q (1 or B,). Raises: NumericError."""
     gap = torch.nn.functional.pad(time.diff(dim=-1), (1, 0), value=1.0).T  # entry 0 is not read
     transition = wiener.transition(order, gap, integral=integral)
     noise = process_noise[:, None, None] * wiener.diffusion(order, gap, integral=integral)
+    sizes = noise.detach()[1:].diagonal(dim1=-2, dim2=-1)
+    if not bool((sizes.isfinite() & (sizes > 0)).all()):
+        apart = time.detach().diff(dim=-1)
+        raise NumericError(
+            f"times: got steps from {float(apart.min()):g} to {float(apart.max()):g}, expected powers of them that a "
+            "float64 holds; give times, and the noise with them, in another unit"
+        )
     row = torch.zeros(order + integral, dtype=time.dtype, device=time.device)
     row[order if integral else 0] = 1.0
     return Steps(transition, noise, row, order)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kalman_rl.errors import KalmanRLError
+from kalman_rl.reppo.presets import PRESETS
 from kalman_rl.reppo.settings import Settings
 from kalman_rl.terminal import tell
 
@@ -18,7 +19,10 @@ from kalman_rl.terminal import tell
 def parser() -> argparse.ArgumentParser:
     """The command line; every setting of the learner is an option."""
     found = argparse.ArgumentParser(prog="python -m kalman_rl.reppo", description=__doc__, allow_abbrev=False)
-    found.add_argument("--env", required=True, help="an environment of gymnasium")
+    known = ", ".join(PRESETS)
+    found.add_argument(
+        "--env", required=True, help=f"an environment of gymnasium; with settings of its own: {known}"
+    )
     found.add_argument("--steps", type=int, required=True, help="of the environment, over all copies")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--output", type=Path, help="folder of the run; default runs/reppo/ENV-SEED")
@@ -27,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--evaluations", type=int, default=20, help="evenly spread; each saves")
     found.add_argument("--episodes", type=int, default=20, help="of one evaluation, without noise")
     group = found.add_argument_group(
-        "settings of the learner (see the docstring of kalman_rl.reppo.Settings)"
+        "settings of the learner",
+        "What each does: help(kalman_rl.reppo.Settings). An environment may have its own.",
     )
     for field in fields(Settings):
         name, kind = "--" + field.name.replace("_", "-"), str(field.type)
@@ -35,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
             group.add_argument(name, action="store_true", default=None)
         else:
             kinds: dict[str, Any] = {"int": int, "str": str}
-            group.add_argument(name, type=kinds.get(kind, float), default=None)
+            usual = "needed without a preset" if field.default is MISSING else f"default {field.default}"
+            group.add_argument(name, type=kinds.get(kind, float), default=None, help=usual)
     return found
 
 

@@ -18,6 +18,9 @@ with extra("control", "kalman_rl.reppo"):
     from gymnasium.spaces import Box, Discrete
     from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+LONGEST_EPISODE = 200_000
+"""Steps after which an evaluation gives up: the episode would never end."""
+
 
 class Environments:
     """Copies of one environment, stepped together; an episode that ends is begun again in the same step.
@@ -99,12 +102,13 @@ def make(name: str, options: dict[str, Any]) -> Any:
     try:
         env = gymnasium.make(name, **options)
     except gymnasium.error.DependencyNotInstalled as error:
+        advice = "; pip install 'kalman-rl[control]'" if "mujoco" in str(error).lower() else ""
         raise AdapterError(
-            f"{name}: got no package it needs ({one_line(error, 120)}), expected it to be installed; pip install "
-            "'kalman-rl[control]' brings MuJoCo"
+            f"{name}: got no package it needs ({one_line(error, 160)}), expected it to be installed{advice}"
         ) from error
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        near = did_you_mean(name, gymnasium.registry)
+        elsewhere = isinstance(error, gymnasium.error.NamespaceNotFound | ModuleNotFoundError)
+        near = "" if elsewhere else did_you_mean(name, gymnasium.registry)
         raise ConfigError(
             f"env: got {quote(name, 80)}, expected an environment of gymnasium ({one_line(error, 120)}){near}"
         ) from error
@@ -123,15 +127,21 @@ def evaluate(name: str, act: Callable[[Tensor], Tensor], *, episodes: int, seed:
     """Undiscounted returns of the first episode of ``episodes`` copies, seeded with seed, seed + 1, ...
 
     Args: act: raw observations (episodes, S) to actions, in (-1, 1) or whole numbers.
+    Raises: ConfigError for an episode of more than LONGEST_EPISODE steps.
     """
     envs = Environments(name, episodes, seed=seed)
     total = torch.zeros(episodes, dtype=torch.float64)
     open_ = torch.ones(episodes, dtype=torch.bool)
     try:
-        while open_.any():
+        for _ in range(LONGEST_EPISODE):
             reward, _, terminated, truncated = envs.step(act(envs.observation))
             total += torch.where(open_, reward.double(), 0.0)
             open_ &= ~(terminated | truncated)
+            if not open_.any():
+                return total.tolist()
     finally:
         envs.close()
-    return total.tolist()
+    raise ConfigError(
+        f"{name}: got an episode of more than {LONGEST_EPISODE:,} steps, expected one that ends; register it with "
+        "max_episode_steps"
+    )

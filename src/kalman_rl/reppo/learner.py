@@ -106,13 +106,11 @@ def score_objective(
     *,
     samples: int = 4,
     generator: torch.Generator | None = None,
-    baseline: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same gradient by the score function: mean_i (c_i - b_i) log pi(a_i|s), c = alpha log pi - Q without gradient.
 
     Args:
-        q: as for :func:`expectation`. samples: actions per state.
-        baseline: b of each state (B); None = the mean of the other samples, which needs at least two.
+        q: as for :func:`expectation`. samples: actions per state, at least two; b_i is the mean of the others.
     Returns: surrogate (B), whose value means nothing, and mean log pi (B).
     """
     action, log_prob = policy.draw(samples, generator=generator)
@@ -121,7 +119,7 @@ def score_objective(
     else:
         found = q(action)
     cost = (alpha * log_prob - found).detach()
-    others = (cost.sum(0) - cost) / (samples - 1) if baseline is None else baseline
+    others = (cost.sum(0) - cost) / (samples - 1)
     return ((cost - others) * log_prob).mean(0), log_prob.mean(0)
 
 

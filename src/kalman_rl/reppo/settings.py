@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite
 
 from kalman_rl.checks import is_real, is_whole
 from kalman_rl.errors import ConfigError, quote
@@ -25,7 +26,8 @@ class Settings:
         next_actions: fresh actions that the value of the next state averages; sums are exact without.
         executed_entropy: the bonus of the next state is that of the action executed there, where there is one.
         entropy_at_end: pay the bonus of the next state on terminating steps too, as the released code does.
-        hidden, lr, clip, epochs, minibatches: width, Adam's step size, largest gradient norm, passes, parts of a batch.
+        hidden, lr, clip, epochs, minibatches: width, Adam's step size, largest gradient norm (infinite = any), passes,
+            parts of a batch.
         dual_lr: Adam's step size of log alpha and log beta.
         least_std: added to the policy's standard deviation.
 
@@ -57,21 +59,23 @@ class Settings:
     least_std: float = 1e-6
 
     def __post_init__(self) -> None:
-        _expect(
-            "low, high",
-            is_real(self.low, self.high) and self.low < self.high,
-            (self.low, self.high),
-            "low < high",
-        )
+        ends = (self.low, self.high)
+        _expect("low, high", is_real(*ends) and -inf < self.low < self.high < inf, ends, "low < high, finite")
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             _expect(name, is_real(value) and 0 <= value <= 1, value, "a number from 0 to 1")
-        for name in ("kl_bound", "alpha", "beta", "lr", "dual_lr", "clip", "reward_scale"):
+        for name in ("kl_bound", "clip"):
             value = getattr(self, name)
             _expect(name, is_real(value) and value > 0, value, "a number above 0")
+        for name in ("alpha", "beta", "lr", "dual_lr", "reward_scale"):
+            value = getattr(self, name)
+            _expect(name, is_real(value) and 0 < value < inf, value, "a finite number above 0")
         for name in ("auxiliary", "least_std"):
             value = getattr(self, name)
-            _expect(name, is_real(value) and value >= 0, value, "a number of at least 0")
+            _expect(name, is_real(value) and 0 <= value < inf, value, "a finite number of at least 0")
+        target = self.target_entropy
+        legal = target is None or (is_real(target) and isfinite(target))
+        _expect("target_entropy", legal, target, "a finite number or None")
         for name, least in (
             ("bins", 3),
             ("next_actions", 1),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import sys
+import zipfile
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 
 from kalman_rl.checks import is_whole
-from kalman_rl.errors import ConfigError, RunError, quote
+from kalman_rl.errors import ConfigError, NumericError, RunError, one_line, quote
 from kalman_rl.palette import LIGHT, MUTED
 from kalman_rl.reppo.environments import Environments, evaluate, make
 from kalman_rl.reppo.learner import Learner
@@ -89,7 +92,10 @@ def train(plan: TrainingPlan, folder: Path, *, quiet: bool = False) -> list[dict
         envs.inputs, envs.actions, discrete=envs.discrete, settings=plan.settings, seed=plan.seed
     )
     if state is not None:
-        learner.load_state_dict(state)
+        try:
+            learner.load_state_dict(state)
+        except (ConfigError, NumericError) as error:
+            raise _damaged(folder / "checkpoint.pt", error) from error
         if not quiet:
             tell(f"{folder}: going on at step {step:,} of {plan.steps:,}")
     every, batch = plan.steps / plan.evaluations, plan.copies * plan.horizon
@@ -130,9 +136,11 @@ def train(plan: TrainingPlan, folder: Path, *, quiet: bool = False) -> list[dict
 
 def line(row: dict[str, float], steps: int) -> str:
     """One evaluation as a line."""
+    trained = row["training_return"]  # NaN until an episode is over
+    training = "-" if isnan(trained) else f"{trained:.1f}"
     return (
         f"step {row['step']:>9,.0f} of {steps:,}   return {row['return']:9.1f}   "
-        f"training {row['training_return']:9.1f}   "
+        f"training {training:>9}   "
         f"KL {row['kl']:.3f}   gated {row['gated']:4.0%}   entropy {row['entropy']:6.2f}   outside {row['outside']:.1%}"
     )
 
@@ -150,11 +158,15 @@ def begin(plan: TrainingPlan, folder: Path) -> None:
             _replace(file, json.dumps(asked, indent=1).encode())
             return
         was = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        flat = [
+            {k: v for k, v in (p | p.get("settings", {})).items() if k != "settings"} for p in (was, asked)
+        ]
+    except RunError:
+        raise
+    except (AttributeError, OSError, TypeError, ValueError) as error:
         raise RunError(
-            f"{file}: cannot be read or written ({error}); name another folder with --output"
+            f"{file}: cannot be read or written ({one_line(error, 160)}); name another folder with --output"
         ) from error
-    flat = [{k: v for k, v in (p | p.get("settings", {})).items() if k != "settings"} for p in (was, asked)]
     other = sorted(k for k in flat[1] if k != "steps" and flat[0].get(k) != flat[1][k])
     if other:
         name = other[0]
@@ -173,36 +185,41 @@ def newest(folder: Path) -> tuple[int, list[dict[str, float]], dict[str, Any] | 
     if not file.exists():
         return 0, [], None
     try:
+        with zipfile.ZipFile(file) as archive:  # torch does not compare the sums that it writes
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
         found = torch.load(file, weights_only=True)
-        return int(found["step"]), list(found["rows"]), found["learner"]
+        step, rows, learner = found["step"], found["rows"], found["learner"]
+        if not (is_whole(step, 1) and rows and all("return" in row for row in rows)):
+            raise ValueError("it holds no evaluation")
+        return step, rows, learner
     except Exception as error:  # whatever a damaged archive makes torch raise
-        raise RunError(
-            f"{file}: got a damaged checkpoint ({type(error).__name__}); delete it to begin again"
-        ) from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> RunError:
+    what = f"{type(error).__name__}: {one_line(error, 160)}"
+    return RunError(f"{file}: got a damaged checkpoint ({what}); delete it to begin again")
 
 
 def save(folder: Path, step: int, rows: list[dict[str, float]], learner: Learner) -> None:
-    """Write ``checkpoint.pt`` and ``curve.csv``, each whole or not at all.
+    """Write ``curve.csv`` and ``checkpoint.pt``, each whole or not at all.
+
+    The checkpoint comes last: a run that dies between the two makes the newest row of the curve again.
 
     Raises: RunError.
     """
-    try:
-        temporary = folder / ".checkpoint.pt"
-        torch.save({"step": step, "rows": rows, "learner": learner.state_dict()}, temporary)
-        os.replace(temporary, folder / "checkpoint.pt")
-        with (folder / ".curve.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(folder / ".curve.csv", folder / "curve.csv")
-    except (OSError, RuntimeError) as error:
-        raise RunError(
-            f"{folder}: cannot be written ({error}); make room, the same command goes on"
-        ) from error
+    curve, checkpoint = io.StringIO(newline=""), io.BytesIO()
+    writer = csv.DictWriter(curve, rows[-1], restval="", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    torch.save({"step": step, "rows": rows, "learner": learner.state_dict()}, checkpoint)
+    _replace(folder / "curve.csv", curve.getvalue().encode())
+    _replace(folder / "checkpoint.pt", checkpoint.getvalue())
 
 
 def draw_curve(rows: list[dict[str, float]], title: str, file: Path) -> None:
-    """Return over steps as a picture; needs the extra ``plot``."""
+    """Return over steps as a picture; needs the extra ``plot``. Raises: RunError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 3.4), layout="constrained")
@@ -216,10 +233,18 @@ def draw_curve(rows: list[dict[str, float]], title: str, file: Path) -> None:
     ax.set_title(title, fontsize="medium")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small")
-    figure.savefig(file, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    _replace(file, picture.getvalue())
 
 
 def _replace(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises: RunError."""
     temporary = file.with_name(f".{file.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, file)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise RunError(
+            f"{file}: cannot be written ({error}); make room, the same command goes on; or name another folder"
+        ) from error
