@@ -8,7 +8,7 @@ A latent value moves by small random steps, and every token shows it through noi
 
 :func:`predict` and :func:`update` are one step. :func:`causal_filter_loop` takes the steps one after
 another and is the definition. :func:`causal_filter` gives the same numbers without a loop over time: two
-scans find the state before every token, then the step is taken for all tokens at once.
+scans (:mod:`kalman_rl.numerics.scan`) find the state before every token, then the step is taken for all tokens at once.
 
 Source: Kalman 1960, the local-level model. KPO (arXiv:2602.10609) filters token log-ratios with Q/R = 1e-6
 and P_0 = 0. Our deviations: a masked token inside a sequence is a missing observation, not a zero; padding
@@ -18,7 +18,6 @@ does not age the filter; P_0 = inf starts it from the first observation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from kalman_rl.errors import NumericError, quote
 from kalman_rl.kernels import triton_support
 from kalman_rl.kernels.filter import cpu as filter_cpu
 from kalman_rl.numerics.arguments import expect_shape, expect_values
+from kalman_rl.numerics.scan import mean_before, shifted, variance_before
 
 Noise = Tensor | float  # a variance: one number, or one per token
 
@@ -168,16 +168,20 @@ def causal_filter(
     prior = _prior(observation, initial_mean, initial_variance)
     if fields is not None and mean is not None:  # the gradient flows through the means alone
         states = zip((mean, fields[1]), prior, strict=True)
-        before = Gaussian(*(_shift(after, tokens.restart, start) for after, start in states))
+        before = Gaussian(*(shifted(after, tokens.restart, start) for after, start in states))
         return _returned(*_step(before, tokens), observation.dtype)
     constant = all(torch.as_tensor(noise).numel() == 1 for noise in (process_noise, observation_noise))
     if constant and not tokens.hole.any():  # then the variance depends on the count of observed tokens only
         row = observation.new_zeros(1, observation.shape[1])
         full = _prepare(row, row == 0, process_noise, observation_noise, None)
-        variance = _variance_before(full, prior)[0, tokens.earlier]
+        noises = full.process_noise, full.observation_noise
+        variance = variance_before(*noises, full.restart, prior.variance)[0, tokens.earlier]
     else:
-        variance = _variance_before(tokens, prior)
-    before = Gaussian(_mean_before(variance, tokens, prior), variance)
+        noises = tokens.process_noise, tokens.observation_noise
+        variance = variance_before(*noises, tokens.restart, prior.variance)
+    gain, keep, _ = _weights(variance + tokens.process_noise, tokens.observation_noise)
+    mean = mean_before(gain, keep, tokens.observation, tokens.restart, prior.mean)
+    before = Gaussian(mean, variance)
     return _returned(*_step(before, tokens), observation.dtype)
 
 
@@ -292,66 +296,6 @@ def _weights(variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p = torch.where(missing, 0.0, torch.where(diffuse, 1.0, variance))
     r = torch.where(missing, 1.0, torch.where(diffuse, 0.0, noise))
     return p / (p + r), r / (p + r), p + r
-
-
-def _variance_before(tokens: _Tokens, prior: Gaussian) -> Tensor:
-    """Variance before every token, from the running products of maps p -> (a p + b) / (c p + d).
-
-    A token restarts (p -> P_0), predicts (p -> p + Q) and updates (1/p -> 1/p + 1/R). Each is a matrix
-    (a b; c d) acting on p = x / y as on the vector (x, y), where p = inf has a place too: (1, 0).
-    """
-    noise, restart = tokens.observation_noise, tokens.restart
-    smallest = noise.detach().amin(-1, keepdim=True)
-    unit = torch.where(smallest.isinf(), 1.0, smallest)  # keeps the entries of comparable size
-    one, zero = torch.ones_like(noise), torch.zeros_like(noise)
-    x, y = _projective(prior.variance / unit)
-    restarts = torch.where(restart, torch.stack((x, x, y, y)), torch.stack((one, zero, zero, one)))
-    x, y = _projective(tokens.process_noise / unit)
-    predicts = torch.stack((one, x, zero, y))
-    updates = torch.stack((one, zero, unit / noise, one))
-    x, _, y, _ = _scan(_moebius, _moebius(_moebius(restarts, predicts), updates))
-    # Every row begins with a restart, so each product is constant: either column is the variance.
-    after = unit * torch.where(y == 0, math.inf, x / torch.where(y == 0, 1.0, y))
-    return _shift(after, restart, prior.variance)
-
-
-def _mean_before(variance: Tensor, tokens: _Tokens, prior: Gaussian) -> Tensor:
-    """Mean before every token, from the running products of maps x -> a x + b with a in [0, 1]."""
-    gain, keep, _ = _weights(variance + tokens.process_noise, tokens.observation_noise)
-    a = torch.where(tokens.restart, 0.0, keep)
-    b = gain * tokens.observation + torch.where(tokens.restart, keep * prior.mean, 0.0)
-    return _shift(_scan(_affine, torch.stack((a, b)))[1], tokens.restart, prior.mean)
-
-
-def _projective(p: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.where(p.isinf(), 1.0, p), (~p.isinf()).to(p.dtype)
-
-
-def _moebius(first: Tensor, then: Tensor) -> Tensor:
-    """Both maps in turn: a 2x2 matrix product, scaled so that its largest entry is 1."""
-    (a, b, c, d), (e, f, g, h) = first, then
-    product = torch.stack((e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d))
-    return product / product.detach().amax(0)
-
-
-def _affine(first: Tensor, then: Tensor) -> Tensor:
-    return torch.stack((then[0] * first[0], then[0] * first[1] + then[1]))
-
-
-def _scan(compose: Callable[[Tensor, Tensor], Tensor], maps: Tensor) -> Tensor:
-    """Running products along the last axis: scan the pairs of neighbours, then fill in every other place."""
-    if maps.shape[-1] == 1:
-        return maps
-    odd = _scan(compose, compose(maps[..., :-1:2], maps[..., 1::2]))
-    even = compose(odd[..., : (maps.shape[-1] - 1) // 2], maps[..., 2::2])
-    out = maps.clone()
-    out[..., 1::2], out[..., 2::2] = odd, even
-    return out
-
-
-def _shift(after: Tensor, restart: Tensor, start: Tensor) -> Tensor:
-    """The state before each token: after the previous one, or the prior at a restart."""
-    return torch.where(restart, start, after.roll(1, -1))
 
 
 def _returned(state: Gaussian, info: Info, dtype: torch.dtype) -> Filtered:

@@ -11,8 +11,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalman_rl.objectives.trust.curvature import Adam
+from kalman_rl.hosts.trl.config import KalmanGRPOConfig
+from kalman_rl.objectives.rollouts import Current
+from kalman_rl.objectives.trust.curvature import Adam, last_layer_step
 from kalman_rl.objectives.trust.divergence import log_probabilities, top_k_with_sampled
+
+PASSED_ON = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+"""What TRL passes on of a batch beside its tokens."""
+_MODEL_KEYS = tuple(key for key in PASSED_ON if key not in ("num_images", "num_tiles"))
+"""Of these, what the model itself reads; the others are TRL's own counts."""
 
 
 class NextTokens(NamedTuple):
@@ -97,3 +115,40 @@ def head_moments(model: Any, optimizer: Any) -> Adam | None:
     group = next(g for g in inner.param_groups if any(p is head.weight for p in g["params"]))
     beta1, beta2 = group["betas"]
     return Adam(first.float(), second.float(), int(state["step"]), beta1, beta2, group["eps"])
+
+
+def next_tokens_of(
+    trainer: Any, model: Any, inputs: dict[str, Any], top_ids: Tensor | None = None, hidden: bool = False
+) -> NextTokens:
+    """:func:`next_tokens` as the trainer's settings ask for them."""
+    extra = {key: inputs[key] for key in _MODEL_KEYS if inputs.get(key) is not None}
+    with trainer.accelerator.autocast():
+        return next_tokens(
+            model,
+            inputs,
+            top_k=getattr(trainer.args, "top_k_distribution", KalmanGRPOConfig.top_k_distribution),
+            temperature=trainer.temperature,
+            top_ids=top_ids,
+            hidden=hidden,
+            rows=trainer.args.per_device_train_batch_size,
+            extra=extra,
+        )
+
+
+def current_policy(
+    trainer: Any, model: Any, inputs: dict[str, Any], logp: Tensor, advantage: Tensor
+) -> Current:
+    """The current policy with what the method's trust region needs besides ``logp``."""
+    asked, optimizer = trainer.method.inputs, trainer.optimizer
+    if "top_logp" in asked:
+        return Current(logp, top_logp=next_tokens_of(trainer, model, inputs, inputs["top_ids"]).top_logp)
+    if "step" in asked:
+        now = next_tokens_of(trainer, model, inputs, hidden=True)
+        assert now.hidden is not None
+        rate = optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
+        moments = head_moments(trainer.accelerator.unwrap_model(trainer.model), optimizer)
+        step = last_layer_step(
+            advantage, now.hidden, now.top_logp, now.top_ids, inputs["completion_ids"], rate, moments
+        )
+        return Current(logp, step=step)
+    return Current(logp)

@@ -20,6 +20,7 @@ from kalman_rl.beliefs.advantage import Tracked
 from kalman_rl.errors import AdapterError, quote
 from kalman_rl.hosts.lengths import notes_on_length
 from kalman_rl.hosts.state import load_state, save_state
+from kalman_rl.hosts.trl.bounds import step_method
 from kalman_rl.hosts.trl.candidates import candidates_of
 from kalman_rl.hosts.trl.config import (
     KalmanGRPOConfig,
@@ -31,7 +32,7 @@ from kalman_rl.hosts.trl.dealing import spread_fillers
 from kalman_rl.hosts.trl.entropy import entropy_bonus
 from kalman_rl.hosts.trl.factors import scaled_advantage
 from kalman_rl.hosts.trl.finite import FiniteTrainer
-from kalman_rl.hosts.trl.forward import NextTokens, head_moments, next_tokens
+from kalman_rl.hosts.trl.forward import PASSED_ON, current_policy, next_tokens_of
 from kalman_rl.hosts.trl.generation import make_tracking, note_advantages, tracked_generation
 from kalman_rl.hosts.trl.missing import MissingRewards, check_finite, judge
 from kalman_rl.hosts.trl.prompts import check_names, check_prompts
@@ -43,30 +44,13 @@ from kalman_rl.hosts.trl.tally import Tally, sums_behind
 from kalman_rl.hosts.trl.translate import DEFAULTS, step_totals
 from kalman_rl.objectives.aggregate import Totals
 from kalman_rl.objectives.inputs import inputs_of
-from kalman_rl.objectives.learning import LearnedState, bound_metrics, step_statistics
+from kalman_rl.objectives.learning import LearnedState
 from kalman_rl.objectives.loss import Loss, Method, policy_loss
 from kalman_rl.objectives.penalty import KL
-from kalman_rl.objectives.rollouts import Current, Rollouts, score_norm_squared
-from kalman_rl.objectives.trust.curvature import last_layer_step
+from kalman_rl.objectives.rollouts import Rollouts, score_norm_squared
 from kalman_rl.objectives.trust.few import FewKept
 from kalman_rl.sampling.tracking import Tracking
 from kalman_rl.terminal import logger
-
-_FORWARD_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
-"""What TRL passes on of a batch beside its tokens."""
-_MODEL_KEYS = tuple(key for key in _FORWARD_KEYS if key not in ("num_images", "num_tiles"))
-"""Of these, what the model itself reads; the others are TRL's own counts."""
 
 
 class TokenBatch(NamedTuple):
@@ -225,8 +209,8 @@ class KalmanGRPOTrainer(FiniteTrainer):
         logp, entropy, aux_loss = self._score(model, inputs)
         rollouts = self._rollouts(inputs, logp)
         advantage = scaled_advantage(self, inputs, logp, entropy, mask)
-        current = self._current(model, inputs, logp, advantage)
-        method = self._with_bounds(model, inputs, rollouts, current, advantage, mode)
+        current = current_policy(self, model, inputs, logp, advantage)
+        method = step_method(self, model, inputs, rollouts, current, advantage)
         loss = policy_loss(method, rollouts, current, advantage=advantage, totals=self._totals(inputs, mode))
         share = self.current_gradient_accumulation_steps if mode == "train" else 1
         kl = None
@@ -280,7 +264,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
             inputs["completion_ids"].size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
-            **{key: inputs.get(key) for key in _FORWARD_KEYS},
+            **{key: inputs.get(key) for key in PASSED_ON},
         )
         return scores
 
@@ -324,7 +308,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
         asked, mask = self.method.inputs, self._loss_mask(output)
         found: dict[str, Tensor] = {"mask": mask, "length": mask.sum(dim=1)}
         if {"top_behaviour", "score_norm_squared"} & set(asked):
-            now = self._next_tokens(self.model, output)
+            now = next_tokens_of(self, self.model, output)
             if "top_behaviour" in asked:
                 output["top_ids"], output["top_behaviour"] = now.top_ids, now.top_logp
             found["score_norm_squared"] = torch.where(
@@ -338,68 +322,6 @@ class KalmanGRPOTrainer(FiniteTrainer):
         if "rewards" in asked:
             padded["rewards"] = self._rewards_by_function  # TRL gathered them
         return padded
-
-    def _next_tokens(
-        self, model: Any, inputs: dict[str, Any], top_ids: Tensor | None = None, hidden: bool = False
-    ) -> NextTokens:
-        extra = {key: inputs[key] for key in _MODEL_KEYS if inputs.get(key) is not None}
-        with self.accelerator.autocast():
-            return next_tokens(
-                model,
-                inputs,
-                top_k=getattr(self.args, "top_k_distribution", KalmanGRPOConfig.top_k_distribution),
-                temperature=self.temperature,
-                top_ids=top_ids,
-                hidden=hidden,
-                rows=self.args.per_device_train_batch_size,
-                extra=extra,
-            )
-
-    def _current(self, model: Any, inputs: dict[str, Any], logp: Tensor, advantage: Tensor) -> Current:
-        """The current policy with what the trust region needs besides ``logp``."""
-        if "top_logp" in self.method.inputs:
-            return Current(logp, top_logp=self._next_tokens(model, inputs, inputs["top_ids"]).top_logp)
-        if "step" in self.method.inputs:
-            now = self._next_tokens(model, inputs, hidden=True)
-            assert now.hidden is not None
-            rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
-            moments = head_moments(self.accelerator.unwrap_model(self.model), self.optimizer)
-            step = last_layer_step(
-                advantage, now.hidden, now.top_logp, now.top_ids, inputs["completion_ids"], rate, moments
-            )
-            return Current(logp, step=step)
-        return Current(logp)
-
-    def _with_bounds(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        rollouts: Rollouts,
-        current: Current,
-        advantage: Tensor,
-        mode: str,
-    ) -> Method:
-        """The method for this micro-batch. Bounds that a trust region learns are those of the whole optimizer
-        step, which takes a forward pass over its other micro-batches before the first of them."""
-        method = self.learning.now
-        if "trust" not in method.learns:
-            return method
-        if mode == "eval":
-            return self.learning.with_bounds(step_statistics(method, rollouts, current, advantage=advantage))
-        share = self.current_gradient_accumulation_steps
-        if self._step % share == 0:
-            total = step_statistics(method, rollouts, current, advantage=advantage)
-            for i in range(1, share):
-                other = self._buffered_inputs[(self._step + i) % self.args.steps_per_generation]
-                with torch.no_grad():
-                    logp, entropy, _ = self._score(model, other)
-                scaled = scaled_advantage(self, other, logp, entropy, self._loss_mask(other))
-                part = step_statistics(method, self._rollouts(other, logp), logp, advantage=scaled)
-                total = part if total is None or part is None else total + part
-            self._step_method = self.learning.with_bounds(total)
-            for name, bound in bound_metrics(self._step_method).items():
-                self._metrics[mode][name].append(bound)
-        return self._step_method
 
     @staticmethod
     def _loss_mask(inputs: dict[str, Any]) -> Tensor:
