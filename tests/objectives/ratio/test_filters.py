@@ -202,6 +202,26 @@ def test_an_unchanged_policy_teaches_nothing(name: str) -> None:
 
 
 @every
+@pytest.mark.parametrize("segments", [False, True])
+def test_rounding_of_an_unchanged_policy_teaches_nothing(name: str, segments: bool) -> None:
+    """Whether the log-ratio of an unchanged sequence is 0 to the last bit depends on the batch that it was computed
+    in, and must not be seen in what is learned."""
+    rollouts, logp = random_rollouts(1, 12, segments=segments)
+    still = (torch.arange(12) % 2 == 0)[:, None]
+    wave = torch.where(torch.arange(24) % 3 == 0, -2e-5, 1e-5)
+
+    def learned(error: Tensor | float) -> Tensor:
+        behaviour = torch.where(still, rollouts.logp_old + error, rollouts.logp_behaviour).float()
+        given = part_of(rollouts, lambda v, _: v.float() if v.is_floating_point() else v)
+        given = dataclasses.replace(given, logp_behaviour=behaviour)
+        return PARTS[name].statistics(torch.where(still, rollouts.logp_old + error, logp).float(), given)
+
+    assert torch.equal(learned(wave), learned(0.0))
+    if name not in ("noise", "noise+zero start"):
+        assert learned(0.0).any() and not torch.equal(learned(1e2 * wave), learned(0.0))
+
+
+@every
 def test_gradient_stops(name: str) -> None:
     rollouts, logp = random_rollouts(2)
     logp.requires_grad_()

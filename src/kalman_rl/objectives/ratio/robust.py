@@ -98,8 +98,8 @@ class RobustFiltered:
 
     def statistics(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
         """Histogram (256,), float64, of log |l_t - l_{t-1}| over neighbouring tokens, additive over parts.
-        Sequences of zeros and steps across a hole are left out; a step of 0 counts as the smallest."""
-        value, gap, alive = observed_series(token_log_ratio(logp, rollouts).double(), rollouts)
+        Sequences of an unchanged policy and steps across a hole are left out; a step of 0 counts as the smallest."""
+        value, gap, alive = observed_series(token_log_ratio(logp, rollouts), rollouts)
         if len(alive) < 2:
             return self.initial().to(value.device)
         alive_at = value.new_tensor(alive)[1:, None] > torch.arange(value.shape[1], device=value.device)

@@ -30,7 +30,7 @@ from torch import Tensor
 from kalman_rl.errors import NumericError, quote
 from kalman_rl.numerics.kalman import causal_filter
 from kalman_rl.numerics.likelihood import pack, peak
-from kalman_rl.objectives.ratio.learned import check_memory
+from kalman_rl.objectives.ratio.learned import check_memory, moved_tokens
 from kalman_rl.objectives.ratio.transforms import Ratio, behaviour
 from kalman_rl.objectives.rollouts import Rollouts, masked_finite, masked_logp
 
@@ -154,7 +154,7 @@ class NoiseFiltered:
     policy's, so the filter has engine noise to remove; and every batch shows that noise alone in
     ``logp_old - logp_behaviour``, two computations of one policy. From it ``statistics`` and ``fitted``
     learn floor and scale, and Q keeps its ratio to ``floor + scale``. Without ``behaviour`` there is nothing
-    to learn from: an on-policy log-ratio to the old policy is 0 to the last bit, and any later one has moved.
+    to learn from: an on-policy log-ratio to the old policy is 0 up to rounding, and any later one has moved.
 
     Args:
         floor, scale: as in :class:`NoiseModel`; with ``behaviour`` the start values.
@@ -216,13 +216,15 @@ class NoiseFiltered:
 
     def statistics(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
         """Sums over the behaviour policy's noise in this part of a step, float64 (77,), additive over parts; zeros
-        without ``behaviour`` and where behaviour policy and old policy agree on a whole sequence."""
+        without ``behaviour``, and where behaviour policy and old policy agree on a whole sequence up to rounding."""
         if not self.behaviour:
             return self.initial().to(rollouts.logp_old.device)
         before = behaviour(rollouts)
         noise = torch.where(rollouts.mask, rollouts.logp_old - before, 0.0)
-        differs = rollouts.per_sequence_sum(noise.abs()) > 0
-        return noise_sums(noise, before, rollouts.mask & differs)
+        row, column, _ = moved_tokens(noise, rollouts)
+        differs = torch.zeros_like(rollouts.mask)
+        differs[row, column] = True
+        return noise_sums(noise, before, differs)
 
     def fitted(self, state: Tensor) -> NoiseFiltered:
         """The filter with the most likely noise model; itself where the state does not determine one."""
