@@ -22,6 +22,7 @@ import pyarrow.parquet
 from safetensors.torch import load_file
 
 from kalman_rl.hosts.state import load_state
+from kalman_rl.methods import make_method
 from tests.hosts import tiny_llama
 
 pytestmark = [
@@ -74,7 +75,7 @@ def command(folder: Path, steps: int) -> list[str]:
         trainer.v1.trainer_mode=kalman_rl
         algorithm.adv_estimator=kalman_rl/tracked +algorithm.kalman_rl.allocation=predictive
         +algorithm.kalman_rl.completions_min=1
-        {actor}.policy_loss.loss_mode=kalman_rl/kpo_diffuse
+        {actor}.policy_loss.loss_mode=kalman_rl/kpo_auto +{actor}.policy_loss.options.memory=0.99
         {actor}.policy_loss._target_=kalman_rl.hosts.verl.KalmanPolicyLossConfig
         +{actor}.policy_loss.aggregation=method +{actor}.policy_loss.low=0.1 +{actor}.policy_loss.high=0.1
         {actor}.use_kl_loss=true
@@ -118,9 +119,10 @@ def metrics(log: Path) -> dict[int, dict[str, float]]:
 
 
 def state(place: Path) -> dict[str, Any]:
-    """Weights and beliefs of a checkpoint."""
+    """Weights, beliefs and learned noises of a checkpoint."""
     weights = load_file(place / "actor" / "huggingface" / "model.safetensors")
-    return {"weights": weights, "beliefs": load_state(place)}
+    learned = load_state(place / "actor" / "kalman_rl" / "rank_0")
+    return {"weights": weights, "beliefs": load_state(place), "learned": learned}
 
 
 def same(found: Any, expected: Any, tolerance: float) -> bool:
@@ -209,3 +211,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: dict[str, Any]) -> Non
     whole, resumed = runs["whole"], runs["resumed"]
     assert same(resumed["weights"], whole["weights"], 1e-6)
     assert same(resumed["beliefs"], whole["beliefs"], 1e-9)
+    part = make_method("kpo_auto", memory=0.99).learns["ratio"]
+    assert part.fitted(whole["learned"]["learned"]["ratio"]) != part.start, "nothing was learned"
+    assert same(resumed["learned"], whole["learned"], 1e-5)
