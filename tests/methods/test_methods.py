@@ -24,6 +24,7 @@ CORE = [
     "errors",
     "methods",
     "numerics.kalman",
+    "numerics.scan",
     "objectives.advantage.group",
     "objectives.aggregate",
     "objectives.diagnostics",
