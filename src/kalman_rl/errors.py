@@ -38,7 +38,7 @@ class RunError(KalmanRLError, OSError):
 
 
 class PlaceError(RunError):
-    """A path that somebody gave is no run, or no place where one can begin."""
+    """A path that somebody gave is not what is asked for, or no place where that can be written."""
 
 
 class NoSpaceError(RunError):
@@ -47,6 +47,15 @@ class NoSpaceError(RunError):
 
 class AdapterError(KalmanRLError, ImportError):
     """A host library (TRL, verl, a model package) is missing or of an untested version."""
+
+
+def exit_code(error: Exception) -> int:
+    """The exit code of a command that ends with an error: 2 where what was given to it is wrong, else 1.
+
+    >>> exit_code(ConfigError("steps: ...")), exit_code(NoSpaceError("disk: ..."))
+    (2, 1)
+    """
+    return 2 if isinstance(error, ConfigError | PlaceError) else 1
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import tomllib
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -591,25 +592,38 @@ def test_failures_are_one_line(
             main(["train", "--run", "y", "--quiet"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("turned", [ImportError("partially initialized module"), None])
 def test_ctrl_c_while_loading_exits_130(
-    turned: Exception | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    turned: Exception | None, number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where an import makes an error of its own of it; without Ctrl-C the same error is one."""
 
     def load(arguments: list[str]) -> int:
         try:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         except KeyboardInterrupt:
             if turned is None:
                 raise
         assert turned is not None
         raise turned
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     monkeypatch.setattr("kalman_rl.cli.main._main", load)
     assert main(["train"]) == 130
-    assert capsys.readouterr().err == "interrupted\n" and signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().err == "interrupted\n" and signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
+def test_sigterm_is_passed_on_to_the_runs_in_other_processes(
+    number: int, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal sends Ctrl-C to each of them itself; twice would stop them at once."""
+    children = [Mock(), Mock()]
+    monkeypatch.setattr("multiprocessing.active_children", lambda: children)
+    monkeypatch.setattr("kalman_rl.cli.main._main", lambda arguments: os.kill(os.getpid(), number))
+    assert main(["stress"]) == 130
+    assert sum(child.terminate.call_count for child in children) == told
 
 
 def test_exit_codes_of_the_process() -> None:
@@ -643,6 +657,7 @@ def test_a_place_where_no_run_can_begin_exits_2(calls: Calls, capsys: pytest.Cap
     for place in ("file", "file/deep", "folder", "mine", "/proc/run", "a/../.hidden"):
         for more in ([], ["--overwrite"]):
             assert main(["train", "--run", place, *more]) == 2
+    assert main(["reproduce", "stream", "--output", "file"]) == 2
     assert calls == [] and Path("folder/mine.txt").read_text() == "x"
     assert Path("mine/config.toml").read_text() == "steps = 3  # a note\n"
     assert "Traceback" not in capsys.readouterr().err

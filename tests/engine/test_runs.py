@@ -288,6 +288,25 @@ def test_an_exception_marks_the_run(tmp_path: Path, error: type[BaseException], 
     assert read_manifest(tmp_path / "run")["status"] == status
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_ends_the_beginning_marks_the_run(
+    tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, calls = Run.update_manifest, []
+
+    def ended(run: Run, **changes: Any) -> None:
+        update(run, **changes)
+        calls.append(changes)
+        if len(calls) == 1:
+            raise error
+
+    monkeypatch.setattr(Run, "update_manifest", ended)
+    with pytest.raises(error):
+        Run.create(tmp_path / "run", "", {})
+    assert read_manifest(tmp_path / "run")["status"] == calls[1]["status"] != "running"
+    assert not is_written(tmp_path / "run")
+
+
 def test_a_finished_run_stays_finished(run: Run) -> None:
     with pytest.raises(ValueError), run:
         run.finish("finished")

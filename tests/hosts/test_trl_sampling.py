@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("trl")
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from kalman_rl import make_method
 from kalman_rl.errors import ConfigError
@@ -46,6 +47,66 @@ BIASING = {
     "min_tokens": 2,
     "num_beams": 2,
     "guidance_scale": 1.5,
+    "suppress_tokens": [3],
+    "begin_suppress_tokens": [3],
+    "forced_bos_token_id": 3,
+    "forced_eos_token_id": 3,
+    "encoder_repetition_penalty": 1.1,
+    "encoder_no_repeat_ngram_size": 2,
+    "token_healing": True,
+    "watermarking_config": {"greenlist_ratio": 0.25},
+    "penalty_alpha": 0.6,
+    "dola_layers": "low",
+    "num_beam_groups": 2,
+    "diversity_penalty": 0.5,
+    "constraints": ["a constraint"],
+    "force_words_ids": [[3]],
+    "structured_outputs": {"regex": "[0-9]+"},
+    "guided_decoding": {"regex": "[0-9]+"},
+    "logits_processors": ["a processor"],
+    "use_beam_search": True,
+    "best_of": 2,
+}
+UNBIASED = {
+    *(
+        "max_length",
+        "max_new_tokens",
+        "max_time",
+        "stop_strings",
+        "num_return_sequences",
+        "length_penalty",
+        "early_stopping",
+    ),
+    *(
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "prefill_chunk_size",
+        "compile_config",
+        "disable_compile",
+    ),
+    *("low_memory", "continuous_batching_config", "remove_invalid_values", "renormalize_logits"),
+    *(
+        "is_assistant",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+    ),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit"),
+    *(
+        "assistant_lookbehind",
+        "target_lookbehind",
+    ),  # drafts are accepted without a bias
+    *(
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "return_dict_in_generate",
+    ),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("do_sample", "temperature"),  # the trainer sets them, see the test of generation_kwargs
+    *("_commit_hash", "_from_model_config", "transformers_version", "_original_object_hash"),
 }
 
 
@@ -83,6 +144,36 @@ def test_every_neutral_value_is_accepted(tmp_path: Path) -> None:
     for name, values in NEUTRAL.items():
         for value in values:
             check_sampling(make_method("grpo"), config(tmp_path, generation_kwargs={name: value}))
+
+
+def test_every_setting_of_transformers_is_known() -> None:
+    """A new one is looked at: does it change what is sampled from?"""
+    assert set(vars(GenerationConfig())) - set(NEUTRAL) - UNBIASED == set()
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.3), ("do_sample", False)])
+def test_generation_kwargs_do_not_sample_from_something_else_than_the_loss(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    """They are laid over the trainer's own settings, of which the loss knows the temperature."""
+    args = config(tmp_path, temperature=0.7, generation_kwargs={name: value})
+    with pytest.raises(ConfigError, match=rf"^generation_kwargs {name}: got {value} .* biases"):
+        check_sampling(make_method("grpo"), args)
+    check_sampling(make_method("reinforce"), args)
+    check_sampling(
+        make_method("grpo"),
+        config(tmp_path, temperature=0.7, generation_kwargs={"temperature": 0.7, "do_sample": True}),
+    )
+    args.allow_biased_sampling = True
+    check_sampling(make_method("grpo"), args)
+
+
+def test_a_regex_of_vllm_is_refused(tmp_path: Path) -> None:
+    args = config(tmp_path, vllm_structured_outputs_regex="[0-9]+")
+    check_sampling(make_method("grpo"), args)  # it is vLLM's alone
+    args.use_vllm = True
+    with pytest.raises(ConfigError, match=r"^vllm_structured_outputs_regex: got '\[0-9\]\+' .* biases"):
+        check_sampling(make_method("grpo"), args)
 
 
 def test_the_trainer_refuses_and_trls_own_settings_warn(

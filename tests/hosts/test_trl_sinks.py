@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("trl")
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import SafeSink, make_sinks, sinks
@@ -100,3 +102,68 @@ def test_events_come_in_order_in_one_thread() -> None:
         "on_train_end",
     ]
     assert len({thread for _, thread in seen} | {threading.get_ident()}) == 2
+
+
+class Dying(BaseException):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+class Slow(TrainerCallback):
+    def __init__(self) -> None:
+        time.sleep(60)
+
+
+class Unset(TrainerCallback):
+    def __init__(self) -> None:
+        raise Dying
+
+
+@pytest.mark.parametrize(
+    ("tracker", "why"),
+    [(Slow, "it took longer than 0.05 s"), (Unset, "Dying: an error that cannot be written out")],
+)
+def test_a_set_up_that_hangs_or_dies_is_left_out(
+    tracker: type[TrainerCallback], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sinks, "LONG", 0.05)
+    monkeypatch.setitem(sinks.INTEGRATION_TO_CALLBACK, "wandb", tracker)
+    said: list[str] = []
+    assert make_sinks("wandb", said.append) == []
+    assert said == [f"report_to: wandb failed in set-up ({why}); the run goes on without it"]
+
+
+def test_a_tracker_has_no_say_in_training() -> None:
+    class Meddling(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop, state.global_step = True, 7
+            kwargs["logs"].clear()
+
+    state, control, logs = TrainerState(global_step=1), TrainerControl(), {"loss": 1.0}
+    said: list[str] = []
+    SafeSink(Meddling(), "mine", said.append).on_log(None, state, control, logs=logs)  # type: ignore[attr-defined]
+    assert (state.global_step, control.should_training_stop, logs, said) == (1, False, {"loss": 1.0}, [])
+
+
+def test_the_trackers_of_the_trainer_class_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of its ``report_to``; other callbacks are the user's own, and stay as they are."""
+
+    class Leaving(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            sys.exit(7)
+
+    class Mine(TrainerCallback):
+        pass
+
+    from tests.hosts.test_trl_sampling import config, trainer
+
+    monkeypatch.setitem(sinks.INTEGRATION_TO_CALLBACK, "wandb", Leaving)
+    made = trainer(config(tmp_path, method="grpo", max_steps=2, report_to="wandb"), callbacks=[Mine()])
+    kinds = [type(callback) for callback in made.callback_handler.callbacks]
+    assert Mine in kinds and SafeSink in kinds and Leaving not in kinds
+    with caplog.at_level("WARNING"):
+        made.train()
+    assert made.state.global_step == 2
+    assert caplog.text.count("report_to: wandb failed in on_step_end (SystemExit: 7)") == 1

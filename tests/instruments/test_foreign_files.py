@@ -107,7 +107,8 @@ def test_other_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PlaceError, match="got no file there"):
         inspect_file(tmp_path / "absent.jsonl")
     assert main(["inspect", str(tmp_path / "absent.jsonl")]) == 2
-    assert main(["inspect", str(tmp_path / "text.jsonl")]) == 1
+    assert main(["inspect", str(tmp_path / "text.jsonl")]) == 2
+    assert main(["inspect", "x" * 300]) == 2
     assert not list(tmp_path.glob("*.html"))
 
 

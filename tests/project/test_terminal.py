@@ -93,6 +93,22 @@ def test_control_and_bidi_characters_become_blanks(capsys: pytest.CaptureFixture
     assert out == clean + "\n" and err == "\r\x1b[2K" + clean
 
 
+@pytest.mark.parametrize("name", ["MY_API_KEY", "HF_TOKEN", "SOME_SECRET", "db_password"])
+def test_secrets_of_the_environment_are_blanked_out(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(name, "sesame-sesame")
+    tell("a sesame-sesame")
+    tell("a sesame-sesame", error=True)
+    logger.warning("a %s", "sesame-sesame")
+    printed = capsys.readouterr()
+    assert printed.out == "a [redacted]\n" and "sesame" not in printed.err + caplog.text
+    assert one_line("a sesame-sesame") == "a [redacted]" and quote("sesame-sesame") == "'[redacted]'"
+
+
 def test_an_alarm_shows_tokens_as_text() -> None:
     alarm = Alarm(3, 0.1, 0.5, -4.0, (Token("\x1b[31m\u202e", 1.0, "p", 0),))
     assert "\x1b" not in alarm.sentence() and "\u202e" not in alarm.sentence()

@@ -286,16 +286,16 @@ def test_the_command_trains_draws_and_names_mistakes(
         len(out) == 3 and out[0].startswith("step        32 of 64   return") and "after 64 steps" in out[-1]
     )
     assert {"run.json", "checkpoint.pt", "curve.csv"} <= {file.name for file in (tmp_path / "run").iterdir()}
-    assert main([*words, "--gamma", "0.5"]) == 1
+    assert main([*words, "--gamma", "0.5"]) == 2
     assert "got a run with gamma 0.99" in capsys.readouterr().err
     assert (
         main(["--env", "CartPol-v1", "--steps", "10", "--low", "0", "--high", "1", "--output", str(tmp_path)])
-        == 1
+        == 2
     )
     assert capsys.readouterr().err.count("\n") == 1
-    assert main(["--env", "test/Counter-v0", "--steps", "10"]) == 1
+    assert main(["--env", "test/Counter-v0", "--steps", "10"]) == 2
     assert "test/Counter-v0: got no range of the critic" in capsys.readouterr().err
-    assert main(["--env", "CartPol-v1", "--steps", "10"]) == 1
+    assert main(["--env", "CartPol-v1", "--steps", "10"]) == 2
     assert "did you mean 'CartPole-v1'?" in capsys.readouterr().err
-    assert main(["--env", "CartPole-v1", "--steps", "0"]) == 1
+    assert main(["--env", "CartPole-v1", "--steps", "0"]) == 2
     assert "steps: got 0" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from kalman_rl.cli.verbs import VERBS, Demo, Doctor, Methods, Reproduce, Stress
 from kalman_rl.cli.words import changed, parse
 from kalman_rl.engine.config import TrainConfig, build, load_toml
 from kalman_rl.engine.strict import read
-from kalman_rl.errors import ConfigError, KalmanRLError, PlaceError, one_line
+from kalman_rl.errors import KalmanRLError, exit_code, one_line
 from kalman_rl.terminal import tell
 
 DESCRIPTION = "Noise-aware estimators for reinforcement learning of language models."
@@ -27,7 +27,7 @@ LONGEST = 3000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage, settings, data or paths), 3 (a fallen
-    reward stopped the run), 130 (Ctrl-C).
+    reward stopped the run), 130 (Ctrl-C or SIGTERM).
 
     Errors are one line on stderr; the environment variable KALMAN_RL_TRACEBACK=1 lets them through.
     """
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             str(error) if expected else f"{type(error).__name__}: {error} (KALMAN_RL_TRACEBACK=1 shows where)"
         )
         tell("kalman-rl: " + one_line(text, LONGEST), error=True)
-        return 2 if isinstance(error, ConfigError | PlaceError) else 1
+        return exit_code(error)
 
 
 def _main(arguments: list[str]) -> int:

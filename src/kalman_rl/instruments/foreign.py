@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kalman_rl.engine.runs.files import explained
 from kalman_rl.engine.runs.reading import clean
 from kalman_rl.engine.runs.received import parse_json, read_bytes, read_lines
 from kalman_rl.errors import PlaceError, RunError, extra, one_line, quote
@@ -48,12 +49,18 @@ def inspect_file(path: Path, output: Path | None = None, *, tokenizer: str | Non
         tokenizer: folder or name of the tokenizer, for the text of tokens that a file has as numbers only.
 
     Returns: the path of the page.
-    Raises: PlaceError where no file or no tokenizer is; RunError for another or a damaged file.
+    Raises: PlaceError where no such file or no tokenizer is, for another or a damaged file too.
     """
     path = Path(path)
-    if not path.is_file() and not path.is_symlink():
+    with explained(path, "read", kind=PlaceError):
+        there = path.is_file() or path.is_symlink()
+    if not there:
         raise PlaceError(f"{path}: got no file there, expected {FORMATS}")
-    parts = _completions(path) if path.suffix == ".parquet" else _tokens(path, _decoder(tokenizer))
+    decode = None if path.suffix == ".parquet" else _decoder(tokenizer)
+    try:
+        parts = _completions(path) if path.suffix == ".parquet" else _tokens(path, decode)
+    except RunError as error:
+        raise PlaceError(str(error)) from error
     return write_page(parts, path.with_name(path.stem + ".html") if output is None else Path(output))
 
 

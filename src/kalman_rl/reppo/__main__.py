@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kalman_rl.errors import KalmanRLError
+from kalman_rl.errors import KalmanRLError, exit_code
 from kalman_rl.reppo.presets import PRESETS
 from kalman_rl.reppo.settings import Settings
 from kalman_rl.terminal import tell
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             tell(f"{folder / 'curve.csv'}: no picture without matplotlib; pip install 'kalman-rl[plot]'")
     except KalmanRLError as error:
         tell(f"reppo: {error}", error=True)
-        return 1
+        return exit_code(error)
     except KeyboardInterrupt:
         tell("reppo: stopped; the same command goes on at the last evaluation", error=True)
         return 130

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kalman_rl.checks import is_whole
-from kalman_rl.errors import ConfigError, NumericError, RunError, one_line, quote
+from kalman_rl.errors import ConfigError, NumericError, PlaceError, RunError, one_line, quote
 from kalman_rl.palette import LIGHT, MUTED
 from kalman_rl.reppo.environments import Environments, evaluate, make
 from kalman_rl.reppo.learner import Learner
@@ -148,7 +148,7 @@ def line(row: dict[str, float], steps: int) -> str:
 def begin(plan: TrainingPlan, folder: Path) -> None:
     """Write ``run.json``, or check that it says the same. ``steps`` may grow.
 
-    Raises: RunError.
+    Raises: PlaceError.
     """
     asked = json.loads(json.dumps(asdict(plan)))
     file = folder / "run.json"
@@ -164,13 +164,13 @@ def begin(plan: TrainingPlan, folder: Path) -> None:
     except RunError:
         raise
     except (AttributeError, OSError, TypeError, ValueError) as error:
-        raise RunError(
+        raise PlaceError(
             f"{file}: cannot be read or written ({one_line(error, 160)}); name another folder with --output"
         ) from error
     other = sorted(k for k in flat[1] if k != "steps" and flat[0].get(k) != flat[1][k])
     if other:
         name = other[0]
-        raise RunError(
+        raise PlaceError(
             f"{folder}: got a run with {name} {quote(flat[0].get(name))}, expected {quote(flat[1][name])}; name "
             "another folder with --output"
         )

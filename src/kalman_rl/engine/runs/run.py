@@ -67,7 +67,7 @@ class Run:
         _refuse_existing(path, overwrite)
         with explained(path, "create", kind=PlaceError):
             path.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(path)
+        run = cls(path, new_manifest(labels), _acquire(path))
         try:
             _refuse_existing(path, overwrite)  # again: another process may have been quicker
             with explained(path, "create"):
@@ -77,13 +77,12 @@ class Run:
                 for old in sorted(path.iterdir(), key=lambda old: old.name == "manifest.json"):
                     if old.name != LOCK:
                         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-                run = cls(path, new_manifest(labels), lock)
                 (path / "checkpoints").mkdir()
                 run._open_metrics()
                 write_file(path / "config.toml", redacted_toml(config_toml).encode())
                 run.update_manifest()
-        except BaseException:
-            lock.release()
+        except BaseException as error:
+            run.__exit__(type(error) if (path / "manifest.json").is_file() else None)
             raise
         return run
 
@@ -319,7 +318,7 @@ def name_part(text: str) -> str:
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
-    with explained(path, "create"):
+    with explained(path, "create", kind=PlaceError):
         if path.exists() and not path.is_dir():
             raise PlaceError(f"{path}: exists and is no directory; choose another --run")
         there = _contents(path) if path.exists() else []
@@ -355,7 +354,7 @@ def _acquire(path: Path) -> Any:
     from filelock import FileLock, Timeout
 
     lock = FileLock(path / LOCK)
-    with explained(path, "lock"):
+    with explained(path, "lock", kind=PlaceError):
         try:
             lock.acquire(timeout=0.3, poll_interval=0.05)  # a reader may ask just now, see is_written
         except Timeout:

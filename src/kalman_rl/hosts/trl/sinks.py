@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_callback import CallbackHandler
 
 from kalman_rl.errors import one_line, unknown_name
 from kalman_rl.terminal import logger
@@ -28,7 +29,7 @@ class SafeSink(TrainerCallback):
 
     It is dropped where it takes longer than a second in one step, and after three failures, whatever it raises;
     ``sys.exit`` is a failure too. There is one warning, and Ctrl-C still stops the run. What the callback returns is
-    ignored: a tracker has no say in training.
+    ignored, and what it could change is a copy: a tracker has no say in training.
 
     Args:
         callback: the tracker's own TrainerCallback.
@@ -43,51 +44,77 @@ class SafeSink(TrainerCallback):
         self.name = name or type(callback).__name__
         self.say = say or _warn
         self._failures, self._used = 0, 0.0
-        self._events: queue.SimpleQueue[Callable[[], BaseException | None]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+
+    def set_up(self, make: Callable[[], TrainerCallback]) -> bool:
+        """Take the tracker that ``make`` gives, in the thread where it is then called; False where there is none."""
+
+        def take() -> None:
+            self.callback = make()
+
+        failure = self._failure_of(take, LONG)
+        if failure:
+            self.callback = None
+            self.say(_dropped(self.name, "set-up", failure))
+        return not failure
 
     def _pass(self, event: str, *args: Any, **kwargs: Any) -> None:
         if self.callback is None:
             return
         if event == "on_step_begin":
             self._used = 0.0
+        args, kwargs = tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
+        callback = self.callback
+
+        def call() -> None:
+            getattr(callback, event)(*args, **kwargs)
+
+        start = time.monotonic()
+        failure = self._failure_of(call, LONG if event in RARE else max(STEP - self._used, 0.0))
+        if event not in RARE:
+            self._used += time.monotonic() - start
+        if not failure:
+            return
+        last = "" if self.callback is None else f" after {FAILURES - 1} failures more"
+        if not self._failures:
+            self.say(_dropped(self.name, event, failure, last))
+        self._failures += 1
+        if self._failures == FAILURES:
+            self.callback = None
+
+    def _failure_of(self, call: Callable[[], object], seconds: float) -> str:
+        """What went wrong in a call that is made in the tracker's thread; "" where nothing did."""
         if self._thread is None:  # one for all events: some trackers keep their run in the thread
             self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
             self._thread.start()
-        start = time.monotonic()
-        self._events.put(functools.partial(_failure, self.callback, event, args, kwargs))
+        self._calls.put(call)
         try:
-            error = self._answers.get(timeout=LONG if event in RARE else max(STEP - self._used, 0.0))
+            return self._answers.get(timeout=seconds)
         except queue.Empty:  # it still runs, so nothing more can be asked of it
             self.callback = None
-            if not self._failures:
-                self.say(
-                    _dropped(self.name, event, f"it took longer than {LONG if event in RARE else STEP:g} s")
-                )
-            return
-        if event not in RARE:
-            self._used += time.monotonic() - start
-        if error is not None:
-            self._failures += 1
-            if self._failures == 1:
-                why = f"{type(error).__name__}: {one_line(error, 300)}"
-                self.say(_dropped(self.name, event, why, f" after {FAILURES - 1} failures more"))
-            if self._failures == FAILURES:
-                self.callback = None
+            return f"it took longer than {LONG if seconds == LONG else STEP:g} s"
 
     def _work(self) -> None:
         while self.callback is not None:
-            self._answers.put(self._events.get()())
+            call = self._calls.get()
+            try:
+                call()
+                self._answers.put("")
+            except BaseException as error:
+                self._answers.put(f"{type(error).__name__}: {_told(error)}")
 
 
-def _failure(callback: TrainerCallback, event: str, args: Any, kwargs: Any) -> BaseException | None:
-    """What a callback raises."""
+def _told(error: BaseException) -> str:
     try:
-        getattr(callback, event)(*args, **kwargs)
-    except BaseException as error:
-        return error
-    return None
+        return one_line(error, 300)
+    except Exception:  # its own __str__ fails
+        return "an error that cannot be written out"
+
+
+def _own(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (TrainerControl, TrainerState, dict)) else value
 
 
 def _forward(event: str) -> Callable[..., None]:
@@ -116,11 +143,19 @@ def make_sinks(names: str | Sequence[str], say: Callable[[str], None] | None = N
             continue
         if name not in INTEGRATION_TO_CALLBACK:
             raise unknown_name("report_to", name, ["none", *INTEGRATION_TO_CALLBACK])
-        try:
-            sinks.append(SafeSink(INTEGRATION_TO_CALLBACK[name](), name, say))
-        except (Exception, SystemExit) as error:
-            (say or _warn)(_dropped(name, "set-up", f"{type(error).__name__}: {one_line(error, 300)}"))
+        sink = SafeSink(TrainerCallback(), name, say)
+        if sink.set_up(INTEGRATION_TO_CALLBACK[name]):
+            sinks.append(sink)
     return sinks
+
+
+def guard(handler: CallbackHandler) -> None:
+    """Put the trackers among a trainer's callbacks, those that its ``report_to`` names, behind a guard."""
+    names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
+    handler.callbacks = [
+        SafeSink(callback, names[type(callback)]) if type(callback) in names else callback
+        for callback in handler.callbacks
+    ]
 
 
 def _warn(text: str) -> None:

@@ -38,6 +38,7 @@ from kalman_rl.hosts.trl.missing import MissingRewards, check_finite, judge
 from kalman_rl.hosts.trl.prompts import check_names, check_prompts
 from kalman_rl.hosts.trl.retention import keep_newest
 from kalman_rl.hosts.trl.sampling import check_own_sampling, check_sampling
+from kalman_rl.hosts.trl.sinks import guard
 from kalman_rl.hosts.trl.stream import NamedRows, look_ahead
 from kalman_rl.hosts.trl.supervise import supervised, watched
 from kalman_rl.hosts.trl.tally import Tally, sums_behind
@@ -118,6 +119,7 @@ class KalmanGRPOTrainer(FiniteTrainer):
             dataset = more[0] if more else kwargs.get("train_dataset")
             self.prompt_pool = look_ahead(self.tracking, dataset, args)
         super().__init__(model, supervised(reward_funcs, args), args, *more, **kwargs)
+        guard(self.callback_handler)
         self.supervised = watched(self)
         self.failed_calls = 0
         own = self.accelerator.unwrap_model(self.model)

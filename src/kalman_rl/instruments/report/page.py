@@ -10,9 +10,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kalman_rl.engine.runs.files import replacing_file
+from kalman_rl.engine.runs.files import explained, replacing_file
 from kalman_rl.engine.runs.reading import RunRecord, find_runs
-from kalman_rl.errors import RunError, extra
+from kalman_rl.errors import PlaceError, extra
 from kalman_rl.instruments.policy import policy
 from kalman_rl.instruments.report import sections
 from kalman_rl.instruments.report.sections import Context
@@ -188,13 +188,8 @@ def _key_figures(context: Context) -> list[dict[str, str]]:
 
 
 def _write(target: Path, page: str) -> Path:
-    try:
+    with explained(target, "write", kind=PlaceError):
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(target) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
-        return target
-    except RunError:
-        raise
-    except OSError as error:
-        raise RunError(f"report: got {error.strerror or error}, expected a writable file; {target}; "
-                       "choose another output") from error  # fmt: skip
+    return target

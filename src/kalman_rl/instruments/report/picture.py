@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kalman_rl.engine.runs.files import replacing_file
+from kalman_rl.engine.runs.files import explained, replacing_file
 from kalman_rl.engine.runs.reading import RunRecord, find_runs
-from kalman_rl.errors import AdapterError, RunError
+from kalman_rl.errors import AdapterError, PlaceError, RunError
 from kalman_rl.instruments.report.sections.stress import learning_lines
 from kalman_rl.instruments.report.sections.training import palette_of
 from kalman_rl.instruments.report.stats.intervals import wilson
@@ -90,14 +90,10 @@ def write_figure(runs: Sequence[Path], output_png: Path) -> Path:
         layout: Any = figure.get_layout_engine()
         layout.set(wspace=0.06, hspace=0.08, w_pad=0.12, h_pad=0.1)
         target = Path(output_png)
-        try:
+        with explained(target, "write", kind=PlaceError):
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing_file(target) as temporary:
                 figure.savefig(temporary, dpi=200, format=target.suffix[1:] or "png")
-        except RunError:
-            raise
-        except (OSError, ValueError) as error:
-            raise RunError(f"figure: got {error}, expected a writable picture file; {target}") from error
     return target
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kalman_rl.engine.runs.files import explained
-from kalman_rl.errors import quote, unknown_name
+from kalman_rl.errors import PlaceError, quote, unknown_name
 from kalman_rl.instruments.reproduce.collapses import COLLAPSE
 from kalman_rl.instruments.reproduce.experiment import (
     Experiment,
@@ -85,7 +85,7 @@ def reproduce(
         command: how it was called, for the table. say: called with a line of progress.
 
     Returns: the path of the table.
-    Raises: ConfigError for an unknown name, model or seed; RunError for a folder that cannot be used.
+    Raises: ConfigError for an unknown name, model or seed; PlaceError for a folder that cannot be used.
     """
     if model not in MODELS:
         raise unknown_name("model", model, MODELS)
@@ -94,7 +94,7 @@ def reproduce(
         if name not in known:
             raise unknown_name(f"experiment with model {quote(model)}", name, known)
     check_seeds(seeds or ())
-    with explained(output, "create"):
+    with explained(output, "create", kind=PlaceError):
         output.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(output / "runs.jsonl", model)
     unnamed = [name for name, experiment in known.items() if experiment.quick_seeds or not quick]
