@@ -23,22 +23,19 @@ def check_sampling(method: Method, args: Any, *, named: bool = True) -> None:
 
     Raises: ConfigError, unless ``args.allow_biased_sampling``.
     """
-    found = biased({name: getattr(args, name, None) for name in OF_TRL})
-    given = getattr(args, "generation_kwargs", None) or {}
-    _judge(refusals(found | biased(given), "", method), args, named)
-    if not has_ratio(method):
-        return
-    wanted = {"temperature": args.temperature, "do_sample": True}  # as the loss has it
-    other = {
-        f"generation_kwargs {name}": (given[name], wanted[name]) for name in wanted.keys() & given.keys()
-    }
+    asked = _asked(args)
+    texts = list(refusals(biased(asked), "", method))
+    wanted: dict[str, Any] = {"temperature": args.temperature, "do_sample": True}  # as the loss has it
     if getattr(args, "use_vllm", False):
-        other[REGEX] = getattr(args, REGEX, None), None
-    texts = [
-        f"{name}: got {quote(value)} with method {quote(method.name)}, expected {right} {WHY}"
-        for name, (value, right) in other.items()
-        if value != right
-    ]
+        asked[REGEX], wanted[REGEX] = getattr(args, REGEX, None), None
+    elif asked["top_k"] is None:
+        wanted["top_k"] = 0  # transformers makes 50 of None
+    if has_ratio(method):
+        texts += [
+            f"{name}: got {quote(asked[name])} with method {quote(method.name)}, expected {value} {WHY}"
+            for name, value in wanted.items()
+            if asked[name] != value
+        ]
     _judge(texts, args, named)
 
 
@@ -46,10 +43,15 @@ def check_own_sampling(method: Method, args: Any, model: Any, *, named: bool = T
     """The same for what the model's ``generation_config`` brings along, where TRL leaves a setting open."""
     if getattr(args, "use_vllm", False):  # TRL sends it all settings, the model's do not count
         return
-    given = getattr(args, "generation_kwargs", None) or {}
-    shut = {name for name in OF_TRL if getattr(args, name, None) is not None} | given.keys()
-    own = {name: value for name, value in own_sampling(model).items() if name not in shut}
+    asked = _asked(args)
+    own = {name: value for name, value in own_sampling(model).items() if asked.get(name) is None}
     _judge(refusals(own, "the model's generation_config.", method), args, named)
+
+
+def _asked(args: Any) -> dict[str, Any]:
+    """What TRL hands on to the sampler: its own settings, and ``generation_kwargs`` over them."""
+    own = {name: getattr(args, name, None) for name in (*OF_TRL, "temperature")}
+    return own | {"do_sample": True} | (getattr(args, "generation_kwargs", None) or {})
 
 
 def _judge(texts: Iterable[str], args: Any, named: bool) -> None:
