@@ -111,6 +111,16 @@ def test_what_cannot_be_exported_is_said(run: Path, model_path: str, tmp_path: P
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_damaged_model_is_named(run: Path, tmp_path: Path) -> None:
+    for name in ("adapter_model.safetensors", "tokenizer.json"):
+        copied = tmp_path / name
+        shutil.copytree(run, copied)
+        (copied / "model" / name).write_bytes((copied / "model" / name).read_bytes()[:100])
+        with pytest.raises(RunError, match=r"/model: cannot be loaded \(.*expected what training wrote"):
+            export(copied)
+        assert not (copied / "export").exists()
+
+
 def test_adapters_on_other_weights_are_refused(run: Path, model_path: str, tmp_path: Path) -> None:
     copied, base = tmp_path / "run", tmp_path / "base"
     shutil.copytree(run, copied)

@@ -369,6 +369,13 @@ def test_remote_code_is_refused(directory: Path, tmp_path: Path, name: str) -> N
         load_model(str(directory), cache=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_of_a_model_is_named(directory: Path, tmp_path: Path, name: str) -> None:
+    (directory / name).write_bytes((directory / name).read_bytes()[:-20])
+    with pytest.raises(ConfigError, match="^model: cannot load .* expected a model transformers can load"):
+        load_model(str(directory), cache=tmp_path)
+
+
 def test_bad_directories_are_named(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config.json"):
         load_model(str(tmp_path / "none"), cache=tmp_path)

@@ -14,7 +14,7 @@ from kalman_rl.engine.resume import weights_digest
 from kalman_rl.engine.runs.files import explained, replacing
 from kalman_rl.engine.runs.reading import read_manifest, read_metrics
 from kalman_rl.engine.runs.received import read_json
-from kalman_rl.errors import KalmanRLError, PlaceError, RunError, quote
+from kalman_rl.errors import KalmanRLError, PlaceError, RunError, one_line, quote
 
 ADAPTER = "adapter_config.json"
 
@@ -44,7 +44,14 @@ def export(run: Path, output: Path | None = None, *, best: bool = False, overwri
     target = Path(output).expanduser() if output is not None else run / "export"
     _check_free(target, overwrite)
     with quiet_third_parties(), quiet_transformers():
-        model, tokenizer = _whole(run, source, config, manifest)
+        try:
+            model, tokenizer = _whole(run, source, config, manifest)
+        except KalmanRLError:
+            raise
+        except Exception as error:
+            raise RunError(
+                f"{source}: cannot be loaded ({one_line(error, 300)}), expected what training wrote"
+            ) from error
         _end_as_the_start_model(model, tokenizer)
         card = model_card(config, manifest, read_metrics(run), manifest.get("best") if best else None)
         with explained(target, "write", kind=PlaceError):
