@@ -156,6 +156,9 @@ def test_a_step_of_the_actor_moves_the_actor_and_leaves_the_critic(gradient: str
     learner.actor_step(observation, old)
     after = [dict(part.named_parameters()) for part in (learner.actor, learner.critic)]
     assert all(not torch.equal(before[0][n], p) for n, p in after[0].items())
+    assert (
+        learner.duals.alpha < learner.settings.alpha
+    )  # a policy that begins wide is above its target entropy
     assert all(torch.equal(before[1][n], p) and p.requires_grad for n, p in after[1].items())
 
 
@@ -212,7 +215,7 @@ def test_histogram_keeps_a_return_inside_and_is_biased_at_the_border_as_computed
 
 
 def test_a_critic_begins_at_zero_and_its_loss_is_least_at_the_target() -> None:
-    learner = Learner(2, 1, discrete=False, settings=settings(bins=151))
+    learner = Learner(2, 1, discrete=False, settings=settings(bins=151, high=30.0))  # the middle is not 0
     q = learner.critic(torch.randn(50, 2), torch.rand(50, 1))
     assert q.abs().max() < 0.05
     assert learner.critic.start.sum().item() == pytest.approx(1)  # learned before the factor of 40, not after
