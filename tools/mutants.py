@@ -131,7 +131,7 @@ def draw(sample: int, seed: int, rooms: Sequence[str]) -> tuple[list[Mutant], in
     for path in [file for room in rooms for file in sorted((sources / room).rglob("*.py"))]:
         file = path.relative_to(ROOT).as_posix()
         module, made, _, _ = create_mutations(file, path.read_text())
-        inside = [one for one in made if one.contained_by_top_level_function]
+        inside = [one for one in made if isinstance(one.contained_by_top_level_function, cst.FunctionDef)]
         text = spoken(module)
         total += len(inside)
         every += [(file, module, one) for one in inside if id(one.original_node) not in text]
@@ -245,6 +245,7 @@ def run(session: Any, chosen: list[Any], seconds: int, mutant: Mutant | None) ->
         if mutant:
             mutant.put()
         session.items = chosen
+        session.config.pluginmanager.unregister(name="terminalreporter")
         session.config.pluginmanager.register(Killer(killer))
         with contextlib.suppress(session.Failed):
             session.config.hook.pytest_runtestloop(session=session)
@@ -284,7 +285,7 @@ def page(title: str, total: int, text: int, mutants: list[Mutant], verdicts: dic
         f"| room | drawn | {' | '.join(kinds)} |",
         "|---|" + "---:|" * (1 + len(kinds)),
     ]
-    for room in (*ROOMS, "together"):
+    for room in (*dict.fromkeys(mutant.room for mutant in mutants), "together"):
         part = Counter(verdicts[mutant.name] for mutant in mutants if room in (mutant.room, "together"))
         lines.append(f"| {room} | {part.total()} | {' | '.join(str(part[kind]) for kind in kinds)} |")
     dead = len(mutants) - len(alive)
