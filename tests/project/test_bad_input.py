@@ -225,6 +225,10 @@ SAMPLING: dict[str, tuple[type[KalmanRLError], str, Call]] = {
     "stream's features": (ConfigError, "features: got Tensor", lambda: _stream().draw(step=0, features=GAINS)),
     "cost": (ConfigError, "budget: got 'x'", lambda: Price("x")),
     "gains": (ShapeError, "gains: got list", lambda: divide([[1.0]], 1, tensor([0]), tensor([1]))),
+    "a gain below 0 after a 0": (NumericError, "gains: got -1.0", lambda: divide(
+        tensor([[0.5, 0.0, -1.0]]), 1, tensor([0]), tensor([1]))),
+    "bounds of the second prompt": (ConfigError, "least, most: got 2 and 1 at prompt 1", lambda: divide(
+        torch.ones(2, 3), 3, tensor([0, 2]), tensor([3, 1]))),
     "least": (ShapeError, "least: got list", lambda: divide(GAINS, 1, [0], tensor([1]))),
     "no completion": (ConfigError, "n_max: got 0", lambda: gradient_gains(ONE, 0)),
     "signal": (ShapeError, "signal: got list", lambda: gradient_gains([0.2], 3)),

@@ -170,15 +170,16 @@ def _checked(gains: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor
         raise ShapeError(
             f"gains: got shape {tuple(gains.shape)}, expected (N, n_max), both >= 1; is the pool empty?"
         )
-    if not (gains.isfinite() & (gains >= 0)).all():
-        bad = gains[~(gains.isfinite() & (gains >= 0))][0].item()
-        raise NumericError(f"gains: got {bad}, expected finite numbers >= 0")
+    legal = gains.isfinite() & (gains >= 0)
+    if not legal.all():
+        raise NumericError(f"gains: got {gains[~legal][0].item()}, expected finite numbers >= 0")
     if least.shape != gains.shape[:1] or most.shape != gains.shape[:1]:
         raise ShapeError(
             f"least, most: got shapes {tuple(least.shape)}, {tuple(most.shape)}, expected ({len(gains)},)"
         )
-    if not ((least >= 0) & (least <= most) & (most <= gains.shape[1])).all():
-        i = int((~((least >= 0) & (least <= most) & (most <= gains.shape[1]))).nonzero()[0])
+    ordered = (least >= 0) & (least <= most) & (most <= gains.shape[1])
+    if not ordered.all():
+        i = int((~ordered).nonzero()[0])
         raise ConfigError(
             f"least, most: got {int(least[i])} and {int(most[i])} at prompt {i}, expected "
             f"0 <= least <= most <= {gains.shape[1]}"
