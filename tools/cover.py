@@ -27,6 +27,9 @@ PROJECT = tuple(
 )
 """Tests that walk over all rooms."""
 
+ELSEWHERE = {"sampling": "tests/instruments/test_report_data.py", "objectives": "tests/methods"}
+"""Tests of a room in another folder."""
+
 
 def tests_of(rooms: Sequence[str]) -> tuple[str, ...]:
     """What pytest collects: the tests and examples of the rooms, and what runs over all of them.
@@ -35,7 +38,7 @@ def tests_of(rooms: Sequence[str]) -> tuple[str, ...]:
     (('src/kalman_rl/beliefs', 'tests/beliefs'), 'tests/methods')
     """
     own = [f"{folder}/{room}" for room in rooms for folder in ("src/kalman_rl", "tests")]
-    return (*PROJECT, *own, *(["tests/methods"] if "objectives" in rooms else []))
+    return (*PROJECT, *own, *(test for room, test in ELSEWHERE.items() if room in rooms))
 
 
 class Cover:

@@ -130,3 +130,12 @@ def test_a_plan_has_the_settings_of_its_budget(allocation: str) -> None:
     )
     assert plain(tracking.plan(["a", "b"], step=2, total=7)) == plain(made)
     assert tracking.expected_counts(["a", "b"], step=2, total=7) == {"a": 4, "b": 3}
+
+
+def test_a_plan_made_before_sampling_says_so() -> None:
+    plan = RoundPlan(BetaBelief(), ["a", "b", "c"], step=0, total=2, weighting="equal", n_min=0, n_max=1)
+    told = [name for name, count in plan.next_round() or [] for _ in range(count)]
+    plan.tell(told, torch.ones(2))
+    assert plan.next_round() is None
+    reasons = dict(zip(["a", "b", "c"], plan.result().stop_reason))
+    assert reasons == {name: "planned" if name in told else "skipped" for name in reasons}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -90,6 +91,19 @@ def test_noisy_rewards_read_their_own_spread() -> None:
             runs.append(run_adaptive_sampling(env, KalmanPreferenceTracker(dim=4), n_max=64)[0])
         counts[noise] = sum(runs) / len(runs)
     assert counts[0.3] + 3 < counts[2.0]
+
+
+def test_the_posterior_of_real_rewards_in_closed_form() -> None:
+    rewards, strength, prior, noise = [0.2, 1.7, -0.4], 4.0, 0.5, 2.0
+
+    env = Scripted([torch.tensor(rewards, dtype=torch.float64)], torch.ones(1))
+    tracker = KalmanPreferenceTracker(1, Q_val=0.0, R_val=noise, P_val=prior, noise_strength=strength)
+    taken, history = run_adaptive_sampling(env, tracker, rounds=(3,), n_min=3, n_max=3)
+    pooled = (strength * noise + 2 * statistics.variance(rewards)) / (strength + 2)
+    precision = 1 / prior + 3 / pooled
+    assert taken == 3 and history[-1]["variance"] == pytest.approx(1 / precision)
+    assert history[-1]["mean"] == pytest.approx(sum(rewards) / pooled / precision)
+    assert history[-1]["criterion"] == pytest.approx(0.5 * math.log(noise * precision))
 
 
 def test_a_tracker_that_knows_the_prompt_needs_fewer_completions() -> None:
