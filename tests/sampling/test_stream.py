@@ -313,3 +313,9 @@ def test_a_batch_of_a_million_prompts_takes_at_most_20_ms() -> None:
         stream.draw(step=6 + step)
         took.append(time.process_time() - begun)
     assert min(took) < 0.020
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_some_of_is_drawn_from_the_generator_alone(count: int) -> None:
+    first, again = (some_of(20, count, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)

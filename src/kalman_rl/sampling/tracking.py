@@ -202,7 +202,7 @@ def fixed_groups(
     tracking.coverage.visit(prompts, step=step)
     known = ~reward.isnan()
     place = {name: i for i, name in enumerate(prompts)}
-    row = torch.tensor([place[name] for name in names], dtype=torch.long)
+    row = torch.tensor([place[name] for name in names])
     size = torch.bincount(row[known], minlength=len(prompts))
     mean = size.sum().double() / (size > 0).sum().clamp(min=1)
     weight = mean / size.clamp(min=1)[row] if equal else 1.0
