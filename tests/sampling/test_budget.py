@@ -139,3 +139,8 @@ def test_a_plan_made_before_sampling_says_so() -> None:
     assert plan.next_round() is None
     reasons = dict(zip(["a", "b", "c"], plan.result().stop_reason))
     assert reasons == {name: "planned" if name in told else "skipped" for name in reasons}
+
+
+def test_the_budget_among_the_settings_of_a_host() -> None:
+    settings = SimpleNamespace(allocation="rounds", rounds=[1, 3], budget=4.0, learning_rate=1e-6)
+    assert Budget.of(settings) == Budget(allocation="rounds", rounds=(1, 3), budget=4.0)

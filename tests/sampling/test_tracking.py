@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kalman_rl.beliefs import GaussianBelief
+from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.budget import Budget
 from kalman_rl.sampling.tracking import Tracking, fixed_groups, outcome_metrics
@@ -66,3 +67,24 @@ def test_the_interval_narrows_with_the_first_round() -> None:
     for known, inside in ((1, 1.0), (4, 0.0)):  # 0.3 beside 1.645 sqrt(0.01 + 0.04 / n): 0.37 and 0.23
         first = (["a"] * known, reward[:known])
         assert outcome_metrics(made, first, (value, new), tracking, 4)["belief/coverage_90"] == inside
+
+
+def test_what_was_passed_over_is_booked() -> None:
+    tracking = Tracking(GaussianBelief(), Budget())
+    made = fixed_groups(tracking, NAMES, REWARD, 3)
+    tracking.skipped = {"a", "x"}
+    tracking.note(made._replace(prompts=["a", "b", "c", "d"], tau=torch.tensor([2, 3, 1, 0])))
+    assert tracking.skipped == {"x", "d"}
+
+
+def test_a_checkpoint_has_a_stream_where_the_run_has_one() -> None:
+    streaming, plain = (
+        Tracking(GaussianBelief(), Budget(select="stream")),
+        Tracking(GaussianBelief(), Budget()),
+    )
+    streaming.open_stream(["a", "b"], 1)
+    for of, to, words in ((streaming, plain, "of a stream"), (plain, streaming, "without a stream")):
+        with pytest.raises(ConfigError, match=f"^select: got a checkpoint {words}"):
+            to.load_state_dict(of.state_dict())
+    with pytest.raises(RunError, match="^checkpoint: got no beliefs about prompts"):
+        plain.load_state_dict(None)
