@@ -11,6 +11,7 @@ from kalman_rl.beliefs import GaussianBelief
 from kalman_rl.errors import ConfigError, RunError
 from kalman_rl.numerics.kalman import Gaussian
 from kalman_rl.sampling.budget import Budget
+from kalman_rl.sampling.records import belief_record
 from kalman_rl.sampling.tracking import Tracking, fixed_groups, outcome_metrics
 
 NAN = math.nan
@@ -25,6 +26,7 @@ def test_groups_of_fixed_sizes(equal: bool, weight: list[float]) -> None:
     tracking, alone = Tracking(GaussianBelief(), Budget()), GaussianBelief()
     made = fixed_groups(tracking, NAMES, REWARD, 3, equal=equal)
     assert made.weight.tolist() == weight and made.weight.dtype == torch.float64
+    assert made.round.dtype == made.tau.dtype == torch.int64
     assert (made.prompts, made.tau.tolist(), made.round.tolist()) == (["a", "b", "c"], [2, 3, 1], [0] * 6)
     assert made.stop_reason == ["planned"] * 3 and made.price is None
     assert torch.equal(made.advantage, alone.advantages(NAMES, REWARD, step=3).advantage)
@@ -88,3 +90,19 @@ def test_a_checkpoint_has_a_stream_where_the_run_has_one() -> None:
             to.load_state_dict(of.state_dict())
     with pytest.raises(RunError, match="^checkpoint: got no beliefs about prompts"):
         plain.load_state_dict(None)
+
+
+def test_a_batch_written_down() -> None:
+    tracking = Tracking(GaussianBelief(), Budget())
+    made = fixed_groups(tracking, NAMES, REWARD, 3)
+    value = Gaussian(torch.tensor([0.5, 0.0, 0.5]), torch.full((3,), 0.01))
+    new = Gaussian(value.mean, torch.tensor([0.05, 0.26, 0.01]))
+    found = belief_record(tracking, made, (NAMES, REWARD), (value, new), {"a": "?"}, step=3, rows=16)
+    wanted = {
+        "id": ["a", "b", "c"], "n": [2, 3, 1], "reward": [0.5, 1.0, None], "mixed": "100", "mean": [0.5, 0.0, 0.5],
+        "sd": [0.1, 0.1, 0.1], "noise": [0.2, 0.5, 0.0], "rows": 16, "used": 6, "groups": 2, "informative": 1,
+        "judged": 2, "texts": {"a": "?", "b": "", "c": ""},
+    }  # fmt: skip
+    assert {name: found[name] for name in wanted} == wanted
+    later = belief_record(tracking, made, (NAMES, REWARD), (value, new), {}, step=4, rows=16)
+    assert "texts" not in later and "next" not in later
