@@ -192,7 +192,8 @@ class Judge:
         session.config.pluginmanager.unregister(self)
         items = {item.nodeid: item for item in session.items}
         if items.keys() - seconds_of_tests().keys():
-            raise SystemExit("mutants: cover has not run all tests, see make cover")
+            say("mutants: got tests that cover has not run, expected none; run make cover first")
+            return True
         lines, seconds = tests_of_lines(), seconds_of_tests()
         gc.collect()
         gc.freeze()
