@@ -39,6 +39,8 @@ def test_weights_that_make_every_prompt_count_the_same() -> None:
     names, reward = ["a", "b", "b", "b"], torch.tensor([1.0, 0.0, 1.0, 0.0])
     made = fixed_groups(Tracking(GaussianBelief(), Budget()), names, reward, 0, equal=True)
     assert made.weight.tolist() == pytest.approx([2.0, 2 / 3, 2 / 3, 2 / 3])
+    plain = fixed_groups(Tracking(GaussianBelief(), Budget()), names, reward, 0)
+    assert plain.weight.tolist() == [1.0] * 4
 
 
 def test_numbers_about_a_batch() -> None:
