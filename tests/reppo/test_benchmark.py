@@ -52,9 +52,10 @@ def test_the_same_command_makes_only_what_is_missing(tmp_path: Path, monkeypatch
     assert len(made) == 11 and made[2] == made[3] and len(set(made)) == 10  # the one that died was made again
     assert {steps for *_, steps in made} == {plan.TASKS["CartPole-v1"].steps}
     text = (tmp_path / "reppo.md").read_text()
-    assert "| CartPole-v1, 100k | reppo | 500, 501, 502, 503, 504 | 502.0 | 475 | met | 1 |" in text
-    (ax,) = report.draw(report.read(tmp_path / "ledger.jsonl"), tmp_path / "reppo.png").axes
+    assert "| CartPole-v1, 100k | reppo | 500, 501, 502, 503, 504 | 502.0 | 475 | met | 150.0 | 1 |" in text
+    (ax,) = report.draw(report.read(tmp_path / "ledger.jsonl"), ("reppo", "ppo"), tmp_path / "reppo.png").axes
     assert len(ax.lines) == 10 + 2 + 1 and (tmp_path / "reppo.png").exists()  # runs, medians, the bar
+    assert not (tmp_path / "ablations.png").exists()  # no task has every arm
 
 
 class Table:
