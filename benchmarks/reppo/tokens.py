@@ -9,8 +9,8 @@ An arm spends 8192 completions, 32 questions x 4 a step, one step of Adam each, 
     expected    sum over the top 8 tokens of grad pi(v) (Q(s, v) - V), V their mean under pi: no sampled token is used
 
 The critic of the last two is a copy of the model with HL-Gauss values per token, fitted to the reward at the sampled
-tokens; it learns alone for the first 8 steps. ``variance`` measures the four gradients on the same completions. Rates
-are chosen on seed 900, once per arm.
+tokens; it learns alone for the first 8 or 24 steps. ``variance`` measures the four gradients on the same completions.
+Rates are chosen on seed 900, once per arm.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ from kalman_rl.reppo.networks import HLGauss
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "reppo" / "tokens.jsonl"
 ARMS = ("GRPO", "tracked", "critic", "expected")
-RATES = (1e-4, 3e-4)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 TUNING, SEEDS = (900,), (0, 1, 2)
-QUESTIONS, GROUP, STEPS, TOP, WARM_UP = 32, 4, 64, 8, 8
+QUESTIONS, GROUP, STEPS, TOP = 32, 4, 64, 8
+ALONE = {"GRPO": (0,), "tracked": (0,), "critic": (8, 24), "expected": (8, 24)}
+"""Steps in which the critic learns and the policy waits; tried are both."""
 
 
 class TokenCritic(nn.Module):
@@ -156,15 +158,15 @@ def begin(world: World, seed: int) -> tuple[CausalPolicy, Pool, torch.Generator,
     )
 
 
-def train(world: World, arm: str, rate: float, seed: int) -> dict[str, Any]:
-    """One run: exact accuracy on the pool every eight steps, and held out at the end."""
+def train(world: World, arm: str, rate: float, seed: int, alone: int) -> dict[str, Any]:
+    """One run, the critic alone at first: exact accuracy on the pool every eight steps, and held out at the end."""
     policy, pool, generator, critic, belief = begin(world, seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
     curve = [policy.success(pool.rows).mean().item()]
     for step, rows in zip(range(STEPS), batches(pool, seed)):
         names = [row["prompt_id"] for row in rows]
         replies = policy.sample(rows, generator)
-        if step >= WARM_UP or arm in ("GRPO", "tracked"):
+        if step >= alone:
             loss = loss_of(arm, policy, replies, names, critic=critic, belief=belief, step=step)
             optimizer.zero_grad()
             loss.backward()
@@ -177,7 +179,7 @@ def train(world: World, arm: str, rate: float, seed: int) -> dict[str, Any]:
         if (step + 1) % 8 == 0:
             curve.append(policy.success(pool.rows).mean().item())
     held_out = policy.success(pool.held_out).mean().item()
-    return {"arm": arm, "rate": rate, "seed": seed, "curve": curve, "held_out": held_out}
+    return {"arm": arm, "rate": rate, "seed": seed, "alone": alone, "curve": curve, "held_out": held_out}
 
 
 def variance(world: World, seed: int, *, warm: int = 48, number: int = 32) -> dict[str, Any]:
@@ -228,13 +230,11 @@ def _flat(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-def best_rate(rows: list[dict[str, Any]], arm: str) -> float:
+def best_rate(rows: list[dict[str, Any]], arm: str, alone: int) -> float:
     """The rate with the highest mean of the curve on the tuning seeds."""
+    mine = [row for row in rows if (row.get("arm"), row.get("alone")) == (arm, alone)]
     tried = {
-        rate: [
-            sum(r["curve"]) for r in rows if r.get("arm") == arm and r["rate"] == rate and r["seed"] in TUNING
-        ]
-        for rate in RATES
+        rate: [sum(r["curve"]) for r in mine if r["rate"] == rate and r["seed"] in TUNING] for rate in RATES
     }
     return max(RATES, key=lambda rate: sum(tried[rate]) / max(len(tried[rate]), 1))
 
@@ -264,11 +264,12 @@ def main() -> None:
     for seed in SEEDS:
         if not any(row.get("kind") == "variance" and row["seed"] == seed for row in known()):
             keep(variance(world, seed))
-    for arm in ARMS:
+    for arm, alone in ((name, steps) for name in ARMS for steps in ALONE[name]):
         for seed, rates in [(s, RATES) for s in TUNING] + [(s, None) for s in SEEDS]:
-            for rate in rates or [best_rate(known(), arm)]:
-                if not any(r.get("arm") == arm and (r["rate"], r["seed"]) == (rate, seed) for r in known()):
-                    keep(train(world, arm, rate, seed))
+            for rate in rates or [best_rate(known(), arm, alone)]:
+                run = {"arm": arm, "rate": rate, "seed": seed, "alone": alone}
+                if not any(run.items() <= row.items() for row in known() if "arm" in row):
+                    keep(train(world, arm, rate, seed, alone))
 
 
 if __name__ == "__main__":

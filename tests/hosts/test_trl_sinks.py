@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("trl")
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import WandbCallback
+from transformers.trainer_callback import CallbackHandler
 
 from kalman_rl.errors import ConfigError
 from kalman_rl.hosts.trl import SafeSink, make_sinks, sinks
@@ -167,3 +169,11 @@ def test_the_trackers_of_the_trainer_class_end_nothing(
         made.train()
     assert made.state.global_step == 2
     assert caplog.text.count("report_to: wandb failed in on_step_end (SystemExit: 7)") == 1
+
+
+def test_a_guarded_tracker_is_found_by_its_class() -> None:
+    handler = CallbackHandler([TrainerCallback()], None, None, None, None)
+    handler.callbacks = [SafeSink(WandbCallback.__new__(WandbCallback), "wandb")]
+    assert isinstance(handler.callbacks[0], WandbCallback)
+    guarded = handler.pop_callback(WandbCallback)
+    assert type(guarded) is SafeSink and not handler.callbacks

@@ -41,18 +41,24 @@ class SafeSink(TrainerCallback):
         self, callback: TrainerCallback, name: str = "", say: Callable[[str], None] | None = None
     ) -> None:
         self.callback: TrainerCallback | None = callback
-        self.name = name or type(callback).__name__
+        self.name, self._kind = name or type(callback).__name__, type(callback)
         self.say = say or _warn
         self._failures, self._used = 0, 0.0
         self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The tracker's, so that ``trainer.remove_callback(WandbCallback)`` finds it."""
+        return self._kind
+
     def set_up(self, make: Callable[[], TrainerCallback]) -> bool:
         """Take the tracker that ``make`` gives, in the thread where it is then called; False where there is none."""
 
         def take() -> None:
             self.callback = make()
+            self._kind = type(self.callback)
 
         failure = self._failure_of(take, LONG)
         if failure:
