@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -14,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kalman_rl.beliefs import BELIEFS, Belief, GaussianBelief, RegressionBelief, make_belief
+from kalman_rl.beliefs import (
+    BELIEFS,
+    Belief,
+    BetaBelief,
+    GaussianBelief,
+    RegressionBelief,
+    SPOBelief,
+    make_belief,
+)
+from kalman_rl.beliefs.base import SAME_FEATURES, prompt_features
 from kalman_rl.beliefs.groups import sum_of_others
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 
@@ -342,6 +352,44 @@ def test_a_state_with_nan_is_refused() -> None:
         belief.load_state_dict(state)
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two states or results hold equal numbers of equal types."""
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(part, other[key]) for key, part in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other) and type(one) is type(other)
+
+
+@each
+@pytest.mark.parametrize("real", [False, True])
+def test_torchs_default_type_changes_no_number(name: str, real: bool) -> None:
+    ids, reward = batch(50)
+    given, found = features_of(name, ids), []
+    asking = {"step": 20, **given}
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            new, belief = MAKERS[name](), trained(name, 4, real)
+            asked = [
+                (
+                    one.predict(ids, **asking),
+                    one.predictive(ids, **asking),
+                    one.advantages(ids, reward, **asking),
+                )
+                for one in (new, belief)
+            ]
+            late = belief.update(ids, reward, step=2, part=1, **given)
+            restored = MAKERS[name]()
+            restored.load_state_dict(copy.deepcopy(belief.state_dict()))
+            found.append((asked, late, belief.state_dict(), restored.state_dict()))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert same(found[0], found[1]) and same(found[0], found[2]) and same(found[0][2], found[0][3])
+
+
 # ---- bad input
 
 
@@ -389,6 +437,25 @@ def test_bad_features_change_nothing(features: Tensor, error: type[Exception], m
     assert snapshot(belief) == before
 
 
+def test_features_of_a_prompt_are_its_first_row() -> None:
+    """Rows of one prompt may differ by the rounding of bfloat16; they come out as float32 at least."""
+    rows = 1 + torch.rand(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    index = torch.tensor([1, 0, 1, 2, 0, 1])
+    rows = rows[index] * torch.tensor([1.0, 1.0, 1.01, 1.0, 0.99, 1.0], dtype=torch.float64)[:, None]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        given = rows.to(dtype).requires_grad_()
+        found = prompt_features(given, index, 3)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.equal(found, given.detach()[[1, 0, 3]].to(found.dtype)) and not found.requires_grad
+    for factor, legal in ((1 + 0.99 * SAME_FEATURES, True), (1 + 1.01 * SAME_FEATURES, False)):
+        pair = torch.stack((rows[0], factor * rows[0]))
+        if legal:
+            prompt_features(pair, torch.zeros(2, dtype=torch.long), 1)
+        else:
+            with pytest.raises(NumericError, match="^features: got row 1 different"):
+                prompt_features(pair, torch.zeros(2, dtype=torch.long), 1)
+
+
 def test_names_and_options() -> None:
     with pytest.raises(ConfigError, match="did you mean 'gaussian'"):
         make_belief("gausian")
@@ -409,6 +476,65 @@ def test_names_and_options() -> None:
     ):
         with pytest.raises((ConfigError, NumericError), match=f"{next(iter(options))}.*got"):
             make_belief(name, **options)
+
+
+DEFAULTS: list[tuple[type, dict[str, Any]]] = [
+    (
+        GaussianBelief,
+        {"process_noise": 1e-3, "observation_noise": "auto", "mean": 0.5, "variance": 0.25, "scale": True},
+    ),
+    (
+        BetaBelief,
+        {"forgetting": (1.0, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8), "prior": None, "scale": True},
+    ),
+    (SPOBelief, {"rho": None, "half": 0.06, "low": 0.875, "high": 0.96, "scale": True}),
+    (
+        RegressionBelief,
+        {
+            "dimension": 64,
+            "process_noise": (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+            "prior_variance": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 1.0),
+            "forgetting": 0.98,
+            "scale": True,
+            "seed": 0,
+            "expected_noise": False,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "want"), DEFAULTS)
+def test_what_is_left_out(kind: type, want: dict[str, Any]) -> None:
+    """A default that changes, changes every run that relied on it."""
+    assert {name: one.default for name, one in signature(kind).parameters.items()} == want
+
+
+GIVEN: list[tuple[type, dict[str, Any]]] = [
+    (GaussianBelief, {"process_noise": 0.3, "observation_noise": 0.7, "mean": 0.1, "variance": 0.9}),
+    (BetaBelief, {"forgetting": [0.7, 0.3], "prior": (0.3, 0.7)}),
+    (SPOBelief, {"rho": 0.3, "half": 0.1, "low": 0.3, "high": 0.9}),
+    (
+        RegressionBelief,
+        {"dimension": 3, "process_noise": [0.1, 0.3], "prior_variance": [0.1, 0.7, 0.9], "forgetting": 0.7}
+        | {"seed": 5, "expected_noise": True},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "given"), GIVEN)
+def test_settings_are_kept_to_the_last_digit(kind: type, given: dict[str, Any]) -> None:
+    """A saved state names them all, and a belief with any other setting refuses it."""
+    belief = kind(**given)
+    state = belief.state_dict()
+    assert state["options"] == given
+    assert repr(belief).endswith(
+        f"({', '.join(f'{name}={given[name]!r}' for name in state['options'])}), prompts: 0>"
+    )
+    for name in given:
+        default = signature(kind).parameters[name].default
+        other = kind(**{**given, name: default})
+        with pytest.raises(ConfigError, match="^belief state: got options .*build the belief with"):
+            other.load_state_dict(state)
 
 
 # ---- scales

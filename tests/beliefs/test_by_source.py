@@ -76,3 +76,53 @@ def test_sources_of_a_dataset() -> None:
     with pytest.raises(ConfigError, match="^sources: got"):
         again.load_state_dict([("maths", 5)])
     assert again(1) == "maths"
+
+
+def test_features_go_with_their_prompts() -> None:
+    """Every answer is that of one belief a source, each given its own rows."""
+    make = lambda: RegressionBelief(dimension=3)  # noqa: E731
+    both, alone = BySource(make, lambda name: name[0]), {"x": make(), "y": make()}
+    generator = torch.Generator().manual_seed(0)
+    ids = [f"{'xy'[i % 3 == 0]}{i % 8}" for i in range(24)]
+    prompts = torch.randn(10, 5, generator=generator)
+    features = prompts[[int(name[1]) for name in ids]]
+    for step in range(4):
+        reward = torch.randn(24, generator=generator)
+        for own, belief in alone.items():
+            rows = [i for i, name in enumerate(ids) if name[0] == own]
+            mine, given = [ids[i] for i in rows], {"step": step, "features": features[rows]}
+            found = both.advantages(ids, reward, step=step, features=features)
+            want = belief.advantages(mine, reward[rows], **given)
+            assert torch.equal(found.advantage[rows], want.advantage)
+            assert (
+                torch.equal(found.baseline[rows], want.baseline) and (found.scale[rows] == want.scale).all()
+            )
+            for what in ("predict", "predictive"):
+                found = getattr(both, what)(ids, step=step, features=features)
+                for a, b in zip(found, getattr(belief, what)(mine, **given)):
+                    assert torch.equal(a[rows], b)
+        seen = both.update(ids, reward, step=step, features=features, part=1)
+        for own, belief in alone.items():
+            rows = [i for i, name in enumerate(ids) if name[0] == own]
+            want = belief.update(
+                [ids[i] for i in rows], reward[rows], step=step, features=features[rows], part=1
+            )
+            places = [seen.ids.index(name) for name in want.ids]
+            for a, b in zip(seen[1:], want[1:]):
+                assert torch.equal(a[places], b)
+    assert len(both) == sum(map(len, alone.values())) and repr(both).endswith("sources: 2, prompts: 16>")
+    assert {own: belief.state_dict() for own, belief in both.sources.items()}.keys() == alone.keys()
+    for own, belief in alone.items():
+        assert repr(both.sources[own].state_dict()) == repr(belief.state_dict())
+
+
+def other() -> BySource:
+    """A belief that is none of a table."""
+    return BySource(RegressionBelief, str)
+
+
+def test_a_belief_of_another_kind_takes_no_source() -> None:
+    with pytest.raises(
+        ConfigError, match="^source: got one with belief 'tests.beliefs.test_by_source:other', a BySource"
+    ):
+        make_belief("tests.beliefs.test_by_source:other", source=str)

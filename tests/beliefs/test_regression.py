@@ -136,6 +136,25 @@ def test_first_batch_is_shrunk_to_the_other_prompts(seed: int) -> None:
         )
 
 
+def test_a_first_batch_of_single_rewards_is_half_spread_half_noise() -> None:
+    """Nothing tells them apart then; prompts without a reward inform nobody."""
+    reward = torch.tensor([1.0, math.nan, 0.0, 5.0, math.nan, -2.0], dtype=DOUBLE)
+    prior = leave_one_out_prior(group_rewards(list("abcdef"), reward), 0.7)
+    for i in range(6):
+        others = reward[(torch.arange(6) != i) & reward.isfinite()]
+        found = prior.value.mean[i], prior.value.variance[i], prior.noise[i]
+        torch.testing.assert_close(found, (others.mean(), others.var() / 2, others.var()))
+    nobody = leave_one_out_prior(group_rewards(["a"], reward[:1]), 0.7)
+    assert (nobody.value.mean.item(), nobody.value.variance.item(), nobody.noise.item()) == (
+        0.7,
+        math.inf,
+        1.0,
+    )
+    pair = leave_one_out_prior(group_rewards(["a", "b", "b"], torch.tensor([3.0, 1.0, 2.0])), 0.7)
+    assert pair.value.mean.tolist() == [1.5, 3.0] and pair.value.variance.tolist() == [math.inf, math.inf]
+    assert pair.noise[0].item() == pytest.approx(0.5) and pair.noise[1].item() == pytest.approx(1e-12)
+
+
 def test_first_batch_limits() -> None:
     alone = RegressionBelief().advantages(["a"] * 3, torch.tensor([1.0, 0.0, 0.0]), step=0)
     torch.testing.assert_close(alone.advantage, torch.tensor([1.0, -0.5, -0.5], dtype=DOUBLE))  # RLOO

@@ -50,10 +50,7 @@ def make_belief(
         for option in options:
             if option not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
                 raise unknown_option("belief", name, option, known)
-        try:
-            return BELIEFS.built(name, **options)
-        except TypeError as error:
-            raise ConfigError(f"options of belief {quote(name)}: {error}") from error
+        return BELIEFS.built(name, **options)
 
     if source is not None and not callable(source):
         raise ConfigError(

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from kalman_rl.checks import expect, is_whole, saved
-from kalman_rl.errors import ConfigError
 
 MEMORY = 0.997
 """Forgetting of the evidence per step."""
@@ -55,16 +54,13 @@ class Evidence:
 
     def checked(self, state: Any) -> Evidence:
         """A new one from a saved state. Raises: ConfigError if it is of another shape."""
-        if (
-            not isinstance(state, dict)
-            or getattr(state.get("log_likelihood"), "shape", None) != self.log_likelihood.shape
-        ):
-            raise ConfigError(f"belief state: expected evidence of shape {tuple(self.log_likelihood.shape)}")
         found, step = saved("belief state", state, "log_likelihood", "last_step")
-        expect("belief state", "log_likelihood", is_finite(found), found, "finite float64")
+        shape = tuple(self.log_likelihood.shape)
+        legal = is_finite(found, *shape)
+        expect("belief state", "log_likelihood", legal, found, f"finite float64 of shape {shape}")
         expect("belief state", "last_step", step is None or is_whole(step), step, "a step or None")
-        new = Evidence(state["log_likelihood"].clone(), self.memory)
-        new.last_step = state["last_step"]
+        new = Evidence(found.clone(), self.memory)
+        new.last_step = step
         return new
 
 
