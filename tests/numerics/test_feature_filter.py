@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kalman_rl import KalmanPreferenceTracker
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
+from kalman_rl.kernels import jit
 from tests.oracles.gram import prefix_predictions
 
 NAN = math.nan
@@ -166,6 +167,36 @@ def test_wide_features_are_projected_and_narrow_ones_kept() -> None:
     ridge.update(x[:, :3], y)
     torch.testing.assert_close(narrow.mean[:3], ridge.mean, rtol=1e-9, atol=1e-11)
     assert (narrow.mean[3:] == 0).all() and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("width", [2, 4, 9])
+def test_compiled_updates_equal_those_by_qr(
+    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows than one decomposition takes, some masked, some missing, some none at all."""
+    fast, plain_one = (
+        KalmanPreferenceTracker(4, Q_val=0.1, R_val=0.7, P_val=2.0, dtype=dtype) for _ in range(2)
+    )
+    x, y = normal(150, width), normal(150, seed=1)
+    y[3] = NAN
+    mask = torch.rand(150, generator=torch.Generator().manual_seed(2)) > 0.1
+    close = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    for rows, given in ((slice(0, 1), None), (slice(0, 150), mask), (slice(5, 9), ~mask & mask)):
+        seen = []
+        for tracker, off in ((fast, ""), (plain_one, "1")):
+            monkeypatch.setenv(jit.SWITCH, off)
+            seen.append(tracker.update(x[rows], y[rows], None if given is None else given[rows]))
+            tracker.predict(2.0)
+            assert all(part.dtype == torch.float64 for part in seen[-1])
+        for one, other in zip(*seen):
+            torch.testing.assert_close(one, other, **close)
+        same_state(fast, plain_one, **close)
+        torch.testing.assert_close(fast.information(), plain_one.information(), **close)
+        torch.testing.assert_close(fast.predictive(x[:3]), plain_one.predictive(x[:3]), **close)
+        assert fast.state_dict()["seen"] == plain_one.state_dict()["seen"]
+    nobody = fast.loo_residuals(x[:4], y[:4], torch.zeros(4, dtype=torch.bool))
+    assert nobody.dtype == torch.float64 and nobody.tolist() == [0.0] * 4
 
 
 def soak(updates: int) -> None:

@@ -117,6 +117,14 @@ def test_every_way_of_computing_it_agrees(monkeypatch, width: int, kept: int, nu
     assert project(x[:0]).shape == (0, 3, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_projected_too(dtype: torch.dtype) -> None:
+    project, x = SRHT(12, 5), normal(20, 12).to(dtype)
+    got = project(x)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), project(x.double()), rtol=0.02, atol=0.02)
+
+
 def test_the_matrix_follows_a_loaded_state() -> None:
     one, other, x = SRHT(100, 8, seed=1), SRHT(100, 8, seed=2), normal(32, 100)
     other(x)  # remembers its matrix

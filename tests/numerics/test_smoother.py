@@ -19,6 +19,7 @@ from kalman_rl.numerics import state_space, wiener
 from kalman_rl.numerics.curve import smooth_curve
 from kalman_rl.numerics.smoother import (
     likely_noise,
+    noise_sums,
     prepared,
     smoothing_matrix,
     wiener_filter,
@@ -289,12 +290,86 @@ def test_the_noise_is_found() -> None:
     assert likely_noise(torch.arange(9.0)[None] / 7) is None
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("integral", [False, True])
+def test_the_noise_at_a_known_ratio_is_that_of_a_dense_gaussian(order: int, integral: bool) -> None:
+    """R = (y - m)' S^-1 (y - m) / (observed - order), with S for R = 1."""
+    times, y, noise = made(order + 30)
+    seen = np.arange(T) >= integral
+    seen[4] = False
+    data = functionals(order, times, derivative=-1 if integral else 0, knots=times)[seen]
+    want = posterior(data, data, y[seen], noise[seen], 0.7).quadratic / (seen.sum() - order)
+    given = row(y), torch.tensor(times), row(seen)
+    options = {"relative_noise": row(noise), "order": order, "integral": integral}
+    found = likely_noise(*given, **options, noise_ratio=0.7)
+    assert found is not None
+    assert found.log_shape == pytest.approx(math.log(0.7)) and found.scale == pytest.approx(want, rel=1e-7)
+    free = likely_noise(*given, **options)
+    again = likely_noise(*given, **options, noise_ratio=math.exp(free.log_shape))
+    assert again.scale == pytest.approx(free.scale, rel=0.01)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_sums_of_many_series_are_the_sums_of_each(shared: bool) -> None:
+    """More series than fit into one pass, with times and holes of their own or shared ones."""
+    rng = np.random.default_rng(0)
+    y, noise = torch.from_numpy(rng.normal(size=(90, 5))), torch.from_numpy(rng.uniform(0.5, 2, (90, 5)))
+    times = torch.from_numpy(rng.uniform(0.5, 1.5, (1 if shared else 90, 5)).cumsum(1))
+    times = times / times.diff(dim=1).mean(1, keepdim=True)  # one unit for all
+    mask = torch.from_numpy(rng.random((90, 5)) < 0.9)
+    mask[:, :3] = True
+    whole, ratios = noise_sums(y, times, mask, relative_noise=noise)
+    parts = torch.zeros_like(whole)
+    for k in range(0, 90, 15):
+        part = slice(k, k + 15)
+        own = noise_sums(y[part], times if shared else times[part], mask[part], relative_noise=noise[part])
+        torch.testing.assert_close(own[1], ratios)
+        parts += own[0]
+    torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-9)
+    assert whole[0] == mask.sum() - 180
+
+
 def test_bands_hold_the_truth() -> None:
     path, y = drawn(0.01, 1.0, 200, 60)
     belief = wiener_smoother(y, process_noise=0.01)
     inside = (belief.mean - path).abs() <= 1.96 * belief.variance.diagonal(dim1=-2, dim2=-1).sqrt()
     share = inside.double().mean((0, 1))
     assert ((share - 0.95).abs() < 0.01).all()  # 12000 values, correlated in each series
+
+
+@pytest.mark.parametrize(("length", "most"), [(9, 400), (11, 11), (11, 4), (23, 9)])
+def test_a_curve_is_a_mixture_of_dense_gaussians(length: int, most: int) -> None:
+    """One for every smoothness, with its own noise, weighed by its likelihood; neighbours are averaged before."""
+    rng = np.random.default_rng(length + most)
+    steps, values = np.cumsum(rng.uniform(0.5, 2.0, length)) + 40, 3 + np.cumsum(rng.normal(size=length))
+    curve = smooth_curve(steps.tolist(), values.tolist(), most=most)
+    parts = np.array_split(np.arange(length), min(length, most))
+    at, y = (np.array([data[part].mean() for part in parts]) for data in (steps, values))
+    noise, n, step = (
+        np.array([1 / len(part) for part in parts]),
+        len(parts),
+        (at[-1] - at[0]) / (len(parts) - 1),
+    )
+    time = (at - at[0]) / step
+    data, slopes = (functionals(2, time, derivative=k, knots=time) for k in (0, 1))
+    logs, lines = [], []
+    for log_ratio in np.arange(6.0, -4 * math.log(n) - math.log(10) / 3, -math.log(10) / 3):
+        found = [posterior(target, data, y, noise, math.exp(log_ratio)) for target in (data, slopes)]
+        scale = found[0].quadratic / (n - 2)
+        logs.append(-((n - 2) * math.log(scale) + found[0].log_determinant) / 2)
+        lines.append([(one.mean, scale * np.diag(one.covariance)) for one in found])
+    weight = np.exp(np.array(logs) - max(logs))
+    weight[weight < 1e-3 * weight.sum()] = 0.0
+    mean, variance = np.einsum("g,gkmt->mkt", weight / weight.sum(), np.array(lines))
+    means = np.array(lines)[:, :, 0]
+    half = 1.6448536 * np.sqrt(variance + np.einsum("g,gkt->kt", weight / weight.sum(), (means - mean) ** 2))
+    np.testing.assert_allclose(curve.step, at, rtol=1e-12)
+    for k, name in enumerate(("mean", "slope")):
+        unit = step if k else 1.0
+        np.testing.assert_allclose(getattr(curve, name), mean[k] / unit, rtol=1e-6, atol=1e-7)
+        for side, bound in ((-1, "low"), (1, "high")):
+            got = getattr(curve, bound if name == "mean" else f"slope_{bound}")
+            np.testing.assert_allclose(got, (mean[k] + side * half[k]) / unit, rtol=1e-6, atol=1e-7)
 
 
 def test_a_curve_for_people() -> None:
@@ -342,6 +417,11 @@ BAD: dict[str, tuple[type[KalmanRLError], str, Callable[[], Any]]] = {
         NumericError,
         "times: got nan",
         lambda: wiener_smoother(Y, torch.tensor([0.0, 1.0, math.nan, 2.0, 3.0]), process_noise=1.0),
+    ),
+    "steps that no float64 holds": (
+        NumericError,
+        "times: got steps from 1e-200 to 1e-200, expected powers of them that a float64 holds; give times",
+        lambda: wiener_smoother(Y, 1e-200 * torch.arange(5, dtype=torch.float64), process_noise=1.0),
     ),
     "too few times": (
         ShapeError,
