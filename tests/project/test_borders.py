@@ -15,6 +15,7 @@ import torch
 
 from kalman_rl.beliefs import BetaBelief, GaussianBelief, RegressionBelief, SPOBelief
 from kalman_rl.beliefs.ridge import Ridge
+from kalman_rl.beliefs.table import PARTS
 from kalman_rl.errors import KalmanRLError
 from kalman_rl.numerics import smoother, wiener
 from kalman_rl.numerics.feature_filter import KalmanPreferenceTracker
@@ -132,6 +133,8 @@ RANGES: list[tuple[Callable[..., Any], dict[str, str]]] = [
     (lambda b: BetaBelief(prior=(1.0, b)), {"b": "(0, inf)"}),
     (GaussianBelief, {"process_noise": "[0, inf)", "observation_noise": "(0, inf)", "mean": "(-inf, inf)",
                       "variance": "[0, inf]"}),
+    (lambda step: GaussianBelief().predict(["a"], step=step), {"step": f"[0 .. {2**63 // PARTS - 1}]"}),
+    (lambda part: GaussianBelief().update(["a"], PAIR[:1], step=1, part=part), {"part": f"[0 .. {PARTS - 1}]"}),
     (lambda q: RegressionBelief(process_noise=[q, 1.0]), {"q": "[0, inf)"}),
     (lambda v: RegressionBelief(prior_variance=[v, 1.0]), {"v": "(0, inf)"}),
     (RegressionBelief, {"forgetting": "(0, 1]", "dimension": "[1 .. ]", "seed": "[0 .. ]"}),
@@ -163,6 +166,9 @@ RANGES: list[tuple[Callable[..., Any], dict[str, str]]] = [
     (lambda total: divide.divide(torch.rand(2, 2), total, LEAST, MOST), {"total": "[2 .. 4]"}),
     (lambda price: divide.divide_at_price(torch.rand(2, 2), price, LEAST, MOST), {"price": "[0, inf)"}),
 ]  # fmt: skip
+WORDED = "(?s)^(?!None).+: got .+, expected (?!None\\Z)."
+"""What every error says: the argument, what came, what would have been right."""
+
 CASES = [(make, name, text) for make, named in RANGES for name, text in named.items()]
 
 
@@ -198,5 +204,5 @@ def test_the_ends_of_a_range(make: Callable[..., Any], name: str, text: str) -> 
     for value in taken:
         make(**{name: value})
     for value in refused:
-        with pytest.raises(KalmanRLError):
+        with pytest.raises(KalmanRLError, match=WORDED):
             make(**{name: value})
