@@ -85,7 +85,7 @@ class Balance:
                 limits = "0 <= low <= low_end <= 1" if name == "low" else "1 <= high <= high_end < inf"
                 got = f"{ends[1]}, {ends[2]}, step {step}"
                 raise NumericError(
-                    f"{name}, {name}_end: got {got}, expected {limits} and a finite step > 0 with at most "
+                    f"{name}, {name}_end: got {got}, expected {limits} and a finite step > 0 with fewer than "
                     f"{MAX_POINTS} steps in between"
                 )
         Clip(1 - self.low, self.high - 1, self.dual)

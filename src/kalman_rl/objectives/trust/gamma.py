@@ -62,6 +62,6 @@ class Gamma:
         steps = log_weight.clamp(-LOG_WEIGHT_CAP, LOG_WEIGHT_CAP)
         whole = total(steps).clamp(LOG_FLOOR, LOG_WEIGHT_CAP)
         good = advantage >= 0
-        power = torch.where(good, self.positive_power, self.negative_power).to(whole)
-        decay = torch.where(good, self.positive_decay, self.negative_decay).to(whole)
+        power = torch.where(good, whole.new_tensor(self.positive_power), self.negative_power)
+        decay = torch.where(good, whole.new_tensor(self.positive_decay), self.negative_decay)
         return (decay + power * whole - decay * whole.exp()).exp()
