@@ -89,8 +89,8 @@ class AutoFiltered:
         return self.start(logp, rollouts)
 
     def initial(self) -> Tensor:
-        """The state before the first step: zeros (67,), float64."""
-        return torch.zeros(1 + 2 * len(LOG_GRID), dtype=torch.float64)
+        """The state before the first step: zeros (67,), float64, on the CPU."""
+        return torch.zeros(1 + 2 * len(LOG_GRID), dtype=torch.float64, device="cpu")
 
     def statistics(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
         """Sums over the innovations of this part of a step, float64 (67,), additive over parts.

@@ -93,8 +93,8 @@ class RobustFiltered:
         return Ratio(log_ratio, torch.where(rollouts.mask, mean, 0.0).to(log_ratio.dtype), info)
 
     def initial(self) -> Tensor:
-        """The state before the first step: zeros (256,), float64."""
-        return torch.zeros(BINS, dtype=torch.float64)
+        """The state before the first step: zeros (256,), float64, on the CPU."""
+        return torch.zeros(BINS, dtype=torch.float64, device="cpu")
 
     def statistics(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
         """Histogram (256,), float64, of log |l_t - l_{t-1}| over neighbouring tokens, additive over parts.

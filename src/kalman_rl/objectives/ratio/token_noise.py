@@ -211,8 +211,8 @@ class NoiseFiltered:
         return Ratio(log_ratio, torch.where(rollouts.mask, state.mean, 0.0), info)
 
     def initial(self) -> Tensor:
-        """The state before the first step: zeros (77,), float64."""
-        return torch.zeros(1 + 2 * len(LOG_GRID), dtype=torch.float64)
+        """The state before the first step: zeros (77,), float64, on the CPU."""
+        return torch.zeros(1 + 2 * len(LOG_GRID), dtype=torch.float64, device="cpu")
 
     def statistics(self, logp: Tensor, rollouts: Rollouts) -> Tensor:
         """Sums over the behaviour policy's noise in this part of a step, float64 (77,), additive over parts; zeros
