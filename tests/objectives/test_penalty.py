@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from kalman_rl.errors import ConfigError, NumericError
 from kalman_rl.objectives.penalty import KL, k1, k2, k3
 from kalman_rl.objectives.rollouts import Rollouts
+from tests.oracles.batches import make_batch
 
 THETA = torch.tensor([0.4, -1.1, 0.0, 0.9, -0.3], dtype=torch.float64)
 REFERENCE = torch.log_softmax(torch.tensor([0.1, -0.6, 0.5, 0.2, 0.0], dtype=torch.float64), 0)
@@ -129,3 +131,28 @@ def test_without_reference() -> None:
 def test_coefficient_out_of_range(bad: float) -> None:
     with pytest.raises(NumericError, match=rf"^coefficient: got {bad}, expected"):
         KL(bad)
+
+
+@pytest.mark.parametrize("estimator", [k1, k2, k3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_weight_of_a_sequence_is_its_geometric_mean(estimator: Any, packed: bool) -> None:
+    """By loops: ``beta exp(mean of logp - logp_old) estimator(d)``, gradient through the estimate alone."""
+    batch = make_batch(2)
+    segment = (torch.arange(9) // 5).expand(6, 9) if packed else None
+    rollouts, logp = (
+        batch.rollouts(segment=segment),
+        torch.where(batch.mask, batch.logp, 0.0).requires_grad_(),
+    )
+    found = KL(0.3, estimator, importance_weighted=True, level="sequence")(logp, rollouts)
+    index = rollouts.sequence_index
+    for i, t in batch.mask.nonzero().tolist():
+        same = batch.mask & (index == index[i, t])
+        weight = math.exp((logp - batch.logp_old)[same].mean().item())
+        d = (batch.reference - logp)[i, t]
+        assert found[i, t].item() == pytest.approx(0.3 * weight * estimator(d).item(), rel=1e-9)
+    assert not found[~batch.mask].any()
+
+
+def test_another_level_is_refused() -> None:
+    with pytest.raises(ConfigError, match="^level: got 'geometric', expected token or sequence$"):
+        KL(level="geometric")  # type: ignore[arg-type]

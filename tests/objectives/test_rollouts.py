@@ -226,5 +226,14 @@ def test_unknown_names_point_at_the_nearest() -> None:
     assert "did you mean" not in str(unknown_name("method", "zzzzzz", ["kpo", "grpo"]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_whose_sum_is_beyond_the_type_are_finite_numbers(dtype: torch.dtype) -> None:
+    values, mask = (
+        torch.full((2, 3), torch.finfo(dtype).min, dtype=dtype),
+        torch.tensor([[1, 1, 0], [1, 1, 1]]),
+    )
+    assert torch.equal(masked_logp("logp", values, mask.bool()), torch.where(mask.bool(), values, 0.0))
+
+
 def test_no_mask_means_all_trained() -> None:
     assert Rollouts(torch.zeros(2, 3)).mask.tolist() == [[True] * 3] * 2

@@ -47,7 +47,7 @@ def mismatch(rollouts: Rollouts, level: Level) -> Tensor:
         return difference
     total = rollouts.per_sequence_sum(difference)
     if level == "geometric":
-        total = total / rollouts.lengths.clamp(min=1.0)
+        total = total / rollouts.lengths
     return torch.where(rollouts.mask, total, 0.0)
 
 

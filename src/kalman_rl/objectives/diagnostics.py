@@ -48,18 +48,18 @@ def joined(parts: Tensor) -> Tensor:
 
 def mean(sums: Tensor) -> Tensor:
     """Mean; 0 if there are no tokens."""
-    return sums[..., 1] / sums[..., 0].clamp(min=1e-300)
+    return sums[..., 1] / sums[..., 0].clamp(min=1.0)
 
 
 def variance(sums: Tensor) -> Tensor:
     """Population variance. In float64 it is right to a part in ``1e-15 mean^2 / variance``."""
-    return (sums[..., 2] / sums[..., 0].clamp(min=1e-300) - mean(sums).square()).clamp(min=0.0)
+    return (sums[..., 2] / sums[..., 0].clamp(min=1.0) - mean(sums).square()).clamp(min=0.0)
 
 
 def effective_sample_size(sums: Tensor) -> Tensor:
     """Kish's effective sample size as a share of the tokens: ``(sum w)^2 / (n sum w^2)``, in (0, 1]; 1 without any."""
     squares = sums[..., 0] * sums[..., 2]
-    return torch.where(squares > 0, sums[..., 1].square() / squares.clamp(min=1e-300), 1.0)
+    return torch.where(squares > 0, sums[..., 1].square() / squares, 1.0)
 
 
 def share_left(sums: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def metrics_of(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         alike.setdefault(read_by(name), []).append(name)
     found: dict[str, Tensor] = {}
     for read, names in alike.items():
-        found |= zip(names, read(torch.stack([sums[name] for name in names])).unbind(), strict=True)
+        found |= zip(names, read(torch.stack([sums[name] for name in names])).unbind())
     return {name: found[name] for name in sums}
 
 
@@ -146,7 +146,7 @@ def sample_sizes(log_ratio: Tensor, coefficient: Tensor, rollouts: Rollouts) -> 
     product, total, length = (rollouts.by_sequence(values) for values in (log, used, mask))
     tokens = _sums_of_both(_weight(log), used, mask)
     sequences = _sums_of_both(_weight(product), total / length.clamp(min=1.0), length.clamp(max=1.0))
-    found = zip(KINDS, (*tokens, *sequences), strict=True)
+    found = zip(KINDS, (*tokens, *sequences))
     return {f"effective_sample_size/{name}": sums for name, sums in found}
 
 
@@ -161,16 +161,16 @@ def _sums_of_both(raw: Tensor, used: Tensor, mask: Tensor) -> tuple[Tensor, ...]
     return torch.stack([count, both.sum(1), both.square().sum(1), both.amax(1)], dim=1).unbind()
 
 
-def switches(log_ratio: Tensor, mask: Tensor, sequence: Tensor | None = None) -> Tensor:
-    """Sums over neighbouring trained tokens of whether their log-ratio changes sign; in packed rows, neighbours of
-    the same ``sequence`` (B, T) number.
+def switches(log_ratio: Tensor, mask: Tensor, sequence: Tensor) -> Tensor:
+    """Sums over neighbouring trained tokens of whether their log-ratio changes sign, neighbours of the same
+    ``sequence`` (B, T) number.
 
     White noise gives a mean of 0.5; smoothing lowers it whether or not anything is learned, so it shows how much was
-    smoothed, not how healthy a run is.
+    smoothed, not how healthy a run is. A token whose log-ratio is 0 has no sign, and changes none.
+    Gradient: none.
     """
     pairs = mask[:, 1:] & mask[:, :-1]
-    if sequence is not None:
-        pairs = pairs & (sequence[:, 1:] == sequence[:, :-1])
+    pairs = pairs & (sequence[:, 1:] == sequence[:, :-1])
     sign = log_ratio.sign()  # a product of the log-ratios themselves would underflow
     return sums_of(sign[:, 1:] * sign[:, :-1] < 0, pairs)
 

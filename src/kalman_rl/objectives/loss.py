@@ -220,13 +220,13 @@ def _fused(
     result = run_fused(plan, logp, rollouts.logp_old, mask, advantage, rollouts.segment, totals)
     if result is None:
         return None
-    metrics = dict(zip(METRICS, result.metrics.unbind(), strict=True))
+    metrics = dict(zip(METRICS, result.metrics.unbind()))
     metrics |= {
         "objective/surrogate": result.value,
         "objective/fused": torch.ones((), device=mask.device),
     }
     tokens = Tokens(result.log_ratio, result.log_weight, result.gain, result.coefficient, result.kept)
-    sums = dict(zip(METRICS, result.sums.unbind(), strict=True))
+    sums = dict(zip(METRICS, result.sums.unbind()))
     return Loss(attach(logp, result.value, result.gradient), metrics, tokens, sums)
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.methods import make_method
 from kalman_rl.numerics.likelihood import pack, peak, profile
+from kalman_rl.numerics.log_bins import bin_of, edge
 from kalman_rl.objectives import ratio
-from kalman_rl.objectives.ratio.learned import LOG_GRID, AutoFiltered
-from kalman_rl.objectives.ratio.robust import RobustFiltered
+from kalman_rl.objectives.ratio.learned import LOG_GRID, AutoFiltered, observed_series, rounding
+from kalman_rl.objectives.ratio.robust import BINS, NORMAL_MEDIAN, RobustFiltered
 from kalman_rl.objectives.ratio.token_noise import NoiseFiltered, NoiseModel, calibrate
 from kalman_rl.objectives.ratio.transforms import KalmanFiltered
 from kalman_rl.objectives.rollouts import Rollouts
@@ -550,6 +551,100 @@ def test_robust_scale_is_learned_in_spite_of_spikes(q: float) -> None:
     assert (
         auto.fitted(auto.statistics(*full(z + 5.0 * spikes))).observation_noise > 0.5
     )  # what it guards from
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("p0", [0.1, INF])
+def test_what_a_clipped_filter_reports_belongs_together(segments: bool, p0: float) -> None:
+    """The gain times the innovation is the step of the mean; the likelihood is the normal density of the innovation."""
+    rollouts, logp = random_rollouts(3, holes=False, segments=segments)
+    part = RobustFiltered(0.01, 0.05, p0, threshold=0.5)
+    _, weight, info = part(logp, rollouts)
+    seen, variance = rollouts.mask & info.innovation_variance.isfinite(), info.innovation_variance
+    density = torch.distributions.Normal(0.0, variance[seen].sqrt()).log_prob(info.innovation[seen])
+    close(info.log_likelihood[seen], density)
+    assert not info.log_likelihood[~seen].any() and not info.innovation[~rollouts.mask].any()
+    before = torch.where(rollouts.mask, logp - rollouts.logp_old, 0.0) - info.innovation
+    close((before + info.gain * info.innovation)[rollouts.mask], weight[rollouts.mask], atol=1e-9)
+    index = rollouts.sequence_index
+    follows = rollouts.mask[:, 1:] & rollouts.mask[:, :-1] & (index[:, 1:] == index[:, :-1])
+    close(before[:, 1:][follows], weight[:, :-1][follows], atol=1e-9)
+
+
+@pytest.mark.parametrize("gap", [1, 2])
+def test_two_tokens_are_enough_to_learn_from(gap: int) -> None:
+    logp = torch.tensor([[0.25, 7.0, 0.75]]) if gap == 2 else torch.tensor([[0.25, 0.75, 7.0]])
+    mask = torch.tensor([[1, gap == 1, gap == 2]])
+    rollouts = Rollouts(torch.zeros(1, 3), mask)
+    counts = RobustFiltered().statistics(logp, rollouts)
+    assert counts.sum() == counts[bin_of(torch.tensor([0.5]), BINS)] == (gap == 1), (
+        "a step across a hole is none"
+    )
+    n, *sums = AutoFiltered().statistics(logp, rollouts).tolist()
+    at_rest = math.log(2), 0.25 / 2  # q = 0: the second is seen with the noise of both
+    assert (
+        n == 1 and sums[0] == pytest.approx(at_rest[1]) and sums[len(LOG_GRID)] == pytest.approx(at_rest[0])
+    )
+
+
+def test_the_noise_is_read_off_the_bin_of_the_median_step() -> None:
+    """Half of the counts lie below; steps of 0 and steps beyond reason say nothing."""
+    part = RobustFiltered(0.5, 1.0, 2.0, least=4.0)
+    for place, share in ((100, 0.5), (1, 0.25), (BINS - 2, 1.0)):
+        state = part.initial()
+        state[0], state[place], state[-1] = max(8 - 16 * share, 0), 8.0, max(16 * share - 8, 0)
+        scale = (edge(place + share, BINS) / NORMAL_MEDIAN) ** 2 / 2.5
+        learned = part.fitted(state)
+        close([learned.process_noise, learned.observation_noise, learned.initial_variance],
+              [0.5 * scale, scale, 2 * scale], atol=0.0)  # fmt: skip
+    for place in (0, BINS - 1):
+        state = part.initial()
+        state[place] = 8.0
+        assert part.fitted(state) is part
+    state = part.initial()
+    state[100] = 4.0
+    assert part.fitted(state) != part == part.fitted(state * (1 - 1e-9))
+    assert dataclasses.replace(part, process_noise=INF).fitted(state).process_noise == INF
+
+
+# ---- types, sizes and small parts
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_everything_has_the_type_of_the_log_probabilities(name: str, dtype: torch.dtype) -> None:
+    rollouts, logp = random_rollouts(2)
+    rollouts = Rollouts(
+        rollouts.logp_old.to(dtype),
+        rollouts.mask,
+        logp_behaviour=rollouts.logp_behaviour.to(dtype),
+        allow_empty=True,
+    )
+    found = PARTS[name](logp.to(dtype), rollouts)
+    assert {value.dtype for value in (found.log_ratio, found.log_weight, *found.info)} == {dtype}
+    assert PARTS[name].statistics(logp.to(dtype), rollouts).dtype == torch.float64
+
+
+def test_rounding_is_512_units_in_the_last_place() -> None:
+    assert rounding(torch.zeros(1)) == 2.0**-14 and rounding(torch.zeros(1).double()) == 2.0**-43
+
+
+def test_series_of_nothing_and_of_sequences_without_holes() -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [0.0, 0.0, 0.0, 0.0]])
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    value, gap, alive = observed_series(values, Rollouts(torch.zeros(3, 4), mask))
+    assert value.tolist() == [[5.0, 2.0], [6.0, 3.0], [7.0, 0.0]] and value.dtype == torch.float64
+    assert gap.tolist() == [[1.0]] * 3 and alive == [2, 2, 1]
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
+    value, gap, alive = observed_series(values, Rollouts(torch.zeros(3, 4), mask))
+    assert value.tolist() == [[1.0, 5.0], [3.0, 6.0], [4.0, 7.0]] and alive == [2, 2, 2]
+    assert gap.tolist() == [[1.0, 1.0], [2.0, 1.0], [1.0, 1.0]]
+    value, gap, alive = observed_series(0 * values, Rollouts(torch.zeros(3, 4)))
+    assert (value.shape, gap.shape, alive) == ((0, 0), (0, 1), [])
+
+
+def test_time_constants_are_those_of_the_ratio_of_the_noises() -> None:
+    assert KalmanFiltered(1e-6, 4.0).time_constants(100) == pytest.approx(0.05)
 
 
 # ---- methods and bad values

@@ -125,6 +125,18 @@ def test_float32_rest_mass_is_not_taken_for_a_difference(size: int, k: int, spre
             )
 
 
+@pytest.mark.parametrize("part", [dv.binary_tv, dv.binary_kl])
+def test_a_probability_that_rounding_put_above_one_is_one(part: dv.Divergence) -> None:
+    for mu, pi in ((1e-3, -1.0), (-1.0, 1e-3), (1e-3, 1e-3)):
+        found, expected = (
+            part(
+                Current(torch.tensor([[b]])), Rollouts(torch.zeros(1, 1), logp_behaviour=torch.tensor([[a]]))
+            )
+            for a, b in ((mu, pi), (min(mu, 0.0), min(pi, 0.0)))
+        )
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_certain_tokens(dtype: torch.dtype) -> None:
     """Probability 1 under either policy, or both: limits, no NaN."""

@@ -102,6 +102,14 @@ def test_sums_before_and_quantiles_of_packed_rows_are_those_of_their_sequences(s
         torch.testing.assert_close(before(value, apart)[i, row], own.cumsum(0) - own)
 
 
+def test_quantiles_of_sequences_without_tokens_are_not_read() -> None:
+    mask = torch.tensor([[0, 0], [1, 0], [0, 0], [1, 1], [0, 0]])
+    values = torch.arange(10.0).reshape(5, 2)
+    found = quantile(values, Rollouts(torch.zeros(5, 2), mask, allow_empty=True), 0.5)
+    assert found.tolist() == [[0, 0], [2, 0], [0, 0], [6.5, 6.5], [0, 0]]
+    assert not quantile(values, Rollouts(torch.zeros(5, 2), 0 * mask, allow_empty=True), 0.5).any()
+
+
 def test_a_spent_budget_stops_what_a_single_token_may_do() -> None:
     """Six tokens gain 0.15 each: alone every one is allowed, together the prefix has spent more than it earned."""
     old = torch.full((1, 6), 0.3, dtype=torch.float64).log()

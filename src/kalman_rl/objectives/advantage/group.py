@@ -47,7 +47,7 @@ def group_statistics(reward: Tensor, group: Tensor) -> GroupStatistics:
     """
     filled, known = known_rewards(reward, group)
     index = torch.unique(group, return_inverse=True)[1]
-    zeros = filled.new_zeros(int(index.max()) + 1 if len(index) else 0)
+    zeros = torch.zeros_like(filled)  # there are no more groups than completions
     count = zeros.index_add(0, index, known.double())
     mean = zeros.index_add(0, index, filled) / count.clamp(min=1)
     deviation = torch.where(known, filled - mean[index], 0.0)
@@ -228,7 +228,7 @@ class LengthWeighted:
             raise ShapeError(f"length: got shape {tuple(length.shape)}, expected {tuple(reward.shape)}")
         index = torch.unique(group, return_inverse=True)[1]
         weight = torch.where(known, length.double(), 0.0)
-        zeros = filled.new_zeros(int(index.max()) + 1 if len(index) else 0)
+        zeros = torch.zeros_like(filled)  # there are no more groups than completions
         total = zeros.index_add(0, index, weight)
         baseline = zeros.index_add(0, index, weight * filled) / torch.where(total > 0, total, 1.0)
         return _finish(above_rounding(reward, baseline[index], s.peak, s.size), reward, s.spread > 0)
@@ -267,7 +267,7 @@ class OptimalTokenBaseline:
         gathered = torch.where(alive, score_norm_squared.double(), 0.0).cumsum(1)
         rank = torch.where(mask, mask.cumsum(1) - 1, 0)  # position among trained tokens
         index = torch.unique(group, return_inverse=True)[1]
-        shape = (int(index.max()) + 1 if len(index) else 0, mask.shape[1])
+        shape = mask.shape  # there are no more groups than completions
         place = (index[:, None] * shape[1] + rank)[alive]
 
         def per_position(values: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def sequence_mean(logp: Tensor, rollouts: Rollouts) -> Ratio:
     log-weight under :func:`kalman_rl.objectives.aggregate.sequence_mean`.
     """
     log_ratio = token_log_ratio(logp, rollouts)
-    mean = rollouts.per_sequence_sum(log_ratio) / rollouts.lengths.clamp(min=1.0)
+    mean = rollouts.per_sequence_sum(log_ratio) / rollouts.lengths
     return Ratio(log_ratio, torch.where(rollouts.mask, mean, 0.0))
 
 

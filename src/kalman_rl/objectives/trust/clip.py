@@ -199,7 +199,7 @@ class GeometricClip:
         log_ratio = ratio.log_ratio
         drop = ((advantage > 0) & (log_ratio > self.high)) | ((advantage < 0) & (log_ratio < -self.low))
         clipped = torch.where(drop, log_ratio.clamp(-self.low, self.high), log_ratio)
-        mean = rollouts.per_sequence_sum(clipped) / rollouts.lengths.clamp(min=1.0)
+        mean = rollouts.per_sequence_sum(clipped) / rollouts.lengths
         weight = weight_of(torch.where(rollouts.mask, mean, 0.0))
         return Trust(~drop, weight, -advantage * weight)
 

@@ -86,16 +86,16 @@ def quantile(values: Tensor, rollouts: Rollouts, share: float) -> Tensor:
     tensor([[0.9000, 0.9000, 0.0000]])
     """
     out = torch.zeros_like(values)
-    if not rollouts.mask.any():
-        return out
+    # A sequence without trained tokens has a place in ``count`` too; what is found for it is not read. One with trained
+    # tokens follows it, or it would have no place, so that all places are inside.
     index, values = rollouts.sequence_index[rollouts.mask], values[rollouts.mask]
     order = values.argsort()
     ranked = values[order[index[order].argsort(stable=True)]]
     count = index.bincount()
     end = count.cumsum(0)
-    rank = share * (count - 1).clamp(min=0).to(values)
-    low = (end - count + rank.long()).clamp(max=len(values) - 1)
-    high = torch.minimum(low + 1, end - 1).clamp(min=0)
+    rank = share * (count - 1).to(values)
+    low = end - count + rank.long()
+    high = torch.minimum(low + 1, end - 1)
     found = torch.lerp(ranked[low], ranked[high], rank.frac())
     out[rollouts.mask] = found[index]
     return out
