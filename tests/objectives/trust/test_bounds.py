@@ -99,7 +99,7 @@ def test_a_token_beyond_its_bound_is_not(case: str) -> None:
         PrefixBudget(1e-3),
         DivergenceMask(distance(1.0), 1.0, 0.0),
     ],
-    ids=repr,
+    ids=lambda part: type(part).__name__,
 )
 @pytest.mark.parametrize("log_weight", [TWO, HALF])
 def test_without_an_advantage_nothing_is_dropped(part: Any, log_weight: float) -> None:
