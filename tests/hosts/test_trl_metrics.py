@@ -119,6 +119,7 @@ def test_a_step_without_tokens_says_nothing(model_path: str, tmp_path: Path) -> 
         "max_completion_length": 1,
         "max_steps": 1,
         "generation_kwargs": {"suppress_tokens": [0, 1]},
+        "allow_biased_sampling": True,
     }
     _, history = run(
         KalmanGRPOTrainer, KalmanGRPOConfig(**settings(tmp_path, **changes)), model_path, method="grpo"

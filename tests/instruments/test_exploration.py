@@ -152,6 +152,8 @@ def test_the_docs_have_the_numbers_that_were_measured() -> None:
     docs = Path(__file__).parents[2] / "docs"
     oracle, best, _ = json.loads((docs / "evidence" / "exploration.json").read_text())["claims"]
     text = " ".join((docs / "beliefs.md").read_text().split())
-    assert "would add {:.3f} ({:.3f} to {:.3f})".format(oracle["value"], *oracle["interval"]) in text
-    low, high = best["interval"]
-    assert f"lost {-best['value']:.3f} ({-high:.3f} to {-low:.3f})" in text
+    for row, claim in (("knowing every success probability", oracle), ("`select_power` of 2", best)):
+        assert (
+            f"| {row} | {claim['value']:+.3f} ({claim['interval'][0]:.3f} to {claim['interval'][1]:.3f}) |"
+            in text
+        )
