@@ -40,6 +40,8 @@ def test_every_metric_alone_and_together() -> None:
 
 
 def test_one_token_and_weights_that_are_tiny_or_huge() -> None:
+    one = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert metric("effective_sample_size/tokens", one).item() == 0
     for weight in (1e-150, 1.0, 1e150):
         sums = sums_of(torch.full((1, 3), weight, dtype=torch.float64), torch.tensor([[True, False, False]]))
         assert metric("ratio/effective_sample_size", sums).item() == pytest.approx(1.0)

@@ -34,6 +34,7 @@ def test_what_learns_follows_from_the_parts(name: str) -> None:
     for part in method.learns.values():
         assert part.fitted(part.initial()) is not None and 0 <= part.memory < 1
         assert all(hasattr(part, setting) for setting in part.learned)
+        assert part.initial().dtype == torch.float64 and not part.initial().any()
 
 
 def test_nothing_seen_leaves_the_start_values() -> None:

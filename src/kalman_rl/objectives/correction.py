@@ -42,7 +42,7 @@ def mismatch(rollouts: Rollouts, level: Level) -> Tensor:
     """
     _check_level(level)
     behaviour = required("logp_behaviour", rollouts.logp_behaviour, "an importance correction")
-    difference = torch.where(rollouts.mask, rollouts.logp_old - behaviour, 0.0)
+    difference = rollouts.logp_old - behaviour
     if level == "token":
         return difference
     total = rollouts.per_sequence_sum(difference)

@@ -23,6 +23,7 @@ from kalman_rl.objectives.advantage.group import (
     LengthWeighted,
     OptimalTokenBaseline,
     Rescaled,
+    above_rounding,
     batch_leave_one_out,
     group_centred,
     group_statistics,
@@ -209,6 +210,20 @@ def test_residues_at_a_constant_at_token_baselines_and_of_several_functions() ->
     assert tokens.sign().tolist() == [[-1, -1], [0, 0], [1, 1]]
     both = NormalizeThenSum()(tenths, group, rewards=torch.stack([tenths, tenths], dim=1))
     assert both.sign().tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_difference_is_rounding_up_to_the_spacing_and_a_float64_step_a_reward(
+    dtype: torch.dtype, size: int
+) -> None:
+    exact = torch.finfo(torch.float64).eps
+    spacing = exact if dtype == torch.float64 else torch.finfo(torch.float32).eps
+    bound = 2 * (spacing + size * exact)
+    baseline = 2 + torch.tensor([bound, bound + 2 * exact, -bound, -bound - 4 * exact], dtype=torch.float64)
+    reward = torch.full((4,), 2.0, dtype=dtype)
+    found = above_rounding(reward, baseline, *torch.tensor([2.0, size]).double())
+    assert (found != 0).tolist() == [False, True, False, True] and found.dtype == torch.float64
 
 
 @pytest.mark.parametrize("known", range(1, 9))

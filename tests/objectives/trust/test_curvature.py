@@ -321,6 +321,24 @@ def test_shapes(name: str, index: int) -> None:
         last_layer_step(case.advantage, *given, 0.1)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("logits, wanted", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_step_has_the_type_of_the_log_probabilities_float32_at_least(
+    other: torch.dtype, logits: torch.dtype, wanted: torch.dtype, adaptive: bool
+) -> None:
+    case, adam = tiny(0), Adam(torch.zeros(V, H), torch.ones(V, H), 3) if adaptive else None
+    ids = torch.arange(V).expand(ROWS, LENGTH, V)
+    given = (
+        case.advantage.to(other),
+        case.hidden.to(other).requires_grad_(),
+        case.logp.to(logits).requires_grad_(),
+    )
+    step = last_layer_step(*given, ids, case.sampled, 0.1, adam)
+    for found in (step.alignment, step.curvature):
+        assert found.dtype == wanted and not found.requires_grad
+
+
 @pytest.mark.parametrize("name", ["first_moment", "second_moment"])
 def test_moments_of_another_width(name: str) -> None:
     adam = Adam(torch.zeros(V, H), torch.zeros(V, H), 3)._replace(**{name: torch.zeros(V, H + 1)})

@@ -220,7 +220,7 @@ class NoiseFiltered:
         if not self.behaviour:
             return self.initial().to(rollouts.logp_old.device)
         before = behaviour(rollouts)
-        noise = torch.where(rollouts.mask, rollouts.logp_old - before, 0.0)
+        noise = rollouts.logp_old - before
         row, column, _ = moved_tokens(noise, rollouts)
         differs = torch.zeros_like(rollouts.mask)
         differs[row, column] = True
