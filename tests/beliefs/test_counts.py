@@ -73,6 +73,20 @@ def test_beta_learns_its_prior_from_all_prompts() -> None:
     assert a / (a + b) == pytest.approx(0.3, abs=0.03) and a + b == pytest.approx(2.0, rel=0.15)
 
 
+@pytest.mark.parametrize("same", [0.0, 1.0])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_learned_prior_of_beta_stays_within_its_bounds(same: float, apart: bool) -> None:
+    """A mean from 0.01 to 0.99, worth half a reward to fifty."""
+    belief = BetaBelief()
+    for step in range(3):
+        ids = [i for i in range(40 * step, 40 * step + 40) for _ in range(4)]
+        reward = torch.tensor([float(i % 2) if apart else same for i in ids])
+        belief.update(ids, reward, step=step)
+    a, b = belief._pseudo_counts()
+    mean, strength = (0.5, 0.5) if apart else (min(max(same, 0.01), 0.99), 50.0)
+    assert (a, b) == (pytest.approx(strength * mean), pytest.approx(strength * (1 - mean)))
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.5, 1.0])
 def test_constant_fractions_leave_what_the_prior_leaves(value: float) -> None:
     """Beta counts fractions; its advantage falls as 1/n, SPO's with rho to the power of the visits."""

@@ -18,6 +18,7 @@ from kalman_rl.beliefs.mixture import Evidence, LocalLevels
 from kalman_rl.beliefs.ridge import LEVEL_PRECISION, PRIOR_PRECISION, Features, Ridge
 from kalman_rl.beliefs.shrinkage import leave_one_out_prior
 from kalman_rl.errors import ConfigError
+from tests.oracles.regression import OnePairBelief
 
 DOUBLE = torch.float64
 
@@ -167,6 +168,59 @@ def test_first_batch_limits() -> None:
 
 
 # ---- the regression belief as a whole
+
+
+def test_the_prior_variance_of_coins_is_that_of_first_visits_beyond_noise() -> None:
+    """tau^2 = E[(y - f)^2] - x' Sigma x - noise of y, over first visits with two rewards or more."""
+    belief, squares, number, one = RegressionBelief(), 0.0, 0, torch.ones(1, 1, dtype=DOUBLE)
+    groups = {"a": [1, 0, 1], "b": [0, 0], "c": [1, 1, 1, 0], "d": [1], "e": [1, 1]}
+    for step, names in enumerate(("abd", "abc", "ace")):
+        ids = [name for name in names for _ in groups[name]]
+        rewards = torch.tensor([float(r) for name in names for r in groups[name]], dtype=DOUBLE)
+        new = [name for name in names if len(groups[name]) > 1 and name not in belief._table]
+        y = torch.tensor([np.mean(groups[name]) for name in new], dtype=DOUBLE)
+        own = torch.tensor([np.var(groups[name], ddof=1) / len(groups[name]) for name in new], dtype=DOUBLE)
+        if step:
+            f, unsure = (
+                belief.predict(new, step=step).mean,
+                belief._ridge.predict(one, None)[1],
+            )
+            squares += ((y - f).square() - unsure - own).sum().item()
+        else:
+            squares += 2 * y.var().item() - own.sum().item()
+        number += len(new)
+        belief.update(ids, rewards, step=step)
+        assert belief._first.tolist() == [number, pytest.approx(squares)]
+        assert belief.prior_variance == pytest.approx(max(squares / number, 1e-4))
+
+
+@pytest.mark.parametrize("width", [0, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_one_pair_of_settings_is_a_filter_around_a_ridge_regression(width: int, seed: int) -> None:
+    """Irregular steps, a late batch, prompts that come back or not; within the rounding of float32 rows."""
+    rng, q, tau2 = np.random.default_rng(seed), 0.05, 0.4
+    belief = RegressionBelief(process_noise=[q], prior_variance=[tau2], forgetting=0.9)
+    plain = OnePairBelief(q, tau2, 0.9)
+    prompts = rng.normal(size=(12, width)) + 3
+    values = prompts.sum(1) + rng.normal(size=12)
+    for part, step in enumerate((0, 3, 4, 11, 6, 12)):
+        names = rng.permutation(12)[:7].tolist() if part else list(range(8))
+        ids = [name for name in names for _ in range(2 + name % 3)]
+        reward = values[ids] + 0.7 * rng.uniform(-1, 1, size=len(ids))
+        given = {"features": torch.from_numpy(prompts[ids])} if width else {}
+        belief.update(ids, torch.from_numpy(reward), step=step, part=part, **given)
+        groups = {name: reward[[i == name for i in ids]] for name in names}
+        plain.update(groups, dict(enumerate(prompts)), step)
+        assert not belief.reward_noise.robust and belief._unit == pytest.approx(plain.unit)
+        for later in (step, step + 5):
+            asked = {"features": torch.from_numpy(prompts)} if width else {}
+            found = belief.predict(list(range(12)), step=later, **asked)
+            mean, variance = zip(*(plain.value(name, prompts[name], later) for name in range(12)))
+            size = plain.unit**0.5
+            np.testing.assert_allclose(found.mean / size, (np.array(mean) + plain.offset) / size, atol=2e-5)
+            np.testing.assert_allclose(
+                found.variance / plain.unit, np.array(variance) / plain.unit, rtol=2e-4
+            )
 
 
 def world(

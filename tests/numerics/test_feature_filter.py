@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from kalman_rl import KalmanPreferenceTracker
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.kernels import jit
 from tests.oracles.gram import prefix_predictions
+from tests.project.test_borders import WORDED
 
 NAN = math.nan
 
@@ -270,8 +272,9 @@ def test_bad_batches_change_nothing(phi, y, mask, error, message) -> None:
     tracker.update(normal(6, 4), normal(6, seed=1))
     mean, root, noise = tracker.mean.clone(), tracker.root.clone(), tracker.noise
     for call in (tracker.update, tracker.loo_residuals):
-        with pytest.raises(error, match=f"^{message}"):
+        with pytest.raises(error, match=f"^{message}") as caught:
             call(phi, y, mask)
+        assert re.match(WORDED, str(caught.value))
     with pytest.raises(NumericError, match="^gap: got -1"):
         tracker.predict(-1)
     assert torch.equal(tracker.mean, mean) and torch.equal(tracker.root, root) and tracker.noise == noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from kalman_rl.numerics.kalman import (
     predict,
     update,
 )
+from tests.project.test_borders import WORDED
 
 INF = math.inf
 
@@ -614,8 +616,9 @@ NAN_AT_1_3 = torch.zeros(2, 5).index_put_((torch.tensor(1), torch.tensor(3)), to
 )
 def test_bad_input_is_named(run, change, error, message):
     arguments = {**GOOD, **change}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         run(arguments.pop("observation"), arguments.pop("mask"), **arguments)
+    assert re.match(WORDED, str(caught.value))
 
 
 @pytest.mark.parametrize("function", [causal_filter, causal_filter_loop, causal_mean])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from kalman_rl.numerics.smoother import (
     wiener_smoother,
 )
 from tests.oracles.wiener import functionals, posterior
+from tests.project.test_borders import WORDED
 
 T = 14
 
@@ -488,5 +490,6 @@ BAD: dict[str, tuple[type[KalmanRLError], str, Callable[[], Any]]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str) -> None:
     kind, message, call = BAD[case]
-    with pytest.raises(kind, match=f"^{message}"):
+    with pytest.raises(kind, match=f"^{message}") as caught:
         call()
+    assert re.match(WORDED, str(caught.value))
