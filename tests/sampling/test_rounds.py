@@ -20,8 +20,10 @@ from kalman_rl.beliefs.gaussian import GaussianBelief
 from kalman_rl.beliefs.protocol import Belief
 from kalman_rl.errors import ConfigError, NumericError, ShapeError
 from kalman_rl.objectives.advantage.group import leave_one_out
-from kalman_rl.sampling.allocate import allocate
+from kalman_rl.sampling.allocate import allocate, least_counts
 from kalman_rl.sampling.coverage import Coverage
+from kalman_rl.sampling.gains import mixed_group_gain
+from kalman_rl.sampling.learnability import read_signal
 from kalman_rl.sampling.price import Price
 from kalman_rl.sampling.rounds import RoundPlan, Sampled
 
@@ -598,3 +600,46 @@ def test_constant_rewards_teach_nothing_in_rounds_either() -> None:
             told = [name for name, k in request for _ in range(k)]
             plan.tell(told, torch.full((len(told),), 0.1))
         assert (plan.result().advantage == 0).all()
+
+
+# ---- values that faults survived
+
+
+@pytest.mark.parametrize(("aim", "visit"), [("gradient", 1), ("mixed_groups", 2)])
+@pytest.mark.parametrize(("n_min", "n_max"), [(0, 8), (1, 8), (3, 8), (0, 1)])
+def test_a_prompt_that_is_due_gets_what_a_visit_takes(aim: str, visit: int, n_min: int, n_max: int) -> None:
+    """Two completions where only a mixed group counts, one otherwise, within the bounds."""
+    least = least_counts(["a", "b"], 5, n_min, n_max, None, aim, Coverage(3))
+    assert least.tolist() == [min(max(n_min, visit), n_max)] * 2
+
+
+def test_rewards_between_success_and_failure_count_as_failures() -> None:
+    plan = RoundPlan(GaussianBelief(), ["a", "b", "c", "d"], step=0, total=8, n_min=2, n_max=2)
+    told = [name for name, k in plan.next_round() for _ in range(k)]
+    value = {"a": 0.5, "b": 0.51, "c": 0.0, "d": 1.0}
+    plan.tell(told, torch.tensor([value[name] for name in told]))
+    success, failure = plan._outcomes()
+    assert success.tolist() == [False, True, False, True] and failure.tolist() == [True, False, True, False]
+    assert plan.next_round() is None and plan.result().stop_reason == ["n_max"] * 4
+
+
+def test_a_plan_reads_its_belief_with_the_features_it_was_given() -> None:
+    belief, features = make_belief("auto"), torch.eye(4, 3)
+    belief.update(list("abcd") * 2, torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0]), step=0,
+                  features=features.repeat(2, 1))  # fmt: skip
+    plan = RoundPlan(belief, ["e", "f"], step=9, total=4, features=features[:2])
+    for found, want, other in zip(
+        plan._signal(),
+        read_signal(belief, ["e", "f"], step=9, features=features[:2]),
+        read_signal(belief, ["e", "f"], step=9),
+    ):
+        assert torch.equal(found, want) and not torch.equal(found, other)
+
+
+def test_a_price_starts_from_one_completion_at_least() -> None:
+    gains = torch.tensor([[0.3, 0.1], [0.7, 0.2]])
+    one = torch.ones(2)
+    none, all_of_them = torch.zeros(2, dtype=torch.long), torch.full((2,), 2)
+    assert Price(0.1).start(gains, none, all_of_them) == pytest.approx(0.7)
+    with pytest.raises(NumericError, match=r"^failures: got -1.0 at \(1,\), expected"):
+        mixed_group_gain(one, one, one, torch.tensor([1.0, -1.0]), k=2)
