@@ -60,6 +60,7 @@ ON_ANY_DEVICE: dict[str, Callable[[], Any]] = {
         Z, MASK, **{**NOISES, "process_noise": LEARNED}
     ),
     "causal_mean": lambda: kalman.causal_mean(Z, MASK, **NOISES, **PRIOR),
+    "causal_mean, learned noise": lambda: kalman.causal_mean(Z, MASK, **{**NOISES, "process_noise": LEARNED}),
     "causal_filter_loop": lambda: kalman.causal_filter_loop(Z, MASK, segment=MASK.long(), **NOISES),
     "wiener_smoother": lambda: smoother.wiener_smoother(Z, TIMES, MASK, **NOISES),
     "wiener_smoother, no times": lambda: smoother.wiener_smoother(Z, **NOISES, order=3),

@@ -104,6 +104,7 @@ def damages(value: Any) -> Iterator[Any]:
     if isinstance(value, Tensor):
         yield value.tolist()
         yield torch.zeros(3, 5, 7)
+        yield value[None].repeat(2, *[1] * value.dim())
         yield value.to(torch.complex64)
         if value.is_floating_point() and value.numel():
             for wrong in (math.nan, math.inf, -math.inf):

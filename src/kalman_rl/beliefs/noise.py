@@ -36,7 +36,6 @@ MAX_SUM = 1e200
 
 def binary_noise(mean: Tensor) -> Tensor:
     """``R = max(m (1 - m), 0.01)``: variance of a 0/1 reward at the predicted success rate."""
-    mean = mean.clamp(0.0, 1.0)
     return (mean * (1 - mean)).clamp(min=BINARY_FLOOR)
 
 

@@ -221,7 +221,7 @@ class RegressionBelief(TableBelief):
         rules = self._reward_noise(*prior.value) / groups.size[:, None]
         noise, each = self._mean_noise(rules), self._of_settings(rules)
         if first_ever:  # then f comes first: residuals from a regression that knows nothing would be values
-            self._learn_first(groups, rows, y, x, noise)
+            self._learn_first(groups, rows, y, x)
             self._ridge.learn(x, y, 1 / (noise + self.prior_variance), step)
         levels = self._levels(rows, gap.clamp(min=0), x, step)
         late = self._drift(levels) * (-gap).clamp(min=0)[:, None]
@@ -230,7 +230,7 @@ class RegressionBelief(TableBelief):
         mean, variance = self._mixture(levels)
         if not first_ever:
             new = self._unseen(rows)
-            self._learn_first(groups, rows, y - mean, x, noise)
+            self._learn_first(groups, rows, y - mean, x)
             fit, unsure = self._ridge.predict(x, step)
             spread = torch.where(new, (variance - unsure).clamp(min=_MIN_TAU2 * self._unit2), variance)
             self._ridge.learn(x, y - (mean - fit), 1 / (noise + spread), step)
@@ -367,7 +367,7 @@ class RegressionBelief(TableBelief):
             return (-0.5 * total.log() - 2.5 * torch.log1p(squared / 4)).sum(0)
         return (-0.5 * (total.log() + squared)).sum(0)
 
-    def _learn_first(self, groups: Groups, rows: Tensor, off: Tensor, x: Tensor, noise: Tensor) -> None:
+    def _learn_first(self, groups: Groups, rows: Tensor, off: Tensor, x: Tensor) -> None:
         """tau^2 = E[(y - f)^2] - x' Sigma x - noise of y, over first visits with at least two rewards."""
         use = self._unseen(rows) & (groups.size > 1)
         if not use.any():

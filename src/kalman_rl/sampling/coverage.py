@@ -86,7 +86,7 @@ class Coverage:
             )
         for name in ids:
             check_id("coverage state", name)
-        legal = isinstance(steps, Tensor) and steps.dtype == torch.long
+        legal = isinstance(steps, Tensor) and steps.dtype == torch.long and steps.dim() == 1
         expect(
             "coverage state",
             "step",
