@@ -251,6 +251,9 @@ def test_state_continues_bit_for_bit_and_refuses_strangers(tmp_path) -> None:
             tracker.load_state_dict({**state, **change})
     with pytest.raises(NumericError, match="^tracker state: got NaN"):
         tracker.load_state_dict({**state, "mean": torch.full((16,), NAN)})
+    for name in ("surprise", "seen", "width"):
+        with pytest.raises(ConfigError, match=f"^tracker state: got -1.5 as {name}, expected"):
+            tracker.load_state_dict({**state, name: -1.5})
     assert torch.equal(tracker.mean, before)
 
 
