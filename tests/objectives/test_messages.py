@@ -136,6 +136,11 @@ RANGES: dict[str, tuple[Callable[[], Any], str]] = {
         "high, high_end: got 0.5, 3.0, step 0.05, expected 1 <= high <= high_end < inf and a finite step > 0 with "
         "fewer than 10000 steps in between",
     ),
+    "end of a grid": (
+        lambda: Balance(high_end=math.inf),
+        "high, high_end: got 1.2, inf, step 0.05, expected 1 <= high <= high_end < inf and a finite step > 0 with "
+        "fewer than 10000 steps in between",
+    ),
     "steps of a grid": (
         lambda: Balance(high=1.0, high_end=1 + MAX_POINTS / 8192, high_step=1 / 8192),
         f"high, high_end: got 1.0, {1 + MAX_POINTS / 8192}, step {1 / 8192}, expected 1 <= high <= high_end < inf and "

@@ -26,6 +26,7 @@ from kalman_rl.objectives.advantage.group import (
     above_rounding,
     batch_leave_one_out,
     group_centred,
+    group_relative,
     group_statistics,
     leave_one_out,
 )
@@ -224,6 +225,13 @@ def test_a_difference_is_rounding_up_to_the_spacing_and_a_float64_step_a_reward(
     reward = torch.full((4,), 2.0, dtype=dtype)
     found = above_rounding(reward, baseline, *torch.tensor([2.0, size]).double())
     assert (found != 0).tolist() == [False, True, False, True] and found.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "part", [group_centred, leave_one_out, group_relative, Rescaled(), GroupZScore(), BatchScaled()]
+)
+def test_equal_rewards_whose_sum_is_beyond_float64_give_zero(part: Callable[..., Tensor]) -> None:
+    assert not part(torch.full((4,), 1e308, dtype=torch.float64), torch.zeros(4).long()).any()
 
 
 @pytest.mark.parametrize("known", range(1, 9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from kalman_rl.errors import NumericError, ShapeError
 from kalman_rl.methods import cards, make_method
+from kalman_rl.numerics.log_bins import edge
 from kalman_rl.objectives import ratio, trust
 from kalman_rl.objectives.loss import policy_loss
 from kalman_rl.objectives.rollouts import Current, Rollouts
-from kalman_rl.objectives.trust.moment import BINS
+from kalman_rl.objectives.trust.moment import BINS, SecondMoment
 from kalman_rl.objectives.trust.prefix import before, quantile
 from tests.oracles.batches import make_batch, run
 
@@ -143,6 +145,16 @@ def test_the_limit_is_that_of_the_whole_step_however_it_is_split(seed: int, boun
     assert size.mean() < bound or len(size) <= 2
     gone = whole.loss.tokens.log_ratio[batch.mask & ~whole.loss.tokens.kept].abs()
     assert not len(gone) or size.sqrt().max() <= gone.min()
+
+
+def test_without_a_bound_the_band_ends_above_the_farthest_token() -> None:
+    """The last bin has no upper end; the one below it has."""
+    part = SecondMoment(math.inf)
+    for last, ends in ((BINS - 1, False), (BINS - 2, True), (5, True)):
+        state = part.initial()
+        state[[3, last]], state[[BINS + 3, BINS + last]] = 1.0, 1.0
+        band = part.fitted(state)
+        assert band.low == band.high == (edge(last + 1.5, BINS) if ends else math.inf)
 
 
 def test_statistics_of_something_else_are_refused() -> None:

@@ -132,7 +132,7 @@ def _model(state: Tensor, least: float) -> NoiseModel | None:
     found = peak(state, LOG_GRID, least)
     if found is None:
         return None
-    certain = 1.0 if found.log_shape == math.inf else 1 / (1 + math.exp(-found.log_shape))
+    certain = 1 / (1 + math.exp(-found.log_shape))
     return NoiseModel(found.scale * certain, found.scale * (1 - certain))
 
 

@@ -80,7 +80,7 @@ class Balance:
                 )
         for name, ends in (("low", (0, self.low, self.low_end, 1)), ("high", (1, self.high, self.high_end))):
             step = getattr(self, f"{name}_step")
-            ordered = all(a <= b for a, b in itertools.pairwise(ends)) and ends[-1] < math.inf
+            ordered = all(a <= b for a, b in itertools.pairwise(ends))
             if not (ordered and 0 < step < math.inf and ends[2] - ends[1] < MAX_POINTS * step):
                 limits = "0 <= low <= low_end <= 1" if name == "low" else "1 <= high <= high_end < inf"
                 got = f"{ends[1]}, {ends[2]}, step {step}"
