@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -64,3 +65,11 @@ def test_the_page_counts_the_dead(tool: ModuleType, monkeypatch: pytest.MonkeyPa
     assert "**Score 50.0%**; 60.0% without the 1 survivors" in page
     assert "| beliefs | 3 | 1 | 1 | 1 | 0 |" in page and "| together | 6 | 2 | 1 | 2 | 1 |" in page
     assert "sampling/a.py f: equivalent: nobody reads it" in page and page.count("```diff") == 3
+
+
+def test_what_no_test_can_kill_is_named_once_with_its_reason(tool: ModuleType) -> None:
+    known = tomllib.loads(tool.EQUIVALENT.read_text())["mutant"]
+    assert len({one["name"] for one in known}) == len(known)
+    for one in known:
+        assert set(one) == {"name", "reason"} and one["reason"]
+        assert (TOOL.parents[1] / "src" / "kalman_rl" / one["name"].split(" ")[0]).is_file()
