@@ -537,6 +537,24 @@ def test_gradient_of_the_noises(holes, p0):
     assert torch.autograd.gradcheck(outputs, (q, r))
 
 
+@pytest.mark.parametrize("function", [causal_filter, causal_mean])
+@pytest.mark.parametrize("name", ["observation", "process_noise", "observation_noise"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_gradient_of_one_argument_alone_is_that_of_the_loop(name, function, compiled, monkeypatch):
+    monkeypatch.setenv(jit.SWITCH, "" if compiled else "1")
+    found = []
+    for run in (function, causal_filter_loop):
+        given = {"observation": double(2, 9)} | {
+            key: torch.tensor(value, dtype=torch.float64)
+            for key, value in (("process_noise", 0.3), ("observation_noise", 0.7))
+        }
+        leaf = given[name].requires_grad_()
+        out = run(**given, initial_variance=0.4)
+        mean = out if isinstance(out, Tensor) else out.state.mean
+        found.append(torch.autograd.grad((mean * double(2, 9, seed=1)).sum(), leaf)[0])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
 # ---- types, memory and bad input
 
 

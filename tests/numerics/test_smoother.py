@@ -417,7 +417,7 @@ BAD: dict[str, tuple[type[KalmanRLError], str, Callable[[], Any]]] = {
     ),
     "NaN time": (
         NumericError,
-        "times: got nan",
+        r"times: got nan, expected a finite number; \(series, knot\) = \(0, 2\); leave the observation out",
         lambda: wiener_smoother(Y, torch.tensor([0.0, 1.0, math.nan, 2.0, 3.0]), process_noise=1.0),
     ),
     "steps that no float64 holds": (
@@ -457,6 +457,16 @@ BAD: dict[str, tuple[type[KalmanRLError], str, Callable[[], Any]]] = {
     ),
     "negative q": (NumericError, "process_noise: got -1.0", lambda: wiener_smoother(Y, process_noise=-1.0)),
     "text": (NumericError, "process_noise: got '1'", lambda: wiener_smoother(Y, process_noise="1")),
+    "no relative noise": (
+        NumericError,
+        "relative_noise: got 0.0, expected a finite variance > 0",
+        lambda: likely_noise(Y, relative_noise=0.0),
+    ),
+    "no relative noise of a known ratio": (
+        NumericError,
+        "relative_noise: got -1.0, expected a finite variance > 0",
+        lambda: likely_noise(Y, relative_noise=-1.0, noise_ratio=0.5),
+    ),
     "R of others": (
         ShapeError,
         r"observation_noise: got shape \(3,\)",
