@@ -152,6 +152,7 @@ def test_own_generator_and_seed() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     x = normal(100)
     assert torch.equal(one(x), same(x)) and not torch.equal(one(x), other(x))
+    assert torch.equal(SRHT(100, 16)(x), SRHT(100, 16, seed=0)(x))
 
 
 def test_state_restores_the_same_map() -> None:
