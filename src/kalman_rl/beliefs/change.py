@@ -19,13 +19,12 @@ _TRIMMED = 0.05
 class Change:
     """Whether batches contradict a learned variance for good.
 
-    As many batches in a row must be off, on the same side, as agreed before, and at most MAX_WAIT: one odd batch
-    among many changes nothing, and one odd batch at the start lasts for one batch. Every change takes one batch
-    more than the one before it, so that batches which differ by chance do not change a scale for ever. A batch that is
-    larger even without its most extreme twentieths is believed at once: outliers do not explain it.
+    MAX_WAIT batches in a row must be off, on the same side: one odd batch among many changes nothing. Only what
+    was learned from a single batch gives way to the next one, so that one odd batch at the start lasts for one batch.
+    A batch that is larger even without its most extreme twentieths is believed at once: outliers do not explain it.
 
-    Attributes: ``age`` batches that agreed, with those that led to the last change and one more; ``off`` how many of
-    the latest were larger (> 0) or smaller.
+    Attributes: ``age`` batches judged, or after a change those that led to it, and one; ``off`` how many of the latest
+    were larger (> 0) or smaller.
     """
 
     age: int = 0
