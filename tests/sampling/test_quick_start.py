@@ -106,6 +106,19 @@ def test_the_posterior_of_real_rewards_in_closed_form() -> None:
     assert history[-1]["criterion"] == pytest.approx(0.5 * math.log(noise * precision))
 
 
+@pytest.mark.parametrize(("rewards", "strength"), [([0.2, 1.7, -0.4], None), ([0.2], 4.0)])
+def test_without_a_spread_to_learn_from_the_trackers_noise_stands(
+    rewards: list[float], strength: float | None
+) -> None:
+    n = len(rewards)
+    env = Scripted([torch.tensor(rewards, dtype=torch.float64)], torch.ones(1))
+    tracker = KalmanPreferenceTracker(1, Q_val=0.0, R_val=2.0, P_val=0.5, noise_strength=strength)
+    _, history = run_adaptive_sampling(env, tracker, rounds=(n,), n_min=n, n_max=n)
+    precision = 1 / 0.5 + n / 2.0
+    assert history[-1]["variance"] == pytest.approx(1 / precision)
+    assert history[-1]["mean"] == pytest.approx(sum(rewards) / 2.0 / precision)
+
+
 def test_a_tracker_that_knows_the_prompt_needs_fewer_completions() -> None:
     tracker = KalmanPreferenceTracker(dim=8, Q_val=0.0, R_val=0.25)
     features = torch.zeros(8, dtype=torch.float64).index_fill_(0, torch.tensor([2]), 1.0)

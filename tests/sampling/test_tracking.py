@@ -94,6 +94,20 @@ def test_a_checkpoint_has_a_stream_where_the_run_has_one() -> None:
         plain.load_state_dict(None)
 
 
+def test_a_stream_and_a_run_without_sources_go_on_where_they_were() -> None:
+    ids = [f"q{i}" for i in range(12)]
+    one, two = (Tracking(GaussianBelief(), Budget(select="stream")) for _ in range(2))
+    for tracking in (one, two):
+        tracking.sources = None
+        tracking.open_stream(ids, 4)
+    fixed_groups(one, ids[:4], torch.tensor([1.0, 0.0, 0.0, 1.0]), 0)
+    assert one.stream is not None and two.stream is not None
+    one.stream.draw(step=1)
+    two.load_state_dict(one.state_dict())
+    assert two.sources is None
+    assert two.stream.draw(step=2)[0].tolist() == one.stream.draw(step=2)[0].tolist()
+
+
 def test_a_batch_written_down() -> None:
     tracking = Tracking(GaussianBelief(), Budget())
     made = fixed_groups(tracking, NAMES, REWARD, 3)
