@@ -47,17 +47,20 @@ def main() -> int:
             outcomes.append(outcome := done.result())
             print(outcome.line(), *(f"  lost: {loss}" for loss in outcome.lost[:20]), sep="\n", flush=True)
     if options.output is not None:
-        words = shlex.join([arg for arg in sys.argv[1:] if not arg.startswith("--output")])
-        options.output.write_text(page(outcomes, words, seed), encoding="utf-8")
+        words = shlex.join([*options.kinds, f"--seed={seed}", f"--size={size:g}"])
+        options.output.write_text(page(outcomes, words), encoding="utf-8")
     return 1 if any(outcome.lost for outcome in outcomes) else 0
 
 
-def page(outcomes: list[Outcome], words: str, seed: int) -> str:
-    """The table with command, seed, date and load."""
+def page(outcomes: list[Outcome], words: str) -> str:
+    """The table with command, date and load; what else was found stands in a file that no run writes."""
     today = datetime.now(UTC).date()
-    text = f"# Faults on purpose\n\n`python -m benchmarks.chaos {words}`, seed {seed}, {today}, "
+    text = f"# Faults on purpose\n\n`python -m benchmarks.chaos {words}`, {today}, "
     text += f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.0f}.\n\n{HEAD}"
     text += "".join(outcome.line() + "\n" for outcome in outcomes)
+    text += (
+        "\nWhat earlier campaigns found, and figures beside this table: [chaos_notes.md](chaos_notes.md).\n"
+    )
     losses = [loss for outcome in outcomes for loss in outcome.lost]
     return text + ("\nLost:\n\n" + "".join(f"- {loss}\n" for loss in losses) if losses else "")
 

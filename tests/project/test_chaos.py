@@ -47,11 +47,11 @@ def test_a_loss_is_seen_and_told() -> None:
     with outcome.trial("the second"):
         raise AssertionError("not the same")
     assert (outcome.tried, outcome.lost) == (2, ["the second: AssertionError: not the same"])
-    text = page([outcome], "kind --seed 3", 3)
+    text = page([outcome], "kind --seed=3")
     assert (
         "| kind | 2 | 1 | 1 |" in text
         and "- the second: " in text
-        and "`python -m benchmarks.chaos kind --seed 3`" in text
+        and "`python -m benchmarks.chaos kind --seed=3`" in text
     )
     assert unlike({"model": b"1", "rows": [1]}, {"model": b"2", "rows": [1]}) == "model"
 
