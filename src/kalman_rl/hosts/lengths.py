@@ -34,8 +34,8 @@ def notes_on_length(method: Method, longest: int) -> list[str]:
                 f"{constants:.3g} filter time constants in {longest} tokens (< 0.5): the ratio stays at 1 and the clip "
                 "never acts; kpo_diffuse, or a larger process_noise, avoids this"
             )
-    clip = max(getattr(method.trust, "low", 0.0), getattr(method.trust, "high", 0.0))
-    if longest > SHORT and NARROW < clip < math.inf and averages(own) and bounds_both(method.trust):
+    clip = clip_of(method.trust)
+    if longest > SHORT and averages(own) and NARROW < clip < math.inf:
         notes.append(
             f"{method.name}: got a clip of {clip:g} for a ratio averaged over up to {longest} tokens, expected one of "
             f"{NARROW:g} or less because wider ones collapse on about 100 tokens; set low and high to 1e-3 "
@@ -51,6 +51,6 @@ def averages(own: Any) -> bool:
     return isinstance(own, ratio.KalmanFiltered) and own.initial_variance > 0
 
 
-def bounds_both(region: Any) -> bool:
-    """Whether ``low`` and ``high`` of a trust region are distances from a ratio of 1."""
-    return isinstance(region, (trust.Clip, trust.Band))
+def clip_of(region: Any) -> float:
+    """The wider of the two distances that a clip keeps from a ratio of 1; 0 for other trust regions."""
+    return max(region.low, region.high) if isinstance(region, (trust.Clip, trust.Band)) else 0.0

@@ -146,7 +146,7 @@ def answer(function: Callable[..., Any], name: str, job: dict[str, Any]) -> dict
             names = ", ".join(columns)
             found["wrong"] = (
                 f"reward: {name} cannot be called: {_said(error)}; expected a function of {names}, "
-                + ("or of some of them and **columns")
+                "or of some of them and **columns"
             )
         found["raised"] = without_secrets(_said(error))
         found["place"] = _place(error)
